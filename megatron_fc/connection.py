@@ -1,0 +1,121 @@
+"""FracConnection: the parameters of one site and its two operations."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from megatron_fc import functional
+from megatron_fc.config import FracConfig
+from megatron_fc.errors import UserError
+from megatron_fc.functional import FracParameters
+
+
+class FracConnection(nn.Module):
+    """One Frac-Connection site: the width connection before a sub-layer, the depth connection after it.
+
+    ::
+
+        x = fc(h)            # the sub-layer's input; fc.width(h) is the same
+        h = fc.depth(o, h)   # the next residual stream, o being the sub-layer's output
+
+    The parameters are those of arXiv 2503.14125 section 3; at their initial values the site is a plain residual
+    connection to the bit. Statics, scales and the norm's weight are one-dimensional and `dynamic_weight` is
+    two-dimensional, which gives them the paper's weight decay under Megatron's rule.
+
+    Args:
+        hidden_size: width d of the residual stream.
+        config: the options.
+
+    Raises:
+        UserError: the rate does not divide the hidden size.
+    """
+
+    def __init__(self, hidden_size: int, config: FracConfig) -> None:
+        super().__init__()
+        m, c = config.rate, config.fraction_size(hidden_size)
+        self.hidden_size = hidden_size
+        self.config = config
+
+        def parameter(*shape: int) -> nn.Parameter:
+            # Explicit, since frameworks build models under a default dtype of bf16.
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32))
+
+        self.static_beta = parameter(m)
+        self.static_gamma = parameter(m * m)
+        self.static_alpha = parameter(m * m)
+        has_scale, has_norm = config.dynamic and config.scale, config.dynamic and config.norm != "none"
+        self.register_parameter("dynamic_weight", parameter(2 * m + 1, c) if config.dynamic else None)
+        self.register_parameter("scale_beta", parameter(1) if has_scale else None)
+        self.register_parameter("scale_alpha", parameter(1) if has_scale else None)
+        self.register_parameter("norm_weight", parameter(c) if has_norm else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the initial values: B = 1, Y = A = I, W = 0, s = initial_scale (eq. 15)."""
+        with torch.no_grad():
+            p = self.site_parameters()
+            identity = torch.eye(self.config.rate, device=p.static_gamma.device).flatten()
+            p.static_beta.fill_(1)
+            p.static_gamma.copy_(identity)
+            p.static_alpha.copy_(identity)
+            for tensor, value in (
+                (p.dynamic_weight, 0.0),
+                (p.scale_beta, self.config.initial_scale),
+                (p.scale_alpha, self.config.initial_scale),
+                (p.norm_weight, 1.0),
+            ):
+                if tensor is not None:
+                    tensor.fill_(value)
+
+    def site_parameters(self) -> FracParameters:
+        """Return the parameters by name, None for those that the configuration does not have."""
+        return FracParameters(**{name: getattr(self, name) for name in FracParameters._fields})
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Width connection: residual stream [..., d] -> sub-layer input [..., d], before the sub-layer's norm.
+
+        Frameworks call the module, never `width` alone: hooks on the module (overlapped parameter gathers of
+        data parallelism) have then run before the parameters are read.
+
+        Raises:
+            UserError: the last dimension is not the hidden size.
+        """
+        self._check("h", h)
+        return functional.width(h, self.site_parameters(), self.config)
+
+    def width(self, h: Tensor) -> Tensor:
+        """The width connection; the same as calling the module."""
+        return self(h)
+
+    def depth(self, o: Tensor, h: Tensor) -> Tensor:
+        """Depth connection: sub-layer output and residual stream [..., d] -> next residual stream [..., d].
+
+        `o` may have a lower precision than `h` (fp32 residual stream); the result has the dtype of `h`.
+
+        Raises:
+            UserError: the last dimension is not the hidden size, or the shapes differ.
+        """
+        self._check("h", h)
+        if o.shape != h.shape:
+            raise UserError(f"o has shape {tuple(o.shape)} and h {tuple(h.shape)}: they must be the same")
+        return functional.depth(o, h, self.site_parameters(), self.config)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, {self.config}"
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if tensor.shape[-1:] != (self.hidden_size,):
+            raise UserError(
+                f"{name} has shape {tuple(tensor.shape)}: its last dimension must be hidden_size={self.hidden_size}"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FracConnection":
+        # Megatron's Float16Module casts by module.bfloat16(). Just above 1 bf16 steps by 0.0078, coarser than
+        # what B, Y and A learn, so the parameters never fall below fp32.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            too_coarse = moved.is_floating_point() and moved.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(moved.device) if too_coarse else moved
+
+        return super()._apply(keep_precision, recurse)

@@ -1,0 +1,241 @@
+"""The CPU lane: lets the real Megatron run without a GPU, over gloo.
+
+Megatron assumes CUDA in some sixty places: literal device="cuda", streams, CUDA random states. `install` redirects
+these to the CPU, in torch and in the few Megatron functions listed below, for the running process. Nothing else
+changes: models, schedules, optimizers and checkpoints are Megatron's own code, which is what makes this lane worth
+testing on. It is installed only where torch finds no CUDA device.
+"""
+
+import contextlib
+import os
+import types
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_CUDA = torch.Tensor.cuda
+_TO = torch.Tensor.to
+_TYPE = torch.Tensor.type
+_PIN = torch.Tensor.pin_memory
+_IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+_installed = False
+
+
+def needed() -> bool:
+    """True where there is no CUDA device."""
+    return not torch.cuda.is_available()
+
+
+def install() -> None:
+    """Redirect CUDA to the CPU in this process, once. Call it before any Megatron object is built.
+
+    Raises:
+        RuntimeError: there is a CUDA device, where this lane must never be active.
+    """
+    global _installed
+    if not needed():
+        raise RuntimeError("the CPU lane is for machines without a CUDA device")
+    if _installed:
+        return
+    _installed = True
+    # torch.compile would need a C++ toolchain and takes longer than it saves here; read when dynamo is imported.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Megatron demands it under sequence parallelism, whatever the device.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _redirect_devices()
+    _replace_runtime()
+    _replace_random_states()
+    _adapt_megatron_core()
+    _adapt_megatron_training()
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Every torch call that names a CUDA device is made on the CPU instead."""
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is _CUDA or func is _PIN:
+            return args[0]
+        if func == _IS_CUDA:
+            return True  # the MoE dispatcher reads split sizes on the host only from CUDA tensors
+        if func is _TYPE and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)  # optimizers sort parameters by this name
+        kwargs.pop("pin_memory", None)
+        if "device" in kwargs:
+            kwargs["device"] = _on_cpu(kwargs["device"])
+        if func is _TO and len(args) > 1:
+            args = (args[0], _on_cpu(args[1]), *args[2:])
+        return func(*args, **kwargs)
+
+
+def _on_cpu(device: Any) -> Any:
+    if isinstance(device, bool):
+        return device
+    names_cuda = (
+        isinstance(device, int)
+        or (isinstance(device, str) and device.startswith("cuda"))
+        or (isinstance(device, torch.device) and device.type == "cuda")
+    )
+    return _CPU if names_cuda else device
+
+
+def _redirect_devices() -> None:
+    mode = _CudaIsCpu()
+    mode.__enter__()
+    # backward() is itself overridable and therefore runs with the mode popped; recompute runs forward code in it.
+    engine = torch.autograd._engine_run_backward
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return engine(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward
+
+
+class _Stream:
+    """A stream or an event of a device on which everything is synchronous."""
+
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+    def _nothing(self, *_: Any, **__: Any) -> None: ...
+
+    wait_stream = wait_event = record = wait = synchronize = _nothing
+
+    def record_event(self, *_: Any) -> "_Stream":
+        return _Stream()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _replace_runtime() -> None:
+    """Device identity, streams and memory statistics. `is_available` stays False: torch itself relies on it."""
+    properties = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)
+    stream = _Stream()
+    memory = dict.fromkeys(
+        (
+            "memory_allocated",
+            "max_memory_allocated",
+            "memory_reserved",
+            "max_memory_reserved",
+        ),
+        lambda *_: 0,
+    )
+    replacements: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "device_count": lambda: 1,
+        "set_device": lambda *_: None,
+        "get_device_capability": lambda *_: (8, 0),
+        "get_device_properties": lambda *_: properties,
+        "synchronize": lambda *_: None,
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda *_: stream,
+        "default_stream": lambda *_: stream,
+        "set_stream": lambda *_: None,
+        "stream": lambda *_: contextlib.nullcontext(),
+        "is_current_stream_capturing": lambda: False,
+        "empty_cache": lambda: None,
+        "memory_stats": lambda *_: {},
+        "reset_peak_memory_stats": lambda *_: None,
+        **memory,
+    }
+    for name, value in replacements.items():
+        setattr(torch.cuda, name, value)
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign, assignment]
+
+
+def _replace_random_states() -> None:
+    """The CUDA generator is the CPU generator."""
+
+    def get_state(*_: Any, **__: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *_: Any, **__: Any) -> None:
+        torch.set_rng_state(state)
+
+    def seed(value: int) -> None:
+        torch.default_generator.manual_seed(int(value))
+
+    cuda: Any = torch.cuda
+    cuda.manual_seed = cuda.manual_seed_all = seed
+    cuda.get_rng_state = cuda.random.get_rng_state = get_state
+    cuda.set_rng_state = cuda.random.set_rng_state = set_state
+
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+
+
+def _adapt_megatron_core() -> None:
+    import megatron.core.models.hybrid.hybrid_block as hybrid_block
+    import megatron.core.tensor_parallel.random as random
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    # torch's norm refuses sequence parallelism only because it does not mark its parameters for Megatron's
+    # reduction of their gradients: mark them.
+    build = WrappedTorchNorm.__new__
+
+    def build_norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        sequence_parallel, config.sequence_parallel = config.sequence_parallel, False
+        try:
+            norm = build(cls, config, hidden_size, eps, **kwargs)
+        finally:
+            config.sequence_parallel = sequence_parallel
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = build_norm
+
+    if not random.HAVE_TE:
+        hybrid_block.TENorm = WrappedTorchNorm  # the final norm of a hybrid stack is hard-coded
+
+        # Without TE, fp8=False is taken for "an fp8 recipe is given" and TE is called.
+        checkpoint_init = random.CheckpointWithoutOutput.__init__
+
+        def init(self: Any, fp8: Any = False, *args: Any, **kwargs: Any) -> None:
+            checkpoint_init(self, fp8 or None, *args, **kwargs)
+
+        random.CheckpointWithoutOutput.__init__ = init
+
+    # The overlapped pipeline schedule frees a buffer right after isend. On CUDA the stream order protects it, gloo
+    # would read freed memory: an alias keeps the storage until the send is done.
+    isend = torch.distributed.isend
+
+    def safe_isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return isend(tensor.detach(), *args, **kwargs)
+
+    torch.distributed.isend = safe_isend
+
+
+def _adapt_megatron_training() -> None:
+    import megatron.core.datasets.utils as dataset_utils
+    import megatron.training.training as training
+
+    initialize = training.initialize_megatron
+
+    def initialize_without_cuda(*args: Any, **kwargs: Any) -> Any:
+        return initialize(*args, **{**kwargs, "allow_no_cuda": True})
+
+    training.initialize_megatron = initialize_without_cuda
+    # The wheel ships the compiled helpers without the Makefile that Megatron would run.
+    dataset_utils.compile_helpers = lambda: None

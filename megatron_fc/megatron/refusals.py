@@ -1,0 +1,51 @@
+"""Megatron options that would drop or corrupt a Frac-Connection without a word: each is refused by name."""
+
+from argparse import Namespace
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_fc.errors import UserError
+
+
+def refuse_unsupported_config(config: TransformerConfig) -> None:
+    """Check what the layers can see; every norm slot calls this when it is built.
+
+    Raises:
+        UserError: names the option and what to do.
+    """
+    if config.inference_fuse_tp_communication:
+        raise UserError(
+            "inference_fuse_tp_communication adds the residual inside the projections and would skip the depth "
+            "connection: turn it off with Frac-Connections"
+        )
+    if config.fused_residual_rmsnorm:
+        raise UserError(
+            "fused_residual_rmsnorm takes the residual from the norm and would bypass the width connection: "
+            "turn it off with Frac-Connections"
+        )
+    if config.fine_grained_activation_offloading:
+        freed = sorted({"attn_norm", "mlp_norm"} & set(config.offload_modules or []))
+        if freed:
+            raise UserError(
+                f"offload_modules={freed} frees the residual that the depth connection saved for backward: "
+                f"leave attn_norm and mlp_norm out of offload_modules"
+            )
+
+
+def refuse_unsupported_args(args: Namespace) -> None:
+    """Check what only Megatron's training arguments show: optimizer and sharding.
+
+    Raises:
+        UserError: names the option and what to do.
+    """
+    optimizer = str(getattr(args, "optimizer", "adam"))
+    if "muon" in optimizer:
+        raise UserError(
+            f"optimizer={optimizer} would orthogonalise dynamic_weight, which holds coefficients and is no "
+            f"linear map: use adam with Frac-Connections"
+        )
+    if getattr(args, "use_torch_fsdp2", False) and (args.bf16 or args.fp16):
+        raise UserError(
+            "use_torch_fsdp2 wants one parameter dtype per layer and Frac-Connection parameters stay fp32 in a "
+            "half-precision model: use the distributed optimizer instead"
+        )

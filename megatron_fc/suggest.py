@@ -1,0 +1,14 @@
+"""Unknown names: the sentence that names the nearest valid one."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown(what: str, name: str, valid: Iterable[str]) -> str:
+    """Return e.g. ``unknown frac option 'rat': did you mean 'rate'?`` (all names when none is near)."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"unknown {what} {name!r}: did you mean {near[0]!r}?"
+    listed = ", ".join(names) if len(names) <= 20 else f"{len(names)} names, see `megatron-fc train --keys`"
+    return f"unknown {what} {name!r}: valid are {listed}"

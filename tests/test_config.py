@@ -1,0 +1,56 @@
+import dataclasses
+
+import pytest
+
+from megatron_fc import FracConfig, UserError
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"rate": 0}, "rate must be a whole number of at least 1, not 0"),
+        ({"rate": 2.0}, "rate must be a whole number"),
+        ({"rate": True}, "rate must be a whole number"),
+        ({"norm": "rmsnrm"}, "unknown norm 'rmsnrm': did you mean 'rmsnorm'?"),
+        ({"tanh": "yes"}, "tanh must be true or false"),
+        ({"initial_scale": float("nan")}, "initial_scale must be a finite number"),
+        ({"norm_eps": 0.0}, "norm_eps must be greater than 0"),
+        ({"dynamic": False, "tanh": False}, "tanh=False has no effect on static connections"),
+        ({"scale": False, "initial_scale": 0.1}, "initial_scale=0.1 has no effect with scale=false"),
+    ],
+)
+def test_wrong_values_are_refused_in_one_sentence(values: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence.replace("?", r"\?")) as error:
+        FracConfig(**values)
+    assert "\n" not in str(error.value)
+
+
+def test_rate_that_does_not_divide_the_width_names_fitting_ones() -> None:
+    with pytest.raises(UserError, match="rate=3 does not divide hidden_size=64: .* 1, 2, 4, 8"):
+        FracConfig(rate=3).fraction_size(64)
+
+
+def test_dict_round_trip_and_unknown_key() -> None:
+    config = FracConfig(rate=8, norm="layernorm", tanh=False)
+    assert FracConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(UserError, match="unknown frac option 'rat': did you mean 'rate'"):
+        FracConfig.from_dict({"rat": 4})
+
+
+def test_config_is_immutable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FracConfig().rate = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("rate", "dynamic", "total"),
+    [(4, True, 165_056), (2, True, 196_992), (8, True, 151_872), (4, False, 1_152), (2, False, 320)],
+)
+def test_parameters_of_the_papers_7b_model(rate: int, dynamic: bool, total: int) -> None:
+    layers, width = 16, 2048
+    assert 2 * layers * FracConfig(rate=rate, dynamic=dynamic).parameter_count(width) == total
+
+
+def test_labels() -> None:
+    assert FracConfig(rate=4).label == "dfc_x4"
+    assert FracConfig(rate=2, dynamic=False).label == "sfc_x2"
