@@ -1,8 +1,21 @@
-"""Frac-Connections (arXiv 2503.14125) for Megatron-LM. Importing this loads neither Megatron nor Triton."""
+"""Frac-Connections (arXiv 2503.14125) for Megatron-LM. Importing this loads neither torch nor Megatron."""
+
+from typing import TYPE_CHECKING
 
 from megatron_fc.config import FracConfig
-from megatron_fc.connection import FracConnection
 from megatron_fc.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_fc.connection import FracConnection
 
 __all__ = ["FracConfig", "FracConnection", "UserError"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # torch is loaded by the first use of FracConnection: `megatron-fc doctor` must run where torch does not.
+    if name == "FracConnection":
+        from megatron_fc.connection import FracConnection
+
+        return FracConnection
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,9 +54,7 @@ class FracConfig:
         if not self.dynamic:
             self._refuse_dynamic_options()
         if not self.scale and self.initial_scale != 0.01:
-            raise UserError(
-                f"initial_scale={self.initial_scale!r} has no effect with scale=false: drop one of the two"
-            )
+            raise UserError(f"initial_scale={self.initial_scale!r} has no effect with scale=false: drop one of the two")
 
     def _refuse_dynamic_options(self) -> None:
         for field in dataclasses.fields(self):

@@ -54,9 +54,7 @@ def beta(f: Tensor, p: FracParameters, config: FracConfig) -> Tensor:
     """Weights of the sub-layer's output in the depth connection, B(H) of eq. 12: [..., m] or [m]."""
     static = p.static_beta
     return (
-        static
-        if p.dynamic_weight is None
-        else static + _predict(f, p, config, slice(0, 1), p.scale_beta).squeeze(-1)
+        static if p.dynamic_weight is None else static + _predict(f, p, config, slice(0, 1), p.scale_beta).squeeze(-1)
     )
 
 

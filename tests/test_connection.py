@@ -77,7 +77,7 @@ def test_width_is_the_call_and_runs_hooks() -> None:
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.bfloat16)])
-def test_parameters_stay_fp32_through_a_cast(cast) -> None:  # noqa: ANN001
+def test_parameters_stay_fp32_through_a_cast(cast) -> None:
     site = FracConnection(8, FracConfig(rate=2))
     with torch.no_grad():
         site.static_alpha[0] = 1.001  # bf16 has no such number

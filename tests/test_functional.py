@@ -3,10 +3,10 @@
 import itertools
 
 import numpy as np
+import oracle
 import pytest
 import torch
 
-import oracle
 from megatron_fc import FracConfig, FracConnection
 
 RATES = (1, 2, 4, 8)
@@ -71,7 +71,9 @@ def test_gradients_equal_finite_differences_of_the_oracle(config: FracConfig) ->
     width, step = 16, 1e-6
     site = random_site(config, width)
     h, o = random_streams(width, 2)
-    weights = [torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(7 + k)) for k in (0, 1)]
+    weights = [
+        torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(7 + k)) for k in (0, 1)
+    ]
 
     def objective() -> float:
         x, after = by_oracle(site, h, o)
@@ -117,7 +119,7 @@ def test_a_transposed_matrix_is_noticed(transposed: str, dynamic: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rate", RATES)
 def test_half_precision_rounds_once(dtype: torch.dtype, rate: int) -> None:
-    """fp32 coefficients and mixing: the result is the float64 result rounded to the stream's dtype, give or take one ulp."""
+    """fp32 coefficients and mixing: the result is the float64 one rounded to the stream's dtype, within one ulp."""
     site = random_site(FracConfig(rate=rate), 32)
     h, o = (t.detach().to(dtype) for t in random_streams(32, 50))
     x, after = by_oracle(site, h.double(), o.double())

@@ -85,13 +85,14 @@ def _redirect_devices() -> None:
     mode = _CudaIsCpu()
     mode.__enter__()
     # backward() is itself overridable and therefore runs with the mode popped; recompute runs forward code in it.
-    engine = torch.autograd._engine_run_backward
+    autograd: Any = torch.autograd
+    engine = autograd._engine_run_backward
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
         with mode:
             return engine(*args, **kwargs)
 
-    torch.autograd._engine_run_backward = run_backward
+    autograd._engine_run_backward = run_backward
 
 
 class _Stream:
@@ -159,7 +160,7 @@ def _replace_runtime() -> None:
     }
     for name, value in replacements.items():
         setattr(torch.cuda, name, value)
-    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[method-assign]
 
 
 def _replace_random_states() -> None:

@@ -95,9 +95,7 @@ def _connect_fields(owner: Any, names: list[str], config: FracConfig) -> tuple[A
     return owner, total
 
 
-def _connect_layer(
-    spec: ModuleSpec, slots: tuple[tuple[str, str], ...], config: FracConfig
-) -> tuple[ModuleSpec, int]:
+def _connect_layer(spec: ModuleSpec, slots: tuple[tuple[str, str], ...], config: FracConfig) -> tuple[ModuleSpec, int]:
     layer, submodules, sites = copy.copy(spec), copy.copy(spec.submodules), 0
     keys_map = dict(submodules.sharded_state_dict_keys_map)
     if getattr(submodules, "cross_attn_bda", IdentityFuncOp) is not IdentityFuncOp:

@@ -1,0 +1,37 @@
+# Every target sets up what it needs by itself; only the first call takes time. `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: demo test lint types format lock clean help
+
+# ARGS reaches the command behind demo and test: make test ARGS="-k doctor"
+ARGS :=
+
+demo: .venv/.installed  ## train a residual and a Frac-Connections MoE on real text and compare them
+	@.venv/bin/megatron-fc demo $(ARGS)
+
+# PATH: PyTorch looks for the environment's ninja there.
+test: .venv/.installed  ## run the tests
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint: .venv/.installed  ## check style and formatting
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+
+types: .venv/.installed  ## check types
+	.venv/bin/mypy megatron_fc
+
+format: .venv/.installed  ## correct what lint would complain about
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+lock: .venv/.installed  ## resolve every dependency anew and write constraints.txt
+	.venv/bin/python scripts/lock.py
+
+clean:  ## remove the environment, builds and caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find megatron_fc tests -name __pycache__ -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 9
+
+.venv/.installed: pyproject.toml constraints.txt
+	@scripts/setup

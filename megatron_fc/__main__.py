@@ -1,0 +1,7 @@
+"""`python -m megatron_fc`, which launchers such as torchrun use."""
+
+import sys
+
+from megatron_fc.cli import main
+
+sys.exit(main())

@@ -1,0 +1,172 @@
+"""The command `megatron-fc`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fc.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code, 2 for input that the user can correct."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words, extra = _split_at_dashes(words)
+    args = _parser().parse_args(words)
+    if extra and args.command != "train":
+        _parser().error("only `train` takes Megatron flags after --")
+    try:
+        return _run(args, extra)
+    except UserError as error:
+        print(f"megatron-fc: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-fc", description="Frac-Connections (arXiv 2503.14125) for Megatron-LM."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a YAML config inside Megatron's training loop",
+        usage="megatron-fc train CONFIG.yaml [key=value ...] [--dry-run] [-- Megatron flags ...]",
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. connection=residual optimizer.lr=1e-3")
+    train.add_argument("--dry-run", action="store_true", help="check and print Megatron's command line, start nothing")
+
+    data = commands.add_parser("data", help="make training data")
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
+    demo_data = kinds.add_parser("demo", help="real text from this machine, tokenized, in Megatron's format")
+    demo_data.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
+    demo_data.add_argument("--vocab-size", type=int, default=4096, help="tokens (default: %(default)s)")
+
+    demo = commands.add_parser("demo", help="train a residual and a Frac-Connections MoE and compare them")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder (default: %(default)s)")
+    demo.add_argument("--data", type=Path, default=Path("data/demo"), help="data folder (default: %(default)s)")
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="for both runs, e.g. train_iters=400")
+
+    compare = commands.add_parser("compare", help="table and curves of finished runs, the first is the baseline")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    compare.add_argument("--plot", type=Path, help="write the training curves to this PNG")
+
+    doctor = commands.add_parser("doctor", help="what is installed, what it enables, which backend will run")
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
+    return parser
+
+
+def _run(args: argparse.Namespace, extra: list[str]) -> int:
+    if args.command == "doctor":
+        from megatron_fc import doctor
+
+        return doctor.main(json=args.json)
+    if args.command == "compare":
+        return _compare(args.runs, args.plot)
+    if args.command == "data":
+        from megatron_fc.data import build_demo_data
+
+        _quieten()
+        data = build_demo_data(args.out, vocab_size=args.vocab_size, report=print)
+        print(f"train with: train_data_path={data.train_prefix} tokenizer_model={data.tokenizer}")
+        return 0
+    _quieten()
+    if args.command == "demo":
+        from megatron_fc.demo import run_demo
+
+        return run_demo(args.out, args.data, args.overrides)
+    return _train(args.config, args.overrides, extra, args.dry_run)
+
+
+def _train(config: Path, overrides: list[str], extra: list[str], dry_run: bool) -> int:
+    from megatron_fc.megatron.recipe import load_recipe
+
+    recipe = load_recipe(config, overrides, extra)
+    if dry_run:
+        for note in recipe.notes:
+            print(f"# {note}")
+        print(_as_command(recipe.argv))
+        return 0
+
+    from megatron_fc.megatron.pretrain import train
+    from megatron_fc.report.runlog import is_log_rank
+    from megatron_fc.report.summary import comparison_table, write_summary
+
+    trained = train(recipe)
+    if is_log_rank():
+        from rich.console import Console
+
+        facts = {
+            "connection": recipe.connection,
+            "family": recipe.family,
+            "parameters": trained.parameters.total,
+            "frac_parameters": trained.parameters.frac,
+            "tokens_per_iteration": trained.tokens_per_iteration,
+            "peak_memory_bytes": trained.peak_memory_bytes,
+            "seconds": round(trained.seconds, 1),
+            "world_size": trained.world_size,
+            "backend": "torch",
+            "config": recipe.sections,
+            "megatron_arguments": recipe.argv,
+        }
+        summary = write_summary(recipe.run_dir, facts)
+        Console().print(comparison_table([summary]))
+        print(f"{recipe.run_dir}: summary.json, metrics.jsonl, logs, tensorboard")
+    return 0
+
+
+def _compare(run_dirs: list[Path], png: Path | None) -> int:
+    from rich.console import Console
+
+    from megatron_fc.report.plot import plot_losses
+    from megatron_fc.report.summary import comparison_table, read_summary
+
+    summaries = []
+    for run_dir in run_dirs:
+        summary = read_summary(run_dir)
+        if summary is None:
+            raise UserError(f"{run_dir} has no summary.json: give the folder of a run that has finished")
+        summaries.append(summary)
+    Console().print(comparison_table(summaries))
+    if png is not None:
+        labels = [summary["connection"] for summary in summaries]
+        print(f"curves: {plot_losses(list(zip(labels, run_dirs, strict=True)), png)}")
+    return 0
+
+
+def _as_command(argv: list[str]) -> str:
+    """One flag per line, quoted for a shell."""
+    import shlex
+
+    lines = ["pretrain_gpt.py"]
+    for word in argv:
+        if word.startswith("--"):
+            lines.append(f"    {word}")
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    return " \\\n".join(lines)
+
+
+def _quieten() -> None:
+    """Keep import-time warnings off the terminal: that Apex or TE is missing is said once, by our own notes."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

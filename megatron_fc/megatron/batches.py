@@ -1,0 +1,146 @@
+"""Data sets, batches and the loss for Megatron's training loop: plain next-token pretraining on indexed data."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training import get_args
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from torch import Tensor
+
+from megatron_fc.errors import UserError
+
+_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+_UNSUPPORTED = (
+    "sft",
+    "fim_data",
+    "dataloader_inter_document_masking",
+    "hybrid_context_parallel",
+    "logits_load_dir",
+    "perform_rl_step",
+)
+
+
+def refuse_unsupported_data(args: Namespace) -> None:
+    """Refuse by name the data options that only Megatron's own entry points implement.
+
+    Raises:
+        UserError: names the option and the way out.
+    """
+    for name in _UNSUPPORTED:
+        if getattr(args, name, None):
+            raise UserError(
+                f"{name} is not supported by megatron-fc train: use Megatron's pretrain_gpt.py with "
+                f"--spec megatron_fc.megatron.specs dfc_x4"
+            )
+
+
+def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
+    """Build Megatron's train, validation and test sets (its `train_valid_test_dataset_provider`)."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+    )
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    built_here = partial(_needs_data, vp_stage)
+    return BlendedMegatronDatasetBuilder(dataset, sample_counts, built_here, config).build()
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, Megatron asks by this mark
+
+
+def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+    """Run one micro-batch; returns the output and the function that makes a loss of it."""
+    batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
+    targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
+    run = model.build_schedule_plan if return_schedule_plan else model
+    return run(*inputs, **targets), partial(_loss, batch["loss_mask"])
+
+
+def _needs_data(vp_stage: int | None = None) -> bool:
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return False
+    return is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(vp_stage)
+
+
+def _has_mtp(vp_stage: int | None) -> bool:
+    args = get_args()
+    return mtp_on_this_rank(
+        layout=args.pipeline_model_parallel_layout,
+        mtp_num_layers=args.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def _batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) -> dict[str, Any]:
+    has_mtp = _has_mtp(vp_stage)
+    if not is_first_or_last_pipeline_stage(vp_stage) and not has_mtp:
+        return dict.fromkeys(_KEYS)
+    args, rank = get_args(), mpu.get_tensor_model_parallel_rank()
+    batch: dict[str, Any] = {}
+    if rank == 0:
+        sample = next(data_iterator)
+        batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in _KEYS}
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=has_mtp,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def _loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    mask = loss_mask.view(-1).float()
+    total = torch.sum(output.view(-1).float() * mask)
+    tokens = mask.sum().to(torch.int)
+    if get_args().check_for_nan_in_loss_and_grad:
+        for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
+            get_rerun_state_machine().validate_result(
+                result=total,
+                rejection_func=rejected,
+                message=f"found {what} in local forward loss calculation",
+                tolerance=0.0,
+                fatal=True,
+            )
+    return total, tokens, {"lm loss": torch.cat([total.detach().view(1), tokens.view(1)])}

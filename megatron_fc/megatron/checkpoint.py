@@ -1,0 +1,91 @@
+"""What a Megatron checkpoint says about its connections, read before anything is built or overwritten."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.config import FracConfig
+from megatron_fc.errors import UserError
+from megatron_fc.functional import FracParameters
+
+_MARK = ".connection."
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the folder of the newest finished checkpoint below `folder`, None if there is none.
+
+    Raises:
+        UserError: Megatron's tracker file names a checkpoint that is not there.
+    """
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if not tracker.exists():
+        return None
+    name = tracker.read_text().strip()
+    path = folder / (name if name == "release" else f"iter_{int(name):07d}")
+    if not path.is_dir():
+        raise UserError(f"{tracker} names {path.name}, which does not exist: correct it to a checkpoint that does")
+    return path
+
+
+def stored_structure(checkpoint: Path) -> dict[str, int]:
+    """Return the last dimension of each kind of FC tensor in a `torch_dist` checkpoint, {} for a plain one."""
+    from megatron.core import dist_checkpointing
+
+    sizes: dict[str, int] = {}
+    for key, tensor in dist_checkpointing.load_tensors_metadata(str(checkpoint)).items():
+        name = key.rpartition(_MARK)[2] if _MARK in key and not key.startswith("optimizer.") else ""
+        if name in FracParameters._fields:
+            sizes[name] = int(tensor.global_shape[-1])
+    return sizes
+
+
+def refuse_other_connection(load: Path, frac: FracConfig | None, hidden_size: int) -> None:
+    """Check that a run's connections are those of the checkpoint it is about to continue.
+
+    Raises:
+        UserError: they differ; names both and the way out.
+    """
+    checkpoint = latest_checkpoint(load)
+    if checkpoint is None or not (checkpoint / ".metadata").exists():
+        return
+    stored = stored_structure(checkpoint)
+    wanted = _structure(frac, hidden_size) if frac is not None else {}
+    if stored != wanted:
+        raise UserError(
+            f"the checkpoint {checkpoint} has {_describe(stored)}, this run has {_describe(wanted)}: "
+            f"give the run another run_dir, or the connection that it was started with"
+        )
+    stamped = _stamp(checkpoint)
+    if frac is not None and stamped is not None and stamped != frac:
+        raise UserError(
+            f"the checkpoint {checkpoint} was trained with {stamped}, this run has {frac}: "
+            f"give the run another run_dir, or the options that it was started with"
+        )
+
+
+def _stamp(checkpoint: Path) -> FracConfig | None:
+    """The options among the arguments that Megatron keeps in a checkpoint; None without `--frac-*` flags."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_fc.megatron.arguments import frac_config_from_args
+
+    args: Any = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
+    return frac_config_from_args(args) if args is not None and hasattr(args, "frac_rate") else None
+
+
+def _structure(frac: FracConfig, hidden_size: int) -> dict[str, int]:
+    m, c = frac.rate, frac.fraction_size(hidden_size)
+    sizes = {"static_beta": m, "static_gamma": m * m, "static_alpha": m * m}
+    if frac.dynamic:
+        sizes["dynamic_weight"] = c
+        sizes |= {"scale_beta": 1, "scale_alpha": 1} if frac.scale else {}
+        sizes |= {"norm_weight": c} if frac.norm != "none" else {}
+    return sizes
+
+
+def _describe(sizes: dict[str, int]) -> str:
+    if not sizes:
+        return "plain residual connections"
+    dynamic = "dynamic_weight" in sizes
+    lacks = [what for key, what in (("scale_beta", "scale"), ("norm_weight", "norm")) if dynamic and key not in sizes]
+    kind = f"{'dfc' if dynamic else 'sfc'}_x{sizes['static_beta']}"
+    return f"{kind} connections" + (f" without {' and '.join(lacks)}" if lacks else "")

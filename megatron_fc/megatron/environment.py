@@ -1,0 +1,61 @@
+"""Megatron flags that follow from the machine: what is missing here decides what has to be turned off."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_fc.megatron import cpu
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Flags that a machine needs, and the sentence that announces them."""
+
+    reason: str
+    settings: dict[str, Any]
+
+
+def has_transformer_engine() -> bool:
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def has_apex() -> bool:
+    """NVIDIA's Apex. The PyPI package of that name is another project, so its name alone proves nothing."""
+    return importlib.util.find_spec("amp_C") is not None and importlib.util.find_spec("apex") is not None
+
+
+def adaptations() -> list[Adaptation]:
+    """Return what this machine needs; a run's own settings take precedence over each of them."""
+    found = []
+    if cpu.needed():
+        found.append(
+            Adaptation(
+                "no CUDA device: CPU lane over gloo",
+                {
+                    "distributed_backend": "gloo",
+                    "use_cpu_initialization": True,
+                    "attention_backend": "unfused",
+                    "num_workers": 0,
+                    "no_masked_softmax_fusion": True,
+                    "no_rope_fusion": True,
+                    "no_bias_swiglu_fusion": True,
+                    "no_bias_gelu_fusion": True,
+                    "no_bias_dropout_fusion": True,
+                },
+            )
+        )
+    if not has_transformer_engine():
+        found.append(
+            Adaptation(
+                "no Transformer Engine: Megatron's local layers, no FP8",
+                {"transformer_impl": "local", "no_persist_layer_norm": True},
+            )
+        )
+    if not has_apex() and not has_transformer_engine():
+        found.append(
+            Adaptation(
+                "no Apex: weight gradients accumulate unfused",
+                {"no_gradient_accumulation_fusion": True},
+            )
+        )
+    return found

@@ -1,0 +1,170 @@
+"""Train a recipe inside Megatron's own loop, `megatron.training.pretrain`."""
+
+import os
+import resource
+import socket
+import sys
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fc.config import FracConfig
+from megatron_fc.errors import UserError
+from megatron_fc.megatron import cpu
+from megatron_fc.megatron.arguments import add_frac_args, frac_config_from_args
+from megatron_fc.megatron.checkpoint import refuse_other_connection
+from megatron_fc.megatron.parameters import ParameterCount, count_parameters
+from megatron_fc.megatron.recipe import Recipe
+from megatron_fc.report.progress import ProgressDisplay
+from megatron_fc.report.runlog import is_log_rank, real_stdout, run_log
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What only the training process knows at its end.
+
+    Attributes:
+        parameters: of the whole model.
+        tokens_per_iteration: global batch size times sequence length.
+        peak_memory_bytes: of the rank that needed most: device memory, or resident memory on the CPU lane.
+        seconds: wall time of the training call.
+        world_size: number of ranks.
+    """
+
+    parameters: ParameterCount
+    tokens_per_iteration: int
+    peak_memory_bytes: int
+    seconds: float
+    world_size: int
+
+
+def train(recipe: Recipe) -> Trained:
+    """Run the recipe to its end; every rank of a launcher calls it, a lone process is a world of one.
+
+    Megatron's output goes to `run_dir/logs`, its figures to `run_dir/metrics.jsonl`, progress to the terminal.
+
+    Raises:
+        UserError: Megatron refuses the arguments, or the checkpoint has other connections.
+    """
+    start = time.perf_counter()
+    _join_world()
+    if cpu.needed():
+        cpu.install()
+    args = _parse(recipe)
+    if args.load:
+        refuse_other_connection(Path(args.load), recipe.frac, args.hidden_size)
+
+    tokens = args.global_batch_size * args.seq_length
+    display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
+    if display is not None:
+        for note in recipe.notes:
+            display.say(f"note: {note}")
+    with run_log(recipe.run_dir, args.rank, display):
+        parameters = _pretrain(args, recipe)
+        peak = _peak_memory()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return Trained(parameters, tokens, peak, time.perf_counter() - start, args.world_size)
+
+
+def _join_world() -> None:
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+def _parse(recipe: Recipe) -> Namespace:
+    """Let Megatron parse and validate; what its assertions say becomes one sentence."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_fc.megatron.batches import refuse_unsupported_data
+
+    # Megatron reads the process's arguments.
+    program, sys.argv = sys.argv, ["megatron-fc", *recipe.argv]
+    try:
+        with open(os.devnull, "w") as nowhere:
+            stdout, sys.stdout = sys.stdout, nowhere
+            try:
+                args = parse_args(extra_args_provider=add_frac_args)
+                refuse_unsupported_data(args)
+                frac_config_from_args(args)
+                validate_args(args, {})
+            finally:
+                sys.stdout = stdout
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"Megatron refuses the arguments: {' '.join(str(error).split()) or error!r}") from error
+    finally:
+        sys.argv = program
+    return args
+
+
+def _pretrain(args: Namespace, recipe: Recipe) -> ParameterCount:
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        hybrid_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.global_vars import set_global_variables
+
+    from megatron_fc.megatron.batches import datasets, forward_step
+
+    set_global_variables(args)
+    model: Any
+    if recipe.family == "hybrid":
+        model = hybrid_config_from_args(args)
+        model.hybrid_stack_spec = _hybrid_stack(args, recipe.frac)
+    else:
+        model = gpt_config_from_args(args)
+        if recipe.frac is not None:
+            model.transformer_layer_spec = _gpt_spec(args, recipe.frac)
+    counts: list[ParameterCount] = []
+    model.pre_wrap_hooks.append(partial(_count, counts))
+    pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, forward_step)
+    return counts[0]
+
+
+def _gpt_spec(args: Namespace, frac: FracConfig) -> Any:
+    from megatron_fc.megatron.specs import gpt_spec
+
+    if args.mtp_num_layers:
+        raise UserError(
+            "multi-token prediction would keep plain residuals in a GPTModel: set model.family=hybrid with a "
+            "pattern like '*E*E/*E', whose MTP layers are connected too"
+        )
+    return gpt_spec(frac)
+
+
+def _hybrid_stack(args: Namespace, frac: FracConfig | None) -> Any:
+    from megatron_fc.megatron.hybrid import hybrid_stack
+    from megatron_fc.megatron.specs import frac_connect
+
+    stack = hybrid_stack(args.transformer_impl == "transformer_engine", args.qk_layernorm)
+    return stack if frac is None else frac_connect(stack, frac)
+
+
+def _count(counts: list[ParameterCount], chunks: list[Any]) -> list[Any]:
+    counts.append(count_parameters(chunks))
+    return chunks
+
+
+def _peak_memory() -> int:
+    if cpu.needed():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        peak = torch.cuda.max_memory_allocated()
+    peaks = torch.tensor([peak], dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+    return int(peaks.item())

@@ -1,0 +1,280 @@
+"""frac_connect on every kind of spec: identity at the start, counts, weight decay, refusals."""
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_fc import FracConfig, FracConnection, UserError
+from megatron_fc.megatron.parameters import count_parameters, is_frac_parameter
+from megatron_fc.megatron.slots import FracAdd, FracNorm
+from megatron_fc.megatron.specs import frac_connect
+
+DFC, SFC = FracConfig(rate=4), FracConfig(rate=4, dynamic=False)
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
+# Megatron's local MoE and shared experts take no bias.
+WITH_BIAS = [kind for kind in tiny.KINDS if kind in ("dense", "mtp", "mla")]
+
+
+def randomise_connections(model: torch.nn.Module, seed: int = 5) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_frac_parameter(name):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("frac", [DFC, SFC], ids=["dfc", "sfc"])
+@pytest.mark.parametrize("precision", [{}, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(("kind", "bias"), [*((k, False) for k in tiny.KINDS), *((k, True) for k in WITH_BIAS)])
+def test_logits_at_initialisation_equal_the_residual_models_bit_for_bit(
+    kind: str, bias: bool, dropout: float, precision: dict[str, Any], frac: FracConfig
+) -> None:
+    options = {**precision, "add_bias_linear": bias, "hidden_dropout": dropout}
+    plain = tiny.logits(tiny.build(kind, None, **options), tiny.tokens())
+    model = tiny.build(kind, frac, **options)
+    assert torch.equal(tiny.logits(model, tiny.tokens()), plain)
+    randomise_connections(model)
+    assert not torch.allclose(tiny.logits(model, tiny.tokens()), plain, atol=1e-2)
+
+
+def test_dropout_is_applied() -> None:
+    model = tiny.build("dense", DFC, hidden_dropout=0.5)
+    first, again, other = (tiny.logits(model, tiny.tokens(), seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other, atol=1e-2)
+
+
+def test_gradient_reaches_every_parameter() -> None:
+    for kind in tiny.KINDS:
+        model = tiny.build(kind, DFC)
+        randomise_connections(model)
+        tiny.loss(model, tiny.tokens(batch=8)).backward()
+        without = [
+            n for n, p in model.named_parameters() if is_frac_parameter(n) and (p.grad is None or not p.grad.any())
+        ]
+        assert not without, (kind, without)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_one_site_per_sub_layer(kind: str) -> None:
+    model = tiny.build(kind, DFC)
+    sites = [module for module in model.modules() if isinstance(module, FracConnection)]
+    assert len(sites) == {"mtp": 6}.get(kind, 4)
+    assert len({id(p) for site in sites for p in site.parameters()}) == 7 * len(sites)
+    added = count_parameters([model]).total - count_parameters([tiny.build(kind, None)]).total
+    assert added == count_parameters([model]).frac == len(sites) * DFC.parameter_count(tiny.WIDTH)
+
+
+@pytest.mark.parametrize(("frac", "added"), [(DFC, 165_056), (SFC, 1_152)], ids=["dfc_x4", "sfc_x4"])
+def test_parameters_added_to_the_papers_7b_model(frac: FracConfig, added: int) -> None:
+    """OLMoE-7B's 16 layers and width 2048, all 32 sites built by Megatron, on the meta device."""
+    with torch.device("meta"):
+        model = tiny.build("moe", frac, num_layers=16, hidden_size=2048, num_attention_heads=16)
+    sites = [module for module in model.modules() if isinstance(module, FracConnection)]
+    assert len(sites) == 32
+    assert sum(p.numel() for n, p in model.named_parameters() if is_frac_parameter(n)) == added
+
+
+def test_weight_decay_groups_of_megatrons_optimizer() -> None:
+    model = tiny.build("moe", DFC)
+    chunk = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1), [chunk])
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed: dict[str, set[float]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            if is_frac_parameter(name):
+                decayed.setdefault(name.rpartition(".")[2], set()).add(group["wd_mult"])
+    assert decayed == {
+        "static_beta": {0.0},
+        "static_gamma": {0.0},
+        "static_alpha": {0.0},
+        "scale_beta": {0.0},
+        "scale_alpha": {0.0},
+        "norm_weight": {0.0},
+        "dynamic_weight": {1.0},
+    }
+
+
+def _snapshot(value: Any) -> Any:
+    """The structure of a spec as plain values, to compare before and after."""
+    if isinstance(value, ModuleSpec):
+        return (value.module, dict(value.params), _snapshot(value.submodules))
+    if hasattr(value, "__dataclass_fields__"):
+        return (type(value), {key: _snapshot(item) for key, item in vars(value).items()})
+    if isinstance(value, list):
+        return [_snapshot(item) for item in value]
+    return copy.copy(value) if isinstance(value, dict) else id(value)
+
+
+def _block() -> TransformerBlockSubmodules:
+    config = tiny.transformer_config("mixed", num_layers=3, moe_layer_freq=[0, 1, 1])
+    return get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+
+
+@pytest.mark.parametrize("spec", [_block, get_gpt_layer_local_spec, lambda: hybrid_stack_spec])
+def test_input_spec_is_left_untouched(spec: Any) -> None:
+    spec = spec()
+    before = _snapshot(spec)
+    frac_connect(spec, DFC)
+    assert _snapshot(spec) == before
+
+
+def test_homogeneous_layers_keep_sharing_one_spec() -> None:
+    connected = frac_connect(_block(), DFC)
+    assert connected.layer_specs[1] is connected.layer_specs[2]
+    assert connected.layer_specs[0] is not connected.layer_specs[1]
+
+
+def test_transformer_engine_stack_is_connected_in_every_layer() -> None:
+    """Structure only, TE itself needs a GPU: where TE fuses the norm, the slot held Identity and now holds the site."""
+    submodules = frac_connect(hybrid_stack_spec, DFC).submodules
+    slots = {
+        "mamba_layer": ("norm", "mamba_bda"),
+        "gdn_layer": ("input_layernorm", "self_attn_bda"),
+        "attention_layer": ("input_layernorm", "self_attn_bda"),
+        "dsa_layer": ("input_layernorm", "self_attn_bda"),
+        "mla_layer": ("input_layernorm", "self_attn_bda"),
+        "mlp_layer": ("pre_mlp_layernorm", "mlp_bda"),
+        "moe_layer": ("pre_mlp_layernorm", "mlp_bda"),
+    }
+    for layer, (norm, add) in slots.items():
+        plain, connected = (getattr(s, layer).submodules for s in (hybrid_stack_spec.submodules, submodules))
+        assert getattr(connected, norm).module is FracNorm, layer
+        assert getattr(connected, norm).params["norm"] is getattr(plain, norm), layer
+        assert getattr(connected, add).module is FracAdd, layer
+    assert hybrid_stack_spec.submodules.attention_layer.submodules.input_layernorm is IdentityOp
+
+
+def test_gpt_layer_of_transformer_engine_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    # Megatron hides its provider where TE is not installed; its layer classes are there all the same.
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider)
+    for moe, mla in itertools.product((None, 4), (False, True)):
+        plain = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=moe, moe_grouped_gemm=bool(moe), multi_latent_attention=mla
+        )
+        connected = frac_connect(plain, DFC).submodules
+        assert connected.input_layernorm.params["norm"] is plain.submodules.input_layernorm
+        assert connected.pre_mlp_layernorm.params["norm"] is plain.submodules.pre_mlp_layernorm
+        assert connected.self_attn_bda.module is connected.mlp_bda.module is FracAdd
+        keys = connected.sharded_state_dict_keys_map
+        assert keys["input_layernorm.norm."] == "input_layernorm."
+        assert plain.submodules.sharded_state_dict_keys_map.items() <= keys.items()
+
+
+def test_checkpoint_names_of_the_norms_are_the_plain_models() -> None:
+    for kind in tiny.KINDS:
+        plain, model = (tiny.build(kind, frac).sharded_state_dict() for frac in (None, DFC))
+        plain_keys, keys = ({value.key for value in state.values()} for state in (plain, model))
+        added = keys - plain_keys
+        assert plain_keys <= keys, kind
+        assert added, kind
+        assert all(".connection." in key for key in added), kind
+
+
+def test_a_pipeline_stage_without_layers_is_no_error() -> None:
+    assert frac_connect(TransformerBlockSubmodules(layer_specs=[]), DFC).layer_specs == []
+
+
+class OtherLayer(TransformerLayer):
+    pass
+
+
+def _layer(**submodules: Any) -> ModuleSpec:
+    return ModuleSpec(TransformerLayer, submodules=TransformerLayerSubmodules(**submodules))
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        (_layer(), "TransformerLayer has no residual connection to replace"),
+        (TransformerBlockSubmodules(layer_specs=[_layer()]), "has no residual connection to replace"),
+        (frac_connect(get_gpt_layer_local_spec(), DFC), "TransformerLayer is connected already"),
+        (frac_connect(hybrid_stack_spec, DFC), "MambaLayer is connected already"),
+        (
+            ModuleSpec(OtherLayer, submodules=TransformerLayerSubmodules()),
+            "OtherLayer is no layer, block or stack",
+        ),
+        (
+            _layer(self_attn_bda=torch.nn.Identity),
+            "self_attn_bda of TransformerLayer is Identity, not Megatron's",
+        ),
+        (_layer(cross_attn_bda=get_bias_dropout_add), "has cross-attention"),
+        ("dfc_x4", "str is no layer, block or stack"),
+    ],
+)
+def test_refused_specs(spec: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        frac_connect(spec, SFC)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"fused_residual_rmsnorm": True}, "fused_residual_rmsnorm takes the residual"),
+        (
+            {"fine_grained_activation_offloading": True, "offload_modules": ["attn_norm"]},
+            "offload_modules=\\['attn_norm'\\] frees the residual",
+        ),
+        ({"hidden_size": 66, "num_attention_heads": 2}, "rate=4 does not divide hidden_size=66"),
+    ],
+)
+def test_options_that_would_be_silently_wrong_are_refused(
+    options: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        _build_with(options)
+
+
+def test_fused_tensor_parallel_inference_is_refused() -> None:
+    with pytest.raises(UserError, match="inference_fuse_tp_communication adds the residual"):
+        _build_with({"inference_fuse_tp_communication": True})
+
+
+def _build_with(options: dict[str, Any]) -> None:
+    """Build a layer under options that Megatron itself accepts on GPUs only."""
+    config = tiny.transformer_config("dense")
+    for name, value in options.items():
+        setattr(config, name, value)
+    spec = frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
+    spec.submodules.input_layernorm(config=config, hidden_size=config.hidden_size, eps=1e-5)
+
+
+def test_a_slot_replaced_after_frac_connect_is_noticed() -> None:
+    config = tiny.transformer_config("dense")
+    spec = frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
+    spec.submodules.input_layernorm = IdentityOp
+    with pytest.raises(UserError, match="width connection of 'input_layernorm' was replaced after frac_connect"):
+        spec(config=config)
+
+    spec = frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
+    spec.submodules.mlp_bda = get_bias_dropout_add
+    layer = spec(config=config)
+    with pytest.raises(UserError, match="depth connection of this layer was replaced"):
+        layer(torch.randn(4, 1, tiny.WIDTH), attention_mask=None)
+
+
+def test_deep_copied_spec_builds() -> None:
+    config = tiny.transformer_config("dense")
+    spec = copy.deepcopy(frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC))
+    layer = spec(config=config)
+    h = torch.randn(4, 1, tiny.WIDTH)
+    assert layer(h, attention_mask=None)[0].shape == h.shape
