@@ -9,6 +9,7 @@ testing on. It is installed only where torch finds no CUDA device.
 import contextlib
 import os
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def install() -> None:
     _replace_runtime()
     _replace_random_states()
     _adapt_megatron_core()
+    _adapt_half_precision_optimizer()
     _adapt_megatron_training()
 
 
@@ -226,6 +228,45 @@ def _adapt_megatron_core() -> None:
         return isend(tensor.detach(), *args, **kwargs)
 
     torch.distributed.isend = safe_isend
+
+
+def _adapt_half_precision_optimizer() -> None:
+    """Let the half-precision optimizer save and load a model that has fp32 parameters too.
+
+    Its sharded state numbers the half-precision parameters alone, while torch's optimizer numbers all: with the fp32
+    parameters of Frac-Connections it fails at the first checkpoint. On GPUs the distributed optimizer does it right
+    (`megatron_fc.megatron.refusals` asks for it); it cannot resume without TE or Apex, so not here. During both calls
+    every parameter is listed as if it had a main copy, an fp32 parameter being its own.
+    """
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params as Optimizer
+
+    @contextlib.contextmanager
+    def all_listed(optimizer: Any) -> Iterator[None]:
+        model_groups, main_groups = optimizer.float16_groups, optimizer.fp32_from_float16_groups
+        model_of = {
+            id(main): model
+            for mains, models in zip(main_groups, model_groups, strict=True)
+            for main, model in zip(mains, models, strict=True)
+        }
+        torch_groups = [group["params"] for group in optimizer.optimizer.param_groups]
+        optimizer.float16_groups = [[model_of.get(id(p), p) for p in group] for group in torch_groups]
+        optimizer.fp32_from_float16_groups = torch_groups
+        try:
+            yield
+        finally:
+            optimizer.float16_groups, optimizer.fp32_from_float16_groups = model_groups, main_groups
+
+    sharded_state_dict, load_state_dict = Optimizer.sharded_state_dict, Optimizer.load_state_dict
+
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with all_listed(self):
+            return sharded_state_dict(self, *args, **kwargs)
+
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with all_listed(self):
+            return load_state_dict(self, *args, **kwargs)
+
+    Optimizer.sharded_state_dict, Optimizer.load_state_dict = save, load
 
 
 def _adapt_megatron_training() -> None:

@@ -4,9 +4,9 @@ Megatron's HybridModel builds one sub-layer per layer (`*` attention, `E` MoE, `
 becomes the hybrid layers 2l and 2l+1.
 """
 
-import copy
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
@@ -37,10 +37,11 @@ def hybrid_stack(use_te: bool = HAVE_TE, qk_layernorm: bool = False) -> ModuleSp
 
 
 def _with_qk_norm(stack: ModuleSpec) -> ModuleSpec:
-    stack = copy.deepcopy(stack)
-    attention = stack.submodules.attention_layer.submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = TENorm
-    return stack
+    layer = stack.submodules.attention_layer
+    attention = layer.submodules.self_attention
+    normed = replace(attention.submodules, q_layernorm=TENorm, k_layernorm=TENorm)
+    layer = replace(layer, submodules=replace(layer.submodules, self_attention=replace(attention, submodules=normed)))
+    return replace(stack, submodules=replace(stack.submodules, attention_layer=layer))
 
 
 def _local_stack(qk_layernorm: bool) -> ModuleSpec:

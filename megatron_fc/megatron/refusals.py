@@ -2,17 +2,21 @@
 
 from argparse import Namespace
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fc.errors import UserError
 
 
 def refuse_unsupported_config(config: TransformerConfig) -> None:
-    """Check what the layers can see; every norm slot calls this when it is built.
+    """Check what a layer can see; every norm slot calls this when it is built, whichever way its spec came.
 
     Raises:
         UserError: names the option and what to do.
     """
+    args = _training_args()
+    if args is not None:
+        refuse_unsupported_args(args)
     if config.inference_fuse_tp_communication:
         raise UserError(
             "inference_fuse_tp_communication adds the residual inside the projections and would skip the depth "
@@ -32,8 +36,15 @@ def refuse_unsupported_config(config: TransformerConfig) -> None:
             )
 
 
+def _training_args() -> Namespace | None:
+    """The arguments of Megatron's training loop, None where megatron-core is used without it."""
+    from megatron.training import global_vars
+
+    return global_vars._GLOBAL_ARGS
+
+
 def refuse_unsupported_args(args: Namespace) -> None:
-    """Check what only Megatron's training arguments show: optimizer and sharding.
+    """Check what only Megatron's training arguments show: optimizer, sharding, checkpoints.
 
     Raises:
         UserError: names the option and what to do.
@@ -48,4 +59,11 @@ def refuse_unsupported_args(args: Namespace) -> None:
         raise UserError(
             "use_torch_fsdp2 wants one parameter dtype per layer and Frac-Connection parameters stay fp32 in a "
             "half-precision model: use the distributed optimizer instead"
+        )
+    half = args.bf16 or args.fp16
+    saves_optimizer = args.save and not args.no_save_optim and args.ckpt_format != "torch"
+    if half and saves_optimizer and not args.use_distributed_optimizer and torch.cuda.is_available():
+        raise UserError(
+            f"Megatron's plain half-precision optimizer cannot write fp32 parameters into a {args.ckpt_format} "
+            f"checkpoint, and Frac-Connections keep theirs in fp32: set use_distributed_optimizer"
         )

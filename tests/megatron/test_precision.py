@@ -7,6 +7,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.utils import unwrap_model
 
 from megatron_fc import FracConfig
 from megatron_fc.megatron.parameters import is_frac_parameter
@@ -27,8 +28,18 @@ def _frac(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _state(model: torch.nn.Module, optimizer: MegatronOptimizer, loading: bool) -> dict:
-    state = {"model": model.sharded_state_dict()}
+    state = {"model": unwrap_model(model).sharded_state_dict()}
     return {**state, "optimizer": optimizer.sharded_state_dict(state["model"], is_loading=loading)}
+
+
+def _step(model: torch.nn.Module, optimizer: MegatronOptimizer, step: int) -> float:
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss = tiny.loss(model, tiny.tokens(seed=step % 4, batch=4))
+    loss.backward()
+    model.finish_grad_sync()
+    assert optimizer.step()[0]
+    return loss.item()
 
 
 def test_hundred_steps_save_and_load(tmp_path: Path) -> None:
@@ -36,13 +47,7 @@ def test_hundred_steps_save_and_load(tmp_path: Path) -> None:
     start = {name: p.detach().clone() for name, p in _frac(model).items()}
     losses = []
     for step in range(STEPS):
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
-        loss = tiny.loss(model, tiny.tokens(seed=step % 4, batch=4))
-        loss.backward()
-        model.finish_grad_sync()
-        assert optimizer.step()[0]
-        losses.append(loss.item())
+        losses.append(_step(model, optimizer, step))
     assert losses[-1] < 0.7 * losses[0]
 
     trained = _frac(model)
@@ -64,9 +69,11 @@ def test_hundred_steps_save_and_load(tmp_path: Path) -> None:
 
     other, other_optimizer = _trainable(seed=2)
     loaded = dist_checkpointing.load(_state(other, other_optimizer, loading=True), str(tmp_path))
-    other.load_state_dict(loaded["model"])
+    unwrap_model(other).load_state_dict(loaded["model"])
     other_optimizer.load_state_dict(loaded["optimizer"])
     assert _frac(other)[name][0].item() == torch.tensor(1.001).item()
+    # The optimizer's moments are back at their parameters: the next step is the same.
+    assert _step(model, optimizer, STEPS) == _step(other, other_optimizer, STEPS)
     for key, value in model.state_dict().items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(other.state_dict()[key], value), key
