@@ -90,6 +90,9 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
 
 
 def _train(config: Path, overrides: list[str], extra: list[str], dry_run: bool) -> int:
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
     from megatron_fc.megatron.recipe import load_recipe
 
     recipe = load_recipe(config, overrides, extra)
@@ -122,7 +125,7 @@ def _train(config: Path, overrides: list[str], extra: list[str], dry_run: bool) 
         }
         summary = write_summary(recipe.run_dir, facts)
         Console().print(comparison_table([summary]))
-        print(f"{recipe.run_dir}: summary.json, metrics.jsonl, logs, tensorboard")
+        print(f"{recipe.run_dir}: summary.json, tensorboard, logs")
     return 0
 
 

@@ -29,19 +29,16 @@ def needed() -> bool:
     return not torch.cuda.is_available()
 
 
-def install() -> None:
-    """Redirect CUDA to the CPU in this process, once. Call it before any Megatron object is built.
+def install() -> bool:
+    """Redirect CUDA to the CPU in this process, where there is no CUDA device; True if the lane is active.
 
-    Raises:
-        RuntimeError: there is a CUDA device, where this lane must never be active.
+    Call it before Megatron is imported: what it sets for torch.compile is read on import.
     """
     global _installed
-    if not needed():
-        raise RuntimeError("the CPU lane is for machines without a CUDA device")
-    if _installed:
-        return
+    if _installed or not needed():
+        return _installed
     _installed = True
-    # torch.compile would need a C++ toolchain and takes longer than it saves here; read when dynamo is imported.
+    # torch.compile would need a C++ toolchain, and compiling takes longer than these small models run.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Megatron demands it under sequence parallelism, whatever the device.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -51,6 +48,7 @@ def install() -> None:
     _adapt_megatron_core()
     _adapt_half_precision_optimizer()
     _adapt_megatron_training()
+    return True
 
 
 class _CudaIsCpu(TorchFunctionMode):

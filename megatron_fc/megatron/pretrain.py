@@ -46,15 +46,13 @@ class Trained:
 def train(recipe: Recipe) -> Trained:
     """Run the recipe to its end; every rank of a launcher calls it, a lone process is a world of one.
 
-    Megatron's output goes to `run_dir/logs`, its figures to `run_dir/metrics.jsonl`, progress to the terminal.
+    Megatron's output goes to `run_dir/logs`, its figures to `run_dir/tensorboard`, progress to the terminal.
 
     Raises:
         UserError: Megatron refuses the arguments, or the checkpoint has other connections.
     """
     start = time.perf_counter()
     _join_world()
-    if cpu.needed():
-        cpu.install()
     args = _parse(recipe)
     if args.load:
         refuse_other_connection(Path(args.load), recipe.frac, args.hidden_size)
@@ -64,7 +62,7 @@ def train(recipe: Recipe) -> Trained:
     if display is not None:
         for note in recipe.notes:
             display.say(f"note: {note}")
-    with run_log(recipe.run_dir, args.rank, display):
+    with run_log(recipe.run_dir, args.rank, display, _flush_scalars):
         parameters = _pretrain(args, recipe)
         peak = _peak_memory()
     if torch.distributed.is_initialized():
@@ -158,6 +156,14 @@ def _hybrid_stack(args: Namespace, frac: FracConfig | None) -> Any:
 def _count(counts: list[ParameterCount], chunks: list[Any]) -> list[Any]:
     counts.append(count_parameters(chunks))
     return chunks
+
+
+def _flush_scalars() -> None:
+    """Put the events on disk now: by itself the writer does so every two minutes, which a crash would lose."""
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    if writer := get_tensorboard_writer():
+        writer.flush()
 
 
 def _peak_memory() -> int:

@@ -159,7 +159,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}")
     for section, values in content.items():
         if section not in SECTIONS:
-            raise UserError(unknown(f"section in {path}", str(section), SECTIONS))
+            raise UserError(unknown(f"section in {path}:", str(section), SECTIONS))
         if not isinstance(values, dict):
             raise UserError(f"section {section} of {path} must hold `name: value` lines, not {values!r}")
     return {section: dict(content.get(section) or {}) for section in SECTIONS}
@@ -269,9 +269,12 @@ def _adapt_to_machine(settings: dict[str, Any], megatron: _MegatronArguments) ->
 
 def _set_run_paths(settings: dict[str, Any], run_dir: Path) -> None:
     settings.setdefault("tensorboard_dir", str(run_dir / "tensorboard"))
+    settings.setdefault("log_timers_to_tensorboard", True)
     if settings.get("save_interval"):
         settings.setdefault("save", str(run_dir / "checkpoints"))
         settings.setdefault("load", settings["save"])
+        # The file says how the run goes on, also where that has changed since the checkpoint.
+        settings.setdefault("override_opt_param_scheduler", True)
 
 
 def _check_files(args: argparse.Namespace) -> None:

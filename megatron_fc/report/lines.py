@@ -1,7 +1,7 @@
-"""Megatron's log lines as numbers.
+"""Megatron's log lines as numbers, for the progress display.
 
 Megatron prints one line per logging interval, `iteration 10/ 200 | consumed samples: 80 | ... | lm loss: 7.1E+00 |`,
-on the last rank. It is the only place where all figures of a step stand together, and the one that people read.
+on the last rank.
 """
 
 import re

@@ -1,25 +1,22 @@
-"""Megatron's output goes to a log file per rank; the lines that matter go on to the display and the metrics file."""
+"""Megatron's output goes to a log file per rank; the lines that matter go on to the display."""
 
 import contextlib
 import io
-import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from megatron_fc.report.lines import parse_iteration, parse_validation
 from megatron_fc.report.progress import ProgressDisplay
-
-METRICS = "metrics.jsonl"
 
 
 class _Tee(io.TextIOBase):
     """Writes into the log and hands every whole line to `on_line`."""
 
-    def __init__(self, log: TextIO, on_line: Any) -> None:
+    def __init__(self, log: TextIO, on_line: Callable[[str], None]) -> None:
         self._log, self._on_line, self._pending = log, on_line, ""
 
     def write(self, text: str) -> int:
@@ -37,29 +34,31 @@ class _Tee(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def run_log(run_dir: Path, rank: int, display: ProgressDisplay | None) -> Iterator[Path]:
-    """Redirect Python's standard output and error into `run_dir/logs/rank<N>.log` while the body runs.
+def run_log(
+    run_dir: Path, rank: int, display: ProgressDisplay | None, on_iteration: Callable[[], None]
+) -> Iterator[Path]:
+    """Redirect Python's standard output, error and logging into `run_dir/logs/rank<N>.log` while the body runs.
 
     Args:
         run_dir: folder of the run; created if needed.
         rank: global rank of this process.
-        display: where iterations and validations are shown and recorded, on the rank that logs them.
+        display: where iterations and validations are shown, on the rank that logs them; None elsewhere.
+        on_iteration: called after each iteration that was logged here.
 
     Yields:
         The path of the log.
     """
     log_path = run_dir / "logs" / f"rank{rank}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_path, "a", buffering=1) as log, open(run_dir / METRICS, "a", buffering=1) as metrics:
+    with open(log_path, "a", buffering=1) as log:
 
         def on_line(line: str) -> None:
             if display is None:
                 return
             if record := parse_iteration(line):
-                metrics.write(json.dumps({"kind": "iteration", **record}) + "\n")
                 display.iteration(record)
+                on_iteration()
             elif record := parse_validation(line):
-                metrics.write(json.dumps({"kind": "validation", **record}) + "\n")
                 display.validation(record)
 
         with contextlib.redirect_stdout(_Tee(log, on_line)), contextlib.redirect_stderr(log):
@@ -69,27 +68,6 @@ def run_log(run_dir: Path, rank: int, display: ProgressDisplay | None) -> Iterat
             finally:
                 if display is not None:
                     display.close()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return a run's records in order, one per kind, set and iteration: what a resumed run repeated counts once.
-
-    A line that was cut by a crash is dropped.
-    """
-    records: dict[tuple[Any, ...], dict[str, Any]] = {}
-    path = run_dir / METRICS
-    if not path.exists():
-        return []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            records[(record["kind"], record.get("set"), record["iteration"])] = record
-    return sorted(records.values(), key=lambda record: record["iteration"])
-
-
-def interrupted_tail(run_dir: Path, after: int) -> int:
-    """Return how many iterations of the metrics file lie behind `after`, where a resumed run starts over."""
-    return sum(1 for r in read_metrics(run_dir) if r["kind"] == "iteration" and r["iteration"] > after)
 
 
 def real_stdout() -> TextIO:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from megatron_fc.report.runlog import read_metrics
+from megatron_fc.report.metrics import Metrics, Series, read_metrics
 
 SUMMARY = "summary.json"
 _PACKAGES = ("megatron_fc", "megatron-core", "torch", "triton", "transformer-engine", "numpy")
@@ -86,24 +86,26 @@ def _cell(summary: dict[str, Any], base: dict[str, Any], key: str, form: str) ->
     return f"{value:,}"
 
 
-def _figures(records: list[dict[str, Any]], tokens_per_iteration: int) -> dict[str, Any]:
-    steps = [r for r in records if r["kind"] == "iteration" and "loss" in r]
-    validations = [r for r in records if r["kind"] == "validation"]
-    losses = [r["loss"] for r in steps]
-    # The first steps of a process compile, allocate and warm caches up: the median is not moved by them.
-    step_ms = statistics.median([r["step_ms"] for r in steps]) if steps else None
-    last = {name: [r["loss"] for r in validations if r["set"] == name][-1:] for name in ("validation", "test")}
+def _figures(metrics: Metrics, tokens_per_iteration: int) -> dict[str, Any]:
+    losses, step_times = list(metrics.loss.values()), list(metrics.step_seconds.values())
+    # The first steps of a process allocate and warm caches up: the median is not moved by them.
+    step_ms = statistics.median(step_times) * 1e3 if step_times else None
+    iterations = max(metrics.loss, default=0)
     return {
-        "iterations": steps[-1]["iteration"] if steps else 0,
-        "consumed_samples": int(steps[-1]["consumed_samples"]) if steps else 0,
+        "iterations": iterations,
+        "tokens": iterations * tokens_per_iteration,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "mean_last_loss": statistics.fmean(losses[-_LAST:]) if losses else None,
-        "validation_loss": last["validation"][0] if last["validation"] else None,
-        "test_loss": last["test"][0] if last["test"] else None,
+        "validation_loss": _last(metrics.validation),
+        "test_loss": _last(metrics.test),
         "median_step_ms": step_ms,
         "tokens_per_second": tokens_per_iteration / step_ms * 1e3 if step_ms else None,
     }
+
+
+def _last(series: Series) -> float | None:
+    return series[max(series)] if series else None
 
 
 def _versions() -> dict[str, str | None]:

@@ -7,8 +7,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron_fc.megatron import cpu
 
-    if cpu.needed():
-        cpu.install()
+    cpu.install()
     import tiny
 
 

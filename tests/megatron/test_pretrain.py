@@ -1,0 +1,242 @@
+"""`megatron-fc train` as a user runs it: processes of their own, real text, checkpoints, kill -9."""
+
+import argparse
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_fc.cli import main
+from megatron_fc.data import build_demo_data
+from megatron_fc.data.corpus import Root
+from megatron_fc.megatron.checkpoint import latest_checkpoint, stored_structure
+from megatron_fc.report.metrics import Metrics, read_metrics
+from megatron_fc.report.summary import read_summary
+
+pytestmark = pytest.mark.xdist_group("pretrain")
+ITERATIONS = 40
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny OLMoE-like model on a few modules of the standard library."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    (folder / "text").mkdir()
+    lines = [line for module in (argparse, inspect, typing) for line in inspect.getsource(module).splitlines()]
+    for start in range(0, len(lines), 50):
+        (folder / "text" / f"{start}.py").write_text("\n".join(lines[start : start + 50]))
+    sources = Root("text", folder / "text")
+    data = build_demo_data(folder / "data", vocab_size=300, report=lambda _: None, roots=[sources])
+    demo = yaml.safe_load((Path(__file__).parents[2] / "configs" / "demo.yaml").read_text())
+    demo["model"] |= {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "seq_length": 32}
+    demo["model"] |= {"max_position_embeddings": 32, "num_experts": 4, "moe_ffn_hidden_size": 32}
+    demo["data"] |= {"train_data_path": [str(data.train_prefix)], "valid_data_path": [str(data.valid_prefix)]}
+    demo["data"]["tokenizer_model"] = str(data.tokenizer)
+    demo["optimizer"] |= {"train_iters": ITERATIONS, "lr_decay_iters": ITERATIONS, "lr_warmup_iters": 4}
+    demo["optimizer"] |= {"eval_iters": 2, "micro_batch_size": 2, "global_batch_size": 4}
+    demo["checkpoint"]["save_interval"] = 10
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(demo))
+    return path
+
+
+def command(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "megatron_fc", "train", str(config), *overrides]
+
+
+def environment() -> dict[str, str]:
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in launcher}
+
+
+def train(config: Path, run_dir: Path, *overrides: str) -> dict:
+    done = subprocess.run(
+        command(config, f"run_dir={run_dir}", *overrides),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = read_summary(run_dir)
+    assert summary is not None
+    return {**summary, "printed": done.stdout}
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path) -> Path:
+    """An undisturbed DFCx4 run."""
+    run_dir = config.parent / "dfc_x4"
+    train(config, run_dir)
+    return run_dir
+
+
+def figures(run_dir: Path) -> dict:
+    """Everything that was logged but the time it took."""
+    scalars = read_metrics(run_dir).scalars
+    return {tag: series for tag, series in scalars.items() if "time" not in tag and "vs samples" not in tag}
+
+
+def test_a_run_learns_and_leaves_its_figures(finished: Path) -> None:
+    summary = read_summary(finished)
+    assert summary is not None
+    assert summary["connection"] == "dfc_x4"
+    assert summary["iterations"] == ITERATIONS
+    assert summary["tokens"] == 4 * 32 * ITERATIONS
+    assert summary["last_loss"] < summary["first_loss"] - 0.5
+    assert summary["validation_loss"] < summary["first_loss"]
+    sites, fraction = 4, 32 // 4
+    assert summary["frac_parameters"] == sites * (fraction * 10 + 36 + 2)
+    assert summary["versions"]["megatron-core"]
+    assert summary["config"]["frac"]["rate"] == 4
+    assert summary["peak_memory_bytes"] > 2**20
+    scalars = read_metrics(finished).scalars
+    for tag in ("lm loss", "load_balancing_loss", "z_loss", "grad-norm", "learning-rate"):
+        assert list(scalars[tag]) == list(range(1, ITERATIONS + 1)), tag
+
+
+def metrics_of(file: Path) -> Metrics:
+    """The metrics of one event file alone."""
+    alone = file.parents[2] / f"only-{file.name}"
+    (alone / "tensorboard").mkdir(parents=True)
+    (alone / "tensorboard" / file.name).symlink_to(file)
+    return read_metrics(alone)
+
+
+def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Path) -> None:
+    run_dir = config.parent / "killed"
+    words = command(config, f"run_dir={run_dir}")
+    victim = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    # Between the checkpoints of iterations 10 and 20, so that some steps are lost and repeated.
+    while not (progress := read_metrics(run_dir).loss) or max(progress) < 14:
+        assert victim.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert 14 <= max(read_metrics(run_dir).loss) < ITERATIONS
+
+    train(config, run_dir)
+    first, second = (metrics_of(file) for file in sorted((run_dir / "tensorboard").iterdir()))
+    assert min(second.loss) in (11, 21, 31), "started from the last checkpoint"
+    assert set(first.loss) & set(second.loss), "some steps were lost and repeated"
+    assert figures(run_dir) == figures(finished)
+
+
+def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path) -> None:
+    gpt = read_summary(finished)
+    assert gpt is not None
+    short = ("train_iters=5", "lr_decay_iters=5", "save_interval=null")
+    hybrid = train(config, config.parent / "hybrid", "family=hybrid", *short)
+    assert hybrid["frac_parameters"] == gpt["frac_parameters"]
+    assert hybrid["parameters"] == gpt["parameters"]
+    residual = train(config, config.parent / "residual", "connection=residual", *short)
+    assert residual["frac_parameters"] == 0
+    # All weights are drawn alike, and at the start the connections are identities: the first loss is the same.
+    assert residual["first_loss"] == gpt["first_loss"]
+    assert "note: no CUDA device: CPU lane over gloo" in residual["printed"]
+    assert "iteration 5/5" in residual["printed"]
+
+
+def test_bf16_run_resumes(config: Path) -> None:
+    run_dir = config.parent / "bf16"
+    options = ("bf16=true", "connection=sfc", "rate=2", "lr_decay_iters=12", "save_interval=6")
+    train(config, run_dir, *options, "train_iters=6")
+    resumed = train(config, run_dir, *options, "train_iters=12")
+    straight = train(config, config.parent / "bf16_straight", *options, "train_iters=12")
+    assert resumed["iterations"] == 12
+    for tag in ("lm loss", "grad-norm", "learning-rate"):
+        assert figures(run_dir)[tag] == figures(config.parent / "bf16_straight")[tag]
+    assert resumed["last_loss"] == straight["last_loss"]
+
+
+def test_two_ranks_train_as_one(config: Path, finished: Path) -> None:
+    """torchrun, as `make demo` uses it on several GPUs."""
+    run_dir = config.parent / "two_ranks"
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    words = command(config, f"run_dir={run_dir}", "save_interval=null", "train_iters=5")
+    words[2:2] = launcher
+    subprocess.run(words, env=environment(), check=True, capture_output=True)
+    summary, alone = read_summary(run_dir), read_summary(finished)
+    assert summary is not None
+    assert alone is not None
+    assert summary["world_size"] == 2
+    assert summary["parameters"] == alone["parameters"]
+    # The same global batch in another order of summation.
+    assert summary["first_loss"] == pytest.approx(alone["first_loss"], rel=1e-5)
+    assert (run_dir / "logs" / "rank0.log").exists()
+
+
+def test_checkpoint_knows_its_connections(finished: Path) -> None:
+    checkpoint = latest_checkpoint(finished / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == f"iter_{ITERATIONS:07d}"
+    assert stored_structure(checkpoint) == {
+        "static_beta": 4,
+        "static_gamma": 16,
+        "static_alpha": 16,
+        "dynamic_weight": 8,
+        "scale_beta": 1,
+        "scale_alpha": 1,
+        "norm_weight": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["rate=2"], "has dfc_x4 connections, this run has dfc_x2 connections: give the run another run_dir"),
+        (["connection=sfc"], "has dfc_x4 connections, this run has sfc_x4 connections"),
+        (["connection=residual"], "has dfc_x4 connections, this run has plain residual connections"),
+        (["norm=none"], "has dfc_x4 connections, this run has dfc_x4 connections without norm"),
+        (["tanh=false"], "was trained with FracConfig(rate=4, dynamic=True, norm='rmsnorm', tanh=True"),
+        (["num_attention_heads=3"], "Megatron refuses the arguments: "),
+        (["sft=true"], "sft is not supported by megatron-fc train"),
+        (["optimizer.optimizer=muon"], "optimizer=muon would orthogonalise dynamic_weight"),
+    ],
+)
+def test_what_the_run_cannot_continue_is_refused(
+    config: Path,
+    finished: Path,
+    overrides: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert main(["train", str(config), f"run_dir={finished}", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_mistake_in_a_process_of_its_own(config: Path) -> None:
+    done = subprocess.run(
+        command(config, "num_layer=3"), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "megatron-fc: unknown key in section model: 'num_layer': did you mean 'num_layers'?\n"
+    assert done.stdout == ""
+
+
+def test_cpu_lane_is_never_active_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_fc.megatron import cpu
+
+    monkeypatch.setattr(cpu, "_installed", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    manual_seed = torch.cuda.manual_seed
+    assert cpu.install() is False
+    assert torch.cuda.manual_seed is manual_seed
