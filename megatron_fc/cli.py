@@ -41,11 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a YAML config inside Megatron's training loop",
-        usage="megatron-fc train CONFIG.yaml [key=value ...] [--dry-run] [-- Megatron flags ...]",
+        usage="megatron-fc train CONFIG.yaml [key=value ...] [--dry-run] [--brief] [-- Megatron flags ...]",
     )
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. connection=residual optimizer.lr=1e-3")
     train.add_argument("--dry-run", action="store_true", help="check and print Megatron's command line, start nothing")
+
+    train.add_argument("--brief", action="store_true", help="progress only: no notes before, no table after")
 
     data = commands.add_parser("data", help="make training data")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -86,17 +88,17 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         from megatron_fc.demo import run_demo
 
         return run_demo(args.out, args.data, args.overrides)
-    return _train(args.config, args.overrides, extra, args.dry_run)
+    return _train(args, extra)
 
 
-def _train(config: Path, overrides: list[str], extra: list[str], dry_run: bool) -> int:
+def _train(args: argparse.Namespace, extra: list[str]) -> int:
     from megatron_fc.megatron import cpu
 
     cpu.install()
     from megatron_fc.megatron.recipe import load_recipe
 
-    recipe = load_recipe(config, overrides, extra)
-    if dry_run:
+    recipe = load_recipe(args.config, args.overrides, extra)
+    if args.dry_run:
         for note in recipe.notes:
             print(f"# {note}")
         print(_as_command(recipe.argv))
@@ -106,10 +108,11 @@ def _train(config: Path, overrides: list[str], extra: list[str], dry_run: bool) 
     from megatron_fc.report.runlog import is_log_rank
     from megatron_fc.report.summary import comparison_table, write_summary
 
+    if is_log_rank() and not args.brief:
+        for note in recipe.notes:
+            print(f"note: {note}", flush=True)
     trained = train(recipe)
     if is_log_rank():
-        from rich.console import Console
-
         facts = {
             "connection": recipe.connection,
             "family": recipe.family,
@@ -124,8 +127,11 @@ def _train(config: Path, overrides: list[str], extra: list[str], dry_run: bool) 
             "megatron_arguments": recipe.argv,
         }
         summary = write_summary(recipe.run_dir, facts)
-        Console().print(comparison_table([summary]))
-        print(f"{recipe.run_dir}: summary.json, tensorboard, logs")
+        if not args.brief:
+            from rich.console import Console
+
+            Console().print(comparison_table([summary]))
+            print(f"{recipe.run_dir}: summary.json, tensorboard, logs")
     return 0
 
 
@@ -168,7 +174,8 @@ def _quieten() -> None:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for talkative in ("torch.utils.cpp_extension", "matplotlib"):
+        logging.getLogger(talkative).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ def run_demo(out: Path, data: Path, overrides: Sequence[str]) -> int:
     """
     from rich.console import Console
 
+    from megatron_fc.megatron.environment import adaptations
+
     if not CONFIG.exists():
         raise UserError(f"{CONFIG} does not exist: run the demo from a checkout of the repository")
     start = time.perf_counter()
@@ -43,6 +45,8 @@ def run_demo(out: Path, data: Path, overrides: Sequence[str]) -> int:
         f"valid_data_path=['{built.valid_prefix}']",
         f"tokenizer_model={built.tokenizer}",
     ]
+    for note in (adaptation.reason for adaptation in adaptations()):
+        print(f"note: {note}", flush=True)
     for name, connection in CONNECTIONS.items():
         code = _train(name, [*connection, *files, *overrides, f"run_dir={out / name}"])
         if code:
@@ -69,7 +73,7 @@ def _train(name: str, overrides: list[str]) -> int:
     if summary is not None:
         raise UserError(f"{recipe.run_dir} holds a run with other settings: remove it, or give another --out")
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *launcher, "megatron_fc", "train", str(CONFIG), *overrides]
+    command = [sys.executable, "-m", *launcher, "megatron_fc", "train", str(CONFIG), "--brief", *overrides]
     return subprocess.run(command, check=False).returncode
 
 

@@ -59,9 +59,6 @@ def train(recipe: Recipe) -> Trained:
 
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
-    if display is not None:
-        for note in recipe.notes:
-            display.say(f"note: {note}")
     with run_log(recipe.run_dir, args.rank, display, _flush_scalars):
         parameters = _pretrain(args, recipe)
         peak = _peak_memory()

@@ -27,6 +27,11 @@ def refuse_unsupported_config(config: TransformerConfig) -> None:
             "fused_residual_rmsnorm takes the residual from the norm and would bypass the width connection: "
             "turn it off with Frac-Connections"
         )
+    if getattr(config, "mla_down_proj_fusion", False) and config.is_hybrid_model:
+        raise UserError(
+            "mla_down_proj_fusion overwrites the norm slot of a hybrid stack's MLA layers, and with it their width "
+            "connection: turn it off with Frac-Connections"
+        )
     if config.fine_grained_activation_offloading:
         freed = sorted({"attn_norm", "mlp_norm"} & set(config.offload_modules or []))
         if freed:

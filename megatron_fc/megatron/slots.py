@@ -44,7 +44,7 @@ class Pairing:
         if norm is None:
             raise UserError(
                 f"the width connection of {self.slot!r} was replaced after frac_connect: call frac_connect last, "
-                f"and turn mla_down_proj_fusion off in hybrid stacks, which overwrites that slot"
+                f"and turn mla_down_proj_fusion off, which overwrites that slot in hybrid stacks"
             )
         return norm
 

@@ -9,6 +9,7 @@ with warnings.catch_warnings():
 
     cpu.install()
     import tiny
+    from megatron.core import tensor_parallel
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,3 +17,9 @@ def parallel_state() -> Iterator[None]:
     """One rank of Megatron's parallel state for the whole session."""
     with tiny.one_rank():
         yield
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Megatron's random states exist, whichever test runs first."""
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)

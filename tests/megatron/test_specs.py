@@ -230,6 +230,8 @@ def test_refused_specs(spec: Any, sentence: str) -> None:
     ("options", "sentence"),
     [
         ({"fused_residual_rmsnorm": True}, "fused_residual_rmsnorm takes the residual"),
+        ({"inference_fuse_tp_communication": True}, "inference_fuse_tp_communication adds the residual"),
+        ({"mla_down_proj_fusion": True, "is_hybrid_model": True}, "mla_down_proj_fusion overwrites the norm slot"),
         (
             {"fine_grained_activation_offloading": True, "offload_modules": ["attn_norm"]},
             "offload_modules=\\['attn_norm'\\] frees the residual",
@@ -237,25 +239,13 @@ def test_refused_specs(spec: Any, sentence: str) -> None:
         ({"hidden_size": 66, "num_attention_heads": 2}, "rate=4 does not divide hidden_size=66"),
     ],
 )
-def test_options_that_would_be_silently_wrong_are_refused(
-    options: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match=sentence):
-        _build_with(options)
-
-
-def test_fused_tensor_parallel_inference_is_refused() -> None:
-    with pytest.raises(UserError, match="inference_fuse_tp_communication adds the residual"):
-        _build_with({"inference_fuse_tp_communication": True})
-
-
-def _build_with(options: dict[str, Any]) -> None:
-    """Build a layer under options that Megatron itself accepts on GPUs only."""
+def test_options_that_would_be_silently_wrong_are_refused(options: dict[str, Any], sentence: str) -> None:
     config = tiny.transformer_config("dense")
-    for name, value in options.items():
+    for name, value in options.items():  # set afterwards: Megatron itself accepts some of them on GPUs only
         setattr(config, name, value)
     spec = frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
-    spec.submodules.input_layernorm(config=config, hidden_size=config.hidden_size, eps=1e-5)
+    with pytest.raises(UserError, match=sentence):
+        spec.submodules.input_layernorm(config=config, hidden_size=config.hidden_size, eps=1e-5)
 
 
 def test_a_slot_replaced_after_frac_connect_is_noticed() -> None:
