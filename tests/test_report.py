@@ -22,7 +22,9 @@ ITERATION = (
     "load_balancing_loss: 1.028519E+00 | z_loss: 7.936013E+00 | loss scale: 1.0 | grad norm: 2.968 | number of "
     "skipped iterations:   0 | number of nan iterations:   0 |"
 )
-VALIDATION = " validation loss at iteration 10 on validation set | lm loss value: 7.633497E+00 | lm loss PPL: 2.066264E+03 | "
+VALIDATION = (
+    " validation loss at iteration 10 on validation set | lm loss value: 7.633497E+00 | lm loss PPL: 2.066264E+03 | "
+)
 
 
 def test_iteration_line() -> None:
@@ -126,3 +128,22 @@ def test_log_keeps_everything_and_the_display_what_matters(tmp_path: Path) -> No
         "dfc_x4  iteration 10  validation loss 7.6335",
     ]
     assert flushed == [1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bar_on_a_terminal_leaves_the_log_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    display = ProgressDisplay(terminal, "dfc_x4", tokens_per_iteration=2048)
+    with run_log(tmp_path, 0, display, lambda: None) as path:
+        for _ in range(3):
+            print(ITERATION)
+        print(VALIDATION)
+    assert path.read_text() == f"{ITERATION}\n" * 3 + f"{VALIDATION}\n"
+    assert "consumed samples" not in terminal.getvalue()
+    assert "2/10" in terminal.getvalue()
+    assert "validation loss 7.6335" in terminal.getvalue()

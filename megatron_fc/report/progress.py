@@ -53,12 +53,16 @@ class ProgressDisplay:
 
     def _show_bar(self, done: int, total: int, text: str) -> None:
         if self._bar is None:
-            columns = (
+            self._bar = Progress(
                 TextColumn(self._label),
                 BarColumn(),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+                TextColumn("{task.fields[text]}"),
+                console=self._console,
+                # By default the bar takes standard output over, which is the log's.
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
-            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self._console)
             self._task = self._bar.add_task("", total=total, text=text)
             self._bar.start()
         assert self._task is not None
