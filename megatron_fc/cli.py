@@ -13,9 +13,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code, 2 for input that the user can correct."""
     words = list(sys.argv[1:] if argv is None else argv)
     words, extra = _split_at_dashes(words)
-    args = _parser().parse_args(words)
+    parser = _parser()
+    # argparse takes the overrides in one piece only; those behind an option are handed back.
+    args, behind = parser.parse_known_args(words)
+    if any(word.startswith("-") for word in behind) or (behind and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
     if extra and args.command != "train":
-        _parser().error("only `train` takes Megatron flags after --")
+        parser.error("only `train` takes Megatron flags after --")
+    if behind:
+        args.overrides += behind
     try:
         return _run(args, extra)
     except UserError as error:
@@ -34,13 +40,14 @@ def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="megatron-fc", description="Frac-Connections (arXiv 2503.14125) for Megatron-LM."
+        prog="megatron-fc", description="Frac-Connections (arXiv 2503.14125) for Megatron-LM.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
         "train",
         help="train a YAML config inside Megatron's training loop",
+        allow_abbrev=False,
         usage="megatron-fc train CONFIG.yaml [key=value ...] [--dry-run] [--brief] [-- Megatron flags ...]",
     )
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
