@@ -1,6 +1,6 @@
 # Every target sets up what it needs by itself; only the first call takes time. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: demo test lint types format lock clean help
+.PHONY: demo test compat lint types format lock clean help
 
 # ARGS reaches the command behind demo and test: make test ARGS="-k doctor"
 ARGS :=
@@ -11,6 +11,9 @@ demo: .venv/.installed  ## train a residual and a Frac-Connections MoE on real t
 # PATH: PyTorch looks for the environment's ninja there.
 test: .venv/.installed  ## run the tests
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+compat: .venv/.installed  ## run the quick tests with every supported megatron-core, write docs/compatibility.md
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python scripts/compat.py
 
 lint: .venv/.installed  ## check style and formatting
 	.venv/bin/ruff check

@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("only `train` takes Megatron flags after --")
     if behind:
         args.overrides += behind
+    if args.command == "upcycle" and (args.config is None) != args.to_residual:
+        parser.error("upcycle needs CONFIG.yaml, and with --to-residual takes none")
     try:
         return _run(args, extra)
     except UserError as error:
@@ -55,6 +57,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check and print Megatron's command line, start nothing")
 
     train.add_argument("--brief", action="store_true", help="progress only: no notes before, no table after")
+
+    upcycle = commands.add_parser(
+        "upcycle",
+        help="give a plain checkpoint Frac-Connections, or take untrained ones away",
+        allow_abbrev=False,
+        usage="megatron-fc upcycle --from PLAIN --to FC CONFIG.yaml [key=value ...]\n"
+        "       megatron-fc upcycle --to-residual --from FC --to PLAIN",
+    )
+    upcycle.add_argument("--from", type=Path, required=True, dest="source", metavar="FOLDER", help="of checkpoints")
+    upcycle.add_argument("--to", type=Path, required=True, dest="target", metavar="FOLDER", help="new, for `load`")
+    upcycle.add_argument("--to-residual", action="store_true", help="the reverse, where nothing was trained yet")
+    upcycle.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml", help="the model, with connections")
+    upcycle.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. connection=sfc rate=2")
 
     data = commands.add_parser("data", help="make training data")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -95,6 +110,8 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         from megatron_fc.demo import run_demo
 
         return run_demo(args.out, args.data, args.overrides)
+    if args.command == "upcycle":
+        return _upcycle(args)
     return _train(args, extra)
 
 
@@ -139,6 +156,23 @@ def _train(args: argparse.Namespace, extra: list[str]) -> int:
 
             Console().print(comparison_table([summary]))
             print(f"{recipe.run_dir}: summary.json, tensorboard, logs")
+    return 0
+
+
+def _upcycle(args: argparse.Namespace) -> int:
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from megatron_fc.megatron.conversion import residual_checkpoint, upcycle_checkpoint
+    from megatron_fc.megatron.recipe import load_recipe
+    from megatron_fc.report.runlog import is_log_rank
+
+    if args.to_residual:
+        said = residual_checkpoint(args.source, args.target)
+    else:
+        said = upcycle_checkpoint(load_recipe(args.config, args.overrides), args.source, args.target)
+    if is_log_rank():
+        print(said)
     return 0
 
 

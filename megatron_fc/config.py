@@ -24,6 +24,8 @@ class FracConfig:
         scale: multiply the predicted part by the learned scalars s_alpha and s_beta (eq. 12-14).
         initial_scale: initial value of both scalars.
         norm_eps: epsilon of the norm, FC's own and independent of the model's.
+        recompute: keep the residual stream and the sub-layer's output for backward and compute the rest again; changes
+            memory and time, no result, and two configs that differ in it alone are equal.
 
     Raises:
         UserError: a value is out of range, or an option of the dynamic part is changed in a static connection.
@@ -36,11 +38,13 @@ class FracConfig:
     scale: bool = True
     initial_scale: float = 0.01
     norm_eps: float = 1e-5
+    # No part of what the connection computes: a checkpoint may be continued with the other setting.
+    recompute: bool = dataclasses.field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.rate, bool) or not isinstance(self.rate, int) or self.rate < 1:
             raise UserError(f"rate must be a whole number of at least 1, not {self.rate!r}: use 2, 4 or 8")
-        for name in ("dynamic", "tanh", "scale"):
+        for name in ("dynamic", "tanh", "scale", "recompute"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.norm not in get_args(Norm):
@@ -59,7 +63,7 @@ class FracConfig:
     def _refuse_dynamic_options(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("rate", "dynamic") and value != field.default:
+            if field.name not in ("rate", "dynamic", "recompute") and value != field.default:
                 raise UserError(
                     f"{field.name}={value!r} has no effect on static connections (dynamic=false): "
                     f"drop it or set dynamic=true"

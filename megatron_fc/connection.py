@@ -9,6 +9,7 @@ from megatron_fc import functional
 from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.functional import FracParameters
+from megatron_fc.recompute import recomputed
 
 
 class FracConnection(nn.Module):
@@ -72,17 +73,27 @@ class FracConnection(nn.Module):
         """Return the parameters by name, None for those that the configuration does not have."""
         return FracParameters(**{name: getattr(self, name) for name in FracParameters._fields})
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, then: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Width connection: residual stream [..., d] -> sub-layer input [..., d], before the sub-layer's norm.
 
         Frameworks call the module, never `width` alone: hooks on the module (overlapped parameter gathers of
         data parallelism) have then run before the parameters are read.
 
+        Args:
+            h: the residual stream.
+            then: applied to the result, say the sub-layer's norm: with `recompute` the result itself is not kept
+                for backward.
+
         Raises:
             UserError: the last dimension is not the hidden size.
         """
         self._check("h", h)
-        return functional.width(h, self.site_parameters(), self.config)
+
+        def width(h: Tensor) -> Tensor:
+            x = functional.width(h, self.site_parameters(), self.config)
+            return x if then is None else then(x)
+
+        return recomputed(width, h) if self.config.recompute else width(h)
 
     def width(self, h: Tensor) -> Tensor:
         """The width connection; the same as calling the module."""
@@ -99,7 +110,11 @@ class FracConnection(nn.Module):
         self._check("h", h)
         if o.shape != h.shape:
             raise UserError(f"o has shape {tuple(o.shape)} and h {tuple(h.shape)}: they must be the same")
-        return functional.depth(o, h, self.site_parameters(), self.config)
+
+        def depth(o: Tensor, h: Tensor) -> Tensor:
+            return functional.depth(o, h, self.site_parameters(), self.config)
+
+        return recomputed(depth, o, h) if self.config.recompute else depth(o, h)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, {self.config}"
@@ -118,4 +133,10 @@ class FracConnection(nn.Module):
             too_coarse = moved.is_floating_point() and moved.dtype.itemsize < torch.float32.itemsize
             return tensor.to(moved.device) if too_coarse else moved
 
-        return super()._apply(keep_precision, recurse)
+        # Leaving the meta device makes new parameters, without what frameworks have marked on the old ones: Megatron's
+        # `sequence_parallel`, say, whose loss would leave gradients unreduced.
+        marks = {name: vars(p).copy() for name, p in self._parameters.items() if p is not None}
+        super()._apply(keep_precision, recurse)
+        for name, attributes in marks.items():
+            vars(self._parameters[name]).update(attributes)
+        return self

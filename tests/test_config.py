@@ -13,6 +13,7 @@ from megatron_fc import FracConfig, UserError
         ({"rate": True}, "rate must be a whole number"),
         ({"norm": "rmsnrm"}, "unknown norm 'rmsnrm': did you mean 'rmsnorm'?"),
         ({"tanh": "yes"}, "tanh must be true or false"),
+        ({"recompute": 1}, "recompute must be true or false"),
         ({"initial_scale": float("nan")}, "initial_scale must be a finite number"),
         ({"norm_eps": 0.0}, "norm_eps must be greater than 0"),
         ({"dynamic": False, "tanh": False}, "tanh=False has no effect on static connections"),
@@ -35,6 +36,13 @@ def test_dict_round_trip_and_unknown_key() -> None:
     assert FracConfig.from_dict(config.to_dict()) == config
     with pytest.raises(UserError, match="unknown frac option 'rat': did you mean 'rate'"):
         FracConfig.from_dict({"rat": 4})
+
+
+def test_recompute_goes_with_every_connection_and_makes_it_no_other() -> None:
+    for dynamic in (True, False):
+        config = FracConfig(dynamic=dynamic, recompute=True)
+        assert config == FracConfig(dynamic=dynamic)
+        assert FracConfig.from_dict(config.to_dict()).recompute
 
 
 def test_config_is_immutable() -> None:

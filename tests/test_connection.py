@@ -113,6 +113,35 @@ def test_meta_site_is_initialised_by_reset_parameters() -> None:
     assert torch.equal(site(h), h)
 
 
+def test_marks_of_a_framework_survive_leaving_the_meta_device() -> None:
+    with torch.device("meta"):
+        site = FracConnection(8, FracConfig(rate=2))
+    for parameter in site.parameters():
+        parameter.sequence_parallel = True
+    site.to_empty(device="cpu", recurse=False).reset_parameters()  # as Megatron-FSDP does
+    assert all(parameter.sequence_parallel for parameter in site.parameters())
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recompute_is_exact_and_runs_under_autocast(dynamic: bool, dtype: torch.dtype) -> None:
+    def gradients(recompute: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        site = FracConnection(64, FracConfig(rate=4, dynamic=dynamic, recompute=recompute))
+        for parameter in site.parameters():
+            torch.nn.init.normal_(parameter)
+        layer = torch.nn.Linear(64, 64, dtype=dtype)
+        h = torch.randn(5, 64).to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            x = site(h, then=torch.nn.LayerNorm(64))
+            result = site.depth(layer(x), h)
+        (result.float() ** 2).sum().backward()
+        return [result, h.grad, *(p.grad for p in (*site.parameters(), *layer.parameters()))]
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(plain, recomputed)
+
+
 def test_wrong_shapes_are_refused() -> None:
     site = FracConnection(64, FracConfig())
     with pytest.raises(UserError, match=r"h has shape \(2, 32\): its last dimension must be hidden_size=64"):

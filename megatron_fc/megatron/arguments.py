@@ -21,6 +21,7 @@ _HELP = {
     "scale": "Multiply the predicted part by learned scalars.",
     "initial_scale": "Initial value of the learned scalars.",
     "norm_eps": "Epsilon of the norm.",
+    "recompute": "Keep the residual stream and the sub-layer's output for backward, compute the rest again.",
 }
 
 
@@ -39,6 +40,11 @@ def add_frac_args(parser: ArgumentParser) -> ArgumentParser:
         else:
             options["type"] = field.type
         group.add_argument(flag, **options)
+    group.add_argument(
+        "--frac-from-residual",
+        action="store_true",
+        help="Start from the plain checkpoint in --load: exactly the Frac-Connections may be missing there.",
+    )
     return parser
 
 

@@ -1,5 +1,6 @@
 """What a Megatron checkpoint says about its connections, read before anything is built or overwritten."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.functional import FracParameters
 
+TRACKER = "latest_checkpointed_iteration.txt"
 _MARK = ".connection."
+_FOLDER = re.compile(r"iter_\d+|release")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -16,7 +19,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     Raises:
         UserError: Megatron's tracker file names a checkpoint that is not there.
     """
-    tracker = folder / "latest_checkpointed_iteration.txt"
+    tracker = folder / TRACKER
     if not tracker.exists():
         return None
     name = tracker.read_text().strip()
@@ -26,15 +29,33 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return path
 
 
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that `path` stands for: itself, or the newest one below it.
+
+    Raises:
+        UserError: there is none, or it is not in the `torch_dist` format.
+    """
+    checkpoint = path if _FOLDER.fullmatch(path.name) and path.is_dir() else latest_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"{path} holds no checkpoint: give the folder with {TRACKER}, or an iter_ folder below it")
+    if not (checkpoint / ".metadata").exists():
+        raise UserError(f"{checkpoint} is no torch_dist checkpoint: convert it with Megatron's --ckpt-convert-format")
+    return checkpoint
+
+
+def is_frac_key(key: str) -> bool:
+    """True for the key of a Frac-Connection's tensor in a checkpoint, its optimizer state included."""
+    return _MARK in key and key.rpartition(_MARK)[2] in FracParameters._fields
+
+
 def stored_structure(checkpoint: Path) -> dict[str, int]:
     """Return the last dimension of each kind of FC tensor in a `torch_dist` checkpoint, {} for a plain one."""
     from megatron.core import dist_checkpointing
 
     sizes: dict[str, int] = {}
     for key, tensor in dist_checkpointing.load_tensors_metadata(str(checkpoint)).items():
-        name = key.rpartition(_MARK)[2] if _MARK in key and not key.startswith("optimizer.") else ""
-        if name in FracParameters._fields:
-            sizes[name] = int(tensor.global_shape[-1])
+        if is_frac_key(key) and not key.startswith("optimizer."):
+            sizes[key.rpartition(_MARK)[2]] = int(tensor.global_shape[-1])
     return sizes
 
 
@@ -51,7 +72,7 @@ def refuse_other_connection(load: Path, frac: FracConfig | None, hidden_size: in
     wanted = _structure(frac, hidden_size) if frac is not None else {}
     if stored != wanted:
         raise UserError(
-            f"the checkpoint {checkpoint} has {_describe(stored)}, this run has {_describe(wanted)}: "
+            f"the checkpoint {checkpoint} has {describe_structure(stored)}, this run has {describe_structure(wanted)}: "
             f"give the run another run_dir, or the connection that it was started with"
         )
     stamped = _stamp(checkpoint)
@@ -60,6 +81,16 @@ def refuse_other_connection(load: Path, frac: FracConfig | None, hidden_size: in
             f"the checkpoint {checkpoint} was trained with {stamped}, this run has {frac}: "
             f"give the run another run_dir, or the options that it was started with"
         )
+
+
+def refuse_existing(target: Path) -> None:
+    """Check that a checkpoint can be written to `target`.
+
+    Raises:
+        UserError: something is there.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is never overwritten: give a folder that does not exist")
 
 
 def _stamp(checkpoint: Path) -> FracConfig | None:
@@ -82,7 +113,8 @@ def _structure(frac: FracConfig, hidden_size: int) -> dict[str, int]:
     return sizes
 
 
-def _describe(sizes: dict[str, int]) -> str:
+def describe_structure(sizes: dict[str, int]) -> str:
+    """Say in words what `stored_structure` returned."""
     if not sizes:
         return "plain residual connections"
     dynamic = "dynamic_weight" in sizes

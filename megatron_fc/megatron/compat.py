@@ -1,30 +1,51 @@
 """Which megatron-core releases the adapter works with."""
 
+import runpy
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from megatron_fc.errors import UserError
 
 OLDEST = Version("0.19")
-NEWEST_TESTED = Version("0.19.2")
+NEWEST_TESTED = Version("0.19.2")  # docs/compatibility.md, written by `make compat`
 
 
 def check_megatron_version() -> None:
-    """Refuse a megatron-core that is too old, warn once about one that is newer than what was tested.
+    """Refuse a megatron-core that is too old, warn about one that is newer than what was tested.
 
     Raises:
         UserError: megatron-core is missing or older than 0.19.
     """
-    try:
-        installed = Version(version("megatron-core"))
-    except PackageNotFoundError:
-        raise UserError(f"megatron-core is not installed: pip install 'megatron-core>={OLDEST}'") from None
-    if installed < OLDEST:
-        raise UserError(f"megatron-core {installed} is too old: pip install 'megatron-core>={OLDEST}'")
-    if installed.release[:2] > NEWEST_TESTED.release[:2]:
+    found = megatron_version()
+    if found is None:
+        raise UserError(f"megatron-core is not installed: pip install 'megatron-core>={OLDEST}'")
+    if found < OLDEST:
+        raise UserError(f"megatron-core {found} is too old: pip install 'megatron-core>={OLDEST}'")
+    if found > NEWEST_TESTED:
         warnings.warn(
-            f"megatron-core {installed} is newer than {NEWEST_TESTED}, the newest that megatron_fc was tested with",
+            f"megatron-core {found} is newer than {NEWEST_TESTED}, the newest that megatron_fc was tested with",
             stacklevel=2,
         )
+
+
+def megatron_version() -> Version | None:
+    """Return the version of the megatron-core that `import megatron.core` takes, None if there is none.
+
+    It is read from the package itself: a checkout of Megatron-LM ahead on PYTHONPATH has no installed metadata, or
+    worse, those of the package that it hides. megatron.core is not imported for it, because the CPU lane has to be
+    installed before that.
+    """
+    try:
+        spec = find_spec("megatron.core")
+    except ModuleNotFoundError:
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    facts = runpy.run_path(str(Path(spec.origin).with_name("package_info.py")))
+    try:
+        return Version("{}.{}.{}{}".format(*facts["VERSION"]))
+    except InvalidVersion:  # a pre-release named in a way of its own
+        return Version(facts["__shortversion__"])

@@ -2,10 +2,12 @@
 
 import os
 import resource
+import shutil
 import socket
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +19,19 @@ from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import cpu
 from megatron_fc.megatron.arguments import add_frac_args, frac_config_from_args
-from megatron_fc.megatron.checkpoint import refuse_other_connection
+from megatron_fc.megatron.checkpoint import (
+    TRACKER,
+    find_checkpoint,
+    latest_checkpoint,
+    refuse_existing,
+    refuse_other_connection,
+)
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
 from megatron_fc.megatron.recipe import Recipe
 from megatron_fc.report.progress import ProgressDisplay
 from megatron_fc.report.runlog import is_log_rank, real_stdout, run_log
+
+ModelHook = Callable[[list[Any]], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -49,25 +59,28 @@ def train(recipe: Recipe) -> Trained:
     Megatron's output goes to `run_dir/logs`, its figures to `run_dir/tensorboard`, progress to the terminal.
 
     Raises:
-        UserError: Megatron refuses the arguments, or the checkpoint has other connections.
+        UserError: Megatron refuses the arguments, or the checkpoint is not that of this model.
     """
     start = time.perf_counter()
-    _join_world()
-    args = _parse(recipe)
-    if args.load:
+    join_world()
+    args = parse(recipe)
+    first_step = _upcycling(args, recipe) if args.frac_from_residual else None
+    if args.load and first_step is None:  # else it is yet to be written
+        _refuse_missing(args)
         refuse_other_connection(Path(args.load), recipe.frac, args.hidden_size)
 
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
     with run_log(recipe.run_dir, args.rank, display, _flush_scalars):
-        parameters = _pretrain(args, recipe)
+        parameters = _pretrain(args, recipe, first_step)
         peak = _peak_memory()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return Trained(parameters, tokens, peak, time.perf_counter() - start, args.world_size)
 
 
-def _join_world() -> None:
+def join_world() -> None:
+    """Become a world of one rank, unless a launcher has set this process's rank."""
     if "RANK" in os.environ:
         return
     with socket.socket() as probe:
@@ -77,8 +90,12 @@ def _join_world() -> None:
     os.environ.update({name: str(value) for name, value in alone.items()})
 
 
-def _parse(recipe: Recipe) -> Namespace:
-    """Let Megatron parse and validate; what its assertions say becomes one sentence."""
+def parse(recipe: Recipe) -> Namespace:
+    """Let Megatron parse and validate a recipe's arguments; what its assertions say becomes one sentence.
+
+    Raises:
+        UserError: they are refused.
+    """
     from megatron.training.arguments import parse_args, validate_args
 
     from megatron_fc.megatron.batches import refuse_unsupported_data
@@ -104,31 +121,76 @@ def _parse(recipe: Recipe) -> Namespace:
     return args
 
 
-def _pretrain(args: Namespace, recipe: Recipe) -> ParameterCount:
+def model_config(args: Namespace, recipe: Recipe) -> Any:
+    """Return Megatron's configuration of the recipe's model, its connections included."""
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+
+    if recipe.family == "hybrid":
+        model = hybrid_config_from_args(args)
+        model.hybrid_stack_spec = _hybrid_stack(args, recipe.frac)
+        return model
+    model = gpt_config_from_args(args)
+    if recipe.frac is not None:
+        model.transformer_layer_spec = _gpt_spec(args, recipe.frac)
+    return model
+
+
+def _pretrain(args: Namespace, recipe: Recipe, first_step: ModelHook | None) -> ParameterCount:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
-    from megatron.training.argument_utils import (
-        gpt_config_from_args,
-        hybrid_config_from_args,
-        pretrain_cfg_container_from_args,
-    )
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
     from megatron_fc.megatron.batches import datasets, forward_step
 
     set_global_variables(args)
-    model: Any
-    if recipe.family == "hybrid":
-        model = hybrid_config_from_args(args)
-        model.hybrid_stack_spec = _hybrid_stack(args, recipe.frac)
-    else:
-        model = gpt_config_from_args(args)
-        if recipe.frac is not None:
-            model.transformer_layer_spec = _gpt_spec(args, recipe.frac)
+    model = model_config(args, recipe)
     counts: list[ParameterCount] = []
     model.pre_wrap_hooks.append(partial(_count, counts))
+    if first_step is not None:
+        model.pre_wrap_hooks.append(first_step)
     pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, forward_step)
     return counts[0]
+
+
+def _refuse_missing(args: Namespace) -> None:
+    """Megatron would begin anew, which is meant only where a run is to go on from its own checkpoints."""
+    if args.load != args.save and latest_checkpoint(Path(args.load)) is None:
+        raise UserError(f"load={args.load} holds no checkpoint: give the folder with {TRACKER}, or drop load")
+
+
+def _upcycling(args: Namespace, recipe: Recipe) -> ModelHook | None:
+    """Redirect the run to checkpoints of its own; return what makes the first of them, None if it is there already.
+
+    Megatron runs hooks on the model that it has built before it loads a checkpoint into it.
+    """
+    from megatron_fc.megatron.upcycle import refuse_connected, upcycle
+
+    own = Path(args.save or recipe.run_dir / "checkpoints")
+    if recipe.frac is None:
+        raise UserError("from_residual with connection=residual: there is nothing to upcycle, set load alone")
+    if not args.load or Path(args.load) == own:
+        raise UserError("from_residual needs the plain checkpoint to start from: set load to its folder")
+    frac, plain, args.load = recipe.frac, Path(args.load), str(own)
+    if latest_checkpoint(own) is not None:
+        return None
+    source = find_checkpoint(plain)
+    refuse_connected(source)
+    refuse_existing(own)
+    is_new_run = not recipe.run_dir.exists()
+
+    def write(chunks: list[Any]) -> list[Any]:
+        try:
+            said = upcycle(chunks, source, own, frac, with_optimizer=not (args.no_load_optim or args.finetune))
+        except UserError:
+            if is_new_run:
+                shutil.rmtree(recipe.run_dir, ignore_errors=True)
+            raise
+        if is_log_rank():
+            print(f"from_residual: {said}", file=real_stdout(), flush=True)
+        return chunks
+
+    return write
 
 
 def _gpt_spec(args: Namespace, frac: FracConfig) -> Any:

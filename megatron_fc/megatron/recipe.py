@@ -2,7 +2,7 @@
 
 The sections are for the reader: any of Megatron's arguments may stand in any of them, under its own name with
 underscores. Three names are ours: `model.family` (gpt or hybrid), `logging.run_dir`, and the section `frac`
-(`connection`: residual, sfc or dfc, and the fields of FracConfig).
+(`connection`: residual, sfc or dfc, `from_residual`, and the fields of FracConfig).
 """
 
 import argparse
@@ -85,7 +85,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), extra: Sequence[str] 
     _refuse_missing_te(settings)
     notes = _adapt_to_machine(settings, megatron)
     _set_run_paths(settings, run_dir)
-    argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *extra]
+    argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
     args = megatron.parse(argv)
     _check_files(args)
     return Recipe(sections, frac, family, run_dir, argv, notes)
@@ -166,7 +166,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _frac_names() -> list[str]:
-    return ["connection", *(f.name for f in fields(FracConfig) if f.name != "dynamic")]
+    return ["connection", "from_residual", *(f.name for f in fields(FracConfig) if f.name != "dynamic")]
 
 
 def _check_name(section: str, key: str, known: set[str]) -> None:
@@ -214,13 +214,20 @@ def _frac_config(values: dict[str, Any]) -> FracConfig | None:
     connection = values.get("connection", "dfc")
     if connection not in CONNECTIONS:
         raise UserError(unknown("connection", str(connection), CONNECTIONS))
-    options = {key: value for key, value in values.items() if key != "connection"}
+    options = {key: value for key, value in values.items() if key not in ("connection", "from_residual")}
     if connection == "residual":
         return None
     if connection == "sfc":
         # One override turns a DFC file into its SFC twin: what only DFC has is dropped with it.
         options = {key: value for key, value in options.items() if key == "rate"}
     return FracConfig.from_dict({**options, "dynamic": connection == "dfc"})
+
+
+def _from_residual(values: dict[str, Any]) -> list[str]:
+    wanted = values.get("from_residual", False)
+    if not isinstance(wanted, bool):
+        raise UserError(f"from_residual is a switch: set it to true or false, not {wanted!r}")
+    return ["--frac-from-residual"] if wanted else []
 
 
 def _split(sections: dict[str, dict[str, Any]], path: Path) -> tuple[str, Path, dict[str, Any]]:

@@ -39,6 +39,17 @@ def refuse_unsupported_config(config: TransformerConfig) -> None:
                 f"offload_modules={freed} frees the residual that the depth connection saved for backward: "
                 f"leave attn_norm and mlp_norm out of offload_modules"
             )
+    if config.cuda_graph_impl in ("local", "transformer_engine") and _recomputes_layernorm(config):
+        raise UserError(
+            f"recompute_modules=['layernorm'] accumulates the width connection's gradients by itself, which a captured "
+            f"layer (cuda_graph_impl={config.cuda_graph_impl}) does not return: set recompute of FracConfig "
+            f"(--frac-recompute) instead"
+        )
+
+
+def _recomputes_layernorm(config: TransformerConfig | Namespace) -> bool:
+    selective = getattr(config, "recompute_granularity", None) == "selective"
+    return selective and "layernorm" in (getattr(config, "recompute_modules", None) or [])
 
 
 def _training_args() -> Namespace | None:
@@ -65,10 +76,27 @@ def refuse_unsupported_args(args: Namespace) -> None:
             "use_torch_fsdp2 wants one parameter dtype per layer and Frac-Connection parameters stay fp32 in a "
             "half-precision model: use the distributed optimizer instead"
         )
+    if getattr(args, "use_megatron_fsdp", False):
+        _refuse_with_megatron_fsdp(args)
     half = args.bf16 or args.fp16
     saves_optimizer = args.save and not args.no_save_optim and args.ckpt_format != "torch"
     if half and saves_optimizer and not args.use_distributed_optimizer and torch.cuda.is_available():
         raise UserError(
             f"Megatron's plain half-precision optimizer cannot write fp32 parameters into a {args.ckpt_format} "
             f"checkpoint, and Frac-Connections keep theirs in fp32: set use_distributed_optimizer"
+        )
+
+
+def _refuse_with_megatron_fsdp(args: Namespace) -> None:
+    """Its sharded gradients are overwritten, not added to, when a parameter's gradient comes in two parts."""
+    if _recomputes_layernorm(args):
+        raise UserError(
+            "use_megatron_fsdp takes a gradient when it is accumulated first, and recompute_modules=['layernorm'] "
+            "accumulates those that width and depth connection share twice: set recompute of FracConfig "
+            "(--frac-recompute) instead"
+        )
+    if getattr(args, "overlap_moe_expert_parallel_comm", False):
+        raise UserError(
+            "use_megatron_fsdp with overlap_moe_expert_parallel_comm runs the depth connection's backward pass before "
+            "it gathers that connection's parameters: use one of the two with Frac-Connections"
         )

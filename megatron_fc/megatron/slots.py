@@ -8,6 +8,7 @@ nothing is kept between them, so recompute, pipeline schedules and CUDA graphs s
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import LayerNormBuilder
@@ -85,7 +86,7 @@ class FracNorm(MegatronModule):
         """Residual stream [s, b, d] -> normed input of the sub-layer [s, b, d]."""
         if not self.paired:
             raise UserError("the depth connection of this layer was replaced after frac_connect: call it last")
-        return self.norm(self.connection(h))
+        return self.connection(h, then=self.norm)
 
 
 class FracAdd(nn.Module):
@@ -109,8 +110,18 @@ class FracAdd(nn.Module):
         self, training: bool, o_with_bias: tuple[Tensor, Tensor | None], h: Tensor, dropout: float
     ) -> Tensor:
         o, bias = o_with_bias
-        # Bias and dropout round in the same dtype as Megatron's own operation, hence the identity at step 0.
-        o = o.to(h.dtype)
-        if bias is not None:
-            o = o + bias.to(h.dtype)
-        return self._site[0].depth(F.dropout(o, p=dropout, training=training), h)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(o, h)):
+            # Bias and dropout round in the same dtype as Megatron's own operation, hence the identity at step 0.
+            o = o.to(h.dtype)
+            if bias is not None:
+                o = o + bias.to(h.dtype)
+            return self._site[0].depth(F.dropout(o, p=dropout, training=training), h)
+
+    def _gradients_are_on(self, o: Tensor, h: Tensor) -> bool:
+        """Whether the layer runs with gradients.
+
+        Megatron enables them around this slot in any case, under no_grad too: in an evaluation, in the first pass of
+        full recompute. The stock sum keeps nothing there; the depth connection would, and tie its layers into one
+        graph. The sub-layer's output depends on h and gamma and so says how it was computed.
+        """
+        return o.requires_grad or not (h.requires_grad or self._site[0].static_gamma.requires_grad)

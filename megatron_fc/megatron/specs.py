@@ -159,7 +159,13 @@ def from_args(model_config: Any, vp_stage: int | None = None) -> Any:
 
     from megatron_fc.megatron.arguments import frac_config_from_args
 
-    config = frac_config_from_args(get_args())
+    args = get_args()
+    if args.frac_from_residual:
+        raise UserError(
+            "--frac-from-residual is a step of `megatron-fc train`: here convert the checkpoint by `megatron-fc "
+            "upcycle` first, and load the result"
+        )
+    config = frac_config_from_args(args)
     if config is None:
         raise UserError("--spec megatron_fc.megatron.specs from_args needs --frac-rate: set it, e.g. --frac-rate 4")
     return gpt_spec(config)(model_config, vp_stage)

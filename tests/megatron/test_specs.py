@@ -28,14 +28,6 @@ BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
 WITH_BIAS = [kind for kind in tiny.KINDS if kind in ("dense", "mtp", "mla")]
 
 
-def randomise_connections(model: torch.nn.Module, seed: int = 5) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if is_frac_parameter(name):
-                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-
-
 @pytest.mark.parametrize("frac", [DFC, SFC], ids=["dfc", "sfc"])
 @pytest.mark.parametrize("precision", [{}, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -47,7 +39,7 @@ def test_logits_at_initialisation_equal_the_residual_models_bit_for_bit(
     plain = tiny.logits(tiny.build(kind, None, **options), tiny.tokens())
     model = tiny.build(kind, frac, **options)
     assert torch.equal(tiny.logits(model, tiny.tokens()), plain)
-    randomise_connections(model)
+    tiny.randomise_connections(model)
     assert not torch.allclose(tiny.logits(model, tiny.tokens()), plain, atol=1e-2)
 
 
@@ -61,7 +53,7 @@ def test_dropout_is_applied() -> None:
 def test_gradient_reaches_every_parameter() -> None:
     for kind in tiny.KINDS:
         model = tiny.build(kind, DFC)
-        randomise_connections(model)
+        tiny.randomise_connections(model)
         tiny.loss(model, tiny.tokens(batch=8)).backward()
         without = [
             n for n, p in model.named_parameters() if is_frac_parameter(n) and (p.grad is None or not p.grad.any())
@@ -235,6 +227,10 @@ def test_refused_specs(spec: Any, sentence: str) -> None:
         (
             {"fine_grained_activation_offloading": True, "offload_modules": ["attn_norm"]},
             "offload_modules=\\['attn_norm'\\] frees the residual",
+        ),
+        (
+            {"cuda_graph_impl": "local", "recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
+            "accumulates the width connection's gradients by itself",
         ),
         ({"hidden_size": 66, "num_attention_heads": 2}, "rate=4 does not divide hidden_size=66"),
     ],

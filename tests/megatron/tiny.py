@@ -21,6 +21,7 @@ from torch_attention import TorchAttention
 
 from megatron_fc import FracConfig
 from megatron_fc.megatron.hybrid import hybrid_pattern, hybrid_stack
+from megatron_fc.megatron.parameters import is_frac_parameter
 from megatron_fc.megatron.specs import frac_connect
 
 VOCABULARY, SEQUENCE, WIDTH = 128, 16, 64
@@ -80,17 +81,27 @@ def transformer_config(kind: str, **options: Any) -> TransformerConfig:
     return cls(**(values | options))
 
 
-def build(kind: str, frac: FracConfig | None, seed: int = 1, **options: Any) -> torch.nn.Module:
-    """Build the model, with plain residuals where `frac` is None; the seed fixes every shared weight."""
+def build(
+    kind: str, frac: FracConfig | None, seed: int = 1, vp_stage: int | None = None, **options: Any
+) -> torch.nn.Module:
+    """Build this rank's part of the model, with plain residuals where `frac` is None.
+
+    The seed fixes every weight that both kinds of model have.
+    """
     config = transformer_config(kind, **options)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     destroy_moe_metrics_tracker()  # it is global and sized for the number of layers that it saw first
+    stages, stage = config.virtual_pipeline_model_parallel_size, vp_stage
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "max_sequence_length": SEQUENCE,
         "share_embeddings_and_output_weights": False,
         "position_embedding_type": "rope",
+        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=True) and stage in (None, 0),
+        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and (stages is None or stage == stages - 1),
+        "vp_stage": vp_stage,
     }
     model: torch.nn.Module
     if kind == "hybrid":
@@ -105,13 +116,20 @@ def build(kind: str, frac: FracConfig | None, seed: int = 1, **options: Any) -> 
 
 
 def _build_gpt(config: TransformerConfig, frac: FracConfig | None, common: dict[str, Any]) -> GPTModel:
+    vp_stage = common["vp_stage"]
+    spec: Any
     if config.num_moe_experts:
-        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
+        )
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", multi_latent_attention=config.multi_latent_attention)
-    if config.multi_latent_attention:
-        spec.submodules.self_attention.submodules.core_attention = TorchAttention
-    mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
+    if config.multi_latent_attention or config.context_parallel_size > 1:
+        for layer in getattr(spec, "layer_specs", [spec]):
+            layer.submodules.self_attention.submodules.core_attention = TorchAttention
+    mtp = None
+    if config.mtp_num_layers:
+        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
     if frac is not None:
         spec = frac_connect(spec, frac)
         mtp = frac_connect(mtp, frac) if mtp is not None else None
@@ -127,6 +145,15 @@ def _randomise_biases(model: torch.nn.Module, seed: int) -> None:
                 parameter.normal_(std=0.1, generator=generator)
 
 
+def randomise_connections(model: torch.nn.Module, seed: int = 5) -> None:
+    """Move every Frac-Connection parameter away from the identity, to values without any symmetry."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if is_frac_parameter(name):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
 def tokens(seed: int = 0, batch: int = 2) -> torch.Tensor:
     """Token numbers [batch, SEQUENCE + 1]."""
     return torch.randint(0, VOCABULARY, (batch, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed))
@@ -139,10 +166,15 @@ def inputs(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return t[:, :-1], torch.arange(length).expand(t.shape[0], -1), mask
 
 
-def logits(model: torch.nn.Module, t: torch.Tensor, seed: int = 3) -> torch.Tensor:
-    """Forward pass [batch, SEQUENCE, VOCABULARY]; the seed fixes the dropout masks."""
+def seed_dropout(seed: int) -> None:
+    """Fix the dropout masks of the next forward pass."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
+
+
+def logits(model: torch.nn.Module, t: torch.Tensor, seed: int = 3) -> torch.Tensor:
+    """Forward pass [batch, SEQUENCE, VOCABULARY]; the seed fixes the dropout masks."""
+    seed_dropout(seed)
     return model(*inputs(t))
 
 

@@ -1,0 +1,75 @@
+"""`megatron-fc upcycle`: a checkpoint in, a checkpoint out, nothing else written."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from megatron_fc.errors import UserError
+from megatron_fc.megatron.checkpoint import find_checkpoint, refuse_existing
+from megatron_fc.megatron.pretrain import join_world, model_config, parse
+from megatron_fc.megatron.recipe import Recipe
+from megatron_fc.megatron.upcycle import refuse_connected, to_residual, upcycle
+
+
+def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
+    """Write the plain checkpoint below `source` with the recipe's connections to `target`; returns what was done.
+
+    Every rank of a launcher calls it, a lone process is a world of one.
+
+    Raises:
+        UserError: the checkpoint is not that of this model without connections, or `target` exists.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training
+    from megatron.training.global_vars import set_global_variables
+
+    if recipe.frac is None:
+        raise UserError("connection=residual: set the connections of the new checkpoint, e.g. connection=dfc rate=4")
+    checkpoint = find_checkpoint(source)
+    refuse_connected(checkpoint)
+    refuse_existing(target)
+    join_world()
+    args = parse(recipe)
+    args.tensorboard_dir = None
+    args.wandb_project = ""
+    with _silence():
+        set_global_variables(args)
+        training.initialize_megatron()
+        config = model_config(args, recipe)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        # The plain modules: wrappers and the optimizer are not needed to know what they keep.
+        chunks = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
+        return upcycle(chunks, checkpoint, target, recipe.frac, with_optimizer=not args.no_load_optim)
+
+
+def residual_checkpoint(source: Path, target: Path) -> str:
+    """Write the checkpoint below `source` without its connections to `target`; returns what was done.
+
+    Raises:
+        UserError: its connections are not at the identity, or `target` exists.
+    """
+    checkpoint = find_checkpoint(source)
+    refuse_existing(target)
+    join_world()
+    # The files are Megatron's, for which a world has to exist; its tensors stay on the CPU.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
+    with _silence():
+        return to_residual(checkpoint, target)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep Megatron's report of its arguments and steps off the terminal, and end its world."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()

@@ -1,0 +1,19 @@
+"""Recompute: keep the inputs of a function for backward and compute the rest again."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call `function(*tensors)`; what autograd would keep inside is computed again in backward, from `tensors` alone.
+
+    Non-reentrant, so that a parameter's gradient is still accumulated once per backward pass, which sharded gradients
+    rely on. Random numbers are not restored: the function must not draw any.
+    """
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    result: Tensor = checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return result

@@ -1,0 +1,98 @@
+"""Runs a function on several ranks: forked after one import, real process groups over gloo, a timeout, every traceback.
+
+A fork server imports Megatron once; a rank is then a fork, so a case takes as long as its own work. Functions to run
+live in `ranks.py` and get `rank`-independent arguments; what they return comes back in the order of the ranks.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).parent
+# What the fork server and its ranks import from.
+_PATHS = [str(_HERE), str(_HERE.parent / "megatron"), str(_HERE.parents[1])]
+sys.path += [path for path in _PATHS if path not in sys.path]  # the ranks take this process's path over
+_GRACE_SECONDS = 5.0
+
+
+def run(function: str, world: int, folder: Path, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Call `ranks.<function>(*args)` on `world` ranks and return their results.
+
+    Args:
+        function: name of a function in `ranks.py`.
+        world: number of ranks.
+        folder: an empty or new folder for rendezvous, results and tracebacks.
+        timeout: seconds after which the ranks of this call, and no other process, are killed.
+
+    Raises:
+        AssertionError: a rank failed or the time is over; the message holds every rank's traceback.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    context = _fork_server()
+    processes = [
+        # Not daemons: Megatron's checkpoint writer is a child of the rank.
+        context.Process(target=_entry, args=(function, rank, world, folder, args))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    _wait(processes, timeout)
+    failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
+    if failed:
+        raise AssertionError(_report(function, processes, folder))
+    return [pickle.loads((folder / f"rank{rank}.result").read_bytes()) for rank in range(world)]
+
+
+def _fork_server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    # Set before torch is imported there: one thread per rank, and no compiler (`megatron_fc.megatron.cpu`).
+    os.environ.update({"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})
+    context.set_forkserver_preload(["harness", "ranks"])
+    return context
+
+
+def _wait(processes: list[Any], timeout: float) -> None:
+    """Until all ranks have ended; when one has failed the others hang in a collective and get a short grace."""
+    deadline = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode not in (None, 0) for process in processes):
+            deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        time.sleep(0.01)
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+def _report(function: str, processes: list[Any], folder: Path) -> str:
+    lines = [f"{function} failed on {len(processes)} ranks"]
+    for rank, process in enumerate(processes):
+        path = folder / f"rank{rank}.error"
+        what = path.read_text() if path.exists() else "no traceback: killed or ended without a word"
+        lines.append(f"--- rank {rank}, exit code {process.exitcode}: {what if process.exitcode else 'done'}")
+    return "\n".join(lines)
+
+
+def _entry(function: str, rank: int, world: int, folder: Path, args: tuple[Any, ...]) -> None:
+    import traceback
+
+    import ranks
+
+    try:
+        with contextlib.suppress(FileNotFoundError), open(folder / f"rank{rank}.log", "w") as log:
+            sys.stdout = sys.stderr = log
+            result = ranks.on_rank(getattr(ranks, function), rank, world, folder / "store", args)
+            (folder / f"rank{rank}.result").write_bytes(pickle.dumps(result))
+        code = 0
+    except BaseException:
+        (folder / f"rank{rank}.error").write_text(traceback.format_exc())
+        code = 1
+    for child in multiprocessing.active_children():
+        child.terminate()
+    # Without the interpreter's shutdown, in which gloo's threads and Megatron's writers may wait for each other.
+    os._exit(code)

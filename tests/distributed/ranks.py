@@ -1,0 +1,357 @@
+"""What runs on the ranks; imported once by the fork server."""
+
+import datetime
+import logging
+import math
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    import tiny
+    from layouts import LAYERS, ONE_RANK, Layout, Model
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
+
+    from megatron_fc import functional
+    from megatron_fc.megatron.parameters import is_frac_parameter
+    from megatron_fc.megatron.slots import FracNorm
+
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+MICRO_BATCHES, BATCH, STEPS = 2, 2, 10
+
+
+def on_rank(function: Callable[..., Any], rank: int, world: int, store: Path, args: tuple[Any, ...]) -> Any:
+    """Join the world, run, leave."""
+    logging.disable(logging.WARNING)  # Megatron lists every parameter of every model
+    torch.set_num_threads(1)
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)})
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.FileStore(str(store), world),
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    result = function(*args)
+    torch.distributed.barrier()
+    return result
+
+
+@dataclass
+class Trained:
+    """One model under one layout, as one rank saw it.
+
+    Attributes:
+        losses: by optimizer, mean loss of each step; nan on a rank that is not on the last pipeline stage.
+        gradient: by parameter, the largest difference of its step-0 gradient to the reference's, relative to that
+            gradient's largest value.
+        squares: sums of squares of that difference and of the reference, over all parameters of this rank.
+        recompute_exact: losses with full recompute are the same to the bit; None where it was not run.
+    """
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    gradient: dict[str, float] = field(default_factory=dict)
+    squares: tuple[float, float] = (0.0, 0.0)
+    recompute_exact: bool | None = None
+
+
+def train_all(layout: Layout, models: Sequence[Model], folder: Path) -> dict[str, Trained]:
+    """Train every model from its stored start and compare with the stored reference; one rank makes both.
+
+    Args:
+        layout: one rank writes starts and reference gradients into `folder`, others read them.
+        models: what to train.
+        folder: shared by all layouts.
+    """
+    layout.initialise()
+    results = {}
+    for model in models:
+        trained = Trained()
+        optimizers = ["adam"] if layout.distributed_optimizer else ["sgd", "adam"]  # Megatron refuses SGD there
+        for optimizer in optimizers:
+            run = Run(layout, model, folder / model.name, optimizer)
+            run.accumulate(0)
+            if optimizer == optimizers[0]:
+                trained.gradient, trained.squares = run.compare_gradient()
+            run.step()
+            run.train(range(1, STEPS))
+            trained.losses[optimizer] = run.losses
+        if model.start == "random" and model.frac.dynamic and not model.bf16:
+            again = Run(layout, model, folder / model.name, optimizers[-1], RECOMPUTE).train(range(3))
+            trained.recompute_exact = repr(again) == repr(trained.losses[optimizers[-1]][:3])  # nan included
+        results[model.name] = trained
+    return results
+
+
+def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[str, float]:
+    """Negative control: the connections' gradients are left out of the reduction over tensor ranks."""
+    layout.initialise()
+    run = Run(layout, model, folder / model.name, "sgd")
+    for _, name, parameter in run.named_parameters():
+        if is_frac_parameter(name):
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+    run.accumulate(0)
+    return run.compare_gradient()[0]
+
+
+def parameters_at_every_forward(
+    layout: Layout, model: Model, folder: Path, bypass_call: bool = False
+) -> tuple[list[float], list[int]]:
+    """Train and return the losses, and a checksum of a site's parameters at each of its forward passes.
+
+    Args:
+        layout: data-parallel, with or without overlapped parameter gather.
+        model: what to train.
+        folder: where its start lies.
+        bypass_call: negative control, the norm slot reads the parameters without calling the module that owns them.
+    """
+    layout.initialise()
+    if bypass_call:
+        FracNorm.forward = lambda self, h: self.norm(  # type: ignore[method-assign]
+            functional.width(h, self.connection.site_parameters(), self.connection.config)
+        )
+    run = Run(layout, model, folder / model.name, "adam")
+    checksums = []
+
+    def record(norm: FracNorm, *_: Any) -> None:
+        state = b"".join(p.detach().numpy().tobytes() for p in norm.connection.parameters())
+        checksums.append(zlib.crc32(state))
+
+    for chunk in run.chunks:
+        for module in chunk.modules():
+            if isinstance(module, FracNorm):
+                module.register_forward_hook(record)
+    return run.train(range(STEPS)), checksums
+
+
+def train_and_save(layout: Layout, model: Model, folder: Path, path: Path, steps: int) -> list[float]:
+    """Train from the stored start and write a checkpoint."""
+    layout.initialise()
+    run = Run(layout, model, folder / model.name, "adam")
+    run.train(range(steps))
+    if torch.distributed.get_rank() == 0:
+        path.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(run.checkpoint(loading=False), str(path))
+    return run.losses
+
+
+def load_and_train(
+    layout: Layout, model: Model, folder: Path, path: Path, steps: range, optimizer: bool
+) -> list[float]:
+    """Load a checkpoint of any layout and go on; the loss of a step is taken before its update."""
+    layout.initialise()
+    run = Run(layout, model, folder / model.name, "adam")
+    run.load(path, optimizer)
+    return run.train(steps)
+
+
+class Run:
+    """A model, its optimizer and its schedule on this rank."""
+
+    def __init__(
+        self, layout: Layout, model: Model, folder: Path, optimizer: str, more: dict[str, Any] | None = None
+    ) -> None:
+        self.layout, self.folder = layout, folder
+        self.losses: list[float] = []
+        precision = (
+            {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16} if model.bf16 else {}
+        )
+        options = {"pipeline_dtype": torch.float32, **layout.options(), **precision, **(more or {})}
+        options["finalize_model_grads_func"] = finalize_model_grads
+        if model.kind in ("mixed", "hybrid"):
+            options["moe_router_dtype"] = "fp32"
+        if model.kind == "hybrid":
+            options |= {"num_layers": 2 * LAYERS, "moe_layer_freq": [0] + [1] * (LAYERS - 1)}
+        else:
+            options["num_layers"] = LAYERS
+            options |= {"moe_layer_freq": [0] + [1] * (LAYERS - 1)} if model.kind == "mixed" else {}
+        stages = range(layout.vpp) if layout.vpp else [None]
+        self.chunks = [tiny.build(model.kind, model.frac, vp_stage=stage, **options) for stage in stages]
+        self.config = unwrap_model(self.chunks[0]).config
+        self._load_start(model)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=layout.distributed_optimizer,
+            overlap_grad_reduce=layout.overlap,
+            overlap_param_gather=layout.overlap,
+        )
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(self.chunks)
+        ]
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer=optimizer,
+                lr=0.1 if optimizer == "sgd" else 3e-3,
+                weight_decay=0.01,
+                bf16=model.bf16,
+                params_dtype=self.config.params_dtype,
+                use_distributed_optimizer=layout.distributed_optimizer,
+                overlap_param_gather=layout.overlap,
+                clip_grad=1.0,
+            ),
+            self.chunks,
+        )
+
+    def sharded_state(self) -> dict[str, Any]:
+        return {f"model{n}": unwrap_model(chunk).sharded_state_dict() for n, chunk in enumerate(self.chunks)}
+
+    def named_parameters(self) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
+        """Chunk, name and parameter of everything on this rank."""
+        for number, chunk in enumerate(self.chunks):
+            for name, parameter in unwrap_model(chunk).named_parameters():
+                yield f"model{number}", name, parameter
+
+    def checkpoint(self, loading: bool) -> dict[str, Any]:
+        """Model and optimizer, as Megatron's sharded state."""
+        state = self.sharded_state()
+        return {**state, "optimizer": self.optimizer.sharded_state_dict(state, is_loading=loading)}
+
+    def load(self, path: Path, optimizer: bool) -> None:
+        state = dist_checkpointing.load(self.checkpoint(loading=True) if optimizer else self.sharded_state(), str(path))
+        for number, chunk in enumerate(self.chunks):
+            unwrap_model(chunk).load_state_dict(state[f"model{number}"])
+        if optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def train(self, steps: range) -> list[float]:
+        """Run these steps and return all losses so far."""
+        for step in steps:
+            self.accumulate(step)
+            self.step()
+        return self.losses
+
+    def accumulate(self, step: int) -> None:
+        """Forward and backward of the step's micro-batches, gradients reduced."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        count = MICRO_BATCHES // size
+        numbers = [number * size + rank for number in range(count)]
+        batches = [[_batch(step, number) for number in numbers] for _ in self.chunks]
+        iterators = [iter(batch) for batch in batches]
+        outputs = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=count,
+            seq_length=tiny.SEQUENCE,
+            micro_batch_size=BATCH,
+            forward_only=False,
+        )
+        total = torch.stack([output["loss"] for output in outputs]).sum(0) if outputs else torch.zeros(2)
+        torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        self.losses.append(float(total[0] / total[1]) if total[1] else math.nan)
+
+    def step(self) -> None:
+        assert self.optimizer.step()[0]
+
+    def compare_gradient(self) -> tuple[dict[str, float], tuple[float, float]]:
+        """Write the gradient as the reference on one rank, compare this rank's part of it elsewhere."""
+        if self.layout.distributed_optimizer:
+            self._gather_gradient()
+        state = self.sharded_state()
+        gradients = {id(parameter): parameter.main_grad for _, _, parameter in self.named_parameters()}
+        tensors = [t for t in nested_values(state) if isinstance(t, (ShardedTensor, ShardedTensorFactory))]
+        for tensor in tensors:
+            main = gradients.get(id(tensor.data), tensor.data)
+            tensor.data = main.float() if self.layout == ONE_RANK else torch.empty_like(main, dtype=torch.float32)
+            if isinstance(tensor, ShardedTensor):
+                tensor.dtype = torch.float32
+        path = self.folder / "gradient"
+        if self.layout == ONE_RANK:
+            path.mkdir()
+            dist_checkpointing.save(state, str(path))
+            return {}, (0.0, 0.0)
+        reference = dist_checkpointing.load(state, str(path))
+        # A scalar's gradient sums over all tokens and may cancel to nearly nothing in one site: it is held against the
+        # size that this kind of parameter has in the model.
+        kinds: dict[str, float] = {}
+        for chunk, name, _ in self.named_parameters():
+            kind = name.rpartition(".")[2]
+            kinds[kind] = max(kinds.get(kind, 1e-12), float(reference[chunk][name].abs().max()))
+        differences, error, size = {}, 0.0, 0.0
+        for chunk, name, parameter in self.named_parameters():
+            expected = reference[chunk][name]
+            difference = parameter.main_grad - expected
+            scale = max(float(expected.abs().max()), 0.1 * kinds[name.rpartition(".")[2]])
+            differences[name] = float(difference.abs().max()) / scale
+            error, size = error + float(difference.square().sum()), size + float(expected.square().sum())
+        return differences, (error, size)
+
+    def _gather_gradient(self) -> None:
+        """The distributed optimizer leaves each rank the sum of its own shard: put the shards together."""
+        for chunk in self.chunks:
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                group = buffer.data_parallel_group
+                for bucket in buffer.buckets:
+                    shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
+
+    def _load_start(self, model: Model) -> None:
+        path = self.folder / "start"
+        if self.layout == ONE_RANK and not path.exists():
+            if model.start == "random":
+                _randomise(self.chunks)
+            path.mkdir(parents=True)
+            dist_checkpointing.save(self.sharded_state(), str(path))
+        loaded = dist_checkpointing.load(self.sharded_state(), str(path))
+        for number, chunk in enumerate(self.chunks):
+            unwrap_model(chunk).load_state_dict(loaded[f"model{number}"])
+
+
+def _randomise(chunks: list[torch.nn.Module]) -> None:
+    """Dense, non-symmetric connections far from the identity."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if is_frac_parameter(name):
+                    size = 0.5 if parameter.dim() > 1 else 0.1
+                    parameter += size * torch.randn(parameter.shape, generator=generator)
+
+
+def _batch(step: int, number: int) -> dict[str, torch.Tensor]:
+    """A micro-batch with something to learn: every second token follows from the one before."""
+    tokens = tiny.tokens(seed=1000 * step + number, batch=BATCH)
+    tokens[:, 1::2] = (3 * tokens[:, 0:-1:2] + 1) % tiny.VOCABULARY
+    positions = torch.arange(tiny.SEQUENCE).expand(BATCH, -1)
+    return {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "position_ids": positions}
+
+
+def _forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    if parallel_state.get_context_parallel_world_size() > 1:
+        group = parallel_state.get_context_parallel_group()
+        batch = get_batch_on_this_cp_rank(dict(batch), is_hybrid_cp=False, cp_group=group)
+    mask = torch.ones(tiny.SEQUENCE, tiny.SEQUENCE, dtype=torch.bool).triu(1)[None, None]
+    output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"])
+    return output, partial(_loss, batch["labels"].numel())
+
+
+def _loss(count: int, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    total, tokens = output.float().sum(), torch.tensor(count, dtype=torch.int)
+    return total, tokens, {"loss": torch.stack([total.detach(), tokens.float()])}

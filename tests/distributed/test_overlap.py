@@ -1,0 +1,33 @@
+"""Overlapped parameter gather: every forward reads parameters that all data-parallel ranks have."""
+
+from pathlib import Path
+
+import harness
+import pytest
+from layouts import BY_NAME, MOE, ONE_RANK
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+MODEL = next(model for model in MOE if model.name == "mixed-dfc_x4-random-bf16")
+PLAIN, OVERLAP = BY_NAME["DP2 distributed optimizer"], BY_NAME["DP2 distributed optimizer, overlap"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("overlap")
+    harness.run("train_all", 1, store / "one-rank", ONE_RANK, [MODEL], store / "models")
+    return store
+
+
+def test_parameters_are_equal_at_every_forward_and_losses_as_without_overlap(store: Path) -> None:
+    plain = harness.run("parameters_at_every_forward", 2, store / "plain", PLAIN, MODEL, store / "models")
+    overlap = harness.run("parameters_at_every_forward", 2, store / "overlap", OVERLAP, MODEL, store / "models")
+    assert overlap[0][1] == overlap[1][1], "checksums of the two ranks"
+    assert len(set(overlap[0][1])) > 10, "they are updated"
+    assert overlap[0][1] == plain[0][1]
+    assert overlap[0][0] == plain[0][0], "losses"
+
+
+def test_control_parameters_read_without_the_owners_call_are_stale(store: Path) -> None:
+    ranks = harness.run("parameters_at_every_forward", 2, store / "bypass", OVERLAP, MODEL, store / "models", True)
+    stale = sum(a != b for a, b in zip(ranks[0][1], ranks[1][1], strict=True))
+    assert stale > len(ranks[0][1]) / 2

@@ -1,0 +1,136 @@
+"""Activation recompute, Megatron's and ours: losses and gradients equal those without it, bit for bit, with dropout."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from megatron.core.tensor_parallel import random
+
+from megatron_fc import FracConfig
+from megatron_fc.megatron.parameters import is_frac_parameter
+
+DFC, SFC = FracConfig(rate=4), FracConfig(rate=4, dynamic=False)
+OURS = {frac: replace(frac, recompute=True) for frac in (DFC, SFC)}
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+
+
+def selective(*modules: str) -> dict[str, Any]:
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+def full(method: str, layers: int) -> dict[str, Any]:
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+
+
+# `moe_act` needs Transformer Engine's grouped experts: tests/gpu/test_memory_features.py.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "uniform": full("uniform", 1),
+    "uniform-2": full("uniform", 2),
+    "block": full("block", 1),
+    "core_attn": selective("core_attn"),
+    "moe": selective("moe"),
+    "mlp": selective("mlp"),
+    "layernorm": selective("layernorm"),
+    "all-selective": selective("core_attn", "moe", "mlp", "layernorm"),
+}
+FRACS = pytest.mark.parametrize("frac", [DFC, SFC], ids=["dfc", "sfc"])
+
+
+@pytest.fixture(scope="module")
+def compiler() -> str | None:
+    """None, or why the C++ extension that Megatron's `layernorm` recompute needs does not compile."""
+    try:
+        random._get_share_storage()
+    except Exception as error:  # whatever ninja, the compiler or the linker say
+        return str(error).splitlines()[0]
+    return None
+
+
+def skip_without_compiler(options: dict[str, Any], compiler: str | None) -> None:
+    if "layernorm" in options.get("recompute_modules", []) and compiler is not None:
+        pytest.skip(f"selective layernorm recompute compiles a C++ extension: {compiler}")
+
+
+def gradients(kind: str, frac: FracConfig, **options: Any) -> dict[str, torch.Tensor]:
+    """Loss, under that name, and every parameter's gradient, of a model with random connections and fixed dropout."""
+    model = tiny.build(kind, frac, **options)
+    tiny.randomise_connections(model)
+    tiny.seed_dropout(3)
+    loss = tiny.loss(model, tiny.tokens())
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[FracConfig, dict[str, torch.Tensor]]:
+    """A dense layer before a MoE layer, with dropout, without recompute."""
+    return {frac: gradients("mixed", frac, **DROPOUT) for frac in (DFC, SFC)}
+
+
+@FRACS
+@pytest.mark.parametrize("ours", [False, True], ids=["", "ours"])
+@pytest.mark.parametrize("recompute", ["none", *RECOMPUTE])
+def test_exact(recompute: str, ours: bool, frac: FracConfig, undisturbed: Any, compiler: str | None) -> None:
+    options = RECOMPUTE.get(recompute, {})
+    skip_without_compiler(options, compiler)
+    found = gradients("mixed", OURS[frac] if ours else frac, **DROPOUT, **options)
+    assert not different(found, undisturbed[frac])
+
+
+@pytest.mark.parametrize("kind", ["mla", "mtp", "hybrid", "shared"])
+def test_exact_in_other_models(kind: str, compiler: str | None) -> None:
+    plain = gradients(kind, DFC, **DROPOUT)
+    for name in ("uniform", "layernorm"):
+        skip_without_compiler(RECOMPUTE[name], compiler)
+        assert not different(gradients(kind, DFC, **DROPOUT, **RECOMPUTE[name]), plain), name
+    assert not different(gradients(kind, OURS[DFC], **DROPOUT), plain)
+
+
+def test_ours_is_exact_in_bf16() -> None:
+    bf16 = {**DROPOUT, "bf16": True, "params_dtype": torch.bfloat16}
+    assert not different(gradients("mixed", OURS[DFC], **bf16), gradients("mixed", DFC, **bf16))
+
+
+@pytest.mark.parametrize("recompute", ["uniform", "layernorm", "ours"])
+def test_an_error_in_what_is_recomputed_is_noticed(
+    recompute: str, undisturbed: Any, compiler: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: the mixing is off by 1e-6 once the forward pass is over."""
+    options = RECOMPUTE.get(recompute, {})
+    skip_without_compiler(options, compiler)
+    einsum, calls, in_forward = torch.einsum, itertools.count(1), 8  # two at each of four sites
+
+    def drifting(*args: Any) -> torch.Tensor:
+        return einsum(*args) * (1 if next(calls) <= in_forward else 1 + 1e-6)
+
+    monkeypatch.setattr(torch, "einsum", drifting)
+    found = gradients("mixed", OURS[DFC] if recompute == "ours" else DFC, **DROPOUT, **options)
+    assert torch.equal(found["loss"], undisturbed[DFC]["loss"]), "the forward pass itself was disturbed"
+    assert len(different(found, undisturbed[DFC])) > len(found) // 2
+
+
+def accumulations(frac: FracConfig, **options: Any) -> set[int]:
+    """How often one backward pass accumulates into a connection's parameter."""
+    model = tiny.build("mixed", frac, **options)
+    times = {name: 0 for name, _ in model.named_parameters() if is_frac_parameter(name)}
+    for name, parameter in model.named_parameters():
+        if name in times:
+            parameter.register_post_accumulate_grad_hook(lambda _, n=name: times.update({n: times[n] + 1}))
+    tiny.loss(model, tiny.tokens()).backward()
+    return set(times.values())
+
+
+def test_only_megatrons_layernorm_recompute_accumulates_a_gradient_twice(compiler: str | None) -> None:
+    """Width and depth share parameters: sharded gradients that are reduced at the first time would lose the second."""
+    assert accumulations(DFC) == accumulations(DFC, **RECOMPUTE["uniform"]) == accumulations(OURS[DFC]) == {1}
+    skip_without_compiler(RECOMPUTE["layernorm"], compiler)
+    assert accumulations(SFC, **RECOMPUTE["layernorm"]) == {1}
+    assert accumulations(DFC, **RECOMPUTE["layernorm"]) == {1, 2}
