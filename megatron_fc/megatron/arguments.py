@@ -54,10 +54,23 @@ def frac_config_from_args(args: Namespace) -> FracConfig | None:
     Raises:
         UserError: a wrong value, or a training option that does not go with Frac-Connections.
     """
-    if args.frac_rate is None:
+    config = stored_frac_config(args)
+    if config is not None:
+        refuse_unsupported_args(args)
+    return config
+
+
+def stored_frac_config(args: Namespace) -> FracConfig | None:
+    """Return what `args` say of the connections and nothing else, as the arguments kept in a checkpoint do.
+
+    An older release may have written them: options that it did not have take their defaults.
+    """
+    if getattr(args, "frac_rate", None) is None:
         return None
-    refuse_unsupported_args(args)
-    return FracConfig(**{field.name: getattr(args, f"frac_{field.name}") for field in fields(FracConfig)})
+    values: dict[str, Any] = {
+        field.name: getattr(args, f"frac_{field.name}", field.default) for field in fields(FracConfig)
+    }
+    return FracConfig(**values)
 
 
 def frac_flags(config: FracConfig) -> list[str]:

@@ -97,10 +97,10 @@ def _stamp(checkpoint: Path) -> FracConfig | None:
     """The options among the arguments that Megatron keeps in a checkpoint; None without `--frac-*` flags."""
     from megatron.core import dist_checkpointing
 
-    from megatron_fc.megatron.arguments import frac_config_from_args
+    from megatron_fc.megatron.arguments import stored_frac_config
 
     args: Any = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
-    return frac_config_from_args(args) if args is not None and hasattr(args, "frac_rate") else None
+    return stored_frac_config(args) if args is not None else None
 
 
 def _structure(frac: FracConfig, hidden_size: int) -> dict[str, int]:

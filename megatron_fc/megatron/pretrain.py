@@ -26,6 +26,7 @@ from megatron_fc.megatron.checkpoint import (
     refuse_existing,
     refuse_other_connection,
 )
+from megatron_fc.megatron.order import install_order
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
 from megatron_fc.megatron.recipe import Recipe
 from megatron_fc.report.progress import ProgressDisplay
@@ -107,6 +108,7 @@ def parse(recipe: Recipe) -> Namespace:
             stdout, sys.stdout = sys.stdout, nowhere
             try:
                 args = parse_args(extra_args_provider=add_frac_args)
+                args.frac_parameters_first = True  # `model_config` arranges it
                 refuse_unsupported_data(args)
                 frac_config_from_args(args)
                 validate_args(args, {})
@@ -125,13 +127,16 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
     """Return Megatron's configuration of the recipe's model, its connections included."""
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
+    model: Any
     if recipe.family == "hybrid":
         model = hybrid_config_from_args(args)
         model.hybrid_stack_spec = _hybrid_stack(args, recipe.frac)
-        return model
-    model = gpt_config_from_args(args)
+    else:
+        model = gpt_config_from_args(args)
+        if recipe.frac is not None:
+            model.transformer_layer_spec = _gpt_spec(args, recipe.frac)
     if recipe.frac is not None:
-        model.transformer_layer_spec = _gpt_spec(args, recipe.frac)
+        install_order(model, args)
     return model
 
 

@@ -14,7 +14,7 @@ def refuse_unsupported_config(config: TransformerConfig) -> None:
     Raises:
         UserError: names the option and what to do.
     """
-    args = _training_args()
+    args = training_args()
     if args is not None:
         refuse_unsupported_args(args)
     if config.inference_fuse_tp_communication:
@@ -52,7 +52,7 @@ def _recomputes_layernorm(config: TransformerConfig | Namespace) -> bool:
     return selective and "layernorm" in (getattr(config, "recompute_modules", None) or [])
 
 
-def _training_args() -> Namespace | None:
+def training_args() -> Namespace | None:
     """The arguments of Megatron's training loop, None where megatron-core is used without it."""
     from megatron.training import global_vars
 
@@ -79,11 +79,23 @@ def refuse_unsupported_args(args: Namespace) -> None:
     if getattr(args, "use_megatron_fsdp", False):
         _refuse_with_megatron_fsdp(args)
     half = args.bf16 or args.fp16
-    saves_optimizer = args.save and not args.no_save_optim and args.ckpt_format != "torch"
-    if half and saves_optimizer and not args.use_distributed_optimizer and torch.cuda.is_available():
+    saves_optimizer = args.save and not args.no_save_optim and args.ckpt_format == "torch_dist"
+    if half and saves_optimizer and torch.cuda.is_available():
+        _refuse_unwritable_optimizer(args)
+
+
+def _refuse_unwritable_optimizer(args: Namespace) -> None:
+    """Half-precision models keep Frac-Connection parameters in fp32, which Megatron 0.19 writes in one case only."""
+    if not args.use_distributed_optimizer:
         raise UserError(
-            f"Megatron's plain half-precision optimizer cannot write fp32 parameters into a {args.ckpt_format} "
-            f"checkpoint, and Frac-Connections keep theirs in fp32: set use_distributed_optimizer"
+            "Megatron's plain half-precision optimizer cannot write fp32 parameters into a torch_dist checkpoint, and "
+            "Frac-Connections keep theirs in fp32: set use_distributed_optimizer"
+        )
+    if args.hybrid_layer_pattern and not getattr(args, "frac_parameters_first", False):
+        raise UserError(
+            "Megatron's distributed optimizer writes fp32 parameters only if they come first, which a hybrid --spec "
+            "cannot arrange: use megatron-fc train with family=hybrid, or add megatron_fc.megatron.order."
+            "frac_parameters_first to the model config's pre_wrap_hooks"
         )
 
 

@@ -29,6 +29,8 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.hybrid import hybrid_stack
+from megatron_fc.megatron.order import install_order
+from megatron_fc.megatron.refusals import training_args
 from megatron_fc.megatron.slots import FracAdd, FracNorm, Pairing
 
 _TRANSFORMER_SITES = (("input_layernorm", "self_attn_bda"), ("pre_mlp_layernorm", "mlp_bda"))
@@ -148,6 +150,7 @@ def gpt_spec(config: FracConfig) -> Callable[..., Any]:
                 "frac_connect(get_gpt_mtp_block_spec(...)) to GPTModel, or train a hybrid model, to connect them",
                 stacklevel=2,
             )
+        install_order(model_config, training_args())
         return frac_connect(default_layer_spec(model_config, vp_stage), config)
 
     return spec

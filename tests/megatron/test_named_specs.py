@@ -14,7 +14,8 @@ from megatron.training.arguments import parse_args, validate_args
 
 from megatron_fc import FracConfig, FracConnection, UserError
 from megatron_fc.megatron import specs
-from megatron_fc.megatron.arguments import add_frac_args, frac_config_from_args, frac_flags
+from megatron_fc.megatron.arguments import add_frac_args, frac_config_from_args, frac_flags, stored_frac_config
+from megatron_fc.megatron.order import frac_parameters_first
 
 FLAGS = """--num-layers 3 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 16
 --max-position-embeddings 16 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
@@ -39,7 +40,9 @@ def build_gpt(args: Namespace) -> torch.nn.Module:
     config = gpt_config_from_args(args)
     config.vocab_size = 128
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    assert config.pre_wrap_hooks == [frac_parameters_first], "Megatron runs it before it wraps the model"
+    return model
 
 
 def sites(model: torch.nn.Module) -> list[FracConnection]:
@@ -99,6 +102,12 @@ def test_flags_round_trip(config: FracConfig, monkeypatch: pytest.MonkeyPatch) -
     read_back = frac_config_from_args(args)
     assert read_back is not None
     assert read_back.to_dict() == config.to_dict()
+
+
+def test_arguments_kept_by_an_older_release_have_fewer_options() -> None:
+    assert stored_frac_config(Namespace(frac_rate=2, frac_dynamic=False)) == FracConfig(rate=2, dynamic=False)
+    assert stored_frac_config(Namespace(frac_rate=None)) is None
+    assert stored_frac_config(Namespace()) is None
 
 
 def test_without_a_rate_the_residuals_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
