@@ -10,7 +10,7 @@ demo: .venv/.installed  ## train a residual and a Frac-Connections MoE on real t
 
 # PATH: PyTorch looks for the environment's ninja there.
 test: .venv/.installed  ## run the tests
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 compat: .venv/.installed  ## run the quick tests with every supported megatron-core, write docs/compatibility.md
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python scripts/compat.py

@@ -20,7 +20,6 @@ def demo(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("pretrain")
 def test_demo_trains_compares_and_is_not_repeated(tmp_path: Path) -> None:
     first = demo(tmp_path)
     assert first.returncode == 0, first.stderr[-2000:]

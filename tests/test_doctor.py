@@ -16,7 +16,6 @@ from megatron_fc.doctor import Component
 Report = dict[str, Component]
 
 # One worker: the two reports behind these tests are made once.
-pytestmark = pytest.mark.xdist_group("doctor")
 
 
 def inspect() -> Report:

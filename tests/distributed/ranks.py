@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -53,6 +54,7 @@ def on_rank(function: Callable[..., Any], rank: int, world: int, store: Path, ar
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
+    get_write_results_queue("fork")  # Megatron would spawn its manager: five seconds for every rank that saves
     result = function(*args)
     torch.distributed.barrier()
     return result
@@ -88,7 +90,10 @@ def train_all(layout: Layout, models: Sequence[Model], folder: Path) -> dict[str
     results = {}
     for model in models:
         trained = Trained()
-        optimizers = ["adam"] if layout.distributed_optimizer else ["sgd", "adam"]  # Megatron refuses SGD there
+        # Adam from the paper's start; from a random one, where it amplifies rounding, SGD, unless Megatron refuses it.
+        optimizers = ["adam"] if layout.distributed_optimizer or model.start == "paper" else ["sgd"]
+        if layout == ONE_RANK:
+            optimizers = ["adam", "sgd"]
         for optimizer in optimizers:
             run = Run(layout, model, folder / model.name, optimizer)
             run.accumulate(0)

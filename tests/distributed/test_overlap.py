@@ -6,7 +6,7 @@ import harness
 import pytest
 from layouts import BY_NAME, MOE, ONE_RANK
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
 MODEL = next(model for model in MOE if model.name == "mixed-dfc_x4-random-bf16")
 PLAIN, OVERLAP = BY_NAME["DP2 distributed optimizer"], BY_NAME["DP2 distributed optimizer, overlap"]
 

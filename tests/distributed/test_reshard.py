@@ -8,7 +8,7 @@ import harness
 import pytest
 from layouts import BY_NAME, MOE, ONE_RANK, Layout
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]
+pytestmark = pytest.mark.slow
 MODEL = next(model for model in MOE if model.name == "mixed-dfc_x4-random-fp32")
 HALF, ALL = 4, 8
 TOLERANCE = 1e-5  # as in test_layouts

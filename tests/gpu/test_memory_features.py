@@ -18,7 +18,7 @@ from test_pretrain import config as config
 
 from megatron_fc.report.metrics import read_metrics
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu")]
+pytestmark = pytest.mark.gpu
 
 # A learning rate at which the connections leave the identity within a few iterations.
 BASE = ("bf16=true", "lr=1.0e-2", "lr_warmup_iters=0", "train_iters=12", "use_distributed_optimizer=true")

@@ -21,7 +21,6 @@ from megatron_fc.megatron.checkpoint import latest_checkpoint, stored_structure
 from megatron_fc.report.metrics import Metrics, read_metrics
 from megatron_fc.report.summary import read_summary
 
-pytestmark = pytest.mark.xdist_group("pretrain")
 ITERATIONS = 40
 
 

@@ -28,7 +28,6 @@ from megatron_fc.megatron.parameters import is_frac_parameter
 from megatron_fc.megatron.upcycle import to_residual, upcycle
 from megatron_fc.report.metrics import read_metrics
 
-pytestmark = pytest.mark.xdist_group("upcycle")
 DFC = FracConfig(rate=4)
 ITERATION, SAMPLES = 3, 12
 
