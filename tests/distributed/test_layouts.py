@@ -1,7 +1,7 @@
 """Every layout against one rank: step-0 gradients of every parameter, losses under SGD and Adam, recompute."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +37,10 @@ def reference(store: Path) -> dict[str, Any]:
     return harness.run("train_all", 1, store / "one-rank", ONE_RANK, models, store / "models", timeout=400)[0]
 
 
-@pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[list[str]]:
-    """Rows of docs/parallelism.md, printed at the end."""
-    rows: list[str] = []
-    yield rows
-    capture = request.config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print("\n| layout | precision | loss | gradient | recompute | verdict |\n|---|---|---|---|---|---|")
-        print("\n".join(rows))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_layout_equals_one_rank(layout: Layout, store: Path, reference: dict[str, Any], table: list[str]) -> None:
+def test_layout_equals_one_rank(
+    layout: Layout, store: Path, reference: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
     folder = store / layout.name.replace(" ", "-")
     ranks = harness.run("train_all", layout.world, folder, layout, models_of(layout), store / "models", timeout=400)
     worst: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
@@ -64,8 +55,9 @@ def test_layout_equals_one_rank(layout: Layout, store: Path, reference: dict[str
     for bf16, pairs in worst.items():
         loss, gradient = (max(values) for values in zip(*pairs, strict=True))
         recompute = "-" if bf16 else "exact"
-        table.append(
-            f"| {layout.name} | {'bf16' if bf16 else 'fp32'} | {loss:.1e} | {gradient:.1e} | {recompute} | equal |"
+        precision = "bf16" if bf16 else "fp32"
+        record_property(
+            "layout", f"| {layout.name} | {precision} | {loss:.1e} | {gradient:.1e} | {recompute} | equal |"
         )
 
 
