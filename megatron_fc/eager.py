@@ -135,7 +135,7 @@ class _Prediction(NamedTuple):
 
 def _predict(f: Tensor, p: FracParameters, config: FracConfig) -> _Prediction:
     assert p.dynamic_weight is not None
-    rows, v, r = f.reshape(-1, f.shape[-1]), p.dynamic_weight, None
+    rows, v, r = f.flatten(0, 1), p.dynamic_weight, None
     if p.norm_weight is not None:
         v = v * p.norm_weight
         if config.norm == "layernorm":  # which is rmsnorm of what is centred; so is v, for backward
@@ -145,7 +145,7 @@ def _predict(f: Tensor, p: FracParameters, config: FracConfig) -> _Prediction:
     if r is not None:
         z *= r
     t = _tanh(z) if config.tanh else z
-    return _Prediction(t.view(-1, *f.shape[:2]), z, rows, r, v)
+    return _Prediction(t.view(len(v), *f.shape[:2]), z, rows, r, v)
 
 
 def _predict_backward(
@@ -197,8 +197,11 @@ def _mix(weights: Tensor, rows: Tensor) -> Tensor:
     # Kept on CPUs, where making them costs as much as using them. Not what a CUDA graph or a fake mode allocates.
     bags = _kept_bags if rows.device.type == "cpu" and type(rows) is Tensor else _bags
     index, starts = bags(tokens, outputs, inputs, rows.device)
-    table, flat = rows.reshape(tokens * inputs, -1), weights.reshape(-1)
-    return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=flat).view(tokens, -1)
+    # Detached, or a stream that requires gradients would have it prepare for a backward of its own.
+    table, flat = rows.detach().flatten(0, 1), weights.reshape(-1)
+    return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=flat).view(
+        tokens, outputs * rows.shape[-1]
+    )
 
 
 def _bags(tokens: int, outputs: int, inputs: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -211,8 +214,8 @@ _kept_bags = lru_cache(maxsize=8)(_bags)
 
 
 def _tanh(z: Tensor) -> Tensor:
-    """tanh(z), three times as fast as torch.tanh on CPUs: 0 at 0, exact to 1e-7 absolutely (fp32)."""
-    return (2 * z).sigmoid_().mul_(2).sub_(1)
+    """tanh(z) = 1 - 2 sigmoid(-2z): twice as fast as torch.tanh on CPUs, 0 at 0, within 1e-7 everywhere (fp32)."""
+    return torch.rsub((-2 * z).sigmoid_(), 1, alpha=2)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
