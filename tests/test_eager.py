@@ -106,7 +106,18 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("c", [6, 48])
 @every_config
-def test_equals_the_reference(config: FracConfig, c: int, dtype: torch.dtype, device: str = "cpu") -> None:
+def test_equals_the_reference(config: FracConfig, c: int, dtype: torch.dtype) -> None:
+    check_on("cpu", config, c, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
+@every_config
+def test_equals_the_reference_on_a_gpu(config: FracConfig, dtype: torch.dtype) -> None:
+    check_on("cuda", config, 48, dtype)
+
+
+def check_on(device: str, config: FracConfig, c: int, dtype: torch.dtype) -> None:
     p = random_parameters(config, c)
     streams = random_streams((17, config.rate * c), dtype)
     on_device = cast(p, device, torch.float64 if dtype == torch.float64 else torch.float32)
@@ -116,13 +127,6 @@ def test_equals_the_reference(config: FracConfig, c: int, dtype: torch.dtype, de
         assert actual[key].dtype == dtype
     for key, q in on_device._asdict().items():
         assert q is None or actual[f"gradient of {key}"].dtype == q.dtype
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32", "bf16"])
-@every_config
-def test_equals_the_reference_on_a_gpu(config: FracConfig, dtype: torch.dtype) -> None:
-    test_equals_the_reference(config, 48, dtype, "cuda")
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 300])
