@@ -9,6 +9,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.suggest import unknown
 
 Norm = Literal["rmsnorm", "layernorm", "none"]
+Backend = Literal["auto", "triton", "torch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class FracConfig:
         norm_eps: epsilon of the norm, FC's own and independent of the model's.
         recompute: keep the residual stream and the sub-layer's output for backward and compute the rest again; changes
             memory and time, no result, and two configs that differ in it alone are equal.
+        backend: triton (fused kernels, rates 1, 2, 4, 8), torch, or auto: triton where it can run. No part of equality.
 
     Raises:
         UserError: a value is out of range, or an option of the dynamic part is changed in a static connection.
@@ -40,6 +42,7 @@ class FracConfig:
     norm_eps: float = 1e-5
     # No part of what the connection computes: a checkpoint may be continued with the other setting.
     recompute: bool = dataclasses.field(default=False, compare=False)
+    backend: Backend = dataclasses.field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.rate, bool) or not isinstance(self.rate, int) or self.rate < 1:
@@ -49,6 +52,8 @@ class FracConfig:
                 raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.norm not in get_args(Norm):
             raise UserError(unknown("norm", str(self.norm), get_args(Norm)))
+        if self.backend not in get_args(Backend):
+            raise UserError(unknown("backend", str(self.backend), get_args(Backend)))
         for name in ("initial_scale", "norm_eps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -63,7 +68,7 @@ class FracConfig:
     def _refuse_dynamic_options(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("rate", "dynamic", "recompute") and value != field.default:
+            if field.name not in ("rate", "dynamic", "recompute", "backend") and value != field.default:
                 raise UserError(
                     f"{field.name}={value!r} has no effect on static connections (dynamic=false): "
                     f"drop it or set dynamic=true"

@@ -1,15 +1,30 @@
 """FracConnection: the parameters of one site and its two operations."""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fc import functional
+from megatron_fc import ops
+from megatron_fc.backend import choose_backend
 from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.functional import FracParameters
+from megatron_fc.norm import NormWeights
+from megatron_fc.ops import Handover
 from megatron_fc.recompute import recomputed
+
+
+class PendingDepth(NamedTuple):
+    """A depth connection still to be made, as `FracConnection.depth` takes it."""
+
+    o: Tensor
+    h: Tensor
+    handover: Handover
+    bias: Tensor | None = None
+    dropout: float = 0.0
 
 
 class FracConnection(nn.Module):
@@ -73,48 +88,89 @@ class FracConnection(nn.Module):
         """Return the parameters by name, None for those that the configuration does not have."""
         return FracParameters(**{name: getattr(self, name) for name in FracParameters._fields})
 
-    def forward(self, h: Tensor, then: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        h: "Tensor | PendingDepth",
+        then: Callable[[Tensor], Tensor] | None = None,
+        norm: NormWeights | None = None,
+        hand_over: bool = False,
+    ) -> Any:
         """Width connection: residual stream [..., d] -> sub-layer input [..., d], before the sub-layer's norm.
 
         Frameworks call the module, never `width` alone: hooks on the module (overlapped parameter gathers of
         data parallelism) have then run before the parameters are read.
 
         Args:
-            h: the residual stream.
+            h: the residual stream; or the depth connection that is to make it, in the same pass (Triton).
             then: applied to the result, say the sub-layer's norm: with `recompute` the result itself is not kept
                 for backward.
+            norm: the sub-layer's norm as weights, applied in the same pass (Triton).
+            hand_over: also return what `depth` can take over instead of looking at h again.
+
+        Returns:
+            x; with `hand_over` (x, handover); for a `PendingDepth` (h, x, handover).
 
         Raises:
-            UserError: the last dimension is not the hidden size.
+            UserError: the last dimension is not the hidden size or not contiguous, or the backend cannot run.
         """
+        if isinstance(h, PendingDepth):
+            return self._boundary(h, norm)
         self._check("h", h)
+        backend = choose_backend(self.config.backend, self.config.rate, h)
 
-        def width(h: Tensor) -> Tensor:
-            x = functional.width(h, self.site_parameters(), self.config)
-            return x if then is None else then(x)
+        def width(h: Tensor) -> tuple[Tensor, Handover]:
+            x, handover = ops.frac_width(h, self.site_parameters(), self.config, norm, backend)
+            return x if then is None else then(x), handover
 
-        return recomputed(width, h) if self.config.recompute else width(h)
+        x, handover = recomputed(width, h) if self.config.recompute else width(h)
+        return (x, handover) if hand_over else x
 
     def width(self, h: Tensor) -> Tensor:
         """The width connection; the same as calling the module."""
-        return self(h)
+        x: Tensor = self(h)
+        return x
 
-    def depth(self, o: Tensor, h: Tensor) -> Tensor:
+    def _boundary(self, pending: "PendingDepth", norm: NormWeights | None) -> tuple[Tensor, Tensor, Handover]:
+        o, h, handover, bias, dropout = pending
+        self._check("h", h)
+        self._check_output(o, h)
+        seed = dropout_seed(h, dropout)
+        return ops.frac_boundary(o, h, handover, bias, seed, dropout, self.site_parameters(), self.config, norm)
+
+    def depth(
+        self,
+        o: Tensor,
+        h: Tensor,
+        handover: Handover | None = None,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
         """Depth connection: sub-layer output and residual stream [..., d] -> next residual stream [..., d].
 
-        `o` may have a lower precision than `h` (fp32 residual stream); the result has the dtype of `h`.
+        Args:
+            o: the sub-layer's output, in the dtype of h or, with an fp32 stream, a lower one.
+            h: the residual stream that went into the width connection.
+            handover: what the width connection handed over for h; without it the coefficients are computed again.
+            bias: [d], added to o; rounded like Megatron's own bias-dropout-add.
+            dropout: probability for an element of o to be dropped.
+
+        Returns:
+            [..., d] in the dtype of h.
 
         Raises:
-            UserError: the last dimension is not the hidden size, or the shapes differ.
+            UserError: shapes or dtypes do not fit, or the backend cannot run.
         """
         self._check("h", h)
-        if o.shape != h.shape:
-            raise UserError(f"o has shape {tuple(o.shape)} and h {tuple(h.shape)}: they must be the same")
-
-        def depth(o: Tensor, h: Tensor) -> Tensor:
-            return functional.depth(o, h, self.site_parameters(), self.config)
-
-        return recomputed(depth, o, h) if self.config.recompute else depth(o, h)
+        self._check_output(o, h)
+        backend = choose_backend(self.config.backend, self.config.rate, h)
+        if handover is None:
+            _, handover = ops.frac_width(h, self.site_parameters(), self.config, None, backend, want_x=False)
+        if backend == "triton":
+            return ops.frac_depth(o, h, handover, backend, bias, dropout_seed(h, dropout), dropout)
+        if bias is not None or dropout > 0:
+            o = o.to(h.dtype) if bias is None else o.to(h.dtype) + bias.to(h.dtype)
+            o = F.dropout(o, dropout)
+        return ops.frac_depth(o, h, handover, backend)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, {self.config}"
@@ -124,6 +180,15 @@ class FracConnection(nn.Module):
             raise UserError(
                 f"{name} has shape {tuple(tensor.shape)}: its last dimension must be hidden_size={self.hidden_size}"
             )
+        if tensor.stride(-1) != 1 and self.hidden_size > 1:
+            raise UserError(f"{name} has strides {tensor.stride()}: its last dimension must be contiguous")
+
+    def _check_output(self, o: Tensor, h: Tensor) -> None:
+        if o.shape != h.shape:
+            raise UserError(f"o has shape {tuple(o.shape)} and h {tuple(h.shape)}: they must be the same")
+        self._check("o", o)
+        if o.dtype != h.dtype and not (h.dtype == torch.float32 and o.dtype in (torch.bfloat16, torch.float16)):
+            raise UserError(f"o is {o.dtype} and h {h.dtype}: they must be the same, or o of 16 bits with h in fp32")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FracConnection":
         # Megatron's Float16Module casts by module.bfloat16(). Just above 1 bf16 steps by 0.0078, coarser than
@@ -140,3 +205,8 @@ class FracConnection(nn.Module):
         for name, attributes in marks.items():
             vars(self._parameters[name]).update(attributes)
         return self
+
+
+def dropout_seed(h: Tensor, dropout: float) -> Tensor | None:
+    """Draw a seed from the device's generator: no wait for the device, and the same again where its state is restored."""
+    return torch.randint(2**31 - 1, (1,), device=h.device) if dropout > 0 else None

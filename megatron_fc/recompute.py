@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def recomputed[Result](function: Callable[..., Result], *tensors: Tensor) -> Result:
     """Call `function(*tensors)`; what autograd would keep inside is computed again in backward, from `tensors` alone.
 
     Non-reentrant, so that a parameter's gradient is still accumulated once per backward pass, which sharded gradients
@@ -15,5 +15,5 @@ def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return function(*tensors)
-    result: Tensor = checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
+    result: Result = checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
     return result

@@ -100,8 +100,7 @@ def rows_by_rows(a, b, total, S: tl.constexpr):
     """total + a b^T for row chunks [R, BC] and [R' or KP, BC]."""
     if S.EXACT:
         return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), total, input_precision="tf32x3")
-    else:
-        return tl.dot(a, tl.trans(b), total)
+    return tl.dot(a, tl.trans(b), total)
 
 
 @triton.jit
@@ -109,10 +108,9 @@ def table_by_rows(table, b, S: tl.constexpr):
     """table b for a table in fp32 and a row chunk, to fp32 accuracy of the table."""
     if S.EXACT:
         return tl.dot(table, b.to(tl.float32), input_precision="tf32x3")
-    else:
-        high = table.to(b.dtype)
-        low = (table - high.to(tl.float32)).to(b.dtype)
-        return tl.dot(low, b, tl.dot(high, b))
+    high = table.to(b.dtype)
+    low = (table - high.to(tl.float32)).to(b.dtype)
+    return tl.dot(low, b, tl.dot(high, b))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import fields
 from typing import Any, get_args
 
-from megatron_fc.config import FracConfig, Norm
+from megatron_fc.config import Backend, FracConfig, Norm
 from megatron_fc.megatron.refusals import refuse_unsupported_args
 
 _HELP = {
@@ -22,7 +22,10 @@ _HELP = {
     "initial_scale": "Initial value of the learned scalars.",
     "norm_eps": "Epsilon of the norm.",
     "recompute": "Keep the residual stream and the sub-layer's output for backward, compute the rest again.",
+    "backend": "Implementation: Triton's fused kernels, plain torch, or auto, which takes Triton where it can run.",
 }
+
+_CHOICES = {"norm": get_args(Norm), "backend": get_args(Backend)}
 
 
 def add_frac_args(parser: ArgumentParser) -> ArgumentParser:
@@ -35,8 +38,8 @@ def add_frac_args(parser: ArgumentParser) -> ArgumentParser:
             options |= {"type": int, "default": None}
         elif field.type is bool:
             options["action"] = BooleanOptionalAction
-        elif field.name == "norm":
-            options["choices"] = get_args(Norm)
+        elif field.name in _CHOICES:
+            options["choices"] = _CHOICES[field.name]
         else:
             options["type"] = field.type
         group.add_argument(flag, **options)

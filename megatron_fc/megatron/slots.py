@@ -1,47 +1,87 @@
 """The two modules that carry a Frac-Connection in a Megatron layer's spec.
 
 A layer computes `x = norm(h); o = sub_layer(x); h = bias_dropout_add(o, h)`. `FracNorm` stands in the norm slot
-and owns the site; `FracAdd` stands in the bias-dropout-add slot and refers to it. Both are pure functions of h:
-nothing is kept between them, so recompute, pipeline schedules and CUDA graphs see an ordinary layer.
+and owns the site; `FracAdd` stands in the bias-dropout-add slot and refers to it.
+
+The norm slot returns x and h, as Megatron's layers allow, and what the depth connection can take over from it hangs on
+that very h. With the fused kernels the depth connection of attention also makes the MLP's input in the same pass, and
+hangs that on the stream that it returns. Both are gifts: whoever finds a tensor without one (recomputed, detached, sent,
+out of a CUDA graph) computes from the tensor itself, with the same result.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_fc.backend import choose_backend
 from megatron_fc.config import FracConfig
-from megatron_fc.connection import FracConnection
+from megatron_fc.connection import FracConnection, PendingDepth
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.norms import hand_out_weights, norm_weights
 from megatron_fc.megatron.refusals import refuse_unsupported_config
+from megatron_fc.ops import Handover
+
+_GIFT = "_frac_gift"
+
+
+class _Gift(NamedTuple):
+    """What hangs on a stream: for whom, the sub-layer's input if it is there already, and the handover."""
+
+    site: FracConnection
+    x: Tensor | None
+    handover: Handover
+
+
+def _give(stream: Tensor, gift: _Gift) -> Tensor:
+    setattr(stream, _GIFT, gift)
+    return stream
+
+
+def _take(stream: Tensor, site: FracConnection) -> _Gift | None:
+    """Take a gift off a stream, so that it lives no longer than its use; None if there is none for this site."""
+    gift: _Gift | None = stream.__dict__.pop(_GIFT, None)
+    return gift if gift is not None and gift.site is site else None
 
 
 class Pairing:
     """Hands a site from its norm slot to its bias-dropout-add slot while Megatron builds a layer, in that order.
 
     One spec builds many layers, one after another, so one pairing serves all of them.
+
+    Args:
+        slot: name of the norm slot.
+        before: pairing of the sub-layer before it in the same layer.
+        returns_stream: the layer takes (x, h) from its norm slot, not x alone.
     """
 
-    def __init__(self, slot: str) -> None:
+    def __init__(self, slot: str, before: "Pairing | None" = None, returns_stream: bool = True) -> None:
         self.slot = slot
+        self.returns_stream = returns_stream
+        self._before = before
         self._waiting: FracNorm | None = None
+        self._built: FracAdd | None = None
 
     def offer(self, norm: "FracNorm") -> None:
         """Called by a norm slot when it is built."""
         self._waiting = norm
+        if self._before is not None and self._before._built is not None:
+            self._before._built.followed_by(norm)
+            self._before._built = None
 
-    def take(self) -> "FracNorm":
+    def take(self, add: "FracAdd") -> "FracNorm":
         """Called by the bias-dropout-add slot when it is built.
 
         Raises:
             UserError: no norm slot was built before.
         """
-        norm, self._waiting = self._waiting, None
+        norm, self._waiting, self._built = self._waiting, None, add
         if norm is None:
             raise UserError(
                 f"the width connection of {self.slot!r} was replaced after frac_connect: call frac_connect last, "
@@ -78,15 +118,43 @@ class FracNorm(MegatronModule):
         for parameter in self.connection.parameters():
             # Under sequence parallelism every rank sees its tokens only: Megatron then sums these gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self.norm = norm(config=config, hidden_size=hidden_size, eps=eps)
+        self.norm = hand_out_weights(norm(config=config, hidden_size=hidden_size, eps=eps))
         self.paired = False
+        # Selective recompute frees the storage of all that the norm slot returns, and h must outlive it.
+        self.hands_over = pairing.returns_stream and not (
+            config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+        )
         pairing.offer(self)
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Residual stream [s, b, d] -> normed input of the sub-layer [s, b, d]."""
+    def forward(self, h: Tensor | PendingDepth) -> Any:
+        """Residual stream [s, b, d] -> normed input of the sub-layer [s, b, d], and the stream where the layer takes it.
+
+        Given a depth connection still to be made, makes both in one pass and returns the stream with x hanging on it.
+        """
         if not self.paired:
             raise UserError("the depth connection of this layer was replaced after frac_connect: call it last")
-        return self.connection(h, then=self.norm)
+        site = self.connection
+        if isinstance(h, PendingDepth):
+            stream, x, handover = site(h, norm=norm_weights(self.norm))
+            return _give(stream, _Gift(site, x, handover))
+        gift = _take(h, site)
+        if gift is not None:
+            x, handover = gift.x, gift.handover
+        elif not self.hands_over:
+            return site(h, **self._norm_arguments(h))
+        else:
+            x, handover = site(h, hand_over=True, **self._norm_arguments(h))
+        # A view, since a tensor that hung on h itself would keep h, and so itself, alive.
+        return x, _give(h.view_as(h), _Gift(site, None, handover))
+
+    def _norm_arguments(self, h: Tensor) -> dict[str, Any]:
+        """The norm as weights for the kernel, or as the function to call behind the width connection."""
+        frac = self.connection.config
+        if choose_backend(frac.backend, frac.rate, h) == "triton":
+            weights = norm_weights(self.norm)
+            if weights is not None:
+                return {"norm": weights}
+        return {"then": self.norm}
 
 
 class FracAdd(nn.Module):
@@ -94,10 +162,16 @@ class FracAdd(nn.Module):
 
     def __init__(self, pairing: Pairing) -> None:
         super().__init__()
-        norm = pairing.take()
+        norm = pairing.take(self)
         norm.paired = True
-        # In a tuple, so that the parameters are registered once, in the norm slot.
+        # In tuples, so that the parameters are registered once, in the norm slots.
         self._site = (norm.connection,)
+        self._following: tuple[FracNorm, ...] = ()
+
+    def followed_by(self, norm: FracNorm) -> None:
+        """Called while the layer is built: whose width connection comes next, on the stream that this slot returns."""
+        if norm.hands_over:
+            self._following = (norm,)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         """Return the function that Megatron calls with ((o, bias), h, dropout probability).
@@ -110,12 +184,20 @@ class FracAdd(nn.Module):
         self, training: bool, o_with_bias: tuple[Tensor, Tensor | None], h: Tensor, dropout: float
     ) -> Tensor:
         o, bias = o_with_bias
+        site, gift = self._site[0], _take(h, self._site[0])
+        handover = None if gift is None else gift.handover
+        dropout = dropout if training else 0.0
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(o, h)):
-            # Bias and dropout round in the same dtype as Megatron's own operation, hence the identity at step 0.
-            o = o.to(h.dtype)
-            if bias is not None:
-                o = o + bias.to(h.dtype)
-            return self._site[0].depth(F.dropout(o, p=dropout, training=training), h)
+            if handover is not None and self._following and self._in_one_pass(h):
+                return self._following[0](PendingDepth(o, h, handover, bias, dropout))
+            return site.depth(o, h, handover, bias, dropout)
+
+    def _in_one_pass(self, h: Tensor) -> bool:
+        """Whether the kernels can make the next sub-layer's input along with the stream."""
+        frac, following = self._site[0].config, self._following[0]
+        if choose_backend(frac.backend, frac.rate, h) != "triton" or frac.recompute:
+            return False
+        return isinstance(following.norm, IdentityOp) or norm_weights(following.norm) is not None
 
     def _gradients_are_on(self, o: Tensor, h: Tensor) -> bool:
         """Whether the layer runs with gradients.

@@ -102,6 +102,7 @@ def _connect_layer(spec: ModuleSpec, slots: tuple[tuple[str, str], ...], config:
     keys_map = dict(submodules.sharded_state_dict_keys_map)
     if getattr(submodules, "cross_attn_bda", IdentityFuncOp) is not IdentityFuncOp:
         raise UserError(f"{_name(spec)} has cross-attention, which Frac-Connections do not cover: decoder layers only")
+    pairing = None
     for norm_slot, add_slot in slots:
         norm, add = getattr(submodules, norm_slot), getattr(submodules, add_slot)
         if _is_connected(norm) or _is_connected(add):
@@ -110,7 +111,8 @@ def _connect_layer(spec: ModuleSpec, slots: tuple[tuple[str, str], ...], config:
             continue
         if add is not get_bias_dropout_add:
             raise UserError(f"{add_slot} of {_name(spec)} is {_name(add)}, not Megatron's get_bias_dropout_add")
-        pairing = Pairing(norm_slot)
+        # Mamba layers take one tensor from their norm slot.
+        pairing = Pairing(norm_slot, before=pairing, returns_stream=spec.module is not MambaLayer)
         params = {"norm": norm, "frac": config, "pairing": pairing}
         setattr(submodules, norm_slot, ModuleSpec(FracNorm, params=params))
         setattr(submodules, add_slot, ModuleSpec(FracAdd, params={"pairing": pairing}))

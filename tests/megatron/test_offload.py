@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
 )
 
 from megatron_fc import FracConfig
+from megatron_fc.megatron.slots import FracNorm
 
 DFC = FracConfig(rate=4)
 
@@ -35,7 +36,7 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Offloading.reset_instance()
 
 
-def steps(frac: FracConfig | None, *modules: str) -> list[dict[str, torch.Tensor]]:
+def steps(frac: FracConfig | None, *modules: str, hand_over: bool = True) -> list[dict[str, torch.Tensor]]:
     """Gradients of two steps: the manager only takes notes in the first one."""
     options: dict[str, Any] = {}
     if modules:
@@ -43,6 +44,9 @@ def steps(frac: FracConfig | None, *modules: str) -> list[dict[str, torch.Tensor
         options["min_offloaded_tensor_size"] = 1
     model = tiny.build("mixed", frac, **options)
     tiny.randomise_connections(model)
+    for module in model.modules():
+        if isinstance(module, FracNorm):
+            module.hands_over = hand_over
     result = []
     for seed in (0, 1):
         model.zero_grad()
@@ -62,8 +66,14 @@ def test_gradients_are_those_without(frac: FracConfig) -> None:
 
 @pytest.mark.parametrize("module", ["attn_norm", "mlp_norm"])
 def test_why_the_norms_are_refused(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron frees the residual with the norm's group; its own sum does not need it again, the connection does."""
+    """Megatron frees the residual with the norm's group; its own sum does not need it again.
+
+    Nor does a depth connection that takes over from the width connection; one that looks at h by itself does.
+    """
     steps(None, module)
     monkeypatch.setattr("megatron_fc.megatron.slots.refuse_unsupported_config", lambda _: None)
+    plain, offloaded = steps(DFC), steps(DFC, module)
+    for before, after in zip(plain, offloaded, strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
     with pytest.raises(RuntimeError, match="storage of size 0"):
-        steps(DFC, module)
+        steps(DFC, module, hand_over=False)
