@@ -208,5 +208,5 @@ class FracConnection(nn.Module):
 
 
 def dropout_seed(h: Tensor, dropout: float) -> Tensor | None:
-    """Draw a seed from the device's generator: no wait for the device, and the same again where its state is restored."""
+    """Draw a seed from the device's generator: without waiting for it, and again where its state is restored."""
     return torch.randint(2**31 - 1, (1,), device=h.device) if dropout > 0 else None

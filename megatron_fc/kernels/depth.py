@@ -5,8 +5,8 @@
 | forward | o, h | h' | 3 |
 | backward | g, o | g_o | 3 |
 
-The mixed residual A^T h is never in memory: forward makes it on the way, and its gradient is g itself. Per token there are
-also, in fp32, beta and alpha in forward, beta and its gradient in backward.
+The mixed residual A^T h is never in memory: forward makes it on the way, and its gradient is g itself. Per token there
+are also, in fp32, beta and alpha in forward, beta and its gradient in backward.
 """
 
 import triton

@@ -1,6 +1,6 @@
-"""Launches: plain functions on tensors, the interface of `megatron_fc.eager` plus the sub-layer's norm and the boundary.
+"""Launches: functions on tensors, as in `megatron_fc.eager`, plus the sub-layer's norm and the boundary.
 
-Streams are [tokens, d] with d = m*c, rows contiguous. No function looks at a tensor's values, so none waits for the device.
+Streams are [tokens, d] with d = m*c, rows contiguous. No function looks at a tensor's values or waits for the device.
 """
 
 import functools

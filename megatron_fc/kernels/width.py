@@ -129,7 +129,8 @@ def store_coefficients(table, beta, alpha, first, count, S: tl.constexpr):
 
 @triton.jit
 def finish_width(
-    kept, x, products, beta, alpha, p, norm, projection, weight, bias, static, scale, sums, first, count, S: tl.constexpr
+    kept, x, products, beta, alpha, p, norm, projection, weight, bias, static, scale, sums, first, count,
+    S: tl.constexpr,
 ):  # fmt: skip
     """Second pass: store the coefficients, and x or norm(x) from the chunks of h that the first pass kept."""
     CHUNKS: tl.constexpr = S.CHUNKS
@@ -216,7 +217,7 @@ def width_backward_kernel(g_x, g_beta, g_mixed, g_other, h, pre, p, norm, g_h, p
     g_other is added to the gradient of h. With `pre`, it goes on through the depth connection that made h.
     """
     CHUNKS: tl.constexpr = S.CHUNKS
-    projection, weight, bias = load_weights(p, norm, h, S)
+    projection, weight, _ = load_weights(p, norm, h, S)
     sums = projection_sums(p, projection, h, S)
     static, scale = static_table(p, S), scales(p, S)
     d_projection, d_weight, d_bias, tables = zero_sums(norm, S)

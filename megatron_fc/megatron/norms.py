@@ -10,7 +10,7 @@ from megatron_fc.norm import NormKind, NormWeights
 class _HandsOutWeights:
     """Called without an argument, the norm returns its weights instead of applying them.
 
-    Overlapped parameter gathers wait in hooks of the module that owns a parameter, so it is read by calling that module.
+    Overlapped parameter gathers wait in hooks of the module that owns a parameter: so it is read by calling that one.
     """
 
     def forward(self, x: Any = None) -> Any:

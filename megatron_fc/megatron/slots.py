@@ -5,8 +5,8 @@ and owns the site; `FracAdd` stands in the bias-dropout-add slot and refers to i
 
 The norm slot returns x and h, as Megatron's layers allow, and what the depth connection can take over from it hangs on
 that very h. With the fused kernels the depth connection of attention also makes the MLP's input in the same pass, and
-hangs that on the stream that it returns. Both are gifts: whoever finds a tensor without one (recomputed, detached, sent,
-out of a CUDA graph) computes from the tensor itself, with the same result.
+hangs that on the stream that it returns. Both are gifts: whoever finds a tensor without one (recomputed, detached,
+sent, out of a CUDA graph) computes from the tensor itself, with the same result.
 """
 
 from collections.abc import Callable
@@ -127,7 +127,7 @@ class FracNorm(MegatronModule):
         pairing.offer(self)
 
     def forward(self, h: Tensor | PendingDepth) -> Any:
-        """Residual stream [s, b, d] -> normed input of the sub-layer [s, b, d], and the stream where the layer takes it.
+        """Residual stream [s, b, d] -> normed input of the sub-layer [s, b, d], and the stream if the layer takes it.
 
         Given a depth connection still to be made, makes both in one pass and returns the stream with x hanging on it.
         """

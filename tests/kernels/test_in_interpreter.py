@@ -1,0 +1,20 @@
+"""Start the tests of the kernels in a process of their own, where Triton interprets them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("module", ["test_operations.py", "test_traffic.py", "test_model.py"])
+def test_in_interpreter(module: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / module)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

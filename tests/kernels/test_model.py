@@ -1,0 +1,124 @@
+"""The kernels inside Megatron's layers: as the torch backend, boundary and hand-over included, and their bytes."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_traffic import counted, of
+
+from megatron_fc import FracConfig
+from megatron_fc.kernels import launch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    import tiny
+
+    from megatron_fc.megatron.slots import FracNorm
+
+TRITON = FracConfig(rate=4, backend="triton")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    with tiny.one_rank():
+        yield
+
+
+def gradients(kind: str, frac: FracConfig, **options: Any) -> dict[str, torch.Tensor]:
+    model = tiny.build(kind, frac, **options)
+    tiny.randomise_connections(model)
+    loss = tiny.loss(model, tiny.tokens())
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the launches, in order."""
+    made: list[str] = []
+
+    def recorded(name: str) -> Any:
+        function = getattr(launch, name)
+
+        def call(*args: Any) -> Any:
+            made.append(name)
+            return function(*args)
+
+        return call
+
+    for name in ("width_forward", "width_backward", "depth_forward", "depth_backward"):
+        monkeypatch.setattr(launch, name, recorded(name))
+    for name in ("boundary_forward", "boundary_backward"):
+        monkeypatch.setattr(launch, name, recorded(name))
+    return made
+
+
+@pytest.mark.parametrize(("kind", "dynamic"), [("dense", True), ("mixed", False), ("hybrid", True)])
+def test_as_the_torch_backend(kind: str, dynamic: bool) -> None:
+    frac = replace(TRITON, dynamic=dynamic)
+    found, expected = gradients(kind, frac), gradients(kind, replace(frac, backend="torch"))
+    assert found.keys() == expected.keys()
+    for name in found:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_attention_and_mlp_of_a_layer_meet_in_one_pass(calls: list[str]) -> None:
+    gradients("dense", TRITON)
+    layer = ["width_forward", "boundary_forward", "depth_forward"]
+    layers = len(calls) // 6
+    assert calls[: 3 * layers] == layer * layers
+    assert calls[3 * layers :] == ["depth_backward", "boundary_backward", "width_backward"] * layers
+
+
+def test_full_recompute_with_dropout_is_exact() -> None:
+    options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    results = []
+    for extra in ({}, options):
+        tiny.seed_dropout(3)
+        results.append(gradients("dense", TRITON, hidden_dropout=0.1, **extra))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+class Streams(torch.utils._python_dispatch.TorchDispatchMode):
+    """Collects the streams that our operations read and write, and counts the sums that others make of streams."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.seen: dict[int, torch.Tensor] = {}
+        self.sums = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if op.namespace == "megatron_fc":
+            for tensor in torch.utils._pytree.tree_leaves((args, out)):
+                if isinstance(tensor, torch.Tensor) and tensor.numel() == self.elements and tensor.stride(-1) == 1:
+                    self.seen[tensor.data_ptr()] = tensor
+        elif op in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
+            self.sums += out.numel() == self.elements
+        return out
+
+
+@pytest.mark.parametrize(("hand_over", "rows"), [(True, 22), (False, 36)])
+def test_rows_that_a_layer_moves(hand_over: bool, rows: int) -> None:
+    """All between the sub-layers of a transformer layer, forward and backward, in rows of d per token."""
+    layer = tiny.build("dense", TRITON).decoder.layers[0]
+    for module in layer.modules():
+        if isinstance(module, FracNorm):
+            module.hands_over = hand_over
+    width, tokens = layer.config.hidden_size, 32
+    h = torch.randn(tokens, 1, width, requires_grad=True)
+    mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
+    moved: Counter[int]
+    with Streams(tokens * width) as streams, counted() as moved:
+        out, _ = layer(h, attention_mask=mask)
+        out.backward(torch.randn_like(out))
+    # Autograd's sum reads two rows and writes one; the kernels' loads and stores are counted one by one.
+    assert of(moved, *streams.seen.values()) / (tokens * width * 4) + 3 * streams.sums == rows

@@ -1,0 +1,171 @@
+"""Forward and every gradient of the kernels against float64 autograd of the reference."""
+
+import itertools
+
+import pytest
+import reference
+import torch
+
+from megatron_fc import FracConfig
+from megatron_fc.kernels import launch
+
+# Sums of up to 4096 terms in fp32, and norms whose statistics come from products of rows; measured 9e-6, in a gradient
+# of one element.
+FP32 = 2e-5
+# Without tanh or norm z is not bounded, and gradients near cancellation lose digits: measured 2.3e-5.
+UNBOUNDED = 1e-4
+# One rounding of a result to 2^-9 or 2^-12 is 1.7e-3 or 2e-4 on average; gradients of x are rounded on the way, too.
+HALF = {torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+NORMS = ("rmsnorm", "layernorm", "none")
+CONFIGS = [
+    *(FracConfig(rate=rate) for rate in (1, 2, 4, 8)),
+    *(FracConfig(rate=rate, dynamic=False) for rate in (1, 2, 4, 8)),
+    *(
+        FracConfig(rate=2, norm=norm, tanh=tanh, scale=scale)
+        for norm, tanh, scale in itertools.product(NORMS, (True, False), (True, False))
+        if (norm, tanh, scale) != ("rmsnorm", True, True)
+    ),
+]
+
+
+def name(config: FracConfig) -> str:
+    return f"{config.label}-{config.norm}-{'tanh' if config.tanh else 'linear'}-{'s' if config.scale else '1'}"
+
+
+def check(case: reference.Case, tolerance: float) -> None:
+    outputs, gradients = reference.width_and_gradients(case)
+    found = launch.width_forward(case.h, case.p, case.config, case.norm)
+    back = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, case.p, case.config, case.norm)
+    flat = [q for q in (back.h, *back.parameters, back.weight, back.bias) if q is not None]
+    for one, expected in zip(found, outputs, strict=True):
+        assert one is not None
+        assert reference.error(one, expected) < tolerance
+    for one, expected in zip(flat, gradients, strict=True):
+        assert reference.error(one, expected) < tolerance
+
+    beta, alpha = case.coefficients
+    before = launch.Before(case.o, case.h, beta, alpha)
+    assert reference.error(launch.depth_forward(before, case.config), reference.depth(case)) < tolerance
+    g_o, g_beta = launch.depth_backward(case.g_x, before, case.config)
+    g, o = (t.double().unflatten(-1, (case.config.rate, -1)) for t in (case.g_x, case.o))
+    assert reference.error(g_o, (beta.double().unsqueeze(-1) * g).flatten(-2)) < tolerance
+    assert reference.error(g_beta, (g * o).sum(-1)) < tolerance
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
+def test_every_option_in_fp32(config: FracConfig) -> None:
+    unbounded = config.dynamic and not (config.tanh and config.norm != "none")
+    # With one fraction the norm takes gamma out again: its gradient is what is left of a cancellation.
+    kind = "rmsnorm" if config.rate > 1 else None
+    case = reference.make(config, 48 * config.rate, 5, torch.float32, kind)
+    check(case, UNBOUNDED if unbounded else FP32)
+
+
+@pytest.mark.parametrize("kind", [None, "rmsnorm", "layernorm"])
+@pytest.mark.parametrize("c", [16, 48, 80, 512])
+def test_widths_and_norms_of_the_sublayer(c: int, kind: str | None) -> None:
+    check(reference.make(FracConfig(rate=4), 4 * c, 3, torch.float32, kind), FP32)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+def test_token_counts(tokens: int) -> None:
+    check(reference.make(FracConfig(rate=4), 64, tokens, torch.float32, "layernorm"), FP32)
+
+
+def test_many_tokens() -> None:
+    check(reference.make(FracConfig(rate=4), 64, 4096, torch.float32, "rmsnorm"), FP32)
+
+
+def test_norm_weight_stored_less_one() -> None:
+    check(reference.make(FracConfig(rate=4), 64, 3, torch.float32, "rmsnorm", one_plus=True), FP32)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("config", [FracConfig(rate=4), FracConfig(rate=8, dynamic=False)], ids=name)
+def test_half_precision(config: FracConfig, dtype: torch.dtype) -> None:
+    """In fp16 coefficients are split into two halves, as on a GPU; bf16 products are wrong in the interpreter."""
+    check(reference.make(config, 64 * config.rate, 17, dtype, "rmsnorm"), HALF[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_boundary_equals_depth_and_width_to_the_bit(dtype: torch.dtype) -> None:
+    config = FracConfig(rate=4)
+    case = reference.make(config, 320, 17, dtype, "rmsnorm")
+    before = launch.Before(case.o, case.h, *case.coefficients)
+    h, *following = launch.boundary_forward(before, case.p, config, case.norm)
+    assert torch.equal(h, launch.depth_forward(before, config))
+    for one, expected in zip(following, launch.width_forward(h, case.p, config, case.norm), strict=True):
+        assert expected is not None
+        assert torch.equal(one, expected)
+    incoming = (case.g_x, case.g_beta, case.g_mixed)
+    width, g_o, g_beta = launch.boundary_backward(None, *incoming, h, before, case.p, config, case.norm)
+    alone = launch.width_backward(*incoming, h, case.p, config, case.norm)
+    assert torch.equal(width.h, alone.h)
+    for one, expected in zip(launch.depth_backward(alone.h, before, config), (g_o, g_beta), strict=True):
+        assert torch.equal(one, expected)
+    for one, expected in zip(width.parameters, alone.parameters, strict=True):
+        assert (one is None) == (expected is None)
+        assert one is None or torch.equal(one, expected)
+
+
+def test_absent_gradients_are_zero() -> None:
+    case = reference.make(FracConfig(rate=4), 64, 5, torch.float32, "rmsnorm")
+    zeros = torch.zeros_like(case.h)
+    pairs = [
+        ((case.g_x, None, None), (case.g_x, torch.zeros_like(case.g_beta), zeros)),
+        ((None, case.g_beta, case.g_mixed), (zeros, case.g_beta, case.g_mixed)),
+    ]
+    for absent, given in pairs:
+        one, other = (launch.width_backward(*g, case.h, case.p, case.config, case.norm) for g in (absent, given))
+        torch.testing.assert_close(one.h, other.h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_identity_at_the_initial_values(dtype: torch.dtype) -> None:
+    """x is h to the bit, and h' what Megatron's own sum gives."""
+    from megatron_fc import FracConnection
+
+    case = reference.make(FracConfig(rate=4), 256, 17, dtype, None)
+    p = FracConnection(256, case.config).site_parameters()
+    x, beta, alpha = launch.width_forward(case.h, p, case.config)
+    assert x is not None
+    assert torch.equal(x, case.h)
+    assert torch.equal(launch.depth_forward(launch.Before(case.o, case.h, beta, alpha), case.config), case.o + case.h)
+
+
+def test_fp32_stream_with_a_half_precision_output() -> None:
+    case = reference.make(FracConfig(rate=4), 64, 5, torch.float32, None)
+    o = case.o.bfloat16()
+    before = launch.Before(o, case.h, *case.coefficients)
+    upcast = before._replace(o=o.float())
+    assert torch.equal(launch.depth_forward(before, case.config), launch.depth_forward(upcast, case.config))
+    assert launch.depth_backward(case.g_x, before, case.config)[0].dtype == torch.bfloat16
+
+
+def test_bias_and_dropout() -> None:
+    """What is dropped is zero in forward and in backward alike; the rest is scaled; the seed decides."""
+    case = reference.make(FracConfig(rate=4), 256, 64, torch.float32, None)
+    beta, alpha = torch.ones(64, 4), torch.zeros(64, 16)
+    bias, seed = torch.randn(256), torch.tensor([7])
+    before = launch.Before(case.o, case.h, beta, alpha, bias, seed, 0.25)
+    out = launch.depth_forward(before, case.config)
+    kept = out != 0
+    assert 0.72 < kept.float().mean() < 0.78
+    torch.testing.assert_close(out[kept], ((case.o + bias) / 0.75)[kept])
+    g_o, g_beta = launch.depth_backward(case.g_x, before, case.config)
+    assert torch.equal(g_o != 0, kept)
+    torch.testing.assert_close(g_o[kept], (case.g_x / 0.75)[kept])
+    torch.testing.assert_close(g_beta, (case.g_x * out).unflatten(-1, (4, -1)).sum(-1))
+    again = launch.depth_forward(before._replace(seed=torch.tensor([8])), case.config)
+    assert not torch.equal(again != 0, kept)
+
+
+def test_transposed_mixing_would_be_noticed() -> None:
+    """The cases tell source from destination: with gamma transposed the error is of order one."""
+    case = reference.make(FracConfig(rate=4, dynamic=False), 64, 5, torch.float32, None)
+    (x, _, _), _ = reference.width_and_gradients(case)
+    swapped = case.p._replace(static_gamma=case.p.static_gamma.view(4, 4).t().flatten())
+    found, _, _ = launch.width_forward(case.h, swapped, case.config)
+    assert found is not None
+    assert reference.error(found, x) > 0.1

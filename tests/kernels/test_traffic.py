@@ -1,0 +1,98 @@
+"""Bytes that the kernels load and store, counted in the interpreter, against the table of their headers."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import reference
+import torch
+from triton.runtime import interpreter
+
+from megatron_fc import FracConfig
+from megatron_fc.kernels import launch
+
+TOKENS, WIDTH, CONFIG = 16, 2048, FracConfig(rate=4)
+# Per token in fp32: beta and its gradient (m values each), alpha (m*m). Named in the headers.
+BETA, ALPHA = 4 * CONFIG.rate, 4 * CONFIG.rate**2
+
+
+@contextmanager
+def counted() -> Iterator[Counter[int]]:
+    """Bytes moved, by the address of the storage that they were moved from or to."""
+    moved: Counter[int] = Counter()
+    builder = type(interpreter.interpreter_builder)
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def add(pointers: np.ndarray, mask: np.ndarray, size: int) -> None:
+        for address in pointers[np.broadcast_to(mask, pointers.shape)].ravel().tolist():
+            moved[address] += size
+
+    def counting_load(self: object, ptrs: object, mask: object, *rest: object) -> object:
+        add(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)  # type: ignore[attr-defined]
+        return load(self, ptrs, mask, *rest)
+
+    def counting_store(self: object, ptrs: object, value: object, mask: object, *rest: object) -> object:
+        add(ptrs.data, mask.data, ptrs.get_element_ty().primitive_bitwidth // 8)  # type: ignore[attr-defined]
+        return store(self, ptrs, value, mask, *rest)
+
+    builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
+    try:
+        yield moved
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+
+
+def of(moved: Counter[int], *tensors: torch.Tensor | None) -> int:
+    """Bytes moved from or to the storages of these tensors."""
+    total = 0
+    for tensor in tensors:
+        assert tensor is not None
+        start = tensor.data_ptr()
+        total += sum(n for address, n in moved.items() if start <= address < start + tensor.nbytes)
+    return total
+
+
+def rows(moved: Counter[int], *tensors: torch.Tensor | None) -> float:
+    """Bytes moved, in rows of d 16-bit elements per token."""
+    return of(moved, *tensors) / (TOKENS * WIDTH * 2)
+
+
+@pytest.fixture
+def case() -> reference.Case:
+    return reference.make(CONFIG, WIDTH, TOKENS, torch.bfloat16, "rmsnorm")
+
+
+def test_width(case: reference.Case) -> None:
+    with counted() as moved:
+        x, beta, alpha = launch.width_forward(case.h, case.p, CONFIG, case.norm)
+    assert rows(moved, case.h, x) == 2
+    assert of(moved, beta, alpha) == TOKENS * (BETA + ALPHA)
+    with counted() as moved:
+        back = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, case.p, CONFIG, case.norm)
+    assert rows(moved, case.g_x, case.g_mixed, case.h, back.h) == 4
+    assert of(moved, case.g_beta) == TOKENS * BETA
+
+
+def test_depth(case: reference.Case) -> None:
+    before = launch.Before(case.o, case.h, *case.coefficients)
+    with counted() as moved:
+        out = launch.depth_forward(before, CONFIG)
+    assert rows(moved, case.o, case.h, out) == 3
+    assert of(moved, before.beta, before.alpha) == TOKENS * (BETA + ALPHA)
+    with counted() as moved:
+        g_o, g_beta = launch.depth_backward(case.g_x, before, CONFIG)
+    assert rows(moved, case.g_x, case.o, g_o) == 3
+    assert of(moved, before.beta, g_beta) == TOKENS * 2 * BETA
+
+
+def test_boundary(case: reference.Case) -> None:
+    before = launch.Before(case.o, case.h, *case.coefficients)
+    with counted() as moved:
+        h, x, _, _ = launch.boundary_forward(before, case.p, CONFIG, case.norm)
+    assert rows(moved, case.o, case.h, h, x) == 4
+    incoming = (None, case.g_x, case.g_beta, case.g_mixed)
+    with counted() as moved:
+        width, g_o, _ = launch.boundary_backward(*incoming, h, before, case.p, CONFIG, case.norm)
+    assert rows(moved, case.g_x, case.g_mixed, h, case.o, width.h, g_o) == 6
