@@ -1,7 +1,12 @@
 """What a Megatron checkpoint says about its connections, read before anything is built or overwritten."""
 
 import re
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from megatron_fc.config import FracConfig
@@ -55,6 +60,27 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     if not (checkpoint / INDEX).exists():
         raise UserError(f"{checkpoint} is no torch_dist checkpoint: convert it with Megatron's --ckpt-convert-format")
     return checkpoint
+
+
+@contextmanager
+def loading_errors_named(args: Namespace) -> Iterator[None]:
+    """Turn what Megatron raises while it loads a checkpoint into one sentence; the traceback goes to the log."""
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step) if args.load else None
+        if isinstance(error, UserError) or checkpoint is None or "load_checkpoint" not in passed:
+            raise
+        traceback.print_exc()
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        said = shorten(f"{type(cause).__name__}: {cause}", 200)
+        raise UserError(
+            f"Megatron cannot load {checkpoint}, {said}: give the config of the run that wrote it; if this is that "
+            f"config, {way_on(checkpoint)}"
+        ) from error
 
 
 def is_frac_key(key: str) -> bool:

@@ -23,6 +23,7 @@ from megatron_fc.megatron.checkpoint import (
     TRACKER,
     find_checkpoint,
     latest_checkpoint,
+    loading_errors_named,
     refuse_existing,
     refuse_other_connection,
 )
@@ -75,7 +76,7 @@ def train(recipe: Recipe) -> Trained:
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
     watch = RankWatch(partial(_after_a_loss, args))
     hooks = [_on_all_ranks(watch.join), *([first_step] if first_step else [])]
-    with run_log(recipe.run_dir, args.rank, display, _flush_scalars), watch:
+    with run_log(recipe.run_dir, args.rank, display, _flush_scalars), loading_errors_named(args), watch:
         parameters = _pretrain(args, recipe, hooks)
         peak = _peak_memory()
     if torch.distributed.is_initialized():

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fc.errors import UserError
 
@@ -67,7 +68,7 @@ class RankWatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if kind is None or issubclass(kind, UserError):  # the others end by themselves, too
+        if kind is None or issubclass(kind, (UserError, CheckpointException)):  # the others end by themselves, too
             self._say(_BYE)
         elif self._peers and issubclass(kind, Exception):
             time.sleep(_VERDICT_SECONDS)

@@ -26,6 +26,7 @@ from megatron_fc.report.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 WORLD = 4
+MARK = "STARTED_BY_TEST_LOST_RANK"  # in the environment of all that a run starts
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
 LENGTH = ("train_iters=20", "lr_decay_iters=20", "save_interval=5")
 
@@ -64,21 +65,19 @@ def stderr(run_dir: Path, rank: int | None = None) -> Path:
 
 def start(line: list[str], errors: Path, more: dict[str, str]) -> subprocess.Popen[bytes]:
     with open(errors, "w") as file:  # not a pipe: helpers of a killed rank would keep it open
-        return subprocess.Popen(
-            line, env=environment() | more, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
-        )
+        variables = environment() | more | {MARK: str(os.getpid())}
+        return subprocess.Popen(line, env=variables, stdout=subprocess.DEVNULL, stderr=file)
 
 
 @contextmanager
 def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Leave nothing behind, the checkpoint helper of a killed rank included, which Megatron starts and nobody ends."""
-    sessions = {process.pid for process in processes}
     try:
         yield processes
     finally:
         for process in psutil.process_iter():
-            with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getsid(process.pid) in sessions:
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == str(os.getpid()):
                     process.kill()
         for child in processes:
             child.wait()
@@ -95,6 +94,7 @@ def wait_for(run_dir: Path, iteration: int, processes: list[subprocess.Popen[byt
     while not (progress := read_metrics(run_dir).loss) or max(progress) < iteration:
         assert all(process.poll() is None for process in processes), "ended before it could be killed"
         assert time.monotonic() < deadline
+        time.sleep(0.1)  # the ranks need both cores
     assert max(progress) < iteration + 5, "the next checkpoint is there"
 
 

@@ -18,13 +18,14 @@ from megatron_fc.megatron.integrity import intact_checkpoints, refuse_corrupt, r
 
 WAY_ON = "go on from {folder}/iter_0000004, the newest intact one (train: ckpt_step=4)"
 SHARD = "__0_0.distcp"
+OPTIONS = ("train_iters=8", "lr_decay_iters=8", "save_interval=4", "eval_iters=0")
 
 
 @pytest.fixture(scope="module")
 def finished(config: Path) -> Path:
     """A run with checkpoints after 4 and 8 iterations."""
     run_dir = config.parent / "with_checkpoints"
-    train(config, run_dir, "train_iters=8", "lr_decay_iters=8", "save_interval=4", "eval_iters=0")
+    train(config, run_dir, *OPTIONS)
     return run_dir
 
 
@@ -32,6 +33,11 @@ def finished(config: Path) -> Path:
 def folder(finished: Path, tmp_path: Path) -> Path:
     """A copy of its checkpoints to damage."""
     return Path(shutil.copytree(finished, tmp_path / "run")) / "checkpoints"
+
+
+def run(config: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    words = command(config, f"run_dir={run_dir}", *OPTIONS)
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
 
 
 def flip(file: Path, at: int) -> None:
@@ -127,25 +133,32 @@ def test_a_flipped_bit_is_found_wherever_it_is(folder: Path) -> None:
     refuse_corrupt(shard.parent)
 
 
+def test_what_megatron_cannot_load_is_named(config: Path, folder: Path) -> None:
+    """An index that can be read, but has another name for a tensor."""
+    index = folder / "iter_0000008/.metadata"
+    name = b"decoder.layers.self_attention.k_layernorm.weight"
+    index.write_bytes(index.read_bytes().replace(name, name.replace(b"k_", b"j_")))
+    done = run(config, folder.parent)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"megatron-fc: Megatron cannot load {index.parent}, KeyError: ")
+    assert name.decode() in done.stderr
+    assert done.stderr.endswith(f"{WAY_ON.format(folder=folder)}\n")
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in (folder.parent / "logs/rank0.log").read_text()
+
+
 def test_the_named_checkpoint_goes_on_and_replaces_the_corrupt_one(config: Path, finished: Path, folder: Path) -> None:
     shard = folder / "iter_0000008" / SHARD
     at = next(at for at in range(shard.stat().st_size // 2, shard.stat().st_size) if refusal(shard, at))
     flip(shard, at)
-    options = ("train_iters=8", "lr_decay_iters=8", "save_interval=4", "eval_iters=0")
-    refused = subprocess.run(
-        command(config, f"run_dir={folder.parent}", *options),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    refused = run(config, folder.parent)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"megatron-fc: {shard} is corrupt at ")
     assert refused.stderr.endswith(f"{WAY_ON.format(folder=folder)}\n")
     assert refused.stderr.count("\n") == 1
     assert (folder / TRACKER).read_text() == "8"
 
-    train(config, folder.parent, *options, "ckpt_step=4")
+    train(config, folder.parent, *OPTIONS, "ckpt_step=4")
     assert [path.name for path in intact_checkpoints(folder)] == ["iter_0000008", "iter_0000004"]
     refuse_corrupt(folder / "iter_0000008")
     assert figures(folder.parent) == figures(finished)
