@@ -1,46 +1,86 @@
 """What a Megatron checkpoint says about its connections, read before anything is built or overwritten."""
 
 import re
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.functional import FracParameters
+from megatron_fc.megatron.integrity import INDEX, intact_checkpoints, refuse_damaged, step_of, way_on
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MARK = ".connection."
 _FOLDER = re.compile(r"iter_\d+|release")
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the folder of the newest finished checkpoint below `folder`, None if there is none.
+def latest_checkpoint(folder: Path, step: int | None = None) -> Path | None:
+    """Return the folder of the checkpoint that Megatron loads from `folder`, None where it would rightly begin anew.
+
+    Args:
+        folder: `load` of a run.
+        step: `ckpt_step`, an iteration to load instead of the newest.
 
     Raises:
-        UserError: Megatron's tracker file names a checkpoint that is not there.
+        UserError: the checkpoint is not there, or there are some and nothing says which one is the newest.
     """
     tracker = folder / TRACKER
-    if not tracker.exists():
+    name = tracker.read_text(errors="replace").strip() if tracker.exists() else ""
+    if tracker.exists() and name != "release" and not name.isdecimal():
+        newest = "".join(f"write {step_of(path)} into it" for path in intact_checkpoints(folder)[:1])
+        raise UserError(f"{tracker} holds {name!r}, not an iteration: {newest or 'delete it'}")
+    if step:
+        path, source = folder / f"iter_{step:07d}", f"ckpt_step={step}"
+    elif name:
+        path, source = folder / (name if name == "release" else f"iter_{int(name):07d}"), str(tracker)
+    elif intact_checkpoints(folder):
+        raise UserError(f"{tracker} is missing, and without it Megatron would begin anew: {way_on(tracker)}")
+    else:
         return None
-    name = tracker.read_text().strip()
-    path = folder / (name if name == "release" else f"iter_{int(name):07d}")
     if not path.is_dir():
-        raise UserError(f"{tracker} names {path.name}, which does not exist: correct it to a checkpoint that does")
+        raise UserError(f"{source} names {path.name}, which does not exist: {way_on(path)}")
     return path
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that `path` stands for: itself, or the newest one below it.
+def find_checkpoint(path: Path, step: int | None = None) -> Path:
+    """Return the complete checkpoint that `path` stands for: itself, or one below it as in `latest_checkpoint`.
 
     Raises:
-        UserError: there is none, or it is not in the `torch_dist` format.
+        UserError: there is none, it is damaged, or it is not in the `torch_dist` format.
     """
-    checkpoint = path if _FOLDER.fullmatch(path.name) and path.is_dir() else latest_checkpoint(path)
+    checkpoint = path if _FOLDER.fullmatch(path.name) and path.is_dir() else latest_checkpoint(path, step)
     if checkpoint is None:
         raise UserError(f"{path} holds no checkpoint: give the folder with {TRACKER}, or an iter_ folder below it")
-    if not (checkpoint / ".metadata").exists():
+    refuse_damaged(checkpoint)
+    if not (checkpoint / INDEX).exists():
         raise UserError(f"{checkpoint} is no torch_dist checkpoint: convert it with Megatron's --ckpt-convert-format")
     return checkpoint
+
+
+@contextmanager
+def loading_errors_named(args: Namespace) -> Iterator[None]:
+    """Turn what Megatron raises while it loads a checkpoint into one sentence; the traceback goes to the log."""
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
+
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step) if args.load else None
+        if isinstance(error, UserError) or checkpoint is None or "load_checkpoint" not in passed:
+            raise
+        traceback.print_exc()
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        said = shorten(f"{type(cause).__name__}: {cause}", 200)
+        raise UserError(
+            f"Megatron cannot load {checkpoint}, {said}: give the config of the run that wrote it; if this is that "
+            f"config, {way_on(checkpoint)}"
+        ) from error
 
 
 def is_frac_key(key: str) -> bool:
@@ -59,14 +99,13 @@ def stored_structure(checkpoint: Path) -> dict[str, int]:
     return sizes
 
 
-def refuse_other_connection(load: Path, frac: FracConfig | None, hidden_size: int) -> None:
+def refuse_other_connection(checkpoint: Path, frac: FracConfig | None, hidden_size: int) -> None:
     """Check that a run's connections are those of the checkpoint it is about to continue.
 
     Raises:
         UserError: they differ; names both and the way out.
     """
-    checkpoint = latest_checkpoint(load)
-    if checkpoint is None or not (checkpoint / ".metadata").exists():
+    if not (checkpoint / INDEX).exists():
         return
     stored = stored_structure(checkpoint)
     wanted = _structure(frac, hidden_size) if frac is not None else {}

@@ -11,6 +11,7 @@ import torch
 
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.checkpoint import find_checkpoint, refuse_existing
+from megatron_fc.megatron.integrity import refuse_corrupt
 from megatron_fc.megatron.pretrain import join_world, model_config, parse
 from megatron_fc.megatron.recipe import Recipe
 from megatron_fc.megatron.upcycle import refuse_connected, to_residual, upcycle
@@ -41,6 +42,7 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
         set_global_variables(args)
         training.initialize_megatron()
         config = model_config(args, recipe)
+        refuse_corrupt(checkpoint)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         # The plain modules: wrappers and the optimizer are not needed to know what they keep.
         chunks = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
@@ -59,6 +61,7 @@ def residual_checkpoint(source: Path, target: Path) -> str:
     # The files are Megatron's, for which a world has to exist; its tensors stay on the CPU.
     torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
     with _silence():
+        refuse_corrupt(checkpoint)
         return to_residual(checkpoint, target)
 
 

@@ -21,6 +21,7 @@ _TO = torch.Tensor.to
 _TYPE = torch.Tensor.type
 _PIN = torch.Tensor.pin_memory
 _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+_REDIRECTED = frozenset({_CUDA, _TO, _TYPE, _PIN, _IS_CUDA})
 _installed = False
 
 
@@ -55,6 +56,9 @@ class _CudaIsCpu(TorchFunctionMode):
     """Every torch call that names a CUDA device is made on the CPU instead."""
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Every torch call passes here, thousands in a step of even a tiny model: the common one has to be cheap.
+        if not kwargs and func not in _REDIRECTED:
+            return func(*args)
         kwargs = dict(kwargs or {})
         if func is _CUDA or func is _PIN:
             return args[0]
@@ -225,7 +229,7 @@ def _adapt_megatron_core() -> None:
     def safe_isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return isend(tensor.detach(), *args, **kwargs)
 
-    torch.distributed.isend = safe_isend
+    torch.distributed.isend = torch.distributed.distributed_c10d.isend = safe_isend  # batches of sends know the second
 
 
 def _adapt_half_precision_optimizer() -> None:

@@ -23,12 +23,15 @@ from megatron_fc.megatron.checkpoint import (
     TRACKER,
     find_checkpoint,
     latest_checkpoint,
+    loading_errors_named,
     refuse_existing,
     refuse_other_connection,
 )
+from megatron_fc.megatron.integrity import refuse_corrupt, refuse_damaged
 from megatron_fc.megatron.order import install_order
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
 from megatron_fc.megatron.recipe import Recipe
+from megatron_fc.megatron.watch import RankWatch
 from megatron_fc.report.progress import ProgressDisplay
 from megatron_fc.report.runlog import is_log_rank, real_stdout, run_log
 
@@ -67,13 +70,14 @@ def train(recipe: Recipe) -> Trained:
     args = parse(recipe)
     first_step = _upcycling(args, recipe) if args.frac_from_residual else None
     if args.load and first_step is None:  # else it is yet to be written
-        _refuse_missing(args)
-        refuse_other_connection(Path(args.load), recipe.frac, args.hidden_size)
+        first_step = _continuing(args, recipe)
 
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
-    with run_log(recipe.run_dir, args.rank, display, _flush_scalars):
-        parameters = _pretrain(args, recipe, first_step)
+    watch = RankWatch(partial(_after_a_loss, args))
+    hooks = [_on_all_ranks(watch.join), *([first_step] if first_step else [])]
+    with run_log(recipe.run_dir, args.rank, display, _flush_scalars), loading_errors_named(args), watch:
+        parameters = _pretrain(args, recipe, hooks)
         peak = _peak_memory()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -140,7 +144,7 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
     return model
 
 
-def _pretrain(args: Namespace, recipe: Recipe, first_step: ModelHook | None) -> ParameterCount:
+def _pretrain(args: Namespace, recipe: Recipe, hooks: list[ModelHook]) -> ParameterCount:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -151,17 +155,42 @@ def _pretrain(args: Namespace, recipe: Recipe, first_step: ModelHook | None) -> 
     set_global_variables(args)
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
-    model.pre_wrap_hooks.append(partial(_count, counts))
-    if first_step is not None:
-        model.pre_wrap_hooks.append(first_step)
+    model.pre_wrap_hooks += [partial(_count, counts), *hooks]
     pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, forward_step)
     return counts[0]
 
 
-def _refuse_missing(args: Namespace) -> None:
-    """Megatron would begin anew, which is meant only where a run is to go on from its own checkpoints."""
-    if args.load != args.save and latest_checkpoint(Path(args.load)) is None:
-        raise UserError(f"load={args.load} holds no checkpoint: give the folder with {TRACKER}, or drop load")
+def _continuing(args: Namespace, recipe: Recipe) -> ModelHook | None:
+    """Check the checkpoint that the run goes on from; return what checks its content, None if the run begins anew."""
+    checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step)
+    if checkpoint is None:
+        if args.load != args.save:  # Megatron would begin anew, which is meant only with a run's own checkpoints
+            raise UserError(f"load={args.load} holds no checkpoint: give the folder with {TRACKER}, or drop load")
+        return None
+    refuse_damaged(checkpoint)
+    refuse_other_connection(checkpoint, recipe.frac, args.hidden_size)
+    return _on_all_ranks(partial(refuse_corrupt, checkpoint))
+
+
+def _on_all_ranks(action: Callable[[], None]) -> ModelHook:
+    """Do it when Megatron has joined the ranks, of which only a hook on the model that it then builds hears."""
+
+    def hook(chunks: list[Any]) -> list[Any]:
+        action()
+        return chunks
+
+    return hook
+
+
+def _after_a_loss(args: Namespace) -> str:
+    """What to do when a rank was lost."""
+    if not args.save:
+        return "nothing was saved, start anew with save_interval set"
+    saved = latest_checkpoint(Path(args.save))
+    if saved is None:
+        return "nothing was saved yet, start the same command again"
+    how = "the same command again" if args.load == args.save else f"again with load={args.save}"
+    return f"start {how}, it goes on from {saved}"
 
 
 def _upcycling(args: Namespace, recipe: Recipe) -> ModelHook | None:
@@ -179,13 +208,14 @@ def _upcycling(args: Namespace, recipe: Recipe) -> ModelHook | None:
     frac, plain, args.load = recipe.frac, Path(args.load), str(own)
     if latest_checkpoint(own) is not None:
         return None
-    source = find_checkpoint(plain)
+    source = find_checkpoint(plain, args.ckpt_step)
     refuse_connected(source)
     refuse_existing(own)
     is_new_run = not recipe.run_dir.exists()
 
     def write(chunks: list[Any]) -> list[Any]:
         try:
+            refuse_corrupt(source)
             said = upcycle(chunks, source, own, frac, with_optimizer=not (args.no_load_optim or args.finetune))
         except UserError:
             if is_new_run:

@@ -85,7 +85,7 @@ def _entry(function: str, rank: int, world: int, folder: Path, args: tuple[Any, 
 
     try:
         with contextlib.suppress(FileNotFoundError), open(folder / f"rank{rank}.log", "w") as log:
-            sys.stdout = sys.stderr = log
+            sys.stdout = sys.stderr = sys.__stdout__ = log  # type: ignore[misc]
             result = ranks.on_rank(getattr(ranks, function), rank, world, folder / "store", args)
             (folder / f"rank{rank}.result").write_bytes(pickle.dumps(result))
         code = 0

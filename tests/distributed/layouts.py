@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 
 from megatron_fc import FracConfig
-
-LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,11 @@ class Layout:
     def expert_tp(self) -> int | None:
         # gloo has no uneven all-gather, which experts split over tensor ranks need.
         return 1 if self.ep > 1 else None
+
+    @property
+    def layers(self) -> int:
+        """A layer per pipeline stage, and a dense layer before a MoE layer in any case."""
+        return max(2, self.pp * (self.vpp or 1))
 
     def initialise(self) -> None:
         parallel_state.initialize_model_parallel(
@@ -76,36 +80,64 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained: kind of model (`tiny.KINDS`), connections, their start, precision."""
+    """What is trained: kind of model (`tiny.KINDS`), layers, connections, their start, precision."""
 
     kind: str
-    frac: FracConfig | None
+    layers: int
+    frac: FracConfig
     start: str
     bf16: bool = False
 
     @property
     def name(self) -> str:
-        return "-".join(
-            [self.kind, self.frac.label if self.frac else "residual", self.start, "bf16" if self.bf16 else "fp32"]
-        )
+        return f"{self.kind}{self.layers}-{self.frac.label}-{self.start}-{'bf16' if self.bf16 else 'fp32'}"
+
+    def options(self) -> dict[str, Any]:
+        """What TransformerConfig has to know."""
+        # Every layer of a hybrid model is one sub-layer.
+        options: dict[str, Any] = {"num_layers": self.layers * (2 if self.kind == "hybrid" else 1)}
+        if self.kind in ("mixed", "hybrid"):
+            options |= {"moe_layer_freq": [0] + [1] * (self.layers - 1), "moe_router_dtype": "fp32"}
+        if self.bf16:
+            options |= {"bf16": True, "params_dtype": torch.bfloat16}
+        return {**options, "pipeline_dtype": torch.bfloat16 if self.bf16 else torch.float32}
 
 
 FRACS = tuple(FracConfig(rate=rate, dynamic=dynamic) for rate in (2, 4) for dynamic in (True, False))
 
 
-def models(kind: str) -> tuple[Model, ...]:
+def models(kind: str, layers: int) -> tuple[Model, ...]:
     """Both connections, both rates, both starts in fp32; two of them in bf16."""
-    fp32 = [Model(kind, frac, start) for frac in FRACS for start in ("paper", "random")]
-    return (*fp32, *(Model(kind, frac, "random", bf16=True) for frac in FRACS[1:3]))
+    fp32 = [Model(kind, layers, frac, start) for frac in FRACS for start in ("paper", "random")]
+    return (*fp32, *(Model(kind, layers, frac, "random", bf16=True) for frac in FRACS[1:3]))
 
 
 # A dense layer before MoE layers; Megatron refuses to train MoE under tensor without sequence parallelism.
-MOE, DENSE = models("mixed"), models("dense")
-OTHER_KINDS = tuple(Model(kind, FracConfig(rate=4), "random") for kind in ("mla", "mtp", "hybrid"))
+MOE = {layers: models("mixed", layers) for layers in sorted({layout.layers for layout in LAYOUTS})}
+DENSE = models("dense", 2)
+OTHER_KINDS = tuple(Model(kind, 2, FracConfig(rate=4), "random") for kind in ("mla", "mtp", "hybrid"))
+ALL_MODELS = (*(model for group in MOE.values() for model in group), *DENSE, *OTHER_KINDS)
 
 
 def models_of(layout: Layout) -> tuple[Model, ...]:
     """What the layout is tested with."""
     if layout.name == "TP2":
         return DENSE
-    return (*MOE, *OTHER_KINDS) if layout.name == "TP2+SP+PP2" else MOE
+    moe = MOE[layout.layers]
+    return (*moe, *OTHER_KINDS) if layout.name == "TP2+SP+PP2" else moe
+
+
+def optimizer_of(layout: Layout, model: Model) -> str:
+    """Adam from the paper's start; from a random one, where it amplifies rounding, SGD, unless Megatron refuses it."""
+    return "adam" if layout.distributed_optimizer or model.start == "paper" else "sgd"
+
+
+def optimizers_of(layout: Layout, model: Model) -> list[str]:
+    """What to train with: one rank with everything that another layout is compared with."""
+    if layout != ONE_RANK:
+        return [optimizer_of(layout, model)]
+    return sorted({optimizer_of(other, model) for other in LAYOUTS if model in models_of(other)})
+
+
+def model_named(name: str) -> Model:
+    return next(model for model in ALL_MODELS if model.name == name)

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
 
     cpu.install()
     import tiny
-    from layouts import LAYERS, ONE_RANK, Layout, Model
+    from layouts import ONE_RANK, Layout, Model, optimizers_of
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -35,6 +35,9 @@ with warnings.catch_warnings():
     from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
     from megatron_fc import functional
+    from megatron_fc.cli import main
+    from megatron_fc.errors import UserError
+    from megatron_fc.megatron.integrity import refuse_corrupt
     from megatron_fc.megatron.parameters import is_frac_parameter
     from megatron_fc.megatron.slots import FracNorm
 
@@ -56,7 +59,8 @@ def on_rank(function: Callable[..., Any], rank: int, world: int, store: Path, ar
     )
     get_write_results_queue("fork")  # Megatron would spawn its manager: five seconds for every rank that saves
     result = function(*args)
-    torch.distributed.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     return result
 
 
@@ -90,10 +94,7 @@ def train_all(layout: Layout, models: Sequence[Model], folder: Path) -> dict[str
     results = {}
     for model in models:
         trained = Trained()
-        # Adam from the paper's start; from a random one, where it amplifies rounding, SGD, unless Megatron refuses it.
-        optimizers = ["adam"] if layout.distributed_optimizer or model.start == "paper" else ["sgd"]
-        if layout == ONE_RANK:
-            optimizers = ["adam", "sgd"]
+        optimizers = optimizers_of(layout, model)
         for optimizer in optimizers:
             run = Run(layout, model, folder / model.name, optimizer)
             run.accumulate(0)
@@ -102,11 +103,32 @@ def train_all(layout: Layout, models: Sequence[Model], folder: Path) -> dict[str
             run.step()
             run.train(range(1, STEPS))
             trained.losses[optimizer] = run.losses
-        if model.start == "random" and model.frac.dynamic and not model.bf16:
+        if layout != ONE_RANK and model.start == "random" and model.frac.dynamic and not model.bf16:
             again = Run(layout, model, folder / model.name, optimizers[-1], RECOMPUTE).train(range(3))
-            trained.recompute_exact = repr(again) == repr(trained.losses[optimizers[-1]][:3])  # nan included
+            trained.recompute_exact = repr(again) == repr(run.losses[:3])  # nan included
         results[model.name] = trained
     return results
+
+
+def command_line(words: Sequence[str]) -> int:
+    """`megatron-fc` as a user calls it; returns the exit code."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    return main(words)
+
+
+def refusal_of(checkpoint: Path) -> str:
+    """What this rank says of a checkpoint's content, "" if it is intact."""
+    try:
+        refuse_corrupt(checkpoint)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def write_start(model: Model, folder: Path) -> None:
+    """Store a model's start, where `train_all` has not done so."""
+    ONE_RANK.initialise()
+    Run(ONE_RANK, model, folder / model.name, "sgd")
 
 
 def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[str, float]:
@@ -180,18 +202,8 @@ class Run:
     ) -> None:
         self.layout, self.folder = layout, folder
         self.losses: list[float] = []
-        precision = (
-            {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16} if model.bf16 else {}
-        )
-        options = {"pipeline_dtype": torch.float32, **layout.options(), **precision, **(more or {})}
+        options = {**layout.options(), **model.options(), **(more or {})}
         options["finalize_model_grads_func"] = finalize_model_grads
-        if model.kind in ("mixed", "hybrid"):
-            options["moe_router_dtype"] = "fp32"
-        if model.kind == "hybrid":
-            options |= {"num_layers": 2 * LAYERS, "moe_layer_freq": [0] + [1] * (LAYERS - 1)}
-        else:
-            options["num_layers"] = LAYERS
-            options |= {"moe_layer_freq": [0] + [1] * (LAYERS - 1)} if model.kind == "mixed" else {}
         stages = range(layout.vpp) if layout.vpp else [None]
         self.chunks = [tiny.build(model.kind, model.frac, vp_stage=stage, **options) for stage in stages]
         self.config = unwrap_model(self.chunks[0]).config

@@ -7,7 +7,7 @@ from typing import Any
 
 import harness
 import pytest
-from layouts import DENSE, LAYOUTS, MOE, ONE_RANK, OTHER_KINDS, Layout, Model, models_of
+from layouts import ALL_MODELS, BY_NAME, LAYOUTS, ONE_RANK, Layout, Model, model_named, models_of
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +33,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(store: Path) -> dict[str, Any]:
     """One rank: writes the starts and gradients that the others read, returns its losses."""
-    models = (*MOE, *DENSE, *OTHER_KINDS)
-    return harness.run("train_all", 1, store / "one-rank", ONE_RANK, models, store / "models", timeout=400)[0]
+    return harness.run("train_all", 1, store / "one-rank", ONE_RANK, ALL_MODELS, store / "models", timeout=400)[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -90,8 +89,7 @@ def test_reference_learns(reference: dict[str, Any]) -> None:
 
 
 def test_control_gradients_without_the_sequence_parallel_mark_are_wrong(store: Path, reference: dict[str, Any]) -> None:
-    layout = next(layout for layout in LAYOUTS if layout.name == "TP2+SP")
-    model = next(model for model in MOE if model.name == "mixed-dfc_x4-random-fp32")
+    layout, model = BY_NAME["TP2+SP"], model_named("mixed2-dfc_x4-random-fp32")
     ranks = harness.run("without_sequence_mark", 2, store / "no-mark", layout, model, store / "models")
     wrong = {name for rank in ranks for name, difference in rank.items() if difference > 100 * GRADIENT}
     assert wrong

@@ -4,17 +4,17 @@ from pathlib import Path
 
 import harness
 import pytest
-from layouts import BY_NAME, MOE, ONE_RANK
+from layouts import BY_NAME, model_named
 
 pytestmark = pytest.mark.slow
-MODEL = next(model for model in MOE if model.name == "mixed-dfc_x4-random-bf16")
+MODEL = model_named("mixed2-dfc_x4-random-bf16")
 PLAIN, OVERLAP = BY_NAME["DP2 distributed optimizer"], BY_NAME["DP2 distributed optimizer, overlap"]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("overlap")
-    harness.run("train_all", 1, store / "one-rank", ONE_RANK, [MODEL], store / "models")
+    harness.run("write_start", 1, store / "start", MODEL, store / "models")
     return store
 
 

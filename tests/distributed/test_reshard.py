@@ -1,15 +1,16 @@
 """A checkpoint of one layout continues under another as if nothing had happened."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import harness
 import pytest
-from layouts import BY_NAME, MOE, ONE_RANK, Layout
+from layouts import BY_NAME, ONE_RANK, Layout, model_named
 
 pytestmark = pytest.mark.slow
-MODEL = next(model for model in MOE if model.name == "mixed-dfc_x4-random-fp32")
+MODEL = model_named("mixed4-dfc_x4-random-fp32")
 HALF, ALL = 4, 8
 TOLERANCE = 1e-5  # as in test_layouts
 
@@ -30,7 +31,7 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("reshard")
-    harness.run("train_all", 1, store / "one-rank", ONE_RANK, [MODEL], store / "models")
+    harness.run("write_start", 1, store / "start", MODEL, store / "models")
     return store
 
 
@@ -81,3 +82,15 @@ def test_connections_are_stored_once(checkpoint: Any) -> None:
     for key, value in tensors.items():
         assert len(value.chunks) == 1, key
         assert value.chunks[0].sizes == value.size, key
+
+
+def test_every_rank_refuses_what_one_of_them_finds_corrupt(checkpoint: Any, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(checkpoint(BY_NAME["TP2+SP+PP2"]), tmp_path / "iter_0000004"))
+    assert harness.run("refusal_of", 2, tmp_path / "intact", damaged) == ["", ""]
+    shard = damaged / "__2_0.distcp"
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"data/0FB") + 100] ^= 1  # in the values of a tensor
+    shard.write_bytes(content)
+    first, second = harness.run("refusal_of", 2, tmp_path / "corrupt", damaged)
+    assert first == second
+    assert first.startswith(f"{shard} is corrupt at ")

@@ -1,0 +1,133 @@
+"""kill -9 of a rank of a real TP2+SP+PP2 training: all ranks end, and the same command goes on from the checkpoint."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import harness
+import psutil
+import pytest
+from test_pretrain import command, environment, figures
+
+# The fixture; pytest finds it by its name here.
+from test_pretrain import config as config
+
+from megatron_fc.megatron.checkpoint import TRACKER
+from megatron_fc.megatron.watch import LOST_RANK_EXIT_CODE
+from megatron_fc.report.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+WORLD = 4
+MARK = "STARTED_BY_TEST_LOST_RANK"  # in the environment of all that a run starts
+LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
+LENGTH = ("train_iters=20", "lr_decay_iters=20", "save_interval=5")
+
+
+def words(config: Path, run_dir: Path) -> list[str]:
+    return command(config, f"run_dir={run_dir}", *LAYOUT, *LENGTH)
+
+
+@contextmanager
+def ranks(config: Path, run_dir: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One process per rank, as srun starts them: nobody ends the others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ended(
+        [
+            start(words(config, run_dir), stderr(run_dir, rank), {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(WORLD)
+        ]
+    ) as processes:
+        yield processes
+
+
+@contextmanager
+def torchrun(config: Path, run_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    line = words(config, run_dir)
+    line[2:2] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", "-m"]
+    with ended([start(line, stderr(run_dir), {})]) as processes:
+        yield processes[0]
+
+
+def stderr(run_dir: Path, rank: int | None = None) -> Path:
+    return run_dir.with_name(f"{run_dir.name}-{'torchrun' if rank is None else rank}.err")
+
+
+def start(line: list[str], errors: Path, more: dict[str, str]) -> subprocess.Popen[bytes]:
+    with open(errors, "w") as file:  # not a pipe: helpers of a killed rank would keep it open
+        variables = environment() | more | {MARK: str(os.getpid())}
+        return subprocess.Popen(line, env=variables, stdout=subprocess.DEVNULL, stderr=file)
+
+
+@contextmanager
+def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Leave nothing behind, the checkpoint helper of a killed rank included, which Megatron starts and nobody ends."""
+    try:
+        yield processes
+    finally:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == str(os.getpid()):
+                    process.kill()
+        for child in processes:
+            child.wait()
+
+
+def finish(config: Path, run_dir: Path) -> None:
+    """To the end, on forked ranks: they need no time to start."""
+    folder = run_dir.with_name(f"{run_dir.name}-finish")
+    assert harness.run("command_line", WORLD, folder, words(config, run_dir)[3:], timeout=300) == [0] * WORLD
+
+
+def wait_for(run_dir: Path, iteration: int, processes: list[subprocess.Popen[bytes]]) -> None:
+    deadline = time.monotonic() + 180
+    while not (progress := read_metrics(run_dir).loss) or max(progress) < iteration:
+        assert all(process.poll() is None for process in processes), "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)  # the ranks need both cores
+    assert max(progress) < iteration + 5, "the next checkpoint is there"
+
+
+def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
+    undisturbed, run_dir = config.parent / "tp2-pp2", config.parent / "tp2-pp2-killed"
+    finish(config, undisturbed)
+
+    with ranks(config, run_dir) as processes:
+        wait_for(run_dir, 6, processes)
+        processes[2].kill()
+        killed = time.monotonic()
+        codes = [process.wait(timeout=60) for process in processes]
+        assert time.monotonic() - killed < 60
+    assert codes == [LOST_RANK_EXIT_CODE, LOST_RANK_EXIT_CODE, -signal.SIGKILL, LOST_RANK_EXIT_CODE]
+    for rank in (0, 1, 3):
+        said = stderr(run_dir, rank).read_text()
+        assert re.search(
+            rf"^megatron-fc: rank 2 \(process {processes[2].pid} on \S+\) was lost, so this rank ends too: "
+            rf"start the same command again, it goes on from {run_dir}/checkpoints/iter_0000005$",
+            said,
+            re.MULTILINE,
+        ), said
+
+    with torchrun(config, run_dir) as launcher:
+        wait_for(run_dir, 11, [launcher])
+        first = next(p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "0")
+        first.kill()
+        assert launcher.wait(timeout=60) != 0
+    said = stderr(run_dir).read_text()
+    # torchrun ends the others as soon as it looks, which may be before they can say anything.
+    assert re.search(r"rank 0 \(process \d+ on \S+\) was lost", said) or "Signal 9 (SIGKILL)" in said, said
+
+    finish(config, run_dir)
+    assert (run_dir / "checkpoints" / TRACKER).read_text() == "20"
+    assert len(list((run_dir / "tensorboard").iterdir())) == 3
+    assert figures(run_dir) == figures(undisturbed)
