@@ -24,12 +24,12 @@ _PROGRAMS_PER_SM = 2
 
 
 class Before(NamedTuple):
-    """The depth connection that makes h: its inputs, and in backward where its gradients go."""
+    """A depth connection: its inputs, and in backward where its gradients go. Nothing at all: there is none."""
 
-    o: Tensor
-    h: Tensor | None
-    beta: Tensor
-    alpha: Tensor | None
+    o: Tensor | None = None
+    h: Tensor | None = None
+    beta: Tensor | None = None
+    alpha: Tensor | None = None
     bias: Tensor | None = None
     seed: Tensor | None = None
     dropout: float = 0.0
@@ -59,7 +59,7 @@ def width_forward(
     h: Tensor, p: FracParameters, config: FracConfig, norm: NormWeights | None = None, want_x: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """h [T, d] -> x or norm(x) [T, d], beta [T, m] and alpha [T, m*m] in fp32."""
-    return _width_forward(h, None, p, config, norm, want_x)
+    return _width_forward(h, Before(), p, config, norm, want_x)
 
 
 def boundary_forward(
@@ -83,7 +83,7 @@ def width_backward(
     norm: NormWeights | None = None,
 ) -> WidthGradients:
     """Gradients of h and of all parameters; the incoming ones may be None, which stands for zero."""
-    return _width_backward(g_x, g_beta, g_mixed, None, h, None, p, config, norm)
+    return _width_backward(g_x, g_beta, g_mixed, None, h, Before(), p, config, norm)
 
 
 def boundary_backward(
@@ -98,11 +98,8 @@ def boundary_backward(
     norm: NormWeights | None = None,
 ) -> tuple[WidthGradients, Tensor, Tensor]:
     """As `width_backward` at h, the boundary's h'; g_h is what else its gradient has. Also gradients of o and beta."""
-    before = before._replace(g_o=torch.empty_like(before.o), g_beta=torch.empty_like(before.beta))
-    gradients = _width_backward(g_x, g_beta, g_mixed, g_h, h, before, p, config, norm)
-    assert before.g_o is not None
-    assert before.g_beta is not None
-    return gradients, before.g_o, before.g_beta
+    before, g_o, g_beta = _with_gradients(before)
+    return _width_backward(g_x, g_beta, g_mixed, g_h, h, before, p, config, norm), g_o, g_beta
 
 
 def depth_forward(before: Before, config: FracConfig) -> Tensor:
@@ -111,23 +108,29 @@ def depth_forward(before: Before, config: FracConfig) -> Tensor:
     out = torch.empty_like(before.h)
     site, count = _site(out, config, None), out.shape[0] * config.rate
     if count:
-        depth_forward_kernel[_grid(out, count)](before, out, count, S=site, num_warps=4)
+        depth_forward_kernel[_grid(out, count)](before, out, count, S=site, num_warps=4, num_stages=1)
     return out
 
 
 def depth_backward(g: Tensor, before: Before, config: FracConfig) -> tuple[Tensor, Tensor]:
     """Gradients of o (in its dtype) and of beta [T, m] in fp32; that of the mixed residual is g itself."""
-    before = before._replace(g_o=torch.empty_like(before.o), g_beta=torch.empty_like(before.beta), h=None, alpha=None)
+    before, g_o, g_beta = _with_gradients(before)
     site, count = _site(g, config, None), g.shape[0] * config.rate
     if count:
-        depth_backward_kernel[_grid(g, count)](g, before, count, S=site, num_warps=4)
-    assert before.g_o is not None
-    assert before.g_beta is not None
-    return before.g_o, before.g_beta
+        depth_backward_kernel[_grid(g, count)](g, before, count, S=site, num_warps=4, num_stages=1)
+    return g_o, g_beta
+
+
+def _with_gradients(before: Before) -> tuple[Before, Tensor, Tensor]:
+    """Room for the gradients of o and beta; h and alpha, which they do not depend on, are left out."""
+    assert before.o is not None
+    assert before.beta is not None
+    g_o, g_beta = torch.empty_like(before.o), torch.empty_like(before.beta)
+    return before._replace(g_o=g_o, g_beta=g_beta, h=None, alpha=None), g_o, g_beta
 
 
 def _width_forward(
-    h: Tensor, before: Before | None, p: FracParameters, config: FracConfig, norm: NormWeights | None, want_x: bool
+    h: Tensor, before: Before, p: FracParameters, config: FracConfig, norm: NormWeights | None, want_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     tokens, m = h.shape[0], config.rate
     x = torch.empty_like(h) if want_x else None
@@ -136,7 +139,7 @@ def _width_forward(
     site, count = _site(h, config, norm if want_x else None), tokens * m
     if count:
         width_forward_kernel[_grid(h, count)](
-            h, before, p, _weights(norm), x, beta, alpha, count, S=site, num_warps=_warps(h)
+            h, before, p, _weights(norm), x, beta, alpha, count, S=site, num_warps=warps(h), num_stages=1
         )
     return x, beta, alpha
 
@@ -147,7 +150,7 @@ def _width_backward(
     g_mixed: Tensor | None,
     g_other: Tensor | None,
     h: Tensor,
-    before: Before | None,
+    before: Before,
     p: FracParameters,
     config: FracConfig,
     norm: NormWeights | None,
@@ -170,7 +173,8 @@ def _width_backward(
             partial,
             count,
             S=site,
-            num_warps=_warps(h),
+            num_warps=warps(h),
+            num_stages=1,
         )
     parameters = _parameter_gradients(partial, p, config)
     weight, bias = (None if part is None else part.sum(0) for part in (partial.weight, partial.bias))
@@ -211,13 +215,15 @@ def _parameter_gradients(partial: Partial, p: FracParameters, config: FracConfig
     )
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
+    """Weight and bias [d] of the sub-layer's norm as the kernels take them."""
+
     weight: Tensor | None
     bias: Tensor | None
 
 
-def _weights(norm: NormWeights | None) -> _Weights:
-    return _Weights(None, None) if norm is None else _Weights(norm.weight, norm.bias)
+def _weights(norm: NormWeights | None) -> Weights:
+    return Weights(None, None) if norm is None else Weights(norm.weight, norm.bias)
 
 
 def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None) -> Site:
@@ -251,7 +257,8 @@ def _site(h: Tensor, config: FracConfig, norm: NormWeights | None) -> Site:
     return site if INTERPRETED else Site(*map(tl.constexpr, site))
 
 
-def _warps(h: Tensor) -> int:
+def warps(h: Tensor) -> int:
+    """Warps per program of the width connection's kernels."""
     return 8 if h.shape[1] >= 1024 else 4
 
 

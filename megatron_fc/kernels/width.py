@@ -151,7 +151,7 @@ def finish_width(
 
 @triton.jit
 def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr):
-    """count: rows of h, that is tokens times M. With `pre`, h is made and stored by the depth connection before."""
+    """count: rows of h, that is tokens times M. With `pre.o`, h is made and stored by the depth connection before."""
     CHUNKS: tl.constexpr = S.CHUNKS
     projection, weight, bias = load_weights(p, norm, h, S)
     sums = projection_sums(p, projection, h, S)
@@ -160,10 +160,10 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
         first = tile * S.R
         products = no_products(S)
         kept = ()
-        if pre is not None:
+        if pre.o is not None:
             pre_beta, pre_alpha = beta_rows(pre.beta, first, count, S), alpha_matrix(pre.alpha, first, count, S)
         for n in tl.static_range(CHUNKS):
-            if pre is not None:
+            if pre.o is not None:
                 chunk = depth_chunk(pre, pre_beta, pre_alpha, first, count, n, h, S)
                 store_chunk(h, chunk, first, count, n, S)
             else:
@@ -214,17 +214,18 @@ def input_gradient_products(gamma, with_x, u_sums, products, S: tl.constexpr):
 def width_backward_kernel(g_x, g_beta, g_mixed, g_other, h, pre, p, norm, g_h, partial, count, S: tl.constexpr):
     """count: rows of h, that is tokens times M. Absent gradients are None.
 
-    g_other is added to the gradient of h. With `pre`, it goes on through the depth connection that made h.
+    g_other is added to the gradient of h. With `pre.o`, it goes on through the depth connection that made h.
     """
     CHUNKS: tl.constexpr = S.CHUNKS
-    projection, weight, _ = load_weights(p, norm, h, S)
+    weights = load_weights(p, norm, h, S)
+    projection, weight = weights[0], weights[1]
     sums = projection_sums(p, projection, h, S)
     static, scale = static_table(p, S), scales(p, S)
     d_projection, d_weight, d_bias, tables = zero_sums(norm, S)
     for tile in tl.range(tl.program_id(0), tl.cdiv(count, S.R), tl.num_programs(0)):
         first = tile * S.R
         products = no_products(S)
-        _, with_x, u_sums, _ = no_products(S)
+        with_x, u_sums = products[1], products[2]
         with_mixed = with_x
         kept_h, kept_x, kept_mixed = (), (), ()
         for n in tl.static_range(CHUNKS):
@@ -265,7 +266,7 @@ def width_backward_kernel(g_x, g_beta, g_mixed, g_other, h, pre, p, norm, g_h, p
         tables = (tables[0] + d, tables[1] + d * t, tables[2] + dz * mean[:, None])
 
         new_projection, new_weight, new_bias = (), (), ()
-        if pre is not None:
+        if pre.o is not None:
             pre_beta, d_pre_beta = beta_rows(pre.beta, first, count, S), tl.zeros([S.R], tl.float32)
         for n in tl.static_range(CHUNKS):
             chunk = kept_h[n] if S.KEEP_ROWS else load_chunk(h, first, count, n, S)
@@ -292,10 +293,10 @@ def width_backward_kernel(g_x, g_beta, g_mixed, g_other, h, pre, p, norm, g_h, p
             if g_other is not None:
                 g += load_chunk(g_other, first, count, n, S).to(tl.float32)
             store_chunk(g_h, g, first, count, n, S)
-            if pre is not None:
+            if pre.o is not None:
                 rounded = g.to(g_h.dtype.element_ty)
                 d_pre_beta += depth_gradient_chunk(rounded, pre, pre_beta, first, count, n, h, S)
-        if pre is not None:
+        if pre.o is not None:
             at = first + tl.arange(0, S.R)
             tl.store(pre.g_beta + at, d_pre_beta, mask=at < count)
         if S.DYNAMIC:

@@ -1,0 +1,154 @@
+"""Compile every kernel for GPUs that need not be there, and read registers, spills and instructions off the binary.
+
+python benchmarks/compiled.py                            # sm_90, all shapes, to benchmarks/results/compiled-sm90.md
+python benchmarks/compiled.py --arch 80 --width 2048 --rate 4
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_fc import FracConfig
+from megatron_fc.functional import FracParameters
+from megatron_fc.kernels import launch
+from megatron_fc.kernels.depth import depth_backward_kernel, depth_forward_kernel
+from megatron_fc.kernels.tiles import Site
+from megatron_fc.kernels.width import width_backward_kernel, width_forward_kernel
+from megatron_fc.norm import NormWeights
+
+WIDTHS, RATES = (2048, 4096, 7168), (2, 4, 8)
+RESULTS = Path(__file__).parent / "results"
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+STREAM, FP32 = "*bf16", "*fp32"
+_P = FracParameters(*[FP32] * 7)  # type: ignore[arg-type]
+_NORM = launch.Weights(STREAM, None)  # type: ignore[arg-type]
+_PARTIAL = launch.Partial(FP32, FP32, FP32, None)  # type: ignore[arg-type]
+_BEFORE = launch.Before(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type]
+_BACK = _BEFORE._replace(h=None, alpha=None, g_o=STREAM, g_beta=FP32)  # type: ignore[arg-type]
+_FORWARD = {"h": STREAM, "p": _P, "norm": _NORM, "x": STREAM, "beta": FP32, "alpha": FP32}
+_GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "g_other": None, "h": STREAM, "p": _P, "norm": _NORM}
+_BACKWARD = {**_GRADIENTS, "g_h": STREAM, "partial": _PARTIAL}
+KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.Before(dropout=0.0)}),
+    "width backward": (width_backward_kernel, {**_BACKWARD, "pre": launch.Before(dropout=0.0)}),
+    "depth forward": (depth_forward_kernel, {"pre": _BEFORE, "out": STREAM}),
+    "depth backward": (depth_backward_kernel, {"g": STREAM, "pre": _BACK}),
+    "boundary forward": (width_forward_kernel, {**_FORWARD, "pre": _BEFORE}),
+    "boundary backward": (width_backward_kernel, {**_BACKWARD, "pre": _BACK}),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the binary of one kernel says."""
+
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    spills: int
+    wide: int
+    tensor_core: int
+
+
+def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
+    """Compile one kernel as `launch` would launch it on bf16 streams, norm in the same pass."""
+    kernel, arguments = KERNELS[name]
+    stream = torch.empty(16, width, dtype=torch.bfloat16, device="meta")
+    norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
+    site = launch.site_of(stream, FracConfig(rate=rate), norm)
+    warps = launch.warps(stream) if norm is not None else 4
+    source = _source(kernel, arguments, site)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": 1})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, code))
+
+    return Compiled(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=binary.metadata.shared,
+        warps=warps,
+        spills=count(r"\b(?:LDL|STL)\b"),
+        wide=count(r"\b(?:LDG|STG)\.E\S*\.128"),
+        tensor_core=count(r"\bH(?:G)?MMA\b"),
+    )
+
+
+def _source(kernel: Any, arguments: dict[str, Any], site: Site) -> ASTSource:
+    """The kernel with pointers of these types, all on 16-byte boundaries; None is an argument that is not there."""
+    given = {**arguments, "count": "i32"}
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, *place: int) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(kind(item, *place, i) for i, item in enumerate(value)))
+        if value is None:
+            constants[place] = None
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"  # the dropout's probability
+        if value.startswith("*"):
+            attributes[place] = [["tt.divisibility", 16]]
+        return value
+
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name == "S" else kind(given[name], i)
+    constants[(kernel.arg_names.index("S"),)] = Site(*map(tl.constexpr, site))
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def rows(widths: list[int], rates: list[int], arch: int) -> Iterator[str]:
+    yield f"| sm_{arch} | d | m | registers | stack | spills | shared | warps | 128-bit | tensor core |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for name in KERNELS:
+        for width in widths:
+            for rate in rates:
+                c = compile_kernel(name, width, rate, arch)
+                cells = (width, rate, c.registers, c.stack, c.spills, c.shared, c.warps, c.wide, c.tensor_core)
+                yield f"| {name} | {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, default=90, help="compute capability, e.g. 80, 90, 100")
+    parser.add_argument("--width", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--rate", type=int, nargs="+", default=RATES)
+    args = parser.parse_args()
+    lines = []
+    for line in rows(args.width, args.rate, args.arch):
+        print(line, flush=True)
+        lines.append(line)
+    if args.width == WIDTHS and args.rate == RATES:
+        RESULTS.mkdir(exist_ok=True)
+        command = f"python benchmarks/compiled.py --arch {args.arch}"
+        versions = f"Triton {triton.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+        text = f"# Compiled kernels, sm_{args.arch}\n\n`{command}`, {versions}, bf16 streams, RMSNorm in the pass.\n\n"
+        (RESULTS / f"compiled-sm{args.arch}.md").write_text(text + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
