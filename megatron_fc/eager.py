@@ -69,8 +69,8 @@ def width_backward(
     g_coefficients = f.new_empty(2 * m + 1, tokens, m)
     g_coefficients[0] = 0 if g_beta is None else g_beta
     g_coefficients[1:] = products.transpose(0, 1)
-    g_gamma, g_alpha = products.sum(0).split(m)
-    gradients: tuple[Tensor | None, ...] = (g_coefficients[0].sum(0), g_gamma.t().flatten(), g_alpha.t().flatten())
+    g_gamma, g_alpha = (half.sum(0).t().flatten() for half in products.split(m, 1))
+    gradients: tuple[Tensor | None, ...] = (g_coefficients[0].sum(0), g_gamma, g_alpha)
 
     static, dynamic = torch.cat((p.static_gamma.view(m, m), p.static_alpha.view(m, m)), 1), None
     predicted = _predict(f, p, config) if config.dynamic else None
@@ -183,7 +183,7 @@ def _predict_backward(
 def _coefficients(static: Tensor, t: Tensor | None, scale: Tensor | None, tokens: int) -> Tensor:
     """Static plus scaled dynamic part, per token: [T, *static.shape], contiguous."""
     if t is None:
-        return static.expand(tokens, *static.shape).contiguous()
+        return static.repeat(tokens, *(1 for _ in static.shape))  # a copy, for one token too
     return static + t.contiguous() if scale is None else torch.addcmul(static, t.contiguous(), scale)
 
 

@@ -222,6 +222,19 @@ def test_leaves_its_arguments_alone_and_builds_no_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@every_config
+def test_no_result_shares_memory(config: FracConfig, tokens: int) -> None:
+    """Custom operators may not return their inputs, nor one tensor twice."""
+    p, (o, h, g_x, g_next) = random_parameters(config, 6), random_streams((tokens, config.rate * 6), torch.float32)
+    x, beta, alpha = eager.width_forward(h, p, config)
+    g_o, g_beta = eager.depth_backward(g_next, o, beta)
+    g_h, g_p = eager.width_backward(g_x, g_beta, g_next, h, p, config)
+    results = [x, beta, alpha, eager.depth_forward(o, h, beta, alpha), g_o, g_beta, g_h, *g_p]
+    tensors = [t for t in (o, h, g_x, g_next, *p, *results) if t is not None]
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
+
+
 def test_coefficients_without_the_mix() -> None:
     config = FracConfig(rate=3)
     p, (h, *_) = random_parameters(config, 6), random_streams((17, 18), torch.float32)
