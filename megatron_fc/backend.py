@@ -2,43 +2,43 @@
 
 import functools
 import logging
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_fc.config import Backend
+from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 
 TRITON_RATES = (1, 2, 4, 8)
 
 
-def choose_backend(wanted: Backend, rate: int, stream: Tensor) -> Literal["triton", "torch"]:
-    """Return the backend for a stream and announce it once.
-
-    Args:
-        wanted: auto takes Triton where it can run.
-        rate: frac-rate m.
-        stream: any residual stream of the model, for its device and dtype.
+def choose_backend(config: FracConfig, stream: Tensor) -> str:
+    """Return the backend for a residual stream, triton or torch, and announce it once.
 
     Raises:
         UserError: Triton was asked for and cannot run; the message says why.
     """
-    return _choose(wanted, rate, stream.device.type, stream.dtype)
+    return _announced(config, config.backend, stream.device.type, stream.dtype)
+
+
+def backend_on(config: FracConfig, device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """Return the backend of a site on a type of device, and in a few words why.
+
+    Raises:
+        UserError: Triton was asked for and cannot run; the message says why.
+    """
+    obstacle = None if config.backend == "torch" else triton_obstacle(config.rate, device, dtype)
+    if config.backend == "triton" and obstacle:
+        raise UserError(f"backend=triton cannot run: {obstacle}; set backend=auto or backend=torch")
+    if config.backend == "torch":
+        return "torch", "as asked for"
+    return ("torch", obstacle) if obstacle else ("triton", "fused kernels")
 
 
 @functools.cache
-def _choose(wanted: Backend, rate: int, device: str, dtype: torch.dtype) -> Literal["triton", "torch"]:
-    chosen: Literal["triton", "torch"]
-    obstacle = None if wanted == "torch" else triton_obstacle(rate, device, dtype)
-    if wanted == "triton" and obstacle:
-        raise UserError(f"backend=triton cannot run: {obstacle}; set backend=auto or backend=torch")
-    if wanted == "torch":
-        chosen, reason = "torch", "as asked for"
-    elif obstacle:
-        chosen, reason = "torch", obstacle
-    else:
-        chosen, reason = "triton", "fused kernels"
+def _announced(config: FracConfig, wanted: str, device: str, dtype: torch.dtype) -> str:
+    # `wanted` belongs to the key: configs that differ in their backend alone are equal.
+    chosen, reason = backend_on(config, device, dtype)
     logging.getLogger("megatron_fc").info("Frac-Connections run on %s: %s", chosen, reason)
     return chosen
 

@@ -146,7 +146,7 @@ def _train(args: argparse.Namespace, extra: list[str]) -> int:
             "peak_memory_bytes": trained.peak_memory_bytes,
             "seconds": round(trained.seconds, 1),
             "world_size": trained.world_size,
-            "backend": "torch",
+            "backend": recipe.backend,
             "config": recipe.sections,
             "megatron_arguments": recipe.argv,
         }

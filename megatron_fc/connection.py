@@ -116,7 +116,7 @@ class FracConnection(nn.Module):
         if isinstance(h, PendingDepth):
             return self._boundary(h, norm)
         self._check("h", h)
-        backend = choose_backend(self.config.backend, self.config.rate, h)
+        backend = choose_backend(self.config, h)
 
         def width(h: Tensor) -> tuple[Tensor, Handover]:
             x, handover = ops.frac_width(h, self.site_parameters(), self.config, norm, backend)
@@ -162,7 +162,7 @@ class FracConnection(nn.Module):
         """
         self._check("h", h)
         self._check_output(o, h)
-        backend = choose_backend(self.config.backend, self.config.rate, h)
+        backend = choose_backend(self.config, h)
         if handover is None:
             _, handover = ops.frac_width(h, self.site_parameters(), self.config, None, backend, want_x=False)
         if backend == "triton":

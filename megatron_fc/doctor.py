@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-BACKEND = "torch"
 TESTED_MEGATRON = (0, 19)
 PROBE_TIMEOUT_S = 120
 
@@ -78,7 +77,7 @@ class Component:
 _PYTHON = Component("Python", "everything", "required: 3.12 or newer", required=True)
 _TORCH = Component("torch", "models, autograd, the torch backend", "required", required=True)
 _CUDA = Component("CUDA", "training on NVIDIA GPUs over NCCL", "the CPU lane: Megatron on the CPU over gloo")
-_TRITON = Component("Triton", "Megatron's own Triton kernels; fused FC kernels (planned)", "the torch backend")
+_TRITON = Component("Triton", "Megatron's own Triton kernels, the fused kernels on CUDA", "the torch backend")
 _MEGATRON = Component("megatron-core", "layers, parallelism, the training loop", "required", required=True)
 _TE = Component("Transformer Engine", "FP8, fused norms and attention, context parallelism", "Megatron's local layers")
 _APEX = Component(
@@ -113,6 +112,12 @@ def inspect_environment() -> list[Component]:
     return [_unusable_on_cpu(component) for component in components]
 
 
+def backend(components: Sequence[Component]) -> str:
+    """Name the implementation of Frac-Connections that backend=auto takes here."""
+    has_triton = any(component.name == _TRITON.name and component.status == "found" for component in components)
+    return "triton" if has_triton and _has_cuda(components) else "torch"
+
+
 def device_lane(components: Sequence[Component]) -> str:
     """Name the devices that training will use."""
     return "CUDA" if _has_cuda(components) else "CPU lane over gloo"
@@ -140,7 +145,7 @@ def render(components: Sequence[Component]) -> "RenderableType":
         table.add_row(component.name, here, component.enables, component.without)
 
     lines = [
-        f"Backend: {BACKEND} (fused Triton kernels for CUDA are planned; this version has none)",
+        f"Backend: {backend(components)}",
         f"Devices: {device_lane(components)}",
         *(f"[bold red]To correct:[/] {c.name} {c.status}: {escape(c.note or c.without)}" for c in problems),
     ]
@@ -152,7 +157,7 @@ def main(json: bool = False) -> int:
     components = inspect_environment()
     if json:
         report = {
-            "backend": BACKEND,
+            "backend": backend(components),
             "devices": device_lane(components),
             "components": [asdict(component) for component in components],
         }

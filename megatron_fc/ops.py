@@ -127,7 +127,7 @@ def _coefficients_like(h: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _without_storage(like: Tensor) -> Tensor:
-    return like.new_empty(1).expand(like.shape)
+    return like.new_zeros(1).expand(like.shape)
 
 
 def _apart(gradients: FracParameters) -> list[Tensor]:

@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 
 import yaml
 
+from megatron_fc.backend import backend_on
 from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
+from megatron_fc.megatron import cpu
 from megatron_fc.megatron.arguments import add_frac_args, frac_flags
 from megatron_fc.megatron.environment import adaptations, has_transformer_engine
 from megatron_fc.suggest import unknown
@@ -38,6 +40,7 @@ class Recipe:
         family: gpt or hybrid.
         run_dir: folder of everything that the run writes.
         argv: Megatron's command line, our flags included.
+        backend: triton or torch, None for plain residuals.
         notes: what was chosen for this machine, one sentence each.
     """
 
@@ -46,6 +49,7 @@ class Recipe:
     family: str
     run_dir: Path
     argv: list[str]
+    backend: str | None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -84,11 +88,15 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), extra: Sequence[str] 
         frac.fraction_size(int(settings["hidden_size"]))
     _refuse_missing_te(settings)
     notes = _adapt_to_machine(settings, megatron)
+    backend = None
+    if frac is not None:
+        backend, reason = backend_on(frac, "cpu" if cpu.needed() else "cuda")
+        notes.append(f"Frac-Connections run on {backend}: {reason}")
     _set_run_paths(settings, run_dir)
     argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
     args = megatron.parse(argv)
     _check_files(args)
-    return Recipe(sections, frac, family, run_dir, argv, notes)
+    return Recipe(sections, frac, family, run_dir, argv, backend, notes)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -219,7 +227,7 @@ def _frac_config(values: dict[str, Any]) -> FracConfig | None:
         return None
     if connection == "sfc":
         # One override turns a DFC file into its SFC twin: what only DFC has is dropped with it.
-        options = {key: value for key, value in options.items() if key == "rate"}
+        options = {key: value for key, value in options.items() if key in ("rate", "recompute", "backend")}
     return FracConfig.from_dict({**options, "dynamic": connection == "dfc"})
 
 

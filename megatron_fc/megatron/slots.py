@@ -149,8 +149,7 @@ class FracNorm(MegatronModule):
 
     def _norm_arguments(self, h: Tensor) -> dict[str, Any]:
         """The norm as weights for the kernel, or as the function to call behind the width connection."""
-        frac = self.connection.config
-        if choose_backend(frac.backend, frac.rate, h) == "triton":
+        if choose_backend(self.connection.config, h) == "triton":
             weights = norm_weights(self.norm)
             if weights is not None:
                 return {"norm": weights}
@@ -195,7 +194,7 @@ class FracAdd(nn.Module):
     def _in_one_pass(self, h: Tensor) -> bool:
         """Whether the kernels can make the next sub-layer's input along with the stream."""
         frac, following = self._site[0].config, self._following[0]
-        if choose_backend(frac.backend, frac.rate, h) != "triton" or frac.recompute:
+        if choose_backend(frac, h) != "triton" or frac.recompute:
             return False
         return isinstance(following.norm, IdentityOp) or norm_weights(following.norm) is not None
 

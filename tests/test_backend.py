@@ -1,0 +1,94 @@
+"""Which backend runs, and what is refused."""
+
+import pytest
+import torch
+
+from megatron_fc import FracConfig, FracConnection, UserError
+from megatron_fc.backend import backend_on, triton_obstacle
+
+
+def test_auto_takes_triton_on_cuda_and_torch_elsewhere() -> None:
+    assert backend_on(FracConfig(), "cuda") == ("triton", "fused kernels")
+    chosen, reason = backend_on(FracConfig(), "cpu")
+    assert chosen == "torch"
+    assert "tensors are on cpu" in reason
+    assert backend_on(FracConfig(backend="torch"), "cuda")[0] == "torch"
+
+
+@pytest.mark.parametrize("rate", [3, 16])
+def test_rates_without_a_kernel(rate: int) -> None:
+    assert backend_on(FracConfig(rate=rate), "cuda")[0] == "torch"
+    with pytest.raises(UserError, match=f"the kernels are for rate 1, 2, 4, 8, not {rate}; set backend=auto"):
+        backend_on(FracConfig(rate=rate, backend="triton"), "cuda")
+
+
+def test_triton_on_cpu_tensors_is_an_error() -> None:
+    site = FracConnection(64, FracConfig(backend="triton"))
+    with pytest.raises(UserError, match="backend=triton cannot run: tensors are on cpu"):
+        site(torch.randn(2, 64))
+
+
+def test_double_precision_has_no_kernel() -> None:
+    assert "not torch.float64" in str(triton_obstacle(4, "cuda", torch.float64))
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(UserError, match="unknown backend 'tritn': did you mean 'triton'"):
+        FracConfig(backend="tritn")  # type: ignore[arg-type]
+
+
+def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    site = FracConnection(48, FracConfig(rate=6))
+    with caplog.at_level("INFO", logger="megatron_fc"):
+        site.depth(site(h := torch.randn(2, 48)), h)
+        site(h)
+    assert [record.message for record in caplog.records] == [
+        "Frac-Connections run on torch: tensors are on cpu, Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
+    ]
+
+
+def test_shapes_strides_and_dtypes_that_do_not_fit() -> None:
+    site, h = FracConnection(64, FracConfig()), torch.randn(3, 64)
+    cases = [
+        (lambda: site(torch.randn(64, 3).t()), r"h has strides \(1, 3\): its last dimension must be contiguous"),
+        (lambda: site(torch.randn(3, 63)), "its last dimension must be hidden_size=64"),
+        (lambda: site.depth(torch.randn(2, 64), h), "o has shape"),
+        (lambda: site.depth(torch.randn(64, 3).t(), h), "o has strides"),
+        (lambda: site.depth(h.double(), h), "o is torch.float64 and h torch.float32"),
+        (lambda: site.depth(h, h.bfloat16()), "o is torch.float32 and h torch.bfloat16"),
+    ]
+    for call, message in cases:
+        with pytest.raises(UserError, match=message):
+            call()
+    assert site.depth(h.bfloat16(), h).dtype == torch.float32
+
+
+def test_under_torch_compile_without_a_graph_break() -> None:
+    torch._dynamo.reset()
+    site, h, o = FracConnection(64, FracConfig()), torch.randn(5, 64, requires_grad=True), torch.randn(5, 64)
+
+    def step(h: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        return site.depth(o + site(h), h)
+
+    expected = step(h, o)
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(h, o)
+    torch.testing.assert_close(found, expected)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), [h, *site.parameters()], retain_graph=True) for y in (found, expected)
+    ]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_custom_ops_pass_opcheck(dynamic: bool) -> None:
+    from megatron_fc import ops
+
+    config = FracConfig(rate=4, dynamic=dynamic)
+    p = FracConnection(64, config).site_parameters()
+    h, o = (torch.randn(5, 64, requires_grad=True) for _ in range(2))
+    words = (*ops._site_words(p, config), *ops._norm_words(None))
+    torch.library.opcheck(ops._width, (h, *words, True, "torch"))
+    _, handover = ops.frac_width(h, p, config, None, "torch")
+    beta, alpha, mixed = (t.detach() for t in handover)
+    torch.library.opcheck(ops._depth, (o, h.detach(), beta.requires_grad_(), alpha, mixed, None, None, 0.0, "torch"))
