@@ -6,7 +6,7 @@ import logging
 import torch
 from torch import Tensor
 
-from megatron_fc.config import FracConfig
+from megatron_fc.config import Backend, FracConfig
 from megatron_fc.errors import UserError
 
 TRITON_RATES = (1, 2, 4, 8)
@@ -18,27 +18,31 @@ def choose_backend(config: FracConfig, stream: Tensor) -> str:
     Raises:
         UserError: Triton was asked for and cannot run; the message says why.
     """
-    return _announced(config, config.backend, stream.device.type, stream.dtype)
+    return _announced(config.backend, config.rate, stream.device.type, stream.dtype)
 
 
-def backend_on(config: FracConfig, device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+def backend_on(wanted: Backend, rate: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """Return the backend of a site on a type of device, and in a few words why.
 
     Raises:
         UserError: Triton was asked for and cannot run; the message says why.
     """
-    obstacle = None if config.backend == "torch" else triton_obstacle(config.rate, device, dtype)
-    if config.backend == "triton" and obstacle:
+    obstacle = None if wanted == "torch" else triton_obstacle(rate, device, dtype)
+    if wanted == "triton" and obstacle:
         raise UserError(f"backend=triton cannot run: {obstacle}; set backend=auto or backend=torch")
-    if config.backend == "torch":
+    if wanted == "torch":
         return "torch", "as asked for"
     return ("torch", obstacle) if obstacle else ("triton", "fused kernels")
 
 
+@torch.compiler.assume_constant_result  # which torch.compile need not look into
+def _announced(wanted: Backend, rate: int, device: str, dtype: torch.dtype) -> str:
+    return _announced_once(wanted, rate, device, dtype)
+
+
 @functools.cache
-def _announced(config: FracConfig, wanted: str, device: str, dtype: torch.dtype) -> str:
-    # `wanted` belongs to the key: configs that differ in their backend alone are equal.
-    chosen, reason = backend_on(config, device, dtype)
+def _announced_once(wanted: Backend, rate: int, device: str, dtype: torch.dtype) -> str:
+    chosen, reason = backend_on(wanted, rate, device, dtype)
     logging.getLogger("megatron_fc").info("Frac-Connections run on %s: %s", chosen, reason)
     return chosen
 

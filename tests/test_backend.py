@@ -8,18 +8,18 @@ from megatron_fc.backend import backend_on, triton_obstacle
 
 
 def test_auto_takes_triton_on_cuda_and_torch_elsewhere() -> None:
-    assert backend_on(FracConfig(), "cuda") == ("triton", "fused kernels")
-    chosen, reason = backend_on(FracConfig(), "cpu")
+    assert backend_on("auto", 4, "cuda") == ("triton", "fused kernels")
+    chosen, reason = backend_on("auto", 4, "cpu")
     assert chosen == "torch"
     assert "tensors are on cpu" in reason
-    assert backend_on(FracConfig(backend="torch"), "cuda")[0] == "torch"
+    assert backend_on("torch", 4, "cuda")[0] == "torch"
 
 
 @pytest.mark.parametrize("rate", [3, 16])
 def test_rates_without_a_kernel(rate: int) -> None:
-    assert backend_on(FracConfig(rate=rate), "cuda")[0] == "torch"
+    assert backend_on("auto", rate, "cuda")[0] == "torch"
     with pytest.raises(UserError, match=f"the kernels are for rate 1, 2, 4, 8, not {rate}; set backend=auto"):
-        backend_on(FracConfig(rate=rate, backend="triton"), "cuda")
+        backend_on("triton", rate, "cuda")
 
 
 def test_triton_on_cpu_tensors_is_an_error() -> None:
@@ -43,7 +43,8 @@ def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         site.depth(site(h := torch.randn(2, 48)), h)
         site(h)
     assert [record.message for record in caplog.records] == [
-        "Frac-Connections run on torch: tensors are on cpu, Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
+        "Frac-Connections run on torch: "
+        "tensors are on cpu, Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
     ]
 
 

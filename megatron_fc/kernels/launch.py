@@ -229,7 +229,8 @@ def _weights(norm: NormWeights | None) -> Weights:
 def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None) -> Site:
     """What the kernels are compiled for, from a stream and the options."""
     m, c = config.rate, h.shape[1] // config.rate
-    block = min(128, max(16, triton.next_power_of_2(c)))
+    # At most eight chunks: loops over them are unrolled.
+    block = max(16, min(128, triton.next_power_of_2(c)), triton.next_power_of_2(-(-c // 8)))
     return Site(
         M=m,
         C=c,

@@ -90,7 +90,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), extra: Sequence[str] 
     notes = _adapt_to_machine(settings, megatron)
     backend = None
     if frac is not None:
-        backend, reason = backend_on(frac, "cpu" if cpu.needed() else "cuda")
+        backend, reason = backend_on(frac.backend, frac.rate, "cpu" if cpu.needed() else "cuda")
         notes.append(f"Frac-Connections run on {backend}: {reason}")
     _set_run_paths(settings, run_dir)
     argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
