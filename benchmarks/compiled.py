@@ -69,9 +69,13 @@ def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
     stream = torch.empty(16, width, dtype=torch.bfloat16, device="meta")
     norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
     site = launch.site_of(stream, FracConfig(rate=rate), norm)
-    warps = launch.warps(stream) if norm is not None else 4
+    warps, stages = 4, 2
+    if norm is not None:
+        warps, stages = launch.warps(stream), launch.stages(site, backward="g_x" in arguments)
     source = _source(kernel, arguments, site)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": 1})
+    binary = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

@@ -108,7 +108,7 @@ def depth_forward(before: Before, config: FracConfig) -> Tensor:
     out = torch.empty_like(before.h)
     site, count = _site(out, config, None), out.shape[0] * config.rate
     if count:
-        depth_forward_kernel[_grid(out, count)](before, out, count, S=site, num_warps=4, num_stages=1)
+        depth_forward_kernel[_grid(out, count)](before, out, count, S=site, num_warps=4, num_stages=2)
     return out
 
 
@@ -117,7 +117,7 @@ def depth_backward(g: Tensor, before: Before, config: FracConfig) -> tuple[Tenso
     before, g_o, g_beta = _with_gradients(before)
     site, count = _site(g, config, None), g.shape[0] * config.rate
     if count:
-        depth_backward_kernel[_grid(g, count)](g, before, count, S=site, num_warps=4, num_stages=1)
+        depth_backward_kernel[_grid(g, count)](g, before, count, S=site, num_warps=4, num_stages=2)
     return g_o, g_beta
 
 
@@ -139,7 +139,17 @@ def _width_forward(
     site, count = _site(h, config, norm if want_x else None), tokens * m
     if count:
         width_forward_kernel[_grid(h, count)](
-            h, before, p, _weights(norm), x, beta, alpha, count, S=site, num_warps=warps(h), num_stages=1
+            h,
+            before,
+            p,
+            _weights(norm),
+            x,
+            beta,
+            alpha,
+            count,
+            S=site,
+            num_warps=warps(h),
+            num_stages=stages(site, backward=False),
         )
     return x, beta, alpha
 
@@ -174,7 +184,7 @@ def _width_backward(
             count,
             S=site,
             num_warps=warps(h),
-            num_stages=1,
+            num_stages=stages(site, backward=True),
         )
     parameters = _parameter_gradients(partial, p, config)
     weight, bias = (None if part is None else part.sum(0) for part in (partial.weight, partial.bias))
@@ -261,6 +271,14 @@ def _site(h: Tensor, config: FracConfig, norm: NormWeights | None) -> Site:
 def warps(h: Tensor) -> int:
     """Warps per program of the width connection's kernels."""
     return 8 if h.shape[1] >= 1024 else 4
+
+
+def stages(site: Site, backward: bool) -> int:
+    """Tiles that are on their way into shared memory, as many as fit: what waits there takes no registers."""
+    c = int(getattr(site.C, "value", site.C))
+    if c > 512:
+        return 1
+    return 2 if backward else 3
 
 
 def _grid(h: Tensor, count: int) -> tuple[int]:

@@ -8,5 +8,7 @@ import os
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = (
-    ["test_in_interpreter.py"] if INTERPRETING else ["test_operations.py", "test_traffic.py", "test_model.py"]
+    ["test_in_interpreter.py", "test_compiled.py"]
+    if INTERPRETING
+    else ["test_operations.py", "test_traffic.py", "test_model.py"]
 )
