@@ -10,8 +10,11 @@ import os
 import pickle
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 _HERE = Path(__file__).parent
 # What the fork server and its ranks import from.
@@ -53,6 +56,10 @@ def _fork_server() -> Any:
     # Set before torch is imported there: one thread per rank, and no compiler (`megatron_fc.megatron.cpu`).
     os.environ.update({"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"})
     context.set_forkserver_preload(["harness", "ranks"])
+    # Before Python 3.12.3 the server does not take this process's path over: it would find neither and say nothing.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(_PATHS), prepend=os.pathsep)
+        forkserver.ensure_running()
     return context
 
 
