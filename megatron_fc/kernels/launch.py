@@ -98,8 +98,8 @@ def boundary_backward(
     norm: NormWeights | None = None,
 ) -> tuple[WidthGradients, Tensor, Tensor]:
     """As `width_backward` at h, the boundary's h'; g_h is what else its gradient has. Also gradients of o and beta."""
-    before, g_o, g_beta = _with_gradients(before)
-    return _width_backward(g_x, g_beta, g_mixed, g_h, h, before, p, config, norm), g_o, g_beta
+    before, g_o, g_before = _with_gradients(before)
+    return _width_backward(g_x, g_beta, g_mixed, g_h, h, before, p, config, norm), g_o, g_before
 
 
 def depth_forward(before: Before, config: FracConfig) -> Tensor:
