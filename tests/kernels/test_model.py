@@ -20,8 +20,6 @@ with warnings.catch_warnings():
     cpu.install()
     import tiny
 
-    from megatron_fc.megatron.slots import FracNorm
-
 TRITON = FracConfig(rate=4, backend="triton")
 
 
@@ -106,13 +104,9 @@ class Streams(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("hand_over", "rows"), [(True, 22), (False, 36)])
-def test_rows_that_a_layer_moves(hand_over: bool, rows: int) -> None:
+def test_a_layer_moves_22_rows() -> None:
     """All between the sub-layers of a transformer layer, forward and backward, in rows of d per token."""
     layer = tiny.build("dense", TRITON).decoder.layers[0]
-    for module in layer.modules():
-        if isinstance(module, FracNorm):
-            module.hands_over = hand_over
     width, tokens = layer.config.hidden_size, 32
     h = torch.randn(tokens, 1, width, requires_grad=True)
     mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
@@ -121,4 +115,4 @@ def test_rows_that_a_layer_moves(hand_over: bool, rows: int) -> None:
         out, _ = layer(h, attention_mask=mask)
         out.backward(torch.randn_like(out))
     # Autograd's sum reads two rows and writes one; the kernels' loads and stores are counted one by one.
-    assert of(moved, *streams.seen.values()) / (tokens * width * 4) + 3 * streams.sums == rows
+    assert of(moved, *streams.seen.values()) / (tokens * width * 4) + 3 * streams.sums == 22
