@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("module", ["test_operations.py", "test_traffic.py", "test_model.py"])
 def test_in_interpreter(module: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / module)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / module)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
     print(run.stdout)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
