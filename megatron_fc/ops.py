@@ -153,7 +153,7 @@ def _width_impl(h: Tensor, *words: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     lead = h.shape[:-1]
     return (
         x,
-        beta.view(*lead, -1 if beta.numel() else config.rate),
+        beta.view(*lead, config.rate),
         alpha.view(*lead, config.rate**2),
         _without_storage(h),
     )

@@ -1,0 +1,145 @@
+"""Training step of the demo's mixture of experts on the CPU, Frac-Connections against plain residuals, in turns.
+
+    OMP_NUM_THREADS=2 python benchmarks/cpu_step.py --rounds 20 --record
+
+Two models in one process take turns step by step, the order changing every round, so that what else the machine does
+falls on both alike. Printed and recorded are ratios of a round's two steps: forward, backward and Adam.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import warnings
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from megatron.core import tensor_parallel
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from saved_bytes import one_rank
+
+from megatron_fc import FracConfig
+from megatron_fc.megatron.specs import frac_connect
+
+RESULTS = Path(__file__).parent / "results"
+# configs/demo.yaml
+SEQUENCE, BATCH, VOCABULARY = 256, 8, 4096
+
+
+def build(frac: FracConfig | None) -> torch.nn.Module:
+    """The demo's model: 4 MoE layers of width 192, 24 experts of which 2 are used."""
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    torch.manual_seed(1234)
+    config = TransformerConfig(
+        num_layers=4,
+        hidden_size=192,
+        num_attention_heads=6,
+        ffn_hidden_size=144,
+        num_moe_experts=24,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=144,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        moe_router_pre_softmax=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        use_cpu_initialization=True,
+        attention_backend=AttnBackend.unfused,
+    )
+    spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    spec = spec if frac is None else frac_connect(spec, frac)
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+
+
+class Trainee:
+    """A model with its optimizer; `step` trains on one batch and returns seconds of wall and of processor time."""
+
+    def __init__(self, frac: FracConfig | None) -> None:
+        self.model = build(frac)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=True)
+        self.mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+        self.positions = torch.arange(SEQUENCE).expand(BATCH, -1)
+
+    def step(self, tokens: torch.Tensor) -> tuple[float, float]:
+        wall, processor = time.perf_counter(), time.process_time()
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.model(inputs, self.positions, self.mask, labels=labels).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - wall, time.process_time() - processor
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    residual, frac = Trainee(None), Trainee(FracConfig(rate=4))
+    walls, processors, steps = [], [], []
+    for turn in range(rounds + 2):
+        tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
+        order = (residual, frac) if turn % 2 else (frac, residual)
+        seconds = {trainee: trainee.step(tokens) for trainee in order}
+        if turn >= 2:  # the first rounds warm up
+            walls.append(seconds[residual][0] / seconds[frac][0])
+            processors.append(seconds[residual][1] / seconds[frac][1])
+            steps.append(seconds[residual][0])
+    quartiles = statistics.quantiles(walls, n=4)
+    return {
+        "throughput_ratio_median": round(statistics.median(walls), 3),
+        "throughput_ratio_quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)],
+        "processor_time_ratio_median": round(statistics.median(processors), 3),
+        "residual_step_ms_median": round(1000 * statistics.median(steps)),
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, shared virtual machine, {torch.get_num_threads()} threads used",
+        "date": date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--record", action="store_true", help="write benchmarks/results/cpu-step-THREADS.json")
+    args = parser.parse_args()
+    with one_rank():
+        result = measure(args.rounds)
+    print(json.dumps(result, indent=2))
+    if args.record:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"cpu-step-{result['threads']}.json"
+        result["command"] = f"OMP_NUM_THREADS={result['threads']} python benchmarks/cpu_step.py --rounds {args.rounds}"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
