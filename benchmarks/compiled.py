@@ -5,12 +5,13 @@ python benchmarks/compiled.py --arch 80 --width 2048 --rate 4
 """
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ from megatron_fc.kernels.tiles import Site
 from megatron_fc.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.norm import NormWeights
 
-WIDTHS, RATES = (2048, 4096, 7168), (2, 4, 8)
+WIDTHS, RATES, ARCHITECTURES = (2048, 4096, 7168), (2, 4, 8), (80, 90, 100)
 RESULTS = Path(__file__).parent / "results"
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 STREAM, FP32 = "*bf16", "*fp32"
 _P = FracParameters(*[FP32] * 7)  # type: ignore[arg-type]
 _NORM = launch.Weights(STREAM, None)  # type: ignore[arg-type]
-_PARTIAL = launch.Partial(FP32, FP32, FP32, None)  # type: ignore[arg-type]
+_PARTIAL = launch.Partial(FP32, FP32, FP32, FP32, FP32, None)  # type: ignore[arg-type]
 _BEFORE = launch.Before(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type]
 _BACK = _BEFORE._replace(h=None, alpha=None, g_o=STREAM, g_beta=FP32)  # type: ignore[arg-type]
 _FORWARD = {"h": STREAM, "p": _P, "norm": _NORM, "x": STREAM, "beta": FP32, "alpha": FP32}
@@ -68,14 +69,9 @@ def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
     kernel, arguments = KERNELS[name]
     stream = torch.empty(16, width, dtype=torch.bfloat16, device="meta")
     norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
-    site = launch.site_of(stream, FracConfig(rate=rate), norm)
-    warps, stages = 4, 2
-    if norm is not None:
-        warps, stages = launch.warps(stream), launch.stages(site, backward="g_x" in arguments)
+    site = launch.site_of(stream, FracConfig(rate=rate), norm, backward="g_x" in arguments)
     source = _source(kernel, arguments, site)
-    binary = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": site.W, "num_stages": 1})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -93,7 +89,7 @@ def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
         registers=int(found[1]),
         stack=int(found[2]),
         shared=binary.metadata.shared,
-        warps=warps,
+        warps=site.W,
         spills=count(r"\b(?:LDL|STL)\b"),
         wide=count(r"\b(?:LDG|STG)\.E\S*\.128"),
         tensor_core=count(r"\bH(?:G)?MMA\b"),
@@ -125,15 +121,30 @@ def _source(kernel: Any, arguments: dict[str, Any], site: Site) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def rows(widths: list[int], rates: list[int], arch: int) -> Iterator[str]:
-    yield f"| sm_{arch} | d | m | registers | stack | spills | shared | warps | 128-bit | tensor core |"
+def table_path(arch: int) -> Path:
+    return RESULTS / f"compiled-sm{arch}.md"
+
+
+def row(name: str, width: int, rate: int, compiled: Compiled) -> str:
+    return f"| {' | '.join(map(str, (name, width, rate, *astuple(compiled))))} |"
+
+
+def read_table(arch: int) -> dict[tuple[str, int, int], Compiled]:
+    """The table of an architecture, by kernel, width and rate."""
+    table = {}
+    for line in table_path(arch).read_text().splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if name in KERNELS:
+            width, rate, *numbers = map(int, cells)
+            table[name, width, rate] = Compiled(*numbers)
+    return table
+
+
+def rows(widths: Sequence[int], rates: Sequence[int], arch: int) -> Iterator[str]:
+    yield "| kernel | d | m | registers | stack | shared | warps | spills | 128-bit | tensor core |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
-    for name in KERNELS:
-        for width in widths:
-            for rate in rates:
-                c = compile_kernel(name, width, rate, arch)
-                cells = (width, rate, c.registers, c.stack, c.spills, c.shared, c.warps, c.wide, c.tensor_core)
-                yield f"| {name} | {' | '.join(map(str, cells))} |"
+    for name, width, rate in itertools.product(KERNELS, widths, rates):
+        yield row(name, width, rate, compile_kernel(name, width, rate, arch))
 
 
 def main() -> None:
@@ -147,11 +158,11 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if args.width == WIDTHS and args.rate == RATES:
-        RESULTS.mkdir(exist_ok=True)
         command = f"python benchmarks/compiled.py --arch {args.arch}"
         versions = f"Triton {triton.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}"
         text = f"# Compiled kernels, sm_{args.arch}\n\n`{command}`, {versions}, bf16 streams, RMSNorm in the pass.\n\n"
-        (RESULTS / f"compiled-sm{args.arch}.md").write_text(text + "\n".join(lines) + "\n")
+        RESULTS.mkdir(exist_ok=True)
+        table_path(args.arch).write_text(text + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

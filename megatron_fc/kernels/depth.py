@@ -12,7 +12,16 @@ are also, in fp32, beta and alpha in forward, beta and its gradient in backward.
 import triton
 import triton.language as tl
 
-from megatron_fc.kernels.tiles import load_chunk, offsets, same_token, store_chunk, table_by_rows
+from megatron_fc.kernels.tiles import (
+    by_lanes,
+    columns,
+    gathered,
+    load_chunk,
+    load_weight,
+    same_token,
+    store_chunk,
+    table_by_rows,
+)
 
 
 @triton.jit
@@ -30,19 +39,18 @@ def beta_rows(beta, first, count, S: tl.constexpr):
 
 
 @triton.jit
-def kept_by_dropout(seed, probability, first, n: tl.constexpr, S: tl.constexpr):
-    """What is kept of chunk n, [R, BC]: the same in forward and backward, whatever the launch."""
-    at, _ = offsets(tl.arange(0, S.R), n, S)
-    return tl.rand(tl.load(seed) + first, at) >= probability
+def kept_by_dropout(seed, probability, first, n, S: tl.constexpr):
+    """What is kept of chunk n, [W, R, K]: the same in forward and backward, whatever the launch."""
+    at = n * (S.W * S.K) + by_lanes(S.R, S) * S.C + columns(S)
+    return gathered(tl.rand(tl.load(seed) + first, at), S) >= probability
 
 
 @triton.jit
-def output_chunk(pre, first, count, n: tl.constexpr, like, S: tl.constexpr):
+def output_chunk(pre, first, count, n, like, S: tl.constexpr):
     """Chunk n of the sub-layer's output with bias and dropout, rounded after each as Megatron's own operation does."""
     o = load_chunk(pre.o, first, count, n, S).to(like.dtype.element_ty)
     if pre.bias is not None:
-        at, inside = offsets(tl.arange(0, S.R) % S.M, n, S)
-        bias = tl.load(pre.bias + at, mask=inside[None, :], other=0.0).to(o.dtype)
+        bias = load_weight(pre.bias, n, S).to(o.dtype)
         o = (o.to(tl.float32) + bias.to(tl.float32)).to(o.dtype)
     if pre.seed is not None:
         dropped = tl.where(kept_by_dropout(pre.seed, pre.dropout, first, n, S), o, 0.0)
@@ -51,20 +59,20 @@ def output_chunk(pre, first, count, n: tl.constexpr, like, S: tl.constexpr):
 
 
 @triton.jit
-def depth_chunk(pre, beta, alpha, first, count, n: tl.constexpr, like, S: tl.constexpr):
+def depth_chunk(pre, beta, alpha, first, count, n, like, S: tl.constexpr):
     """Chunk n of the next residual stream, in the dtype of the stream."""
     mixed = table_by_rows(alpha, load_chunk(pre.h, first, count, n, S), S)
-    return (mixed + beta[:, None] * output_chunk(pre, first, count, n, like, S).to(tl.float32)).to(
+    return (mixed + beta[None, :, None] * output_chunk(pre, first, count, n, like, S).to(tl.float32)).to(
         like.dtype.element_ty
     )
 
 
 @triton.jit
-def depth_gradient_chunk(g, pre, beta, first, count, n: tl.constexpr, like, S: tl.constexpr):
-    """Store chunk n of the gradient of o; return the chunk's part of beta's gradient, [R]."""
+def depth_gradient_chunk(g, pre, beta, first, count, n, like, S: tl.constexpr):
+    """Store chunk n of the gradient of o; return the chunk's part of beta's gradient, [W, R]."""
     g = g.to(tl.float32)
-    d_beta = tl.sum(g * output_chunk(pre, first, count, n, like, S).to(tl.float32), axis=1)
-    g_o = beta[:, None] * g
+    d_beta = tl.sum(g * output_chunk(pre, first, count, n, like, S).to(tl.float32), axis=2)
+    g_o = beta[None, :, None] * g
     if pre.seed is not None:
         g_o = tl.where(kept_by_dropout(pre.seed, pre.dropout, first, n, S), g_o * (1.0 / (1.0 - pre.dropout)), 0.0)
     store_chunk(pre.g_o, g_o, first, count, n, S)
@@ -75,10 +83,10 @@ def depth_gradient_chunk(g, pre, beta, first, count, n: tl.constexpr, like, S: t
 def depth_forward_kernel(pre, out, count, S: tl.constexpr):
     """count: rows of h, that is tokens times M."""
     CHUNKS: tl.constexpr = S.CHUNKS
-    for tile in tl.range(tl.program_id(0), tl.cdiv(count, S.R), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, S.R), tl.num_programs(0), disable_licm=True):
         first = tile * S.R
         beta, alpha = beta_rows(pre.beta, first, count, S), alpha_matrix(pre.alpha, first, count, S)
-        for n in tl.static_range(CHUNKS):
+        for n in tl.range(CHUNKS, disable_licm=True):
             store_chunk(out, depth_chunk(pre, beta, alpha, first, count, n, out, S), first, count, n, S)
 
 
@@ -86,11 +94,11 @@ def depth_forward_kernel(pre, out, count, S: tl.constexpr):
 def depth_backward_kernel(g, pre, count, S: tl.constexpr):
     """count: rows of h, that is tokens times M."""
     CHUNKS: tl.constexpr = S.CHUNKS
-    for tile in tl.range(tl.program_id(0), tl.cdiv(count, S.R), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, S.R), tl.num_programs(0), disable_licm=True):
         first = tile * S.R
         rows = first + tl.arange(0, S.R)
         beta = beta_rows(pre.beta, first, count, S)
-        d_beta = tl.zeros([S.R], tl.float32)
-        for n in tl.static_range(CHUNKS):
+        d_beta = tl.zeros([S.W, S.R], tl.float32)
+        for n in tl.range(CHUNKS, disable_licm=True):
             d_beta += depth_gradient_chunk(load_chunk(g, first, count, n, S), pre, beta, first, count, n, g, S)
-        tl.store(pre.g_beta + rows, d_beta, mask=rows < count)
+        tl.store(pre.g_beta + rows, tl.sum(d_beta, axis=0), mask=rows < count)

@@ -4,7 +4,7 @@ Streams are [tokens, d] with d = m*c, rows contiguous. No function looks at a te
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +20,9 @@ from megatron_fc.norm import NormWeights
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ROWS = 16  # of a tile: what a tensor core's product needs
+_WARPS = 8
+# Columns of a warp in a chunk. Chosen so that the compiler keeps everything in registers, twice as many in forward.
+_COLUMNS, _COLUMNS_BACKWARD = 32, 16
 _PROGRAMS_PER_SM = 2
 
 
@@ -41,7 +44,9 @@ class Partial(NamedTuple):
     """Sums of the programs for the gradients of parameters, fp32."""
 
     projection: Tensor | None  # [programs, 2m+1, c]
-    tables: Tensor  # [programs, 3, R, KP]
+    table: Tensor  # [programs, R, KP], of the coefficients
+    scaled: Tensor  # [programs, KP], of the scales, still a sum for each coefficient
+    shift: Tensor  # [programs, KP], what the means of fractions take from the projection's
     weight: Tensor | None  # [programs, d], of the sub-layer's norm
     bias: Tensor | None
 
@@ -106,18 +111,14 @@ def depth_forward(before: Before, config: FracConfig) -> Tensor:
     """h'_j = beta_j o_j + sum_i alpha_ij h_i, [T, d] in the dtype of h."""
     assert before.h is not None
     out = torch.empty_like(before.h)
-    site, count = _site(out, config, None), out.shape[0] * config.rate
-    if count:
-        depth_forward_kernel[_grid(out, count)](before, out, count, S=site, num_warps=4, num_stages=2)
+    _launch(depth_forward_kernel, site_of(out, config, None), out.shape[0], out.device, before, out)
     return out
 
 
 def depth_backward(g: Tensor, before: Before, config: FracConfig) -> tuple[Tensor, Tensor]:
     """Gradients of o (in its dtype) and of beta [T, m] in fp32; that of the mixed residual is g itself."""
     before, g_o, g_beta = _with_gradients(before)
-    site, count = _site(g, config, None), g.shape[0] * config.rate
-    if count:
-        depth_backward_kernel[_grid(g, count)](g, before, count, S=site, num_warps=4, num_stages=2)
+    _launch(depth_backward_kernel, site_of(g, config, None), g.shape[0], g.device, g, before)
     return g_o, g_beta
 
 
@@ -136,21 +137,8 @@ def _width_forward(
     x = torch.empty_like(h) if want_x else None
     beta = h.new_empty(tokens, m, dtype=torch.float32)
     alpha = h.new_empty(tokens, m * m, dtype=torch.float32)
-    site, count = _site(h, config, norm if want_x else None), tokens * m
-    if count:
-        width_forward_kernel[_grid(h, count)](
-            h,
-            before,
-            p,
-            _weights(norm),
-            x,
-            beta,
-            alpha,
-            count,
-            S=site,
-            num_warps=warps(h),
-            num_stages=stages(site, backward=False),
-        )
+    site = site_of(h, config, norm if want_x else None)
+    _launch(width_forward_kernel, site, tokens, h.device, h, before, p, _weights(norm), x, beta, alpha)
     return x, beta, alpha
 
 
@@ -166,39 +154,25 @@ def _width_backward(
     norm: NormWeights | None,
 ) -> WidthGradients:
     norm = norm if g_x is not None else None
-    site, count, g_h = _site(h, config, norm), h.shape[0] * config.rate, torch.empty_like(h)
-    grid = _grid(h, count)
-    partial = _partial(grid[0], h, site_of(h, config, norm), norm)
-    if count:
-        width_backward_kernel[grid](
-            g_x,
-            g_beta,
-            g_mixed,
-            g_other,
-            h,
-            before,
-            p,
-            _weights(norm),
-            g_h,
-            partial,
-            count,
-            S=site,
-            num_warps=warps(h),
-            num_stages=stages(site, backward=True),
-        )
+    site, g_h = site_of(h, config, norm, backward=True), torch.empty_like(h)
+    partial = _partial(programs(h.shape[0] * config.rate, h.device), h, site, norm)
+    gradients, weights = (g_x, g_beta, g_mixed, g_other), _weights(norm)
+    _launch(width_backward_kernel, site, h.shape[0], h.device, *gradients, h, before, p, weights, g_h, partial)
     parameters = _parameter_gradients(partial, p, config)
     weight, bias = (None if part is None else part.sum(0) for part in (partial.weight, partial.bias))
     return WidthGradients(g_h, parameters, weight, bias)
 
 
-def _partial(programs: int, h: Tensor, site: Site, norm: NormWeights | None) -> Partial:
-    # Without tokens no program runs, and the sums over none of them are zero.
+def _partial(count: int, h: Tensor, site: Site, norm: NormWeights | None) -> Partial:
+    # `count` programs. Without tokens none runs, and the sums over none of them are zero.
     def of(*shape: int) -> Tensor:
-        return h.new_empty(programs, *shape, dtype=torch.float32)
+        return h.new_empty(count, *shape, dtype=torch.float32)
 
     return Partial(
         projection=of(2 * site.M + 1, site.C) if site.DYNAMIC else None,
-        tables=of(3, site.R, site.KP),
+        table=of(site.R, site.KP),
+        scaled=of(site.KP),
+        shift=of(site.KP),
         weight=of(h.shape[1]) if norm is not None else None,
         bias=of(h.shape[1]) if norm is not None and norm.bias is not None else None,
     )
@@ -206,17 +180,16 @@ def _partial(programs: int, h: Tensor, site: Site, norm: NormWeights | None) -> 
 
 def _parameter_gradients(partial: Partial, p: FracParameters, config: FracConfig) -> FracParameters:
     m = config.rate
-    static, scaled, shift = partial.tables.sum(0).unbind(0)  # [R, KP] each: rows are fractions, token after token
-    table = static.unflatten(0, (-1, m)).sum(0)
+    table = partial.table.unflatten(1, (-1, m)).sum((0, 1))  # rows are fractions, token after token
     gradients = FracParameters(table[:, 0], table[:, 1 : 1 + m].flatten(), table[:, 1 + m : 1 + 2 * m].flatten())
     if partial.projection is None:
         return gradients
     k = 2 * m + 1
     projection = partial.projection.sum(0)
     if config.norm == "layernorm":
-        projection = projection - shift.sum(0)[:k, None]
+        projection = projection - partial.shift.sum(0)[:k, None]
     assert p.dynamic_weight is not None
-    scaled = scaled.sum(0)
+    scaled = partial.scaled.sum(0)
     return gradients._replace(
         dynamic_weight=projection if p.norm_weight is None else projection * p.norm_weight,
         scale_beta=scaled[:1] if config.scale else None,
@@ -236,17 +209,21 @@ def _weights(norm: NormWeights | None) -> Weights:
     return Weights(None, None) if norm is None else Weights(norm.weight, norm.bias)
 
 
-def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None) -> Site:
+def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None, backward: bool = False) -> Site:
     """What the kernels are compiled for, from a stream and the options."""
     m, c = config.rate, h.shape[1] // config.rate
-    # At most eight chunks: loops over them are unrolled.
-    block = max(16, min(128, triton.next_power_of_2(c)), triton.next_power_of_2(-(-c // 8)))
+    covered = max(16, triton.next_power_of_2(c))
+    warps = min(_WARPS, covered // 16)
+    columns = min(_COLUMNS_BACKWARD if backward else _COLUMNS, covered // warps)
     return Site(
         M=m,
         C=c,
         R=_ROWS,
-        BC=block,
-        CHUNKS=-(-c // block),
+        W=warps,
+        K=columns,
+        # Lanes move 16 bytes each.
+        L=min(_ROWS, 32 * 16 // (2 * columns)),
+        CHUNKS=-(-c // (warps * columns)),
         KP=max(16, triton.next_power_of_2(2 * m + 1)),
         DYNAMIC=config.dynamic,
         NORM=config.norm if config.dynamic else "none",
@@ -257,33 +234,20 @@ def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None) -> Site:
         ONE_PLUS=norm.one_plus if norm is not None else False,
         # The interpreter's products are wrong in bf16.
         EXACT=h.dtype == torch.float32 or (INTERPRETED and h.dtype == torch.bfloat16),
-        KEEP_ROWS=c <= 512,
-        KEEP_WEIGHTS=False,
     )
 
 
-def _site(h: Tensor, config: FracConfig, norm: NormWeights | None) -> Site:
-    site = site_of(h, config, norm)
-    # Loops are unrolled over what the compiler knows to be constant; the interpreter wants plain values.
-    return site if INTERPRETED else Site(*map(tl.constexpr, site))
+def _launch(kernel: Any, site: Site, tokens: int, device: torch.device, *arguments: Any) -> None:
+    if tokens:
+        # Loops are unrolled over what the compiler knows to be constant; the interpreter wants plain values.
+        constants = site if INTERPRETED else Site(*map(tl.constexpr, site))
+        count = tokens * site.M
+        kernel[(programs(count, device),)](*arguments, count, S=constants, num_warps=site.W, num_stages=1)
 
 
-def warps(h: Tensor) -> int:
-    """Warps per program of the width connection's kernels."""
-    return 8 if h.shape[1] >= 1024 else 4
-
-
-def stages(site: Site, backward: bool) -> int:
-    """Tiles that are on their way into shared memory, as many as fit: what waits there takes no registers."""
-    c = int(getattr(site.C, "value", site.C))
-    if c > 512:
-        return 1
-    return 2 if backward else 3
-
-
-def _grid(h: Tensor, count: int) -> tuple[int]:
-    tiles = -(-count // _ROWS)
-    return (min(tiles, _PROGRAMS_PER_SM * _processors(h.device)),)
+def programs(count: int, device: torch.device) -> int:
+    """Programs for so many rows: they go on to the next tile until none is left."""
+    return min(-(-count // _ROWS), _PROGRAMS_PER_SM * _processors(device))
 
 
 @functools.cache

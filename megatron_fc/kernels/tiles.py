@@ -1,8 +1,11 @@
 """What a program does with its tile: device functions that the kernels are put together from.
 
 A stream [tokens, d] is read as rows [tokens * m, c], one row per fraction. A tile is R rows, the fractions of R / m
-tokens, in chunks of columns. What mixes fractions is then a product with a matrix [R, R] that is zero between tokens,
-and what the coefficients need are products of rows with rows; both run on tensor cores.
+tokens. What mixes fractions is then a product with a matrix [R, R] that is zero between tokens, and what the
+coefficients need are products of rows with rows; both run on tensor cores.
+
+A tile is read in chunks [W, R, K]: W warps with K columns each. Products keep the first axis, so that a warp holds only
+its own columns, and what they say of whole rows is summed over the warps once per tile.
 
 Coefficients are tables [R, KP], a row per fraction: beta, gamma_1..m, alpha_1..m, padding. They are never rounded below
 fp32: a product with rows of 16 bits is taken with two 16-bit halves of the coefficients.
@@ -21,8 +24,10 @@ class Site(NamedTuple):
         M: fractions.
         C: columns of a fraction.
         R: rows of a tile, a multiple of M and of 16.
-        BC: columns of a chunk, a power of two.
-        CHUNKS: chunks that cover C.
+        W: warps, each with its own columns of a chunk.
+        K: columns of a warp in a chunk, a power of two.
+        L: rows that the lanes of a warp hold at a time.
+        CHUNKS: chunks of W * K columns that cover C.
         KP: columns of a table, 2M + 1 padded to a power of two.
         DYNAMIC: coefficients are predicted per token.
         NORM, EPS: norm of a fraction before the prediction: none, rmsnorm, layernorm.
@@ -30,14 +35,14 @@ class Site(NamedTuple):
         SUB_NORM, SUB_EPS: norm of the sub-layer's input in the same pass: none, rmsnorm, layernorm.
         ONE_PLUS: that norm's weight is stored less one.
         EXACT: products in fp32 (as three of TF32 on tensor cores) rather than in the stream's 16 bits.
-        KEEP_ROWS: a tile's rows stay in registers between two uses; otherwise they are read again, from cache.
-        KEEP_WEIGHTS: the same of the weights between two tiles.
     """
 
     M: int
     C: int
     R: int
-    BC: int
+    W: int
+    K: int
+    L: int
     CHUNKS: int
     KP: int
     DYNAMIC: bool
@@ -48,69 +53,104 @@ class Site(NamedTuple):
     SUB_EPS: float
     ONE_PLUS: bool
     EXACT: bool
-    KEEP_ROWS: bool
-    KEEP_WEIGHTS: bool
 
 
 @triton.jit
-def offsets(rows, n: tl.constexpr, S: tl.constexpr):
-    """Element offsets [rows, BC] of chunk n of a few rows, and which of its columns exist [BC]."""
-    columns = n * S.BC + tl.arange(0, S.BC)
-    return rows[:, None] * S.C + columns[None, :], columns < S.C
+def columns(S: tl.constexpr):
+    """Columns of the first chunk, [1, W, 1, K]."""
+    return tl.arange(0, S.W)[None, :, None, None] * S.K + tl.arange(0, S.K)[None, None, None, :]
 
 
 @triton.jit
-def load_chunk(pointer, first, count, n: tl.constexpr, S: tl.constexpr):
-    """Chunk n of the rows from `first` on, [R, BC] in the tensor's own dtype; zero outside."""
-    rows = tl.arange(0, S.R)
-    at, inside = offsets(rows, n, S)
-    mask = (first + rows < count)[:, None] & inside[None, :]
-    return tl.load(pointer + first.to(tl.int64) * S.C + at, mask=mask, other=0.0)
+def inside(n, S: tl.constexpr):
+    """Which columns of chunk n exist, [1, W, 1, K]."""
+    if S.C % (S.W * S.K) == 0:
+        return tl.full([1, S.W, 1, S.K], True, tl.int1)
+    return columns(S) < S.C - n * (S.W * S.K)
 
 
 @triton.jit
-def store_chunk(pointer, values, first, count, n: tl.constexpr, S: tl.constexpr):
-    rows = tl.arange(0, S.R)
-    at, inside = offsets(rows, n, S)
-    mask = (first + rows < count)[:, None] & inside[None, :]
-    tl.store(pointer + first.to(tl.int64) * S.C + at, values.to(pointer.dtype.element_ty), mask=mask)
+def by_lanes(N: tl.constexpr, S: tl.constexpr):
+    """Indices of N rows, [L, 1, N / L, 1]: the compiler gives the first axis to lanes, so that a warp moves K columns
+    of L rows at once and stays within its own columns, without exchange with other warps.
+    """
+    return tl.arange(0, N // S.L)[None, None, :, None] * S.L + tl.arange(0, S.L)[:, None, None, None]
 
 
 @triton.jit
-def load_weight(pointer, n: tl.constexpr, S: tl.constexpr):
-    """Chunk n of the sub-layer norm's weight or bias [d], repeated for every token of a tile: [R, BC] in fp32."""
-    at, inside = offsets(tl.arange(0, S.R) % S.M, n, S)
-    return tl.load(pointer + at, mask=inside[None, :], other=0.0).to(tl.float32)
+def chunk(pointer, first, n, S: tl.constexpr):
+    """Where chunk n of the rows from `first` on begins."""
+    return pointer + first.to(tl.int64) * S.C + n * (S.W * S.K)
 
 
 @triton.jit
-def load_projection(p, n: tl.constexpr, like, S: tl.constexpr):
-    """Chunk n of the dynamic weight with the norm's weight folded in, [KP, BC], ready for products with rows."""
-    k = tl.arange(0, S.KP)
-    at, inside = offsets(k, n, S)
-    weight = tl.load(p.dynamic_weight + at, mask=(k < 2 * S.M + 1)[:, None] & inside[None, :], other=0.0)
+def gathered(values, S: tl.constexpr):
+    """[L, W, N / L, K] as loads have it to [W, N, K] as products want it."""
+    return tl.reshape(tl.permute(values, 1, 2, 0, 3), [S.W, values.shape[2] * S.L, S.K])
+
+
+@triton.jit
+def spread(values, S: tl.constexpr):
+    """The reverse."""
+    return tl.permute(tl.reshape(values, [S.W, values.shape[1] // S.L, S.L, S.K]), 2, 0, 1, 3)
+
+
+@triton.jit
+def load_chunk(pointer, first, count, n, S: tl.constexpr):
+    """Chunk n of the rows from `first` on, [W, R, K] in the tensor's own dtype; zero outside."""
+    rows = by_lanes(S.R, S)
+    mask = (first + rows < count) & inside(n, S)
+    return gathered(tl.load(chunk(pointer, first, n, S) + rows * S.C + columns(S), mask=mask, other=0.0), S)
+
+
+@triton.jit
+def store_chunk(pointer, values, first, count, n, S: tl.constexpr):
+    rows = by_lanes(S.R, S)
+    mask = (first + rows < count) & inside(n, S)
+    values = spread(values.to(pointer.dtype.element_ty), S)
+    tl.store(chunk(pointer, first, n, S) + rows * S.C + columns(S), values, mask=mask)
+
+
+@triton.jit
+def load_weight(pointer, n, S: tl.constexpr):
+    """Chunk n of a weight or bias [d], repeated for every token of a tile: [W, R, K] in fp32."""
+    at = by_lanes(S.R, S) % S.M * S.C + columns(S)
+    return gathered(tl.load(pointer + n * (S.W * S.K) + at, mask=inside(n, S), other=0.0), S).to(tl.float32)
+
+
+@triton.jit
+def load_projection(p, n, like, S: tl.constexpr):
+    """Chunk n of the dynamic weight with the norm's weight folded in, [W, KP, K], ready for products with rows."""
+    k = by_lanes(S.KP, S)
+    mask = (k < 2 * S.M + 1) & inside(n, S)
+    weight = tl.load(p.dynamic_weight + n * (S.W * S.K) + k * S.C + columns(S), mask=mask, other=0.0)
     if p.norm_weight is not None:
-        columns = n * S.BC + tl.arange(0, S.BC)
-        weight *= tl.load(p.norm_weight + columns, mask=inside, other=0.0)[None, :]
-    return weight if S.EXACT else weight.to(like.dtype.element_ty)
+        weight *= tl.load(p.norm_weight + n * (S.W * S.K) + columns(S), mask=inside(n, S), other=0.0)
+    return gathered(weight if S.EXACT else weight.to(like.dtype.element_ty), S)
 
 
 @triton.jit
 def rows_by_rows(a, b, total, S: tl.constexpr):
-    """total + a b^T for row chunks [R, BC] and [R' or KP, BC]."""
+    """total + a b^T of each warp's columns, [W, R, R' or KP], for chunks [W, R, K] and [W, R' or KP, K]."""
     if S.EXACT:
-        return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), total, input_precision="tf32x3")
-    return tl.dot(a, tl.trans(b), total)
+        return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32), 0, 2, 1), total, input_precision="tf32x3")
+    return tl.dot(a, tl.trans(b, 0, 2, 1), total)
+
+
+@triton.jit
+def each_warp(table, S: tl.constexpr):
+    """A table or matrix [R, N] for every warp, [W, R, N]."""
+    return tl.broadcast_to(table[None, :, :], (S.W, table.shape[0], table.shape[1]))
 
 
 @triton.jit
 def table_by_rows(table, b, S: tl.constexpr):
-    """table b for a table in fp32 and a row chunk, to fp32 accuracy of the table."""
+    """table b for a table [N, R] in fp32 and a chunk [W, R, K], to fp32 accuracy of the table: [W, N, K]."""
     if S.EXACT:
-        return tl.dot(table, b.to(tl.float32), input_precision="tf32x3")
+        return tl.dot(each_warp(table, S), b.to(tl.float32), input_precision="tf32x3")
     high = table.to(b.dtype)
     low = (table - high.to(tl.float32)).to(b.dtype)
-    return tl.dot(low, b, tl.dot(high, b))
+    return tl.dot(each_warp(low, S), b, tl.dot(each_warp(high, S), b))
 
 
 @triton.jit
@@ -124,6 +164,13 @@ def same_token(S: tl.constexpr):
 def token_sum(values, S: tl.constexpr):
     """Sum of [R] over the rows of each token, repeated in these rows."""
     return tl.sum(tl.where(same_token(S), values[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def diagonal(matrix, S: tl.constexpr):
+    """Of a matrix [R, R], [R]."""
+    r = tl.arange(0, S.R)
+    return tl.sum(tl.where(r[:, None] == r[None, :], matrix, 0.0), axis=1)
 
 
 @triton.jit
@@ -175,10 +222,16 @@ def tanh(z):
 @triton.jit
 def moments(sums, squares, NORM: tl.constexpr, EPS: tl.constexpr, width: tl.constexpr):
     """Mean and reciprocal deviation from sums and sums of squares over `width` values, as a norm uses them."""
-    mean = tl.zeros_like(sums)
+    mean, deviation = tl.zeros_like(squares), tl.zeros_like(squares) + 1.0
     if NORM == "layernorm":
         mean = sums / width
-    deviation = tl.zeros_like(sums) + 1.0
-    if NORM != "none":
         deviation = tl.rsqrt(squares / width - mean * mean + EPS)
+    elif NORM == "rmsnorm":
+        deviation = tl.rsqrt(squares / width + EPS)
     return mean, deviation
+
+
+@triton.jit
+def less(values, means, NORM: tl.constexpr):
+    """values - means, where the norm takes means: the compiler may not leave out what is zero at run time."""
+    return values - means if NORM == "layernorm" else values

@@ -24,6 +24,11 @@ def has_apex() -> bool:
     return importlib.util.find_spec("amp_C") is not None and importlib.util.find_spec("apex") is not None
 
 
+def has_fused_weight_gradients() -> bool:
+    """Apex's extension that Megatron's own linear layers need for it; Transformer Engine does not replace it there."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def adaptations() -> list[Adaptation]:
     """Return what this machine needs; a run's own settings take precedence over each of them."""
     found = []
@@ -51,7 +56,7 @@ def adaptations() -> list[Adaptation]:
                 {"transformer_impl": "local", "no_persist_layer_norm": True},
             )
         )
-    if not has_apex() and not has_transformer_engine():
+    if not has_fused_weight_gradients():
         found.append(
             Adaptation(
                 "no Apex: weight gradients accumulate unfused",
