@@ -26,11 +26,14 @@ CACHE = 50_000_000 // 264 // SECTOR
 
 
 class Cache:
-    """Counts the bytes that are moved, by address: least recently used sectors make room, written ones once."""
+    """Counts the bytes that a program moves, by address: least recently used sectors make room, written ones once."""
 
     def __init__(self) -> None:
         self.moved: Counter[int] = Counter()
         self._written: OrderedDict[int, bool] = OrderedDict()  # by sector that is in the cache
+
+    def clear(self) -> None:
+        self._written.clear()
 
     def touch(self, pointers: np.ndarray, mask: np.ndarray, writes: bool) -> None:
         for sector in np.unique(pointers[np.broadcast_to(mask, pointers.shape)] // SECTOR).tolist():
@@ -47,7 +50,11 @@ def counted() -> Iterator[Counter[int]]:
     """Bytes moved, by the address that they were moved from or to."""
     cache = Cache()
     builder = type(interpreter.interpreter_builder)
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, begin = builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx
+
+    def begin_program(self: object, *index: int) -> None:
+        cache.clear()
+        begin(self, *index)
 
     def counting_load(self: object, ptrs: object, mask: object, *rest: object) -> object:
         cache.touch(ptrs.data, mask.data, writes=False)  # type: ignore[attr-defined]
@@ -58,10 +65,11 @@ def counted() -> Iterator[Counter[int]]:
         return store(self, ptrs, value, mask, *rest)
 
     builder.create_masked_load, builder.create_masked_store = counting_load, counting_store
+    builder.set_grid_idx = begin_program
     try:
         yield cache.moved
     finally:
-        builder.create_masked_load, builder.create_masked_store = load, store
+        builder.create_masked_load, builder.create_masked_store, builder.set_grid_idx = load, store, begin
 
 
 def of(moved: Counter[int], *tensors: torch.Tensor | None) -> int:
@@ -93,6 +101,11 @@ def test_width(case: reference.Case) -> None:
         back = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, case.p, CONFIG, case.norm)
     assert rows(moved, case.g_x, case.g_mixed, case.h, back.h) == 4
     assert of(moved, case.g_beta) == TOKENS * BETA
+    rest = moved.total() - of(moved, case.g_x, case.g_mixed, case.h, back.h, case.g_beta)
+    # Parameters are read once per program and sums written once per program, neither once per tile.
+    c, k = WIDTH // CONFIG.rate, 2 * CONFIG.rate + 1
+    small = 4096  # static parameters and tables of coefficients
+    assert rest <= launch.programs(TOKENS * CONFIG.rate, case.h.device) * (2 * 4 * k * c + 4 * c + 6 * WIDTH + small)
 
 
 def test_depth(case: reference.Case) -> None:
