@@ -39,8 +39,10 @@ def contestants(operation: str, case: Case) -> Iterator[Contestant]:
     yield Contestant("torch backend", partial(_ours, operation, case, "torch"), ours=True)
     yield Contestant(EAGER, partial(_reference, operation, case, compiled=False))
     yield Contestant(COMPILED, partial(_reference, operation, case, compiled=True))
-    if operation in STOCK:
-        stock = partial(megatron, operation, case)
+    stock = partial(megatron, operation, case)
+    if operation == "depth":
+        yield Contestant("Megatron, bias-dropout-add", partial(stock, "torch"), STOCK[operation])
+    elif operation in STOCK:
         yield Contestant("Megatron, torch norm", partial(stock, "torch"), STOCK[operation])
         yield Contestant("Megatron, TE norm", partial(stock, "te"), STOCK[operation])
         name = "Megatron, fused_residual_rmsnorm"

@@ -50,7 +50,7 @@ class Size:
 
 
 OLMOE_7B = Size(16, 2048, 16, 64, 8, 1024, 4096, 50304)
-TINY = Size(2, 64, 4, 4, 2, 32, 16, 128)
+TINY = Size(2, 64, 4, 4, 2, 32, 8, 128)
 
 
 def uses_transformer_engine() -> bool:

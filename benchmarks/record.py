@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_fc.megatron.compat import megatron_version
+from megatron_fc.errors import UserError
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformer-engine", "liger-kernel", "hyper-connections")
@@ -29,7 +29,7 @@ def facts(device: str) -> dict[str, Any]:
         else "",
         "versions": {
             "python": platform.python_version(),
-            "megatron-core": str(megatron_version() or "not installed"),
+            "megatron-core": _megatron_version(),
             **{name: installed_version(name) for name in PACKAGES},
         },
         "date": date.today().isoformat(),
@@ -56,6 +56,14 @@ def installed_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _megatron_version() -> str:
+    try:
+        from megatron_fc.megatron.compat import megatron_version
+    except UserError:
+        return "not installed"
+    return str(megatron_version())
 
 
 def write(folder: Path, name: str, result: dict[str, Any], markdown: str = "") -> None:

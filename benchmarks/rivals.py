@@ -7,7 +7,7 @@ from case import EPS, Absent, Case, Program, rms_norm
 from record import installed_version
 from torch import Tensor
 
-from megatron_fc.megatron.environment import has_transformer_engine
+from megatron_fc.errors import UserError
 
 STREAMS = 4  # of Liger's mHC
 
@@ -18,6 +18,10 @@ def megatron(operation: str, case: Case, kind: str) -> Program:
     fused_residual_rmsnorm is Transformer Engine's MakeExtraOutput + RMSNorm: the norm returns its input too, and their
     backward passes are one kernel, which adds the residual's gradient.
     """
+    try:
+        from megatron_fc.megatron.environment import has_transformer_engine
+    except UserError as error:
+        raise Absent(str(error)) from None
     if kind != "torch" and not has_transformer_engine():
         raise Absent("Transformer Engine is not installed")
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add

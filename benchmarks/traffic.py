@@ -42,7 +42,6 @@ STOCK = {
 # The same with that sum inside the norm's backward: what fused_residual_rmsnorm fuses in megatron-core 0.19.
 FUSED_RESIDUAL = {
     "width+norm": Rows(2, 4),
-    "depth": Rows(3, 0),
     "boundary": Rows(5, 4),
     "layer": Rows(10, 8),
 }
