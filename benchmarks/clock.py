@@ -52,8 +52,8 @@ def take_turns[Key: Hashable](
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flushed = None if stream_bytes > 2 * cache else torch.empty(4 * cache, dtype=torch.uint8, device=device)
     calls = CALLS if flushed is None else 1
-    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         runs: dict[Key, dict[str, Callable[[], Any]]] = {}
         for key, function in functions.items():

@@ -18,7 +18,7 @@ from megatron_fc.connection import PendingDepth
 from megatron_fc.norm import NormWeights
 from megatron_fc.ops import Handover
 
-EAGER, COMPILED = "eager reference", "torch.compile of the reference"
+FUSED, EAGER, COMPILED = "fused kernels", "eager reference", "torch.compile of the reference"
 
 
 class Contestant(NamedTuple):
@@ -32,7 +32,7 @@ class Contestant(NamedTuple):
 
 def contestants(operation: str, case: Case) -> Iterator[Contestant]:
     """All contestants of an operation, ours first."""
-    yield Contestant("fused kernels", partial(_ours, operation, case, "triton"), ours=True)
+    yield Contestant(FUSED, partial(_ours, operation, case, "triton"), ours=True)
     if operation == "layer":
         build = partial(_ours, operation, case, "triton", boundary=False)
         yield Contestant("fused kernels, no boundary", build, TWO_OPERATIONS, ours=True)

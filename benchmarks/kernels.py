@@ -23,7 +23,7 @@ import record
 import torch
 from case import Absent, Case, Program, difference
 from clock import Times, beyond, median, said, take_turns
-from contestants import COMPILED, EAGER, Contestant, contestants
+from contestants import COMPILED, EAGER, FUSED, Contestant, contestants
 from traffic import OPERATIONS, operation_bytes, rows_bytes
 
 from megatron_fc.errors import UserError
@@ -166,9 +166,10 @@ def compile_ahead(cases: list[tuple[Any, ...]], workers: int, seconds: float) ->
 def _compile(operation: str, *case: Any) -> None:
     for contestant in contestants(operation, Case(*case)):
         # The kernels of a layer are those of its parts.
-        if contestant.name == COMPILED or (contestant.ours and operation != "layer"):
+        if contestant.name == COMPILED or (contestant.name == FUSED and operation != "layer"):
             with suppress(Exception):
                 contestant.build().both()
+    torch.cuda.empty_cache()
 
 
 COLUMNS = ("operation", "contestant", "forward ms", "GB/s", "of copy", "backward ms", "GB/s", "of copy")
@@ -177,7 +178,7 @@ COLUMNS = (*COLUMNS, "called: forward ms", "backward ms", "time against fused ke
 
 def lines(rows: list[Row]) -> Iterator[list[str]]:
     """Rows of the Markdown table of one case: who was measured, or failed."""
-    fused = {row.operation: row for row in rows if row.contestant == "fused kernels"}
+    fused = {row.operation: row for row in rows if row.contestant == FUSED}
     for row in rows:
         if row.absent:
             continue
@@ -264,9 +265,8 @@ def main() -> int:
             torch.cuda.empty_cache()
             print(f"{config.label}, d = {width}, {operation}: {budget.spent:.0f} s", flush=True)
             if args.output:  # now, in case that the run is ended from outside
-                record.write(
-                    args.output, "kernels", result | {"rows": [asdict(row) for row in rows]}, report(result, rows)
-                )
+                stored = result | {"rows": [asdict(row) for row in rows]}
+                record.write(args.output, "kernels", stored, report(result, rows))
     print(report(result, rows))
     for row in rows:
         if row.failed:

@@ -9,8 +9,9 @@ from megatron.core import parallel_state
 
 @contextmanager
 def one_rank() -> Iterator[None]:
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store = torch.distributed.TCPStore("127.0.0.1", 0, world_size=1, is_master=True)
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     try:
         yield

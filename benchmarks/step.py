@@ -220,9 +220,8 @@ def main() -> int:
             conclude(rows, result["tokens_per_step"])
             result["rounds"] = number + 1
             if args.output:  # now, in case that the run is ended from outside
-                record.write(
-                    args.output, "step", result | {"rows": [asdict(row) for row in rows]}, report(result, rows)
-                )
+                stored = result | {"rows": [asdict(row) for row in rows]}
+                record.write(args.output, "step", stored, report(result, rows))
         clean()
     print(report(result, rows))
     for row in rows:
