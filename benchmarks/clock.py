@@ -71,7 +71,6 @@ def take_turns[Key: Hashable](
             except Exception as error:
                 times[key].graph_error = said(error)
         _rounds(runs, times, lambda run: _event_milliseconds(run, flushed) / calls, WARM_UP, rounds)
-    torch.cuda.synchronize()
     return times
 
 

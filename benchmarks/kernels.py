@@ -145,11 +145,11 @@ def _compare(row: Row, program: Program, reference: Program) -> None:
         row.error = f"streams differ from the reference's by {row.difference:.1e}, more than {TOLERANCE:.0e}"
 
 
-def not_measured(operation: str, case: Case, why: str) -> list[Row]:
-    """Rows of an operation that was not begun."""
+def not_measured(operation: str, case: Case, absent: str = "", error: str = "") -> list[Row]:
+    """Rows of an operation that was not begun, or that none of its contestants came out of."""
     rows = [_row(case, operation, contestant) for contestant in contestants(operation, case)]
     for row in rows:
-        row.absent = why
+        row.absent, row.error = absent, error
     return rows
 
 
@@ -257,16 +257,19 @@ def main() -> int:
     for config, width, tokens in cases:
         case = Case(config, width, tokens, DTYPE, device)
         for operation in OPERATIONS:
-            if budget.left > 0:
-                rows += measure(operation, case, args.rounds)
-            else:
+            if budget.left <= 0:
                 rows += not_measured(operation, case, f"not measured, the budget of {args.budget:.0f} s was spent")
-            gc.collect()
-            torch.cuda.empty_cache()
+            else:
+                try:
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                    rows += measure(operation, case, args.rounds)
+                except Exception as error:  # one kernel's illegal access is everybody's
+                    rows += not_measured(operation, case, error=said(error))
             print(f"{config.label}, d = {width}, {operation}: {budget.spent:.0f} s", flush=True)
             if args.output:  # now, in case that the run is ended from outside
                 stored = result | {"rows": [asdict(row) for row in rows]}
-                record.write(args.output, "kernels", stored, report(result, rows))
+                record.write(args.output, "kernels-quick" if args.quick else "kernels", stored, report(result, rows))
     print(report(result, rows))
     for row in rows:
         if row.failed:

@@ -62,6 +62,7 @@ def transformer_config(size: Size, layers: int, fused_residual: bool) -> Transfo
     te, on_cpu = uses_transformer_engine(), cpu.needed()
     return TransformerConfig(
         num_layers=layers,
+        transformer_impl="transformer_engine" if te else "local",
         hidden_size=size.width,
         num_attention_heads=size.heads,
         ffn_hidden_size=size.expert_width,
