@@ -14,8 +14,18 @@ demo: .venv/.installed  ## train a residual and a Frac-Connections MoE on real t
 test: .venv/.installed  ## run the tests
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-gpu-check:  ## run the tests that need a CUDA device, with the environment or else python3
-	@PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m pytest -p no:xdist -m gpu $(ARGS)
+# Nine minutes on one H100, whatever happens: the tests are ended after four; the benchmarks begin nothing more after the
+# seconds given, and are ended if what they began takes 40 more. The tests start processes of their own, on one GPU: with
+# pytest-xdist eight at once.
+gpu-check:  ## run the tests that need a CUDA device and the GPU benchmarks, with the environment or else python3
+	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=; parallel=; \
+	if $(PYTHON) -c "import xdist" 2>/dev/null; then parallel="-n auto --maxprocesses 8"; fi; \
+	$(call LIMIT,240) $(PYTHON) -m pytest -m gpu $$parallel $(ARGS) || failed="$$failed tests"; \
+	$(call LIMIT,160) $(PYTHON) benchmarks/kernels.py --quick --budget 120 || failed="$$failed benchmarks/kernels.py"; \
+	$(call LIMIT,110) $(PYTHON) benchmarks/step.py --budget 70 || failed="$$failed benchmarks/step.py"; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi
+
+LIMIT = timeout -s INT -k 10 $(1)
 
 compat: .venv/.installed  ## run the quick tests with every supported megatron-core, write docs/compatibility.md
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python scripts/compat.py

@@ -8,14 +8,12 @@ falls on both alike. Printed and recorded are ratios of a round's two steps: for
 
 import argparse
 import json
-import platform
 import statistics
 import time
 import warnings
-from datetime import date
-from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
 with warnings.catch_warnings():
@@ -28,12 +26,11 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from saved_bytes import one_rank
+    from rank import one_rank
 
 from megatron_fc import FracConfig
 from megatron_fc.megatron.specs import frac_connect
 
-RESULTS = Path(__file__).parent / "results"
 # configs/demo.yaml
 SEQUENCE, BATCH, VOCABULARY = 256, 8, 4096
 
@@ -119,26 +116,20 @@ def measure(rounds: int) -> dict[str, Any]:
         "residual_step_ms_median": round(1000 * statistics.median(steps)),
         "rounds": rounds,
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, shared virtual machine, {torch.get_num_threads()} threads used",
-        "date": date.today().isoformat(),
+        **record.facts("cpu"),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--record", action="store_true", help="write benchmarks/results/cpu-step-THREADS.json")
+    parser.add_argument("--record", action="store_true", help="write it into benchmarks/results")
     args = parser.parse_args()
     with one_rank():
         result = measure(args.rounds)
     print(json.dumps(result, indent=2))
     if args.record:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"cpu-step-{result['threads']}.json"
-        result["command"] = f"OMP_NUM_THREADS={result['threads']} python benchmarks/cpu_step.py --rounds {args.rounds}"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        record.write(record.RESULTS, "cpu-step", result)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ with warnings.catch_warnings():
     from megatron_fc.megatron import cpu
 
     cpu.install()
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import tensor_parallel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from rank import one_rank
 
 from megatron_fc import FracConfig
 from megatron_fc.megatron.specs import frac_connect
@@ -107,15 +108,6 @@ def saved_tensors() -> Iterator[list[torch.Tensor]]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 def table() -> str:

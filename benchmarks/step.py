@@ -1,0 +1,237 @@
+"""Training step of OLMoE-7B's layers in real Megatron, residual against Frac-Connections with each backend.
+
+    python benchmarks/step.py                       # as many layers as fit on the card
+    python benchmarks/step.py --layers 4 --connection dfc_x2
+    python benchmarks/step.py --device cpu          # does it run? A tiny model; the figures say nothing.
+
+Forward and backward of the micro-batches, and Megatron's optimizer. The models take turns: in every round each is
+built, warmed up, timed and freed, another one first every round. Ratios are those of a round. See benchmarks/README.md.
+"""
+
+import gc
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import olmoe
+import options
+import record
+import torch
+from clock import said
+from olmoe import OLMOE_7B, TINY, Size, Trainee
+from rank import one_rank
+
+from megatron_fc import FracConfig
+from megatron_fc.backend import triton_obstacle
+from megatron_fc.errors import UserError
+
+RESIDUAL, FUSED_RESIDUAL = "residual", "residual, fused_residual_rmsnorm"
+WARM_UP = 2  # the first steps allocate and compile
+USED = 0.88  # of the free memory: what is reserved in pieces that do not fit is lost
+
+
+@dataclass
+class Row:
+    """One contestant. One value per round; `absent` and `error` say why there are none."""
+
+    contestant: str
+    ours: bool
+    absent: str = ""
+    error: str = ""
+    step_ms: list[float] = field(default_factory=list)
+    gradients_ms: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    tokens_per_s: float | None = None
+    throughput_against_residual: float | None = None
+    peak_against_residual: float | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contestants of a run share."""
+
+    size: Size
+    tokens: torch.Tensor  # [micro-batches, sequences, length + 1]
+    steps: int
+
+
+Build = Callable[[int], Trainee]
+
+
+def contestants(frac: FracConfig, size: Size, device: str) -> Iterator[tuple[Row, Build]]:
+    """Rows, and what builds a contestant with a number of layers."""
+
+    def build(frac: FracConfig | None, fused_residual: bool = False) -> Build:
+        return lambda layers: Trainee(size, layers, frac, fused_residual)
+
+    yield Row(RESIDUAL, ours=False), build(None)
+    absent = "" if olmoe.uses_transformer_engine() else "needs Transformer Engine, which is not installed"
+    yield Row(FUSED_RESIDUAL, ours=False, absent=absent), build(None, fused_residual=True)
+    obstacle = triton_obstacle(frac.rate, device, torch.bfloat16)
+    yield Row(f"{frac.label}, triton", ours=True, absent=obstacle or ""), build(replace(frac, backend="triton"))
+    yield Row(f"{frac.label}, torch", ours=True), build(replace(frac, backend="torch"))
+
+
+def turn(build: Build, layers: int, setting: Setting, steps: int) -> tuple[float, float, int]:
+    """Build, warm up, time and free a model: median ms of a step, of its gradients; peak bytes of the device."""
+    clean()
+    left = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    trainee = build(layers)
+    try:
+        for _ in range(WARM_UP):
+            trainee.step(setting.tokens)
+        seconds = [trainee.step(setting.tokens) for _ in range(steps)]
+    finally:
+        trainee.free()
+    gradients, whole = (1000 * statistics.median(times) for times in zip(*seconds, strict=True))
+    return whole, gradients, torch.cuda.max_memory_allocated() - left
+
+
+def clean() -> None:
+    """Give the memory of what is no longer used back to the device."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def fitting_layers(entrants: list[tuple[Row, Build]], setting: Setting) -> int:
+    """As many layers as the free memory holds, by the peaks of one and of two layers; of the hungriest contestant."""
+    clean()
+    free, _ = torch.cuda.mem_get_info()
+    short = replace(setting, tokens=setting.tokens[:1])  # micro-batches follow one another
+    fitting = setting.size.layers
+    for row, build in entrants:
+        try:
+            one, two = (turn(build, layers, short, steps=1)[2] for layers in (1, 2))
+        except Exception as error:
+            row.error = said(error)
+            continue
+        fits = 1 + int((USED * free - one) / (two - one))
+        print(f"{row.contestant}: {(two - one) / 2**30:.1f} GiB a layer, {fits} layers fit", flush=True)
+        fitting = min(fitting, fits)
+    return max(1, fitting)
+
+
+def compete(entrants: list[tuple[Row, Build]], layers: int, setting: Setting, number: int) -> None:
+    """One round: a turn of everyone who has not failed, into the rows."""
+    running = [(row, build) for row, build in entrants if not row.error]
+    first = number % len(running) if running else 0
+    for row, build in running[first:] + running[:first]:
+        try:
+            whole, gradients, peak = turn(build, layers, setting, setting.steps)
+        except Exception as error:
+            row.error = said(error)
+            continue
+        row.step_ms.append(whole)
+        row.gradients_ms.append(gradients)
+        row.peak_bytes = max(row.peak_bytes, peak)
+        print(f"round {number + 1}, {row.contestant}: {whole:,.0f} ms a step", flush=True)
+
+
+def conclude(rows: list[Row], tokens: int) -> None:
+    """Throughput, and ratios to the residual model in the same round."""
+    residual = next(row for row in rows if row.contestant == RESIDUAL)
+    for row in rows:
+        if row.error or not row.step_ms:
+            continue
+        row.tokens_per_s = 1000 * tokens / statistics.median(row.step_ms)
+        if not residual.error:
+            pairs = zip(residual.step_ms, row.step_ms, strict=True)
+            row.throughput_against_residual = statistics.median(a / b for a, b in pairs)
+            row.peak_against_residual = row.peak_bytes / residual.peak_bytes if residual.peak_bytes else None
+
+
+COLUMNS = ("", "tokens/s", "against residual", "step ms", "of these until gradients", "peak GiB", "against residual")
+
+
+def report(result: dict[str, Any], rows: list[Row]) -> str:
+    text = record.heading("Training step", result)
+    if not result["machine_is_gpu"]:
+        text += "\n**On a CPU, a tiny model, kernels in the interpreter: no figure here says anything of a GPU.**\n"
+    size = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in result["model"].items())
+    text += (
+        f"\nLayers: {result['layers']}. Model: {size}. {result['layer_spec']}. Tokens per step: "
+        f"{result['tokens_per_step']:,} in {result['micro_batches']} micro-batches. Rounds: {result['rounds']}, of "
+        f"{result['steps']} steps each.\n\n"
+    )
+    lines = []
+    for row in rows:
+        why = (row.error and f"**{row.error}**") or row.absent or ("" if row.step_ms else "not measured")
+        if why:
+            lines.append([f"{row.contestant}: {why}", *[""] * (len(COLUMNS) - 1)])
+            continue
+        lines.append(
+            [
+                row.contestant,
+                f"{row.tokens_per_s:,.0f}",
+                _ratio(row.throughput_against_residual),
+                f"{statistics.median(row.step_ms):,.1f}",
+                f"{statistics.median(row.gradients_ms):,.1f}",
+                f"{row.peak_bytes / 2**30:.2f}",
+                _ratio(row.peak_against_residual),
+            ]
+        )
+    return text + record.table(COLUMNS, lines)
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}x"
+
+
+def main() -> int:
+    parser = options.parser(__doc__)
+    parser.add_argument("--connection", default="dfc_x4", choices=options.CONNECTIONS)
+    parser.add_argument("--layers", type=int, help="default: as many as fit, 2 on cpu")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of --sequences each, in every step; default 4")
+    parser.add_argument("--sequences", type=int, default=1, help="of a micro-batch; default 1")
+    parser.add_argument("--steps", type=int, default=5, help="timed in every turn; default 5")
+    parser.add_argument("--rounds", type=int, default=3, help="default 3, fewer where the budget ends")
+    args = options.parse(parser)
+    budget = options.Budget(args.budget)
+    size = OLMOE_7B if args.device == "cuda" else TINY
+    generator = torch.Generator().manual_seed(1)
+    shape = (args.micro_batches, args.sequences, size.sequence + 1)
+    tokens = torch.randint(size.vocabulary, shape, generator=generator).to(args.device)
+    setting = Setting(size, tokens, args.steps)
+    frac = options.connection(args.connection)
+    te = olmoe.uses_transformer_engine()
+    result = record.facts(args.device) | {
+        "machine_is_gpu": record.on_gpu(args.device),
+        "layer_spec": "Transformer Engine's layers" if te else "Megatron's local layers, no Transformer Engine",
+        "model": {name: value for name, value in asdict(size).items() if name != "layers"},
+        "tokens_per_step": args.micro_batches * args.sequences * size.sequence,
+        "micro_batches": args.micro_batches,
+        "steps": args.steps,
+    }
+    with one_rank():
+        everyone = list(contestants(frac, size, args.device))
+        entrants = [(row, build) for row, build in everyone if not row.absent]
+        layers = args.layers or (size.layers if args.device == "cpu" else fitting_layers(entrants, setting))
+        result["layers"], rows, longest = layers, [row for row, _ in everyone], 0.0
+        for number in range(args.rounds):
+            if number and budget.left < longest:
+                print(f"no round {number + 1}: it would exceed the budget of {args.budget:.0f} s", flush=True)
+                break
+            before = budget.spent
+            compete(entrants, layers, setting, number)
+            longest = max(longest, budget.spent - before)
+            conclude(rows, result["tokens_per_step"])
+            result["rounds"] = number + 1
+            if args.output:  # now, in case that the run is ended from outside
+                stored = result | {"rows": [asdict(row) for row in rows]}
+                record.write(args.output, "step", stored, report(result, rows))
+        clean()
+    print(report(result, rows))
+    for row in rows:
+        if row.error:
+            print(f"failed: {row.contestant}: {row.error}", file=sys.stderr)
+    return int(any(row.error for row in rows if row.ours))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
