@@ -58,6 +58,24 @@ def _parser() -> argparse.ArgumentParser:
 
     train.add_argument("--brief", action="store_true", help="progress only: no notes before, no table after")
 
+    topology = commands.add_parser(
+        "topology",
+        help="check a config for a number of nodes: layout, batch, steps, GPU-hours; needs no GPU and no data",
+        allow_abbrev=False,
+        usage="megatron-fc topology CONFIG.yaml [key=value ...] --nodes N --gpus-per-node G [--json]\n"
+        "       [--tokens-per-second-per-gpu T | --mfu SHARE --peak-tflops P]",
+    )
+    topology.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    topology.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. expert_model_parallel_size=4")
+    topology.add_argument("--nodes", type=int, required=True, metavar="N")
+    topology.add_argument("--gpus-per-node", type=int, required=True, metavar="G")
+    topology.add_argument("--tokens-per-second-per-gpu", type=float, metavar="T", help="your measurement")
+    topology.add_argument("--mfu", type=float, default=0.3, help="assumed share of the peak (default: %(default)s)")
+    topology.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="per GPU (default: %(default)s, H100 SXM, dense bf16)"
+    )
+    topology.add_argument("--json", action="store_true", help="machine-readable")
+
     upcycle = commands.add_parser(
         "upcycle",
         help="give a plain checkpoint Frac-Connections, or take untrained ones away",
@@ -112,6 +130,8 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         return run_demo(args.out, args.data, args.overrides)
     if args.command == "upcycle":
         return _upcycle(args)
+    if args.command == "topology":
+        return _topology(args)
     return _train(args, extra)
 
 
@@ -156,6 +176,20 @@ def _train(args: argparse.Namespace, extra: list[str]) -> int:
 
             Console().print(comparison_table([summary]))
             print(f"{recipe.run_dir}: summary.json, tensorboard, logs")
+    return 0
+
+
+def _topology(args: argparse.Namespace) -> int:
+    import json
+
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from megatron_fc.megatron.topology import Throughput, topology
+
+    throughput = Throughput(args.tokens_per_second_per_gpu, args.mfu, args.peak_tflops)
+    found = topology(args.config, args.overrides, args.nodes, args.gpus_per_node, throughput)
+    print(json.dumps(found.to_dict(), indent=2) if args.json else "\n".join(found.lines()))
     return 0
 
 
