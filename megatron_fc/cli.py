@@ -104,6 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     compare.add_argument("--plot", type=Path, help="write the training curves to this PNG")
 
+    runs = commands.add_parser("runs", help="where runs stand: progress, restarts and why, checkpoints, losses")
+    runs.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER", help="default: runs")
+    runs.add_argument("--json", action="store_true", help="machine-readable")
+
     doctor = commands.add_parser("doctor", help="what is installed, what it enables, which backend will run")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     return parser
@@ -114,6 +118,10 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         from megatron_fc import doctor
 
         return doctor.main(json=args.json)
+    if args.command == "runs":
+        from megatron_fc.report import runs_table
+
+        return runs_table.main(args.folders, args.json)
     if args.command == "compare":
         return _compare(args.runs, args.plot)
     if args.command == "data":
