@@ -30,6 +30,9 @@ def write_log(run_dir: Path, last: int, rank: int = 0, torn: str = "") -> Path:
     return log
 
 
+VALIDATION = " validation loss at iteration 5 on {name} set | lm loss value: {loss:.6E} | lm loss PPL: 1.0E+02 | \n"
+
+
 def write_arguments(run_dir: Path, **arguments: object) -> None:
     """As Megatron leaves them in the events, before the first scalars."""
     values = {"seq_length": 4096, "global_batch_size": 1024, "frac_rate": 4, "frac_dynamic": True} | arguments
@@ -121,6 +124,13 @@ def test_torn_lines_are_left_out(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert (run.iteration, run.unreadable, run.newest) == (7, 2, None)
     assert run.tokens == 7 * 1024 * 4096
+
+
+def test_the_last_validation_not_the_test_after_it(tmp_path: Path) -> None:
+    log = write_log(tmp_path, 5)
+    with open(log, "a") as file:
+        file.write(VALIDATION.format(name="validation", loss=2.0) + VALIDATION.format(name="test", loss=3.0))
+    assert read_run(tmp_path).validation == (5, 2.0)
 
 
 def test_without_a_line_yet_the_starts_tell(tmp_path: Path) -> None:

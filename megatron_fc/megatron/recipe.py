@@ -92,6 +92,7 @@ def load_recipe(
     notes, backend = [], None
     if not elsewhere:
         _refuse_missing_te(settings)
+        _refuse_without_cuda(settings)
         notes = _adapt_to_machine(settings)
     if frac is not None and not elsewhere:
         backend, reason = backend_on(frac.backend, frac.rate, "cpu" if cpu.needed() else "cuda")
@@ -276,6 +277,14 @@ def _refuse_missing_te(settings: dict[str, Any]) -> None:
     for name in ("fp8_format", "fp4_format"):
         if settings.get(name):
             raise UserError(f"{name}={settings[name]} needs Transformer Engine, which is not installed: {remedy}")
+
+
+def _refuse_without_cuda(settings: dict[str, Any]) -> None:
+    if settings.get("async_save") and cpu.needed():
+        raise UserError(
+            "async_save=true, but there is no CUDA device, without which Megatron's checkpoint writer ends and the run "
+            "waits for it for ever: set async_save=false"
+        )
 
 
 def _adapt_to_machine(settings: dict[str, Any]) -> list[str]:
