@@ -16,13 +16,8 @@ from packaging.specifiers import SpecifierSet
 
 
 def main(constraints: str, names: list[str]) -> None:
-    """Check all names and all installed versions, then print the versions of what was named."""
-    for name in names:
-        if name.endswith("?"):
-            if importlib.util.find_spec(name[:-1]) is None:
-                sys.exit(f"check: {name[:-1]} is not in this image: is BASE one of NVIDIA's PyTorch images?")
-        else:
-            importlib.import_module(name)
+    """Check all names and all installed versions, then print the names."""
+    # First, as importing setuptools adds its own copies of packages to what can be found.
     for line in Path(constraints).read_text().splitlines():
         package, _, wanted = line.partition("==")
         try:
@@ -31,6 +26,12 @@ def main(constraints: str, names: list[str]) -> None:
             continue  # a pin of something that nothing here needs
         if not SpecifierSet(f"=={wanted}").contains(found, prereleases=True):
             sys.exit(f"check: {package} is {found}, not {wanted} as constrained")
+    for name in names:
+        if name.endswith("?"):
+            if importlib.util.find_spec(name[:-1]) is None:
+                sys.exit(f"check: {name[:-1]} is not in this image: is BASE one of NVIDIA's PyTorch images?")
+        else:
+            importlib.import_module(name)
     print("check: all there:", " ".join(names))
 
 

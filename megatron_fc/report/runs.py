@@ -242,11 +242,9 @@ def _iterations(run_dir: Path) -> tuple[Path | None, list[dict[str, Any]], tuple
         lines = list(_last_lines(log))
         records = [record for record in map(parse_iteration, lines) if record]
         if records:
-            validations = [
-                record for record in map(parse_validation, lines) if record and record["set"] == "validation"
-            ]
-            last = validations[-1] if validations else None
-            return log, records, (last["iteration"], last["loss"]) if last else None
+            validations = [record for record in map(parse_validation, lines) if record and record["loss"] is not None]
+            pairs = [(record["iteration"], record["loss"]) for record in validations if record["set"] == "validation"]
+            return log, records, pairs[-1] if pairs else None
     return (logs[0] if logs else None), [], None
 
 
