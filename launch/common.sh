@@ -84,6 +84,7 @@ submit() {
     show sbatch "${words[@]}"
     show "${START[@]}" train "${ARGS[@]}"
   fi
+  check_folders
   [[ ${CHECK:-} == no ]] || check
   if [[ ! $DRY_RUN ]]; then
     [[ $(state) != stuck ]] || rm "$RUN_DIR/state" "$RUN_DIR/launches"
@@ -95,11 +96,14 @@ submit() {
   fi
 }
 
-check() { # folders, then names, values, files and layout, all before a node is asked for
+check_folders() { # a job whose log cannot be written fails without a word
   local log
   log=$(dirname "$(option output)")
   { mkdir -p "$log" && [[ -w $log ]]; } 2>/dev/null || fail "the log folder $log cannot be written: give --output=FILE"
   { mkdir -p "$RUN_DIR" && [[ -w $RUN_DIR ]]; } 2>/dev/null || fail "run_dir=$RUN_DIR cannot be written: choose another"
+}
+
+check() { # names, values, files and layout, before a node is asked for
   if ! "$PYTHON" -c 'import megatron_fc' 2>/dev/null; then
     echo "note: $PYTHON cannot import megatron_fc here, so config and data are checked in the job only" >&2
     return

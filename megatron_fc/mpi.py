@@ -21,7 +21,9 @@ def join() -> None:
     try:
         from mpi4py import MPI
     except ImportError as error:
-        raise UserError(f"MPI cannot be used, {error}: pip install 'megatron_fc[mpi]' and have an MPI library") from None
+        raise UserError(
+            f"MPI cannot be used, {error}: pip install 'megatron_fc[mpi]' and have an MPI library"
+        ) from None
     world = MPI.COMM_WORLD
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
     with socket.socket() as probe:

@@ -164,7 +164,9 @@ def _devices(seen: Sequence[_Seen], plan: Plan) -> str:
     for host in dict.fromkeys(s.host for s in seen):
         here = [s for s in seen if s.host == host]
         if min(s.devices for s in here) < len(here):
-            raise NodeError(f"{host} has {min(s.devices for s in here)} CUDA devices for {len(here)} ranks: drain it", True)
+            raise NodeError(
+                f"{host} has {min(s.devices for s in here)} CUDA devices for {len(here)} ranks: drain it", True
+            )
     return f"{min(s.devices for s in seen)} CUDA devices each"
 
 
@@ -179,14 +181,19 @@ def _clocks(seen: Sequence[_Seen]) -> str:
 def _room(plan: Plan) -> str:
     free = shutil.disk_usage(plan.run_dir).free
     if plan.checkpoint_bytes is None:
-        return f"{free / 2**30:,.1f} GiB free"
+        return f"{_size(free)} free"
     needed = plan.checkpoint_bytes * plan.checkpoints
+    need = f"{plan.checkpoints} checkpoints need {_size(needed)}"
     if free < needed:
-        raise UserError(
-            f"{plan.run_dir} has {free / 2**30:,.2f} GiB free, {plan.checkpoints} checkpoints need "
-            f"{needed / 2**30:,.2f} GiB: make room or choose another run_dir"
-        )
-    return f"{free / 2**30:,.1f} GiB free, {plan.checkpoints} checkpoints need {needed / 2**30:,.2f} GiB"
+        raise UserError(f"{plan.run_dir} has {_size(free)} free, {need}: make room or choose another run_dir")
+    return f"{_size(free)} free, {need}"
+
+
+def _size(count: float) -> str:
+    units = ["bytes", "KiB", "MiB", "GiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:,.1f} {units[0]}"
 
 
 def _add_up(rank: int, ranks: int, on_devices: bool) -> str:

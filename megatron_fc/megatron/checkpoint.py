@@ -1,5 +1,6 @@
 """What a Megatron checkpoint says about its connections, read before anything is built or overwritten."""
 
+import errno
 import re
 import traceback
 from argparse import Namespace
@@ -15,6 +16,7 @@ from megatron_fc.functional import FracParameters
 from megatron_fc.megatron.integrity import INDEX, intact_checkpoints, refuse_damaged, step_of, way_on
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}  # what does not heal by itself
 _WRITING = {"save_checkpoint", "maybe_finalize_async_save"}  # Megatron's functions
 _MARK = ".connection."
 _FOLDER = re.compile(r"iter_\d+|release")
@@ -78,7 +80,7 @@ def checkpoint_errors_named(args: Namespace) -> Iterator[None]:
         said = shorten(f"{type(cause).__name__}: {cause}", 200)
         if "load_checkpoint" in passed:
             sentence = _cannot_load(args, said)
-        elif passed & _WRITING:
+        elif passed & _WRITING and getattr(cause, "errno", None) in _LASTING:
             sentence = _cannot_write(args, said)
         else:
             raise

@@ -2,7 +2,9 @@
 
 import signal
 import socket
+import threading
 from argparse import Namespace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from textwrap import shorten
 from types import FrameType, TracebackType
@@ -37,13 +39,23 @@ class RunRecord:
         if not self._args.exit_signal_handler:
             return
         heeded: Any = signal.getsignal(self._args.exit_signal)
+        signals = {*_SIGNALS, self._args.exit_signal}
 
-        def heed(number: int, frame: FrameType | None) -> None:
+        def heed(number: int, frame: FrameType | None = None) -> None:
             self._signal = signal.Signals(number).name.removeprefix("SIG")
             heeded(number, frame)
 
-        for number in {*_SIGNALS, self._args.exit_signal}:
-            signal.signal(number, heed)
+        def wait() -> None:
+            while True:
+                heed(signal.sigwait(signals))
+
+        for number in signals:
+            signal.signal(number, heed)  # for threads that are there already
+        # SLURM may signal every process of a task; those that this one starts inherit the mask and go on writing.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        resource_tracker.ensure_running()  # at its start, multiprocessing unblocks TERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=wait, daemon=True, name="signal listener").start()
 
     def start(self, checkpoint: Path | None, iteration: int, consumed_samples: int) -> None:
         """Note the start; all ranks call it, once Megatron has joined them."""

@@ -123,7 +123,7 @@ class RankWatch:
                 stream.write(message)
                 stream.flush()
         for child in multiprocessing.active_children():
-            child.terminate()
+            child.kill()
         # The main thread may wait in a collective for ever.
         os._exit(LOST_RANK_EXIT_CODE)
 

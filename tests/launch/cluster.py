@@ -37,8 +37,8 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits for this time; two minutes by default.
-AuthInfo=socket={folder}/run/munge.socket,cred_expire=3
+# A requeued job waits for cred_expire, two minutes by default; less than five count as nothing.
+AuthInfo=socket={folder}/run/munge.socket,cred_expire=8
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 TmpFS={folder}/tmp/%n

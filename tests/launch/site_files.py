@@ -51,8 +51,9 @@ class Site:
         return self.folder / "runs" / name
 
     def words(self, script: str, *words: str) -> list[str]:
-        """The command line of a script, with its log in this folder."""
-        return [str(REPOSITORY / "launch" / script), f"--output={self.folder}/logs/%x-%j.log", *words]
+        """The command line of a script, perhaps with a variant behind its name, with its log in this folder."""
+        name, *variant = script.split()
+        return [str(REPOSITORY / "launch" / name), *variant, f"--output={self.folder}/logs/%x-%j.log", *words]
 
     def log(self, job: str, name: str = "moe7b") -> str:
         path = self.folder / "logs" / f"{name}-{job}.log"

@@ -1,9 +1,9 @@
 """A run on a real SLURM that everything happens to: its curve is that of a run which nobody disturbed."""
 
 import contextlib
+import itertools
 import json
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -40,7 +40,9 @@ class Run:
 
     def wait_for_start(self, number: int) -> int:
         """Until it trains for the nth time; returns the iteration that it goes on from."""
-        return self._wait(lambda: [e for e in self.starts() if e["event"] == "start"][number - 1 :], number)[0]["iteration"]
+        return self._wait(lambda: [e for e in self.starts() if e["event"] == "start"][number - 1 :], number)[0][
+            "iteration"
+        ]
 
     def wait_for_iteration(self, iteration: int) -> None:
         self._wait(lambda: max(read_metrics(self.dir).loss, default=0) >= iteration, iteration)
@@ -110,7 +112,7 @@ def kill_rank(rank: int, job: str) -> None:
 
 
 def check_samples(run: Run, *resumed: int) -> None:
-    """Every batch counts once: each start goes on from its checkpoint's samples, and the last one ends at the target."""
+    """Every batch counts once: each start goes on with its checkpoint's samples, the last one ends at the target."""
     starts = [event for event in run.starts() if event["event"] == "start"]
     assert [event["iteration"] for event in starts] == [0, *resumed]
     for event in starts:
@@ -124,7 +126,7 @@ def check_samples(run: Run, *resumed: int) -> None:
     assert {int(iteration) for iteration, _ in lines} == set(range(1, ITERATIONS + 1))
     # From start to start, iterations follow each other without a gap.
     steps = [int(iteration) for iteration, _ in lines]
-    jumps = [after for before, after in zip(steps, steps[1:], strict=False) if after != before + 1]
+    jumps = [after for before, after in itertools.pairwise(steps) if after != before + 1]
     assert all(after - 1 in resumed for after in jumps)
     end = run.starts()[-1]
     assert (end["event"], end["reason"]) == ("end", "target")
