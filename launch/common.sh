@@ -120,11 +120,12 @@ job() {
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
   export MASTER_ADDR MASTER_PORT
   attempt && exit 0
-  if scontrol requeue "$SLURM_JOB_ID"; then
+  local said
+  if said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || [[ $said == *pending* ]]; then # SLURM may have been faster
     say "requeued"
     exit 0
   fi
-  say "SLURM does not requeue this job: submit the same command again"
+  say "SLURM does not requeue this job ($said): submit the same command again"
   [[ $SIGNAL ]] || exit 75
 }
 

@@ -87,12 +87,10 @@ def preflight(make_plan: Callable[[], Plan]) -> str:
     seen: list[Any] = [None] * ranks
     dist.barrier()  # clocks are read at the same time
     dist.all_gather_object(seen, _look(plan))
-    found = [_devices(seen, plan), _clocks(seen), _room(plan)]
-    problems = {s.problem: s.host for s in seen if s.problem}
-    if problems:
-        problem, host = next(iter(problems.items()))
-        raise UserError(f"{host}: {problem}")
-    found.append(_add_up(rank, ranks, plan.on_devices))
+    for node in seen:
+        if node.problem:
+            raise UserError(f"{node.host}: {node.problem}")
+    found = [_devices(seen, plan), _clocks(seen), _room(plan), _add_up(rank, ranks, plan.on_devices)]
     dist.destroy_process_group()
     hosts = len({s.host for s in seen})
     return f"{ranks} ranks on {hosts} node{'s' * (hosts > 1)}; {'; '.join(found)}"
@@ -126,7 +124,9 @@ def _await_all(store: dist.TCPStore, ranks: int) -> None:
     missing = [rank for rank in range(ranks) if not store.check([f"host{rank}"])]
     per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", "0") or 0)
     where = f", node {missing[0] // per_node} of the list" if per_node else ""
-    raise NodeError(f"rank {missing[0]}{where} did not come within {MEETING.seconds} s, {len(missing)} of {ranks} miss")
+    raise NodeError(
+        f"rank {missing[0]}{where} did not come within {MEETING.seconds} s, {len(missing)} of {ranks} are missing"
+    )
 
 
 def _plan_of_all(make_plan: Callable[[], Plan], rank: int) -> Plan:
