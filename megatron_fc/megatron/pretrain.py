@@ -122,8 +122,12 @@ def join_world() -> None:
     os.environ.update({name: str(value) for name, value in alone.items()})
 
 
-def parse(recipe: Recipe) -> Namespace:
+def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> Namespace:
     """Let Megatron parse and validate a recipe's arguments; what its assertions say becomes one sentence.
+
+    Args:
+        recipe: the run.
+        check: called with the arguments before Megatron validates them.
 
     Raises:
         UserError: they are refused.
@@ -142,13 +146,15 @@ def parse(recipe: Recipe) -> Namespace:
                 args.frac_parameters_first = True  # `model_config` arranges it
                 refuse_unsupported_data(args)
                 frac_config_from_args(args)
+                if check is not None:
+                    check(args)
                 validate_args(args, {})
             finally:
                 sys.stdout = stdout
     except (AssertionError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"Megatron refuses the arguments: {' '.join(str(error).split()) or error!r}") from error
+        raise UserError(f"Megatron refuses the arguments: {' '.join(str(error).split()) or repr(error)}") from error
     finally:
         sys.argv = program
     return args

@@ -49,7 +49,7 @@ class Recipe:
         family: gpt or hybrid.
         run_dir: folder of everything that the run writes.
         argv: Megatron's command line, our flags included.
-        backend: triton or torch, None for plain residuals.
+        backend: triton or torch; None for plain residuals, or where only the machines of the run can tell.
         on_damage: what to do with a damaged checkpoint, one of `resume.ON_DAMAGE`.
         retention: which checkpoints stay, None for all.
         notes: what was chosen for this machine, one sentence each.
@@ -71,13 +71,16 @@ class Recipe:
         return "residual" if self.frac is None else self.frac.label
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), extra: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), extra: Sequence[str] = (), *, elsewhere: bool = False
+) -> Recipe:
     """Read a YAML file, apply `key=value` overrides and extra Megatron flags, check all of it.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` or `key=value`, the value in YAML's notation.
         extra: Megatron flags appended as they are; they win over the file.
+        elsewhere: the run is for other machines: nothing is adapted to this one, and its files are not looked for.
 
     Raises:
         UserError: a name is unknown (the nearest valid one is given), a value is wrong, a file is missing, or the
@@ -103,16 +106,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), extra: Sequence[str] 
         _set_hybrid_pattern(settings)
     if frac is not None and "hidden_size" in settings:
         frac.fraction_size(int(settings["hidden_size"]))
-    _refuse_missing_te(settings)
-    notes = _adapt_to_machine(settings, megatron)
-    backend = None
-    if frac is not None:
+    notes, backend = [], None
+    if not elsewhere:
+        _refuse_missing_te(settings)
+        notes = _adapt_to_machine(settings)
+    if frac is not None and not elsewhere:
         backend, reason = backend_on(frac.backend, frac.rate, "cpu" if cpu.needed() else "cuda")
         notes.append(f"Frac-Connections run on {backend}: {reason}")
     _set_run_paths(settings, run_dir)
     argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
     args = megatron.parse(argv)
-    _check_files(args)
+    if not elsewhere:
+        _check_files(args)
     return Recipe(sections, frac, family, run_dir, argv, backend, on_damage, retention, notes)
 
 
@@ -290,7 +295,7 @@ def _refuse_missing_te(settings: dict[str, Any]) -> None:
             raise UserError(f"{name}={settings[name]} needs Transformer Engine, which is not installed: {remedy}")
 
 
-def _adapt_to_machine(settings: dict[str, Any], megatron: _MegatronArguments) -> list[str]:
+def _adapt_to_machine(settings: dict[str, Any]) -> list[str]:
     notes = []
     for adaptation in adaptations():
         notes.append(adaptation.reason)
