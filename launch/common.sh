@@ -99,8 +99,15 @@ submit() {
 check_folders() { # a job whose log cannot be written fails without a word
   local log
   log=$(dirname "$(option output)")
-  { mkdir -p "$log" && [[ -w $log ]]; } 2>/dev/null || fail "the log folder $log cannot be written: give --output=FILE"
-  { mkdir -p "$RUN_DIR" && [[ -w $RUN_DIR ]]; } 2>/dev/null || fail "run_dir=$RUN_DIR cannot be written: choose another"
+  can_make "$log" || fail "the log folder $log cannot be written: give --output=FILE"
+  can_make "$RUN_DIR" || fail "run_dir=$RUN_DIR cannot be written: choose another"
+  [[ $DRY_RUN ]] || mkdir -p "$log" "$RUN_DIR"
+}
+
+can_make() {
+  local path=$1
+  until [[ -e $path ]]; do path=$(dirname "$path"); done
+  [[ -d $path && -w $path ]]
 }
 
 check() { # names, values, files and layout, before a node is asked for

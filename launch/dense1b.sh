@@ -24,7 +24,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 [[ -e launch/common.sh ]] || { echo "launch: submit from the repository's folder, not from $PWD" >&2; exit 2; }
 
 NAME=dense1b
-CONFIG=${CONFIG:-configs/olmo2_1b.yaml}
+CONFIG=configs/olmo2_1b.yaml
 OVERRIDES=(on_damage=previous keep_last=3 keep_every=50000)
 
 source launch/common.sh

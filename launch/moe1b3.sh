@@ -25,7 +25,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 
 VARIANT=${1:-}
 NAME=moe1b3-$VARIANT
-CONFIG=${CONFIG:-configs/olmoe_1b3.yaml}
+CONFIG=configs/olmoe_1b3.yaml
 OVERRIDES=(on_damage=previous keep_last=3)
 
 source launch/common.sh

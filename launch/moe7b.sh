@@ -26,7 +26,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 [[ -e launch/common.sh ]] || { echo "launch: submit from the repository's folder, not from $PWD" >&2; exit 2; }
 
 NAME=moe7b
-CONFIG=${CONFIG:-configs/olmoe_7b.yaml}
+CONFIG=configs/olmoe_7b.yaml
 # Three checkpoints to fall back on, and one for ever every 25,000 iterations (105B tokens).
 OVERRIDES=(on_damage=previous keep_last=3 keep_every=25000)
 

@@ -26,13 +26,11 @@ class Site:
 
     Attributes:
         folder: of it and of everything that jobs write.
-        config: of the runs.
         data: overrides that name the data.
         overrides: all that the site file has.
     """
 
     folder: Path
-    config: Path
     data: list[str]
     overrides: list[str] = field(default_factory=list)
 
@@ -45,7 +43,7 @@ class Site:
 
     @property
     def variables(self) -> dict[str, str]:
-        return {"SITE": str(self.folder / "site.sh"), "CONFIG": str(self.config)}
+        return {"SITE": str(self.folder / "site.sh")}
 
     def run_dir(self, name: str = "moe7b") -> Path:
         return self.folder / "runs" / name
@@ -60,7 +58,8 @@ class Site:
         return path.read_text() if path.exists() else ""
 
 
-# What makes configs/olmoe_7b.yaml a model for two cores.
+# What makes a model of configs/ one for two cores. Megatron resumes its distributed optimizer with TE or Apex only, and
+# its worker for asynchronous checkpoints needs a CUDA device.
 TINY = [
     "num_layers=2",
     "hidden_size=32",
@@ -71,19 +70,32 @@ TINY = [
     "num_experts=4",
     "moe_router_topk=2",
     "moe_ffn_hidden_size=32",
-    "expert_tensor_parallel_size=1",
+    "moe_grouped_gemm=false",
+    "vocab_size=null",
+    "expert_model_parallel_size=1",
     "distributed_backend=gloo",
+    "use_distributed_optimizer=false",
+    "overlap_grad_reduce=false",
+    "overlap_param_gather=false",
+    "use_persistent_ckpt_worker=false",
+    "num_workers=0",
     "micro_batch_size=1",
     "global_batch_size=4",
     "eval_iters=1",
     "log_interval=1",
+    "tensorboard_log_interval=1",
 ]
+
+
+def samples(count: int) -> list[str]:
+    """Overrides for a run of so many samples; the schedule is that of one with 240."""
+    return [f"train_samples={count}", "lr_decay_samples=240", "lr_warmup_samples=16"]
 
 
 def make_site(folder: Path, config: Path) -> Site:
     """Return a site whose data are those of the tiny `config`."""
     data = yaml.safe_load(config.read_text())["data"]
-    site = Site(folder, config, [f"{name}={json.dumps(value)}" for name, value in data.items()])
+    site = Site(folder, [f"{name}={json.dumps(value)}" for name, value in data.items()])
     site.write()
     return site
 

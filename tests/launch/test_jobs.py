@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, unavailable
-from site_files import REPOSITORY, Site
+from site_files import REPOSITORY, Site, samples
 
 from megatron_fc.megatron.integrity import intact_checkpoints
 from megatron_fc.report.metrics import read_metrics
@@ -18,7 +18,6 @@ from megatron_fc.report.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 NODES = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=60")
-SCHEDULE = ("lr_decay_iters=30", "lr_warmup_iters=4")
 END = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
 
 
@@ -75,7 +74,7 @@ def test_a_job_that_never_gets_anywhere_stops(cluster: Cluster, site: Site) -> N
 def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site: Site) -> None:
     slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
     more = f"export PYTHONPATH=$PYTHONPATH:{disk} SLOW_DISK={slow}\n"
-    site.write(*SCHEDULE, "train_iters=100000", "save_interval=100000", more=more)
+    site.write(*samples(400_000), "save_interval=100000", more=more)
     script = site.words("moe1b3.sh dfc_x2", *NODES, "--signal=B:USR1@120")
     jobs = submit(cluster, site, str(REPOSITORY / "launch/chain.sh"), "3", *script)
     assert len(jobs) == 3
@@ -88,7 +87,7 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
     first = cluster.wait(jobs[0], *END, seconds=240)
     slow.unlink()
     done = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])["iteration"]
-    site.write(*SCHEDULE, f"train_iters={done + 5}", "save_interval=100000", more=more)
+    site.write(*samples(4 * done + 20), "save_interval=100000", more=more)
     assert (first["JobState"], first["ExitCode"]) == ("COMPLETED", "0:0")
     log = site.log(jobs[0], "moe1b3-dfc_x2")
     told, ended = (
@@ -108,7 +107,7 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(disk_and_cluster: tuple[Path, Cluster], site: Site) -> None:
     disk, cluster = disk_and_cluster
-    site.write(*SCHEDULE, "train_iters=20", "save_interval=5")
+    site.write(*samples(80), "save_interval=5")
     run_dir = disk / "run"
     words = site.words("moe7b.sh", *NODES, f"run_dir={run_dir}")
     (job,) = submit(cluster, site, *words)

@@ -47,7 +47,7 @@ def test_dry_run_shows_both_commands(site: Site) -> None:
         "--nodes=8 " + f"{REPOSITORY}/launch/moe7b.sh connection=residual 'run_dir=/tmp/x y'"
     )
     assert "--container" not in srun
-    assert f"train {site.config} on_damage=previous keep_last=3 " in srun
+    assert "train configs/olmoe_7b.yaml on_damage=previous keep_last=3 " in srun
     assert srun.rstrip().endswith("connection=residual 'run_dir=/tmp/x y'")
 
 

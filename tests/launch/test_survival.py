@@ -11,7 +11,7 @@ import harness
 import psutil
 import pytest
 from cluster import Cluster
-from site_files import Site
+from site_files import REPOSITORY, Site, samples
 from test_pretrain import figures
 
 from megatron_fc.report.metrics import read_metrics
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.slow
 
 WORLD, ITERATIONS, BATCH = 8, 60, 4
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
-LENGTH = (f"train_iters={ITERATIONS}", f"lr_decay_iters={ITERATIONS}", "lr_warmup_iters=4", "save_interval=5")
-OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *LENGTH)
+OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *samples(ITERATIONS * BATCH), "save_interval=5")
 NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@60")
 
 
@@ -97,7 +96,7 @@ def test_time_limit_preemption_node_loss_and_kill_9(cluster: Cluster, site: Site
     assert (run.dir / "state").read_text() == "done\n"
 
     undisturbed = tmp_path / "undisturbed"
-    words = ["train", str(site.config), *site.overrides, f"run_dir={undisturbed}"]
+    words = ["train", str(REPOSITORY / "configs/olmoe_7b.yaml"), *site.overrides, f"run_dir={undisturbed}"]
     harness.run("command_line", WORLD, tmp_path / "ranks", words, timeout=300)
     assert figures(run.dir) == figures(undisturbed)
     check_samples(run, from_limit, from_preemption, from_loss, from_kill)
