@@ -58,6 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 
     train.add_argument("--brief", action="store_true", help="progress only: no notes before, no table after")
 
+    preflight = commands.add_parser(
+        "preflight",
+        help="check nodes, network, clocks, files and room for a run, on all its ranks",
+        allow_abbrev=False,
+    )
+    preflight.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    preflight.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+
     topology = commands.add_parser(
         "topology",
         help="check a config for a number of nodes: layout, batch, steps, GPU-hours; needs no GPU and no data",
@@ -138,6 +146,8 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         return run_demo(args.out, args.data, args.overrides)
     if args.command == "upcycle":
         return _upcycle(args)
+    if args.command == "preflight":
+        return _preflight(args)
     if args.command == "topology":
         return _topology(args)
     return _train(args, extra)
@@ -184,6 +194,34 @@ def _train(args: argparse.Namespace, extra: list[str]) -> int:
 
             Console().print(comparison_table([summary]))
             print(f"{recipe.run_dir}: summary.json, tensorboard, logs")
+    return 0
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from megatron_fc.preflight import NodeError, Plan, preflight
+
+    def make_plan() -> Plan:
+        from megatron_fc.megatron import cpu
+
+        cpu.install()
+        from megatron_fc.megatron.plan import plan_of
+        from megatron_fc.megatron.recipe import load_recipe
+
+        return plan_of(load_recipe(args.config, args.overrides))
+
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        found = preflight(make_plan)
+    except NodeError as error:
+        if speaks or not error.seen_by_all:
+            print(f"megatron-fc: preflight: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
+    except UserError:
+        if speaks:
+            raise
+        return 2
+    if speaks:
+        print(f"preflight: {found}")
     return 0
 
 

@@ -1,8 +1,9 @@
 """A run's YAML file -> the Megatron command line that it stands for.
 
 The sections are for the reader: any of Megatron's arguments may stand in any of them, under its own name with
-underscores. Three names are ours: `model.family` (gpt or hybrid), `logging.run_dir`, and the section `frac`
-(`connection`: residual, sfc or dfc, `from_residual`, and the fields of FracConfig).
+underscores. These names are ours: `model.family` (gpt or hybrid), `logging.run_dir`, `checkpoint.keep_last`,
+`keep_every` and `on_damage`, and the section `frac` (`connection`: residual, sfc or dfc, `from_residual`, and the
+fields of FracConfig).
 """
 
 import argparse
@@ -21,12 +22,20 @@ from megatron_fc.errors import UserError
 from megatron_fc.megatron import cpu
 from megatron_fc.megatron.arguments import add_frac_args, frac_flags
 from megatron_fc.megatron.environment import adaptations, has_transformer_engine
+from megatron_fc.megatron.resume import ON_DAMAGE
+from megatron_fc.megatron.retention import Retention
 from megatron_fc.suggest import unknown
 
 SECTIONS = ("model", "frac", "data", "optimizer", "parallel", "checkpoint", "logging")
 CONNECTIONS = ("residual", "sfc", "dfc")
 FAMILIES = ("gpt", "hybrid")
-_OWN = {"family": "model", "run_dir": "logging"}
+_OWN = {
+    "family": "model",
+    "run_dir": "logging",
+    "keep_last": "checkpoint",
+    "keep_every": "checkpoint",
+    "on_damage": "checkpoint",
+}
 _DATA_KEYS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -41,6 +50,8 @@ class Recipe:
         run_dir: folder of everything that the run writes.
         argv: Megatron's command line, our flags included.
         backend: triton or torch; None for plain residuals, or where only the machines of the run can tell.
+        on_damage: what to do with a damaged checkpoint, one of `resume.ON_DAMAGE`.
+        retention: which checkpoints stay, None for all.
         notes: what was chosen for this machine, one sentence each.
     """
 
@@ -50,6 +61,8 @@ class Recipe:
     run_dir: Path
     argv: list[str]
     backend: str | None
+    on_damage: str
+    retention: Retention | None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -85,6 +98,10 @@ def load_recipe(
 
     frac = _frac_config(sections["frac"])
     family, run_dir, settings = _split(sections, path)
+    on_damage = settings.pop("on_damage", "refuse")
+    if on_damage not in ON_DAMAGE:
+        raise UserError(unknown("on_damage", str(on_damage), ON_DAMAGE))
+    retention = Retention.from_settings(settings)
     if family == "hybrid":
         _set_hybrid_pattern(settings)
     if frac is not None and "hidden_size" in settings:
@@ -92,7 +109,6 @@ def load_recipe(
     notes, backend = [], None
     if not elsewhere:
         _refuse_missing_te(settings)
-        _refuse_without_cuda(settings)
         notes = _adapt_to_machine(settings)
     if frac is not None and not elsewhere:
         backend, reason = backend_on(frac.backend, frac.rate, "cpu" if cpu.needed() else "cuda")
@@ -102,7 +118,7 @@ def load_recipe(
     args = megatron.parse(argv)
     if not elsewhere:
         _check_files(args)
-    return Recipe(sections, frac, family, run_dir, argv, backend, notes)
+    return Recipe(sections, frac, family, run_dir, argv, backend, on_damage, retention, notes)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -279,14 +295,6 @@ def _refuse_missing_te(settings: dict[str, Any]) -> None:
             raise UserError(f"{name}={settings[name]} needs Transformer Engine, which is not installed: {remedy}")
 
 
-def _refuse_without_cuda(settings: dict[str, Any]) -> None:
-    if settings.get("async_save") and cpu.needed():
-        raise UserError(
-            "async_save=true, but there is no CUDA device, without which Megatron's checkpoint writer ends and the run "
-            "waits for it for ever: set async_save=false"
-        )
-
-
 def _adapt_to_machine(settings: dict[str, Any]) -> list[str]:
     notes = []
     for adaptation in adaptations():
@@ -302,25 +310,32 @@ def _set_run_paths(settings: dict[str, Any], run_dir: Path) -> None:
     if settings.get("save_interval"):
         settings.setdefault("save", str(run_dir / "checkpoints"))
         settings.setdefault("load", settings["save"])
+        settings.setdefault("exit_signal_handler", True)
         # The file says how the run goes on, also where that has changed since the checkpoint.
         settings.setdefault("override_opt_param_scheduler", True)
 
 
-def _check_files(args: argparse.Namespace) -> None:
-    for name in _DATA_KEYS:
-        for prefix in _prefixes(getattr(args, name) or []):
-            for suffix in (".bin", ".idx"):
-                if not os.path.exists(prefix + suffix):
-                    raise UserError(
-                        f"{name}={prefix}: {prefix + suffix} does not exist; "
-                        f"`megatron-fc data demo` makes the demo's data"
-                    )
-    if not args.mock_data and not any(getattr(args, name) for name in _DATA_KEYS):
-        raise UserError("no data: set data_path, or train_data_path and valid_data_path")
+def data_files(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the files that a run reads, data and tokenizer, each with the setting that names it."""
+    files = {
+        Path(prefix + suffix): f"{name}={prefix}"
+        for name in _DATA_KEYS
+        for prefix in _prefixes(getattr(args, name) or [])
+        for suffix in (".bin", ".idx")
+    }
     tokenizer = args.tokenizer_model
     # A name on a hub has one slash and is no path; anything else must be there.
-    if tokenizer and not os.path.exists(tokenizer) and (tokenizer.count("/") != 1 or tokenizer[0] in "./"):
-        raise UserError(f"tokenizer_model={tokenizer} does not exist; `megatron-fc data demo` makes the demo's")
+    if tokenizer and (os.path.exists(tokenizer) or tokenizer.count("/") != 1 or tokenizer[0] in "./"):
+        files[Path(tokenizer)] = f"tokenizer_model={tokenizer}"
+    return files
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for file, setting in data_files(args).items():
+        if not file.exists():
+            raise UserError(f"{setting}: {file} does not exist; `megatron-fc data demo` makes the demo's data")
+    if not args.mock_data and not any(getattr(args, name) for name in _DATA_KEYS):
+        raise UserError("no data: set data_path, or train_data_path and valid_data_path")
 
 
 def _prefixes(words: Iterable[str]) -> list[str]:
