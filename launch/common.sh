@@ -178,8 +178,10 @@ stuck() {
 step() { # step COMMAND: one task per GPU; sets CODE, the highest exit code among them
   "${START[@]}" "$1" "${ARGS[@]}" &
   STEP=$!
-  while kill -0 "$STEP" 2>/dev/null; do wait "$STEP" || true; done # a trap interrupts wait
-  wait "$STEP" && CODE=0 || CODE=$?
+  while # a trap interrupts wait
+    wait "$STEP" && CODE=0 || CODE=$?
+    kill -0 "$STEP" 2>/dev/null
+  do :; done
   STEP=''
 }
 
