@@ -115,8 +115,8 @@ check() { # names, values, files and layout, before a node is asked for
     echo "note: $PYTHON cannot import megatron_fc here, so config and data are checked in the job only" >&2
     return
   fi
-  "$PYTHON" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option gpus-per-node)"
-  "$PYTHON" -m megatron_fc train "${ARGS[@]}" --dry-run >/dev/null
+  "$PYTHON" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option gpus-per-node)" \
+    --check-files
 }
 
 # --- in the job ----------------------------------------------------------------------------------------------------

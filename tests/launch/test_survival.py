@@ -20,7 +20,7 @@ from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-WORLD, ITERATIONS, BATCH = 8, 60, 4
+WORLD, ITERATIONS, BATCH = 8, 48, 4
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
 OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *samples(ITERATIONS * BATCH), "save_interval=5")
 NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@60")
