@@ -115,8 +115,8 @@ check() { # names, values, files and layout, before a node is asked for
     echo "note: $PYTHON cannot import megatron_fc here, so config and data are checked in the job only" >&2
     return
   fi
-  "$PYTHON" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option gpus-per-node)"
-  "$PYTHON" -m megatron_fc train "${ARGS[@]}" --dry-run >/dev/null
+  "$PYTHON" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option gpus-per-node)" \
+    --check-files
 }
 
 # --- in the job ----------------------------------------------------------------------------------------------------
@@ -178,8 +178,10 @@ stuck() {
 step() { # step COMMAND: one task per GPU; sets CODE, the highest exit code among them
   "${START[@]}" "$1" "${ARGS[@]}" &
   STEP=$!
-  while kill -0 "$STEP" 2>/dev/null; do wait "$STEP" || true; done # a trap interrupts wait
-  wait "$STEP" && CODE=0 || CODE=$?
+  while # a trap interrupts wait
+    wait "$STEP" && CODE=0 || CODE=$?
+    kill -0 "$STEP" 2>/dev/null
+  do :; done
   STEP=''
 }
 

@@ -70,8 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         "topology",
         help="check a config for a number of nodes: layout, batch, steps, GPU-hours; needs no GPU and no data",
         allow_abbrev=False,
-        usage="megatron-fc topology CONFIG.yaml [key=value ...] --nodes N --gpus-per-node G [--json]\n"
-        "       [--tokens-per-second-per-gpu T | --mfu SHARE --peak-tflops P]",
+        usage="megatron-fc topology CONFIG.yaml [key=value ...] --nodes N --gpus-per-node G [--check-files]\n"
+        "       [--json] [--tokens-per-second-per-gpu T | --mfu SHARE --peak-tflops P]",
     )
     topology.add_argument("config", type=Path, metavar="CONFIG.yaml")
     topology.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. expert_model_parallel_size=4")
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     topology.add_argument(
         "--peak-tflops", type=float, default=989.0, help="per GPU (default: %(default)s, H100 SXM, dense bf16)"
     )
+    topology.add_argument("--check-files", action="store_true", help="data and tokenizer must be on this machine")
     topology.add_argument("--json", action="store_true", help="machine-readable")
 
     upcycle = commands.add_parser(
@@ -234,7 +235,9 @@ def _topology(args: argparse.Namespace) -> int:
     from megatron_fc.megatron.topology import Throughput, topology
 
     throughput = Throughput(args.tokens_per_second_per_gpu, args.mfu, args.peak_tflops)
-    found = topology(args.config, args.overrides, args.nodes, args.gpus_per_node, throughput)
+    found = topology(
+        args.config, args.overrides, args.nodes, args.gpus_per_node, throughput, check_files=args.check_files
+    )
     print(json.dumps(found.to_dict(), indent=2) if args.json else "\n".join(found.lines()))
     return 0
 

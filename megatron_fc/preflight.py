@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_fc.errors import UserError
 
@@ -45,7 +46,7 @@ class Plan:
         run_dir: where it writes.
         files: that it reads, on every node, with the setting that names each.
         on_devices: it trains on CUDA devices, one per rank.
-        checkpoint_bytes: size of a checkpoint, None where it is not known.
+        checkpoint_bytes: size of a checkpoint, of the last one or estimated; None where neither can be.
         checkpoints: how many lie there at once.
     """
 
@@ -99,7 +100,7 @@ def preflight(make_plan: Callable[[], Plan]) -> str:
 def _meet(rank: int, ranks: int) -> None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(address, port, ranks, rank == 0, MEETING, wait_for_workers=False)
+        store = TCPStore(address, port, ranks, rank == 0, MEETING, wait_for_workers=False)
         store.set(f"host{rank}", socket.gethostname())
         if rank == 0:
             _await_all(store, ranks)
@@ -117,7 +118,7 @@ def _meet(rank: int, ranks: int) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=MEETING)
 
 
-def _await_all(store: dist.TCPStore, ranks: int) -> None:
+def _await_all(store: TCPStore, ranks: int) -> None:
     with suppress(RuntimeError):
         store.wait([f"host{rank}" for rank in range(ranks)], MEETING)
         return

@@ -117,7 +117,7 @@ def load_recipe(
     argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
     args = megatron.parse(argv)
     if not elsewhere:
-        _check_files(args)
+        refuse_missing_files(args)
     return Recipe(sections, frac, family, run_dir, argv, backend, on_damage, retention, notes)
 
 
@@ -330,7 +330,12 @@ def data_files(args: argparse.Namespace) -> dict[Path, str]:
     return files
 
 
-def _check_files(args: argparse.Namespace) -> None:
+def refuse_missing_files(args: argparse.Namespace) -> None:
+    """Check that a run's data and tokenizer are here.
+
+    Raises:
+        UserError: a file is missing, or no data are named.
+    """
     for file, setting in data_files(args).items():
         if not file.exists():
             raise UserError(f"{setting}: {file} does not exist; `megatron-fc data demo` makes the demo's data")

@@ -25,6 +25,7 @@ class Resumption:
     def __init__(self, args: Namespace, on_damage: str, warn: Callable[[str], None]) -> None:
         self._args, self._warn = args, warn
         self._falls_back = on_damage == "previous" and args.ckpt_step is None
+        self._chosen: Path | None = None
 
     def choose(self) -> Path | None:
         """Return the newest checkpoint whose files are complete, None where the run begins anew.
@@ -32,14 +33,13 @@ class Resumption:
         Raises:
             UserError: it is damaged, and no other may be or can be used.
         """
-        checkpoint = None
         try:
-            checkpoint = latest_checkpoint(Path(self._args.load), self._args.ckpt_step)
-            if checkpoint is not None:
-                refuse_damaged(checkpoint)
+            self._chosen = latest_checkpoint(Path(self._args.load), self._args.ckpt_step)
+            if self._chosen is not None:
+                refuse_damaged(self._chosen)
         except UserError as error:
-            return self._before(checkpoint, error)
-        return checkpoint
+            self._chosen = self._before(self._chosen, error)
+        return self._chosen
 
     def check_content(self) -> None:
         """Check the content of the chosen checkpoint, or of the ones before; all ranks call it.
@@ -47,16 +47,15 @@ class Resumption:
         Raises:
             UserError: on all ranks, as `choose`.
         """
-        checkpoint = latest_checkpoint(Path(self._args.load), self._args.ckpt_step)
+        assert self._chosen is not None, "`choose` comes first"
         while True:
-            assert checkpoint is not None, "chosen before"
             try:
-                refuse_corrupt(checkpoint)
+                refuse_corrupt(self._chosen)
                 break
             except UserError as error:
-                checkpoint = self._before(checkpoint, error)
+                self._chosen = self._before(self._chosen, error)
         if self._falls_back and self._args.ckpt_step is not None:
-            self._make_newest(checkpoint)
+            self._make_newest(self._chosen)
 
     def _before(self, damaged: Path | None, error: UserError) -> Path:
         """The newest intact checkpoint before a damaged one, or of all if it is the tracker that is damaged."""
@@ -64,7 +63,7 @@ class Resumption:
         older = [path for path in intact if damaged is None or step_of(path) < step_of(damaged)]
         if not older:
             raise error
-        self._warn(f"{error}; on_damage=previous: this run does, what came after {older[0].name} is trained again")
+        self._warn(f"{error}; on_damage=previous: this run does, and what came after {older[0].name} is trained again")
         self._args.ckpt_step = step_of(older[0])
         return older[0]
 

@@ -13,7 +13,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.layout import Layout
 from megatron_fc.megatron.environment import has_transformer_engine
 from megatron_fc.megatron.pretrain import model_config, parse
-from megatron_fc.megatron.recipe import Recipe, load_recipe
+from megatron_fc.megatron.recipe import Recipe, load_recipe, refuse_missing_files
 from megatron_fc.megatron.refusals import refuse_unsupported_args
 
 # Speed alone; Megatron refuses them where it finds no Transformer Engine, before it checks the rest.
@@ -152,9 +152,15 @@ class Topology:
 
 
 def topology(
-    config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: int, throughput: Throughput
+    config: Path,
+    overrides: Sequence[str],
+    nodes: int,
+    gpus_per_node: int,
+    throughput: Throughput,
+    *,
+    check_files: bool = False,
 ) -> Topology:
-    """Check a config for a number of nodes and work out what it comes to; needs no GPU and none of the run's files.
+    """Check a config for a number of nodes and work out what it comes to; needs no GPU.
 
     Args:
         config: the YAML file.
@@ -162,9 +168,10 @@ def topology(
         nodes: number of nodes.
         gpus_per_node: ranks per node.
         throughput: basis of the GPU-hours.
+        check_files: data and tokenizer are to be here, as on a login node.
 
     Raises:
-        UserError: the layout is impossible (with the possible ones), or Megatron refuses an argument.
+        UserError: the layout is impossible (with the possible ones), a file is missing, or Megatron refuses arguments.
     """
     recipe = load_recipe(config, overrides, elsewhere=True)
     layouts: list[Layout] = []
@@ -177,6 +184,8 @@ def topology(
 
     with _world_of(max(nodes * gpus_per_node, 1)):
         args = parse(recipe, check)
+    if check_files:
+        refuse_missing_files(args)
     _set_padded_vocabulary(args)
     return Topology(
         layout=layouts[0],

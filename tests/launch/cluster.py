@@ -95,11 +95,12 @@ class Cluster:
     Args:
         folder: of configuration, logs and state; new or empty.
         nodes: number of nodes, n0, n1 ...
-        gpus: fake GPUs per node.
+        gpus: per node; fake ones, or else this machine's dealt out to the nodes.
+        are_real: the GPUs are this machine's. Nodes beyond their number get those of n2 again, which tests kill.
     """
 
-    def __init__(self, folder: Path, nodes: int, gpus: int) -> None:
-        self.folder, self.nodes, self._gpus = folder, nodes, gpus
+    def __init__(self, folder: Path, nodes: int, gpus: int, are_real: bool = False) -> None:
+        self.folder, self.nodes, self._gpus, self._are_real = folder, nodes, gpus, are_real
         self._subnet = os.getpid() % 250  # several clusters may run at once, one per process
         self._net, self._bridge = f"10.77.{self._subnet}", f"slurm{self._subnet}"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -166,13 +167,15 @@ class Cluster:
         for name in ("etc", "run", "log", "spool", "state", "tmp", "dev"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
             (self.folder / name).chmod(0o755)
-        etc, last, host = self.folder / "etc", self.nodes - 1, socket.gethostname().split(".")[0]
+        etc, host = self.folder / "etc", socket.gethostname().split(".")[0]
         (etc / "munge.key").write_bytes(os.urandom(128))
         (etc / "munge.key").chmod(0o600)
         for gpu in range(self._gpus):
             (self.folder / "dev" / f"nvidia{gpu}").symlink_to("/dev/null")
-        files = f"{self.folder}/dev/nvidia[0-{self._gpus - 1}]"
-        (etc / "gres.conf").write_text(f"NodeName=n[0-{last}] Name=gpu File={files} Flags=nvidia_gpu_env\n")
+        gpus = [
+            f"NodeName=n{node} Name=gpu File={self._gpu_files(node)} Flags=nvidia_gpu_env" for node in range(self.nodes)
+        ]
+        (etc / "gres.conf").write_text("\n".join([*gpus, ""]))
         (etc / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
         nodes = [
             f"NodeName=n{node} NodeAddr={self._net}.{10 + node} Port={_NODE_PORT} CPUs=16 RealMemory=64000 "
@@ -189,6 +192,13 @@ class Cluster:
         self._ip("link", "add", self._bridge, "type", "bridge")
         self._ip("addr", "add", f"{self._net}.1/24", "dev", self._bridge)
         self._ip("link", "set", self._bridge, "up")
+
+    def _gpu_files(self, node: int) -> str:
+        if not self._are_real:
+            return f"{self.folder}/dev/nvidia[0-{self._gpus - 1}]"
+        there = len(list(Path("/dev").glob("nvidia[0-9]*")))
+        first = (node if (node + 1) * self._gpus <= there else 2) * self._gpus
+        return f"/dev/nvidia[{first}-{first + self._gpus - 1}]"
 
     def _munge(self) -> list[str]:
         run, log = self.folder / "run", self.folder / "log"

@@ -12,7 +12,7 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 _SITE = """
-export SBATCH_ACCOUNT={account} SBATCH_PARTITION={partition}
+export SBATCH_ACCOUNT= SBATCH_PARTITION={partition}
 export PYTHONPATH={repository} OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
 RUNS={folder}/runs
 PYTHON={python}
@@ -34,11 +34,11 @@ class Site:
     data: list[str]
     overrides: list[str] = field(default_factory=list)
 
-    def write(self, *overrides: str, account: str = "", partition: str = "batch", more: str = "") -> None:
+    def write(self, *overrides: str, partition: str = "batch", full_size: bool = False, more: str = "") -> None:
         """Write the site file anew."""
-        self.overrides = [*TINY, *self.data, *overrides]
+        self.overrides = [*([] if full_size else TINY), *self.data, *overrides]
         places = {"repository": REPOSITORY, "folder": self.folder, "python": sys.executable}
-        text = _SITE.format(overrides=shlex.join(self.overrides), account=account, partition=partition, **places)
+        text = _SITE.format(overrides=shlex.join(self.overrides), partition=partition, **places)
         (self.folder / "site.sh").write_text(text + more)
 
     @property
@@ -59,7 +59,7 @@ class Site:
 
 
 # What makes a model of configs/ one for two cores. Megatron resumes its distributed optimizer with TE or Apex only, and
-# its worker for asynchronous checkpoints needs a CUDA device.
+# its writer of asynchronous checkpoints needs a CUDA device.
 TINY = [
     "num_layers=2",
     "hidden_size=32",
@@ -77,6 +77,7 @@ TINY = [
     "use_distributed_optimizer=false",
     "overlap_grad_reduce=false",
     "overlap_param_gather=false",
+    "async_save=false",
     "use_persistent_ckpt_worker=false",
     "num_workers=0",
     "micro_batch_size=1",
@@ -84,6 +85,7 @@ TINY = [
     "eval_iters=1",
     "log_interval=1",
     "tensorboard_log_interval=1",
+    "log_throughput=false",
 ]
 
 

@@ -111,3 +111,26 @@ def test_other_mistakes(site: Site, tmp_path: Path) -> None:
     variables = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
     done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
     assert done.stderr == f"launch: submit from the repository's folder, not from {tmp_path}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (
+            ["--nodes=3", "pipeline_model_parallel_size=2"],
+            "expert_model_parallel_size=8 does not fit 3 nodes of 8 GPUs: ",
+        ),
+        (["--nodes=4", "train_data_path=[/no/data]"], "train_data_path=/no/data: /no/data.bin does not exist"),
+    ],
+)
+def test_layout_and_data_are_checked(
+    site: Site, words: list[str], start: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CHECK")
+    site.write(full_size=True)
+    run_dir = tmp_path / "run"
+    done = run_on_login_node(site, "moe7b.sh", *words, f"run_dir={run_dir}", "--dry-run")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"megatron-fc: {start}")
+    assert done.stderr.count("\n") == 1
+    assert not run_dir.exists()

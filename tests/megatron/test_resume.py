@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_falls_back_loudly(damage: str, config: Path, finis
     goes_on = {"tracker": 12, "content, and files of the one before": 4}.get(damage, 8)
     printed = train(config, run_dir, *SHORT, "on_damage=previous")["printed"]
     assert "WARNING: " in printed
-    assert f"on_damage=previous: this run does, what came after iter_{goes_on:07d} is trained again" in printed
+    assert f"on_damage=previous: this run does, and what came after iter_{goes_on:07d} is trained again" in printed
     start, end = events(run_dir)[2:]
     assert start["checkpoint"] == str(folder / f"iter_{goes_on:07d}")
     assert (start["iteration"], start["consumed_samples"]) == (goes_on, goes_on * 4)
