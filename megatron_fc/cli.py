@@ -58,6 +58,33 @@ def _parser() -> argparse.ArgumentParser:
 
     train.add_argument("--brief", action="store_true", help="progress only: no notes before, no table after")
 
+    preflight = commands.add_parser(
+        "preflight",
+        help="check nodes, network, clocks, files and room for a run, on all its ranks",
+        allow_abbrev=False,
+    )
+    preflight.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    preflight.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+
+    topology = commands.add_parser(
+        "topology",
+        help="check a config for a number of nodes: layout, batch, steps, GPU-hours; needs no GPU and no data",
+        allow_abbrev=False,
+        usage="megatron-fc topology CONFIG.yaml [key=value ...] --nodes N --gpus-per-node G [--check-files]\n"
+        "       [--json] [--tokens-per-second-per-gpu T | --mfu SHARE --peak-tflops P]",
+    )
+    topology.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    topology.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. expert_model_parallel_size=4")
+    topology.add_argument("--nodes", type=int, required=True, metavar="N")
+    topology.add_argument("--gpus-per-node", type=int, required=True, metavar="G")
+    topology.add_argument("--tokens-per-second-per-gpu", type=float, metavar="T", help="your measurement")
+    topology.add_argument("--mfu", type=float, default=0.3, help="assumed share of the peak (default: %(default)s)")
+    topology.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="per GPU (default: %(default)s, H100 SXM, dense bf16)"
+    )
+    topology.add_argument("--check-files", action="store_true", help="data and tokenizer must be on this machine")
+    topology.add_argument("--json", action="store_true", help="machine-readable")
+
     upcycle = commands.add_parser(
         "upcycle",
         help="give a plain checkpoint Frac-Connections, or take untrained ones away",
@@ -86,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     compare.add_argument("--plot", type=Path, help="write the training curves to this PNG")
 
+    runs = commands.add_parser("runs", help="where runs stand: progress, restarts and why, checkpoints, losses")
+    runs.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], metavar="FOLDER", help="default: runs")
+    runs.add_argument("--json", action="store_true", help="machine-readable")
+
     doctor = commands.add_parser("doctor", help="what is installed, what it enables, which backend will run")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     return parser
@@ -96,6 +127,10 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         from megatron_fc import doctor
 
         return doctor.main(json=args.json)
+    if args.command == "runs":
+        from megatron_fc.report import runs_table
+
+        return runs_table.main(args.folders, args.json)
     if args.command == "compare":
         return _compare(args.runs, args.plot)
     if args.command == "data":
@@ -112,6 +147,10 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         return run_demo(args.out, args.data, args.overrides)
     if args.command == "upcycle":
         return _upcycle(args)
+    if args.command == "preflight":
+        return _preflight(args)
+    if args.command == "topology":
+        return _topology(args)
     return _train(args, extra)
 
 
@@ -156,6 +195,50 @@ def _train(args: argparse.Namespace, extra: list[str]) -> int:
 
             Console().print(comparison_table([summary]))
             print(f"{recipe.run_dir}: summary.json, tensorboard, logs")
+    return 0
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from megatron_fc.preflight import NodeError, Plan, preflight
+
+    def make_plan() -> Plan:
+        from megatron_fc.megatron import cpu
+
+        cpu.install()
+        from megatron_fc.megatron.plan import plan_of
+        from megatron_fc.megatron.recipe import load_recipe
+
+        return plan_of(load_recipe(args.config, args.overrides))
+
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        found = preflight(make_plan)
+    except NodeError as error:
+        if speaks or not error.seen_by_all:
+            print(f"megatron-fc: preflight: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
+    except UserError:
+        if speaks:
+            raise
+        return 2
+    if speaks:
+        print(f"preflight: {found}")
+    return 0
+
+
+def _topology(args: argparse.Namespace) -> int:
+    import json
+
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from megatron_fc.megatron.topology import Throughput, topology
+
+    throughput = Throughput(args.tokens_per_second_per_gpu, args.mfu, args.peak_tflops)
+    found = topology(
+        args.config, args.overrides, args.nodes, args.gpus_per_node, throughput, check_files=args.check_files
+    )
+    print(json.dumps(found.to_dict(), indent=2) if args.json else "\n".join(found.lines()))
     return 0
 
 

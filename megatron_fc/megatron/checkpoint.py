@@ -1,5 +1,6 @@
 """What a Megatron checkpoint says about its connections, read before anything is built or overwritten."""
 
+import errno
 import re
 import traceback
 from argparse import Namespace
@@ -15,6 +16,8 @@ from megatron_fc.functional import FracParameters
 from megatron_fc.megatron.integrity import INDEX, intact_checkpoints, refuse_damaged, step_of, way_on
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}  # what does not heal by itself
+_WRITING = {"save_checkpoint", "maybe_finalize_async_save"}  # Megatron's functions
 _MARK = ".connection."
 _FOLDER = re.compile(r"iter_\d+|release")
 
@@ -63,24 +66,41 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
 
 
 @contextmanager
-def loading_errors_named(args: Namespace) -> Iterator[None]:
-    """Turn what Megatron raises while it loads a checkpoint into one sentence; the traceback goes to the log."""
+def checkpoint_errors_named(args: Namespace) -> Iterator[None]:
+    """Turn what Megatron raises while it loads or writes a checkpoint into one sentence; the log has the traceback."""
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
     try:
         yield
     except (Exception, CheckpointException) as error:
-        passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step) if args.load else None
-        if isinstance(error, UserError) or checkpoint is None or "load_checkpoint" not in passed:
+        if isinstance(error, UserError):
             raise
-        traceback.print_exc()
+        passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         said = shorten(f"{type(cause).__name__}: {cause}", 200)
-        raise UserError(
-            f"Megatron cannot load {checkpoint}, {said}: give the config of the run that wrote it; if this is that "
-            f"config, {way_on(checkpoint)}"
-        ) from error
+        if "load_checkpoint" in passed:
+            sentence = _cannot_load(args, said)
+        elif passed & _WRITING and getattr(cause, "errno", None) in _LASTING:
+            sentence = _cannot_write(args, said)
+        else:
+            raise
+        traceback.print_exc()
+        raise UserError(sentence) from error
+
+
+def _cannot_load(args: Namespace, said: str) -> str:
+    checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step)
+    assert checkpoint is not None, "Megatron loads it"
+    return (
+        f"Megatron cannot load {checkpoint}, {said}: give the config of the run that wrote it; if this is that "
+        f"config, {way_on(checkpoint)}"
+    )
+
+
+def _cannot_write(args: Namespace, said: str) -> str:
+    before = latest_checkpoint(Path(args.save))
+    rest = f"it goes on from {before}, which is intact" if before else "no checkpoint was written before"
+    return f"Megatron cannot write a checkpoint to {args.save}, {said}: make room, start the same command again, {rest}"
 
 
 def is_frac_key(key: str) -> bool:

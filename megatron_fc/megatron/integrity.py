@@ -58,8 +58,12 @@ def refuse_corrupt(checkpoint: Path) -> None:
 
 def intact_checkpoints(folder: Path) -> list[Path]:
     """Return the folders of the complete `torch_dist` checkpoints below `folder`, the newest first."""
-    checkpoints = sorted(folder.glob("iter_*"), reverse=True)
-    return [path for path in checkpoints if (path / INDEX).exists() and _damage(path) is None]
+    return [path for path in sorted(folder.glob("iter_*"), reverse=True) if is_complete(path)]
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a `torch_dist` checkpoint has all its files, in full length."""
+    return (checkpoint / INDEX).exists() and _damage(checkpoint) is None
 
 
 def way_on(checkpoint: Path) -> str:

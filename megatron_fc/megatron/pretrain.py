@@ -21,16 +21,19 @@ from megatron_fc.megatron import cpu
 from megatron_fc.megatron.arguments import add_frac_args, frac_config_from_args
 from megatron_fc.megatron.checkpoint import (
     TRACKER,
+    checkpoint_errors_named,
     find_checkpoint,
     latest_checkpoint,
-    loading_errors_named,
     refuse_existing,
     refuse_other_connection,
 )
-from megatron_fc.megatron.integrity import refuse_corrupt, refuse_damaged
+from megatron_fc.megatron.integrity import refuse_corrupt
 from megatron_fc.megatron.order import install_order
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
 from megatron_fc.megatron.recipe import Recipe
+from megatron_fc.megatron.record import RunRecord
+from megatron_fc.megatron.resume import Resumption, progress_in
+from megatron_fc.megatron.retention import Pruner
 from megatron_fc.megatron.watch import RankWatch
 from megatron_fc.report.progress import ProgressDisplay
 from megatron_fc.report.runlog import is_log_rank, real_stdout, run_log
@@ -64,24 +67,50 @@ def train(recipe: Recipe) -> Trained:
 
     Raises:
         UserError: Megatron refuses the arguments, or the checkpoint is not that of this model.
+        SystemExit: Megatron ended the run before its target, with code 0 after a signal.
     """
     start = time.perf_counter()
     join_world()
     args = parse(recipe)
+    if cpu.needed() and args.use_persistent_ckpt_worker:  # it dies there, and Megatron waits for it
+        raise UserError("use_persistent_ckpt_worker=true needs a CUDA device: set it to false, then saving waits")
     first_step = _upcycling(args, recipe) if args.frac_from_residual else None
     if args.load and first_step is None:  # else it is yet to be written
         first_step = _continuing(args, recipe)
 
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
-    watch = RankWatch(partial(_after_a_loss, args))
-    hooks = [_on_all_ranks(watch.join), *([first_step] if first_step else [])]
-    with run_log(recipe.run_dir, args.rank, display, _flush_scalars), loading_errors_named(args), watch:
-        parameters = _pretrain(args, recipe, hooks)
-        peak = _peak_memory()
+    record = RunRecord(recipe.run_dir, args)
+    watch = RankWatch(partial(_after_a_loss, args, record))
+    pruner = Pruner(recipe.retention, Path(args.save)) if recipe.retention and args.save else None
+    hooks = [
+        _on_all_ranks(watch.join),
+        *([first_step] if first_step else []),
+        _on_all_ranks(partial(_note_start, args, record)),
+    ]
+    try:
+        with (
+            run_log(recipe.run_dir, args.rank, display, partial(_after_iteration, pruner)),
+            record,
+            checkpoint_errors_named(args),
+            watch,
+        ):
+            parameters = _pretrain(args, recipe, hooks, record)
+            peak = _peak_memory()
+    except SystemExit as end:
+        if is_log_rank():
+            print(f"{recipe.connection}  ended early: {record.why(end)}", file=real_stdout(), flush=True)
+        _leave()
+        raise
+    if pruner is not None and is_log_rank():
+        pruner.finish()
+    _leave()
+    return Trained(parameters, tokens, peak, time.perf_counter() - start, args.world_size)
+
+
+def _leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return Trained(parameters, tokens, peak, time.perf_counter() - start, args.world_size)
 
 
 def join_world() -> None:
@@ -95,8 +124,12 @@ def join_world() -> None:
     os.environ.update({name: str(value) for name, value in alone.items()})
 
 
-def parse(recipe: Recipe) -> Namespace:
+def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> Namespace:
     """Let Megatron parse and validate a recipe's arguments; what its assertions say becomes one sentence.
+
+    Args:
+        recipe: the run.
+        check: called with the arguments before Megatron validates them.
 
     Raises:
         UserError: they are refused.
@@ -115,13 +148,15 @@ def parse(recipe: Recipe) -> Namespace:
                 args.frac_parameters_first = True  # `model_config` arranges it
                 refuse_unsupported_data(args)
                 frac_config_from_args(args)
+                if check is not None:
+                    check(args)
                 validate_args(args, {})
             finally:
                 sys.stdout = stdout
     except (AssertionError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"Megatron refuses the arguments: {' '.join(str(error).split()) or error!r}") from error
+        raise UserError(f"Megatron refuses the arguments: {' '.join(str(error).split()) or repr(error)}") from error
     finally:
         sys.argv = program
     return args
@@ -144,7 +179,7 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
     return model
 
 
-def _pretrain(args: Namespace, recipe: Recipe, hooks: list[ModelHook]) -> ParameterCount:
+def _pretrain(args: Namespace, recipe: Recipe, hooks: list[ModelHook], record: RunRecord) -> ParameterCount:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -153,6 +188,7 @@ def _pretrain(args: Namespace, recipe: Recipe, hooks: list[ModelHook]) -> Parame
     from megatron_fc.megatron.batches import datasets, forward_step
 
     set_global_variables(args)
+    record.listen()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
     model.pre_wrap_hooks += [partial(_count, counts), *hooks]
@@ -161,15 +197,25 @@ def _pretrain(args: Namespace, recipe: Recipe, hooks: list[ModelHook]) -> Parame
 
 
 def _continuing(args: Namespace, recipe: Recipe) -> ModelHook | None:
-    """Check the checkpoint that the run goes on from; return what checks its content, None if the run begins anew."""
-    checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step)
+    """Choose the checkpoint that the run goes on from; return what checks its content, None if the run begins anew."""
+    resumption = Resumption(args, recipe.on_damage, _warn)
+    checkpoint = resumption.choose()
     if checkpoint is None:
         if args.load != args.save:  # Megatron would begin anew, which is meant only with a run's own checkpoints
             raise UserError(f"load={args.load} holds no checkpoint: give the folder with {TRACKER}, or drop load")
         return None
-    refuse_damaged(checkpoint)
     refuse_other_connection(checkpoint, recipe.frac, args.hidden_size)
-    return _on_all_ranks(partial(refuse_corrupt, checkpoint))
+    return _on_all_ranks(resumption.check_content)
+
+
+def _warn(text: str) -> None:
+    if is_log_rank():
+        print(f"WARNING: {text}", file=real_stdout(), flush=True)
+
+
+def _note_start(args: Namespace, record: RunRecord) -> None:
+    checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step) if args.load else None
+    record.start(checkpoint, *progress_in(checkpoint, args))
 
 
 def _on_all_ranks(action: Callable[[], None]) -> ModelHook:
@@ -182,8 +228,9 @@ def _on_all_ranks(action: Callable[[], None]) -> ModelHook:
     return hook
 
 
-def _after_a_loss(args: Namespace) -> str:
-    """What to do when a rank was lost."""
+def _after_a_loss(args: Namespace, record: RunRecord, lost: str) -> str:
+    """Note that a rank was lost; return what to do."""
+    record.end(f"lost {lost}")
     if not args.save:
         return "nothing was saved, start anew with save_interval set"
     saved = latest_checkpoint(Path(args.save))
@@ -252,12 +299,14 @@ def _count(counts: list[ParameterCount], chunks: list[Any]) -> list[Any]:
     return chunks
 
 
-def _flush_scalars() -> None:
-    """Put the events on disk now: by itself the writer does so every two minutes, which a crash would lose."""
+def _after_iteration(pruner: Pruner | None) -> None:
     from megatron.training.global_vars import get_tensorboard_writer
 
+    # By itself the writer puts events on disk every two minutes, which a crash would lose.
     if writer := get_tensorboard_writer():
         writer.flush()
+    if pruner is not None:
+        pruner.look()
 
 
 def _peak_memory() -> int:

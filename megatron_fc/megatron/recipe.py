@@ -1,8 +1,9 @@
 """A run's YAML file -> the Megatron command line that it stands for.
 
 The sections are for the reader: any of Megatron's arguments may stand in any of them, under its own name with
-underscores. Three names are ours: `model.family` (gpt or hybrid), `logging.run_dir`, and the section `frac`
-(`connection`: residual, sfc or dfc, `from_residual`, and the fields of FracConfig).
+underscores. These names are ours: `model.family` (gpt or hybrid), `logging.run_dir`, `checkpoint.keep_last`,
+`keep_every` and `on_damage`, and the section `frac` (`connection`: residual, sfc or dfc, `from_residual`, and the
+fields of FracConfig).
 """
 
 import argparse
@@ -21,12 +22,20 @@ from megatron_fc.errors import UserError
 from megatron_fc.megatron import cpu
 from megatron_fc.megatron.arguments import add_frac_args, frac_flags
 from megatron_fc.megatron.environment import adaptations, has_transformer_engine
+from megatron_fc.megatron.resume import ON_DAMAGE
+from megatron_fc.megatron.retention import Retention
 from megatron_fc.suggest import unknown
 
 SECTIONS = ("model", "frac", "data", "optimizer", "parallel", "checkpoint", "logging")
 CONNECTIONS = ("residual", "sfc", "dfc")
 FAMILIES = ("gpt", "hybrid")
-_OWN = {"family": "model", "run_dir": "logging"}
+_OWN = {
+    "family": "model",
+    "run_dir": "logging",
+    "keep_last": "checkpoint",
+    "keep_every": "checkpoint",
+    "on_damage": "checkpoint",
+}
 _DATA_KEYS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
@@ -40,7 +49,9 @@ class Recipe:
         family: gpt or hybrid.
         run_dir: folder of everything that the run writes.
         argv: Megatron's command line, our flags included.
-        backend: triton or torch, None for plain residuals.
+        backend: triton or torch; None for plain residuals, or where only the machines of the run can tell.
+        on_damage: what to do with a damaged checkpoint, one of `resume.ON_DAMAGE`.
+        retention: which checkpoints stay, None for all.
         notes: what was chosen for this machine, one sentence each.
     """
 
@@ -50,6 +61,8 @@ class Recipe:
     run_dir: Path
     argv: list[str]
     backend: str | None
+    on_damage: str
+    retention: Retention | None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -58,13 +71,16 @@ class Recipe:
         return "residual" if self.frac is None else self.frac.label
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), extra: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: Path, overrides: Sequence[str] = (), extra: Sequence[str] = (), *, elsewhere: bool = False
+) -> Recipe:
     """Read a YAML file, apply `key=value` overrides and extra Megatron flags, check all of it.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value` or `key=value`, the value in YAML's notation.
         extra: Megatron flags appended as they are; they win over the file.
+        elsewhere: the run is for other machines: nothing is adapted to this one, and its files are not looked for.
 
     Raises:
         UserError: a name is unknown (the nearest valid one is given), a value is wrong, a file is missing, or the
@@ -82,21 +98,27 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), extra: Sequence[str] 
 
     frac = _frac_config(sections["frac"])
     family, run_dir, settings = _split(sections, path)
+    on_damage = settings.pop("on_damage", "refuse")
+    if on_damage not in ON_DAMAGE:
+        raise UserError(unknown("on_damage", str(on_damage), ON_DAMAGE))
+    retention = Retention.from_settings(settings)
     if family == "hybrid":
         _set_hybrid_pattern(settings)
     if frac is not None and "hidden_size" in settings:
         frac.fraction_size(int(settings["hidden_size"]))
-    _refuse_missing_te(settings)
-    notes = _adapt_to_machine(settings, megatron)
-    backend = None
-    if frac is not None:
+    notes, backend = [], None
+    if not elsewhere:
+        _refuse_missing_te(settings)
+        notes = _adapt_to_machine(settings)
+    if frac is not None and not elsewhere:
         backend, reason = backend_on(frac.backend, frac.rate, "cpu" if cpu.needed() else "cuda")
         notes.append(f"Frac-Connections run on {backend}: {reason}")
     _set_run_paths(settings, run_dir)
     argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
     args = megatron.parse(argv)
-    _check_files(args)
-    return Recipe(sections, frac, family, run_dir, argv, backend, notes)
+    if not elsewhere:
+        refuse_missing_files(args)
+    return Recipe(sections, frac, family, run_dir, argv, backend, on_damage, retention, notes)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -273,7 +295,7 @@ def _refuse_missing_te(settings: dict[str, Any]) -> None:
             raise UserError(f"{name}={settings[name]} needs Transformer Engine, which is not installed: {remedy}")
 
 
-def _adapt_to_machine(settings: dict[str, Any], megatron: _MegatronArguments) -> list[str]:
+def _adapt_to_machine(settings: dict[str, Any]) -> list[str]:
     notes = []
     for adaptation in adaptations():
         notes.append(adaptation.reason)
@@ -288,25 +310,37 @@ def _set_run_paths(settings: dict[str, Any], run_dir: Path) -> None:
     if settings.get("save_interval"):
         settings.setdefault("save", str(run_dir / "checkpoints"))
         settings.setdefault("load", settings["save"])
+        settings.setdefault("exit_signal_handler", True)
         # The file says how the run goes on, also where that has changed since the checkpoint.
         settings.setdefault("override_opt_param_scheduler", True)
 
 
-def _check_files(args: argparse.Namespace) -> None:
-    for name in _DATA_KEYS:
-        for prefix in _prefixes(getattr(args, name) or []):
-            for suffix in (".bin", ".idx"):
-                if not os.path.exists(prefix + suffix):
-                    raise UserError(
-                        f"{name}={prefix}: {prefix + suffix} does not exist; "
-                        f"`megatron-fc data demo` makes the demo's data"
-                    )
-    if not args.mock_data and not any(getattr(args, name) for name in _DATA_KEYS):
-        raise UserError("no data: set data_path, or train_data_path and valid_data_path")
+def data_files(args: argparse.Namespace) -> dict[Path, str]:
+    """Return the files that a run reads, data and tokenizer, each with the setting that names it."""
+    files = {
+        Path(prefix + suffix): f"{name}={prefix}"
+        for name in _DATA_KEYS
+        for prefix in _prefixes(getattr(args, name) or [])
+        for suffix in (".bin", ".idx")
+    }
     tokenizer = args.tokenizer_model
     # A name on a hub has one slash and is no path; anything else must be there.
-    if tokenizer and not os.path.exists(tokenizer) and (tokenizer.count("/") != 1 or tokenizer[0] in "./"):
-        raise UserError(f"tokenizer_model={tokenizer} does not exist; `megatron-fc data demo` makes the demo's")
+    if tokenizer and (os.path.exists(tokenizer) or tokenizer.count("/") != 1 or tokenizer[0] in "./"):
+        files[Path(tokenizer)] = f"tokenizer_model={tokenizer}"
+    return files
+
+
+def refuse_missing_files(args: argparse.Namespace) -> None:
+    """Check that a run's data and tokenizer are here.
+
+    Raises:
+        UserError: a file is missing, or no data are named.
+    """
+    for file, setting in data_files(args).items():
+        if not file.exists():
+            raise UserError(f"{setting}: {file} does not exist; `megatron-fc data demo` makes the demo's data")
+    if not args.mock_data and not any(getattr(args, name) for name in _DATA_KEYS):
+        raise UserError("no data: set data_path, or train_data_path and valid_data_path")
 
 
 def _prefixes(words: Iterable[str]) -> list[str]:

@@ -59,8 +59,12 @@ def training_args() -> Namespace | None:
     return global_vars._GLOBAL_ARGS
 
 
-def refuse_unsupported_args(args: Namespace) -> None:
+def refuse_unsupported_args(args: Namespace, on_gpu: bool | None = None) -> None:
     """Check what only Megatron's training arguments show: optimizer, sharding, checkpoints.
+
+    Args:
+        args: Megatron's arguments.
+        on_gpu: whether the run will have CUDA devices; None looks for one here.
 
     Raises:
         UserError: names the option and what to do.
@@ -80,7 +84,7 @@ def refuse_unsupported_args(args: Namespace) -> None:
         _refuse_with_megatron_fsdp(args)
     half = args.bf16 or args.fp16
     saves_optimizer = args.save and not args.no_save_optim and args.ckpt_format == "torch_dist"
-    if half and saves_optimizer and torch.cuda.is_available():
+    if half and saves_optimizer and (torch.cuda.is_available() if on_gpu is None else on_gpu):
         _refuse_unwritable_optimizer(args)
 
 

@@ -37,11 +37,11 @@ class RankWatch:
     """A context in which the loss of a rank ends all others; errors of this rank's own pass through.
 
     Args:
-        advice: what to do when a rank was lost, asked for at that time.
+        on_loss: told which rank was lost, returns what to do.
     """
 
-    def __init__(self, advice: Callable[[], str]) -> None:
-        self._advice = advice
+    def __init__(self, on_loss: Callable[[str], str]) -> None:
+        self._on_loss = on_loss
         self._peers: dict[socket.socket, str] = {}
         self._is_over = False
 
@@ -68,7 +68,8 @@ class RankWatch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        if kind is None or issubclass(kind, (UserError, CheckpointException)):  # the others end by themselves, too
+        # These the others meet, too, and end by themselves; SystemExit is Megatron's way to end before the target.
+        if kind is None or issubclass(kind, (UserError, CheckpointException, SystemExit)):
             self._say(_BYE)
         elif self._peers and issubclass(kind, Exception):
             time.sleep(_VERDICT_SECONDS)
@@ -116,13 +117,13 @@ class RankWatch:
 
     def _end(self, lost: str) -> None:
         self._say(lost)
-        message = f"megatron-fc: {lost} was lost, so this rank ends too: {self._advice()}\n"
+        message = f"megatron-fc: {lost} was lost, so this rank ends too: {self._on_loss(lost)}\n"
         for stream in {sys.stderr, sys.__stderr__}:  # the rank's log and the terminal
             if stream is not None:
                 stream.write(message)
                 stream.flush()
         for child in multiprocessing.active_children():
-            child.terminate()
+            child.kill()
         # The main thread may wait in a collective for ever.
         os._exit(LOST_RANK_EXIT_CODE)
 

@@ -95,7 +95,7 @@ def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
         (["model.run_dir=x"], [], "unknown key in section model: 'run_dir'"),
         (["data_path=[nowhere/train]"], [], "data_path=nowhere/train: nowhere/train.bin does not exist"),
         (["data_path=null"], [], "no data: set data_path"),
-        (["tokenizer_model=no/such/dir"], [], "tokenizer_model=no/such/dir does not exist"),
+        (["tokenizer_model=no/such/dir"], [], "tokenizer_model=no/such/dir: no/such/dir does not exist"),
         ([], ["--lrr", "1"], "unknown Megatron flag --lrr: did you mean --lr?"),
         ([], ["stray"], "unexpected argument 'stray' among the Megatron flags"),
     ],

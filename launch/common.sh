@@ -1,0 +1,193 @@
+# What the launch scripts share. They set NAME, CONFIG, OVERRIDES, perhaps VARIANT, source this file and call `launch`.
+# shellcheck shell=bash
+#
+# A script runs twice. On the login node it checks everything and hands itself to sbatch (`submit`). In the job it makes
+# an `attempt`, pre-flight checks and training, and has itself requeued if that has not reached the target (`job`).
+#
+# Exit codes: 0 done, or requeued; 2 wrong input; 3 stuck, a human must look; 75 ended early, submit it again.
+
+set -euo pipefail
+
+# The site file sets these; launch/site.example.sh describes them.
+SITE=${SITE:-launch/site.sh}
+RUNS=runs PYTHON=python IMAGE='' MOUNTS='' SITE_OVERRIDES=()
+# A run that has started this often from the same checkpoint, without a signal to end, does not start again.
+MAX_STARTS=2
+
+# What a task does: its rank comes from SLURM. USR1 would kill a Python that has not yet set up its handler.
+# shellcheck disable=SC2016  # expanded in the task
+TASK='trap "" USR1; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
+
+say() { echo "$(date +'%F %T') launch: $*"; }
+fail() { echo "launch: $*" >&2; exit 2; }
+
+launch() {
+  read_site
+  read_words "$@"
+  START=(srun --label --kill-on-bad-exit=0 --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(option cpus-per-task)}")
+  if [[ $IMAGE ]]; then
+    START+=(--container-image="$IMAGE" --container-mounts="$MOUNTS" --container-workdir="$PWD")
+  fi
+  START+=(bash -c "$TASK" task "$PYTHON" -m megatron_fc)
+  if [[ ${SLURM_JOB_ID:-} ]]; then job; else submit; fi
+}
+
+read_site() {
+  [[ -e $SITE ]] || fail "$SITE is missing: copy launch/site.example.sh to it and fill it in"
+  # shellcheck source=launch/site.example.sh
+  source "$SITE"
+}
+
+read_words() { # sets DRY_RUN, OPTIONS (sbatch's), WORDS (overrides), RUN_DIR, and ARGS (CONFIG and all overrides)
+  local word
+  DRY_RUN='' OPTIONS=() WORDS=() RUN_DIR=$RUNS/$NAME
+  for word in "$@"; do
+    case $word in
+      --dry-run) DRY_RUN=yes ;;
+      --?*) OPTIONS+=("$word") ;;
+      -*) fail "$word: write sbatch's options as --name=value, e.g. --nodes=8" ;;
+      save=*) fail "$word: checkpoints lie in run_dir, drop save" ;;
+      run_dir=*) RUN_DIR=${word#*=} ;;
+      *=*) WORDS+=("$word") ;;
+      *) fail "'$word' is neither an option of sbatch (--nodes=8) nor an override (key=value)" ;;
+    esac
+  done
+  ARGS=("$CONFIG" "${OVERRIDES[@]}" "${SITE_OVERRIDES[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
+}
+
+show() { # quoted where a shell needs it
+  local word
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf '%s ' "$word"; else printf '%s ' "${word@Q}"; fi
+  done
+  echo
+}
+
+option() { # option NAME: the value given to sbatch, else that of the script's #SBATCH line
+  local word value
+  value=$(sed -n "s/^#SBATCH --$1=//p" "$0")
+  for word in "${OPTIONS[@]}"; do [[ $word == "--$1="* ]] && value=${word#*=}; done
+  echo "$value"
+}
+
+# --- on the login node ---------------------------------------------------------------------------------------------
+
+submit() {
+  local words said
+  # sbatch itself reads these two; set and empty, they mean the site's default.
+  for said in SBATCH_ACCOUNT SBATCH_PARTITION; do
+    [[ ${!said-CHANGE_ME} != CHANGE_ME ]] || fail "$said is not set: set it in $SITE (empty: the site's default)"
+    [[ ${!said} ]] || unset "$said"
+  done
+  words=(--job-name="$NAME" "${OPTIONS[@]}" "$0" ${VARIANT:+"$VARIANT"} "${WORDS[@]}" "run_dir=$RUN_DIR")
+  if [[ $DRY_RUN ]]; then
+    show sbatch "${words[@]}"
+    show "${START[@]}" train "${ARGS[@]}"
+  fi
+  check_folders
+  [[ ${CHECK:-} == no ]] || check
+  if [[ ! $DRY_RUN ]]; then
+    [[ $(state) != stuck ]] || rm "$RUN_DIR/state" "$RUN_DIR/launches"
+    said=$(sbatch "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
+    echo "$said"
+  elif type sbatch >/dev/null 2>&1; then
+    said=$(sbatch --test-only "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
+    echo "$said"
+  fi
+}
+
+check_folders() { # a job whose log cannot be written fails without a word
+  local log
+  log=$(dirname "$(option output)")
+  can_make "$log" || fail "the log folder $log cannot be written: give --output=FILE"
+  can_make "$RUN_DIR" || fail "run_dir=$RUN_DIR cannot be written: choose another"
+  [[ $DRY_RUN ]] || mkdir -p "$log" "$RUN_DIR"
+}
+
+can_make() {
+  local path=$1
+  until [[ -e $path ]]; do path=$(dirname "$path"); done
+  [[ -d $path && -w $path ]]
+}
+
+check() { # names, values, files and layout, before a node is asked for
+  if ! "$PYTHON" -c 'import megatron_fc' 2>/dev/null; then
+    echo "note: $PYTHON cannot import megatron_fc here, so config and data are checked in the job only" >&2
+    return
+  fi
+  "$PYTHON" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option gpus-per-node)" \
+    --check-files
+}
+
+# --- in the job ----------------------------------------------------------------------------------------------------
+
+job() {
+  say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR"
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+  export MASTER_ADDR MASTER_PORT
+  attempt && exit 0
+  local said
+  if said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || [[ $said == *pending* ]]; then # SLURM may have been faster
+    say "requeued"
+    exit 0
+  fi
+  say "SLURM does not requeue this job ($said): submit the same command again"
+  [[ $SIGNAL ]] || exit 75
+}
+
+attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it cannot
+  CODE=0 STEP='' SIGNAL=''
+  mkdir -p "$RUN_DIR"
+  case $(state) in
+    done) say "the target is reached already; to train on, remove $RUN_DIR/state"; return 0 ;;
+    stuck) say "stopped earlier as stuck; to try again, remove $RUN_DIR/state and $RUN_DIR/launches"; exit 3 ;;
+  esac
+  guard
+  trap 'pass_on USR1' USR1
+  trap 'pass_on TERM' TERM
+  step preflight
+  [[ $CODE != 0 || $SIGNAL ]] || step train
+  trap '' USR1 TERM
+  [[ ! $SIGNAL ]] || echo signal >>"$RUN_DIR/launches" # such a start has not failed
+  case $CODE:$(state) in
+    0:done) say "the target is reached"; return 0 ;;
+    2:*) stuck "the input is wrong, or a checkpoint cannot be read or written (exit code 2)" ;;
+    17:*) stuck "Megatron found a result that is wrong each time (exit code 17) on ${SLURM_JOB_NODELIST:-these hosts}" ;;
+  esac
+  say "ended with code $CODE${SIGNAL:+ after $SIGNAL}, not at the target"
+  return 1
+}
+
+state() { cat "$RUN_DIR/state" 2>/dev/null || true; } # done, continue or stuck
+
+guard() { # stop when the last starts all began where this one would begin
+  local from
+  from=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0)
+  echo "$from" >>"$RUN_DIR/launches"
+  (($(uniq -c "$RUN_DIR/launches" | tail -n1 | awk '{print $1}') <= MAX_STARTS)) ||
+    stuck "the last $MAX_STARTS starts began at iteration $from and left no newer checkpoint"
+}
+
+stuck() {
+  echo stuck >"$RUN_DIR/state"
+  say "stuck: $1; see above and $RUN_DIR/logs, and start again when it is repaired"
+  exit 3
+}
+
+step() { # step COMMAND: one task per GPU; sets CODE, the highest exit code among them
+  "${START[@]}" "$1" "${ARGS[@]}" &
+  STEP=$!
+  while # a trap interrupts wait
+    wait "$STEP" && CODE=0 || CODE=$?
+    kill -0 "$STEP" 2>/dev/null
+  do :; done
+  STEP=''
+}
+
+pass_on() { # the ranks save and end; those that do not listen yet are told again
+  say "got $1: the ranks save and end"
+  SIGNAL=$1
+  [[ $STEP ]] || return 0
+  while kill -USR1 "$STEP" 2>/dev/null; do sleep 20; done &
+}

@@ -1,0 +1,29 @@
+# What differs from site to site. Copy to launch/site.sh and fill in; every launch script sources it.
+# shellcheck shell=bash disable=SC2034
+
+# Read by sbatch itself. Empty: the site's default.
+export SBATCH_ACCOUNT=CHANGE_ME
+export SBATCH_PARTITION=CHANGE_ME
+
+# Folders of runs go here: a file system that all nodes see, with room for checkpoints.
+RUNS=/scratch/$USER/runs
+
+# Bare environment: the Python of an environment that all nodes see. In a container: its Python.
+PYTHON=$PWD/.venv/bin/python
+
+# Container through pyxis/enroot: a .sqsh file or registry address; empty for the bare environment.
+IMAGE=
+MOUNTS=$PWD:$PWD,/scratch:/scratch
+
+# Overrides for every run, e.g. where the data are. The command line wins over them.
+SITE_OVERRIDES=(
+  'train_data_path=[/scratch/data/dolma/train]'
+  'valid_data_path=[/scratch/data/dolma/valid]'
+  'tokenizer_model=/scratch/data/tokenizer'
+)
+
+# Network and threads.
+export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+export NCCL_IB_HCA=mlx5
+export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron asks for it with tensor parallelism before Blackwell
+export OMP_NUM_THREADS=1

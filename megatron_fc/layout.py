@@ -1,0 +1,192 @@
+"""How ranks are divided among the kinds of parallelism: which layouts are possible, and what fits instead.
+
+The rules are those of Megatron's `validate_args`, `initialize_model_parallel` and MoE layer, as far as they depend on
+sizes alone. They are kept here, apart, because a refusal has to list what would be possible.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from megatron_fc.errors import UserError
+
+_NODES_TRIED = range(1, 129)
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A world of ranks and how a model is spread over it; data parallelism takes the rest.
+
+    Args:
+        nodes: number of nodes.
+        gpus_per_node: ranks on each of them.
+        tensor: tensor parallel size (TP).
+        pipeline: pipeline parallel size (PP).
+        virtual_pipeline: stages per pipeline rank (VPP).
+        context: context parallel size (CP).
+        expert: expert parallel size (EP).
+        expert_tensor: tensor parallel size of experts (ETP).
+        micro_batch: sequences per rank and pass.
+        global_batch: sequences per step.
+        heads: attention heads.
+        layers: divided evenly among the stages; None where the config says how.
+        experts: per MoE layer, 0 for a dense model.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    tensor: int
+    pipeline: int
+    virtual_pipeline: int
+    context: int
+    expert: int
+    expert_tensor: int
+    micro_batch: int
+    global_batch: int
+    heads: int
+    layers: int | None
+    experts: int
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def data(self) -> int:
+        """Data parallel size (DP): copies of the model, each on sequences of its own."""
+        return self.world // (self.tensor * self.pipeline * self.context)
+
+    @property
+    def expert_data(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.world // (self.expert_tensor * self.expert * self.pipeline)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per rank and step."""
+        return self.global_batch // (self.micro_batch * self.data)
+
+    def __str__(self) -> str:
+        sizes = [f"TP{self.tensor}", f"PP{self.pipeline}"]
+        if self.context > 1:
+            sizes.append(f"CP{self.context}")
+        if self.experts:
+            sizes += [f"EP{self.expert}", f"ETP{self.expert_tensor}"]
+        return " ".join(sizes)
+
+    def refuse_impossible(self) -> None:
+        """Check the layout.
+
+        Raises:
+            UserError: it is impossible; names the field, its value, and the layouts that are possible.
+        """
+        self._refuse_sizes_below_one()
+        problem = self._problem()
+        if problem is None:
+            return
+        nodes = [str(n) for n in _NODES_TRIED if replace(self, nodes=n)._problem() is None]
+        others = [str(layout) for layout in self._others()]
+        raise UserError(
+            f"{problem}; possible with {self}: {_listed(nodes, 'no number of')} nodes; "
+            f"possible on {self._machine}: {_listed(others, 'none')}"
+        )
+
+    def _problem(self) -> str | None:
+        """The first rule that is broken, as the field, its value and why; None if the layout is possible."""
+        return next(self._broken_rules(), None)
+
+    def _refuse_sizes_below_one(self) -> None:
+        for name, size in (
+            ("nodes", self.nodes),
+            ("gpus_per_node", self.gpus_per_node),
+            ("tensor_model_parallel_size", self.tensor),
+            ("pipeline_model_parallel_size", self.pipeline),
+            ("context_parallel_size", self.context),
+            ("expert_model_parallel_size", self.expert),
+            ("expert_tensor_parallel_size", self.expert_tensor),
+            ("micro_batch_size", self.micro_batch),
+            ("global_batch_size", self.global_batch),
+        ):
+            if size < 1:
+                raise UserError(f"{name}={size} must be at least 1")
+
+    def _broken_rules(self) -> Iterator[str]:
+        if self.heads % self.tensor:
+            yield f"tensor_model_parallel_size={self.tensor} does not divide num_attention_heads={self.heads}"
+        stages = self.pipeline * self.virtual_pipeline
+        if self.layers is not None and self.layers % stages:
+            yield (
+                f"pipeline_model_parallel_size={self.pipeline} with {self.virtual_pipeline} stages per rank does not "
+                f"divide num_layers={self.layers}"
+            )
+        if self.expert > 1 and not self.experts:
+            yield f"expert_model_parallel_size={self.expert} needs experts, and num_experts is not set"
+        if self.experts % self.expert:
+            yield f"expert_model_parallel_size={self.expert} does not divide num_experts={self.experts}"
+        model = self.tensor * self.pipeline * self.context
+        if self.world % model:
+            yield self._misfit(
+                {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context},
+                f"TP{self.tensor} x PP{self.pipeline} x CP{self.context} = {model}",
+            )
+            return  # the rest counts copies of the model
+        experts = self.expert_tensor * self.expert * self.pipeline
+        if self.experts and self.world % experts:
+            yield self._misfit(
+                {"expert": self.expert, "expert_tensor": self.expert_tensor, "pipeline": self.pipeline},
+                f"PP{self.pipeline} x ETP{self.expert_tensor} x EP{self.expert} = {experts}",
+            )
+        if self.global_batch % (self.micro_batch * self.data):
+            yield (
+                f"global_batch_size={self.global_batch} does not fit {self._machine}: it is no multiple of "
+                f"micro_batch_size {self.micro_batch} x DP{self.data}"
+            )
+        if self.virtual_pipeline > 1 and self.accumulation_steps < self.pipeline:
+            yield (
+                f"global_batch_size={self.global_batch} gives each rank {self.accumulation_steps} micro-batches, and "
+                f"virtual stages need at least pipeline_model_parallel_size={self.pipeline}"
+            )
+
+    @property
+    def _machine(self) -> str:
+        return f"{_count(self.nodes, 'node')} of {_count(self.gpus_per_node, 'GPU')}"
+
+    def _misfit(self, sizes: dict[str, int], product_of_sizes: str) -> str:
+        field = max(sizes, key=lambda name: sizes[name])
+        name = f"{field}_parallel_size" if field in ("context", "expert_tensor") else f"{field}_model_parallel_size"
+        return (
+            f"{name}={sizes[field]} does not fit {self._machine}: "
+            f"{self.world} ranks are no multiple of {product_of_sizes}"
+        )
+
+    def _others(self) -> list["Layout"]:
+        """Possible layouts of the same model, batch and nodes, those that change least first."""
+        tensors = [size for size in _divisors(self.heads) if size <= self.gpus_per_node]
+        pipelines = _divisors((self.layers or self.pipeline) // self.virtual_pipeline)
+        experts = _divisors(self.experts) if self.experts else [1]
+        found = []
+        for tensor, pipeline, expert in product(tensors, pipelines, experts):
+            expert_tensor = tensor if self.expert_tensor == self.tensor else self.expert_tensor
+            layout = replace(self, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor)
+            if layout._problem() is None:
+                found.append(layout)
+        return sorted(found, key=self._distance)
+
+    def _distance(self, other: "Layout") -> tuple[int, int]:
+        pairs = [(self.tensor, other.tensor), (self.pipeline, other.pipeline), (self.expert, other.expert)]
+        changed = [(mine, theirs) for mine, theirs in pairs if mine != theirs]
+        return len(changed), sum(max(mine, theirs) // min(mine, theirs) for mine, theirs in changed)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _listed(words: list[str], none: str) -> str:
+    return ", ".join(words[:_LISTED]) + (" ..." if len(words) > _LISTED else "") if words else none

@@ -1,0 +1,45 @@
+"""`python -m megatron_fc.mpi COMMAND ...`: the same commands where MPI starts the processes and SLURM does not.
+
+MPI carries the ranks and the address of the first one to all processes, and is left before training begins: the
+training itself talks over NCCL or gloo as ever.
+"""
+
+import os
+import socket
+import sys
+
+from megatron_fc.cli import main
+from megatron_fc.errors import UserError
+
+
+def join() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from MPI; every process calls it.
+
+    Raises:
+        UserError: mpi4py is not installed.
+    """
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise UserError(
+            f"MPI cannot be used, {error}: pip install 'megatron_fc[mpi]' and have an MPI library"
+        ) from None
+    world = MPI.COMM_WORLD
+    here = world.Split_type(MPI.COMM_TYPE_SHARED)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        address, port = world.bcast((socket.gethostname(), probe.getsockname()[1]), root=0)
+    ranks = {"RANK": world.Get_rank(), "WORLD_SIZE": world.Get_size(), "LOCAL_RANK": here.Get_rank()}
+    os.environ.update({name: str(value) for name, value in (ranks | {"MASTER_PORT": port}).items()})
+    os.environ.setdefault("MASTER_ADDR", address)
+    here.Free()
+    MPI.Finalize()
+
+
+if __name__ == "__main__":
+    try:
+        join()
+    except UserError as error:
+        print(f"megatron-fc: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Jobs on a real SLURM that go wrong, or take their time."""
+
+import json
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, unavailable
+from site_files import REPOSITORY, Site, samples
+
+from megatron_fc.megatron.integrity import intact_checkpoints
+from megatron_fc.report.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+NODES = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=60")
+END = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
+
+
+@pytest.fixture(scope="module")
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file system for two checkpoints; mounted before the nodes start, as these see no later mounts."""
+    if reason := unavailable():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.fixture(scope="module")
+def disk_and_cluster(small_disk: Path, cluster: Cluster) -> tuple[Path, Cluster]:
+    return small_disk, cluster
+
+
+def submit(cluster: Cluster, site: Site, *words: str) -> list[str]:
+    """The jobs' numbers."""
+    printed = cluster.run(*words, **site.variables, CHECK="no").stdout
+    return [line.split()[-1] for line in printed.splitlines()]
+
+
+def wait_for_iteration(run_dir: Path, iteration: int) -> None:
+    deadline = time.monotonic() + 180
+    while max(read_metrics(run_dir).loss, default=0) < iteration:
+        assert time.monotonic() < deadline, f"waited for iteration {iteration} of {run_dir}"
+        time.sleep(0.5)
+
+
+def test_unknown_partition(cluster: Cluster, site: Site) -> None:
+    site.write(partition="nowhere")
+    for more in ([], ["--dry-run"]):
+        words = site.words("moe7b.sh", *NODES, *more)
+        done = cluster.run(*words, check=False, **site.variables, CHECK="no")
+        assert done.returncode == 2
+        assert done.stderr.startswith("launch: sbatch refuses: ")
+        assert "invalid partition" in done.stderr.lower()
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_job_that_never_gets_anywhere_stops(cluster: Cluster, site: Site) -> None:
+    site.write(more="PYTHON=/bin/false\n")
+    run_dir = site.run_dir("hopeless")
+    (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={run_dir}"))
+    ended = cluster.wait(job, *END)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "2")
+    assert "stuck: the last 2 starts began at iteration 0 and left no newer checkpoint; see" in site.log(job)
+    assert (run_dir / "state").read_text() == "stuck\n"
+
+
+def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site: Site) -> None:
+    slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
+    more = f"export PYTHONPATH=$PYTHONPATH:{disk} SLOW_DISK={slow}\n"
+    site.write(*samples(400_000), "save_interval=100000", more=more)
+    script = site.words("moe1b3.sh dfc_x2", *NODES, "--signal=B:USR1@120")
+    jobs = submit(cluster, site, str(REPOSITORY / "launch/chain.sh"), "3", *script)
+    assert len(jobs) == 3
+    run_dir = site.run_dir("moe1b3-dfc_x2")
+
+    wait_for_iteration(run_dir, 3)
+    slow.write_text("40")
+    elapsed = int(cluster.job(jobs[0])["RunTime"].split(":")[-2])
+    cluster.run("scontrol", "update", f"JobId={jobs[0]}", f"TimeLimit={elapsed + 2}")
+    first = cluster.wait(jobs[0], *END, seconds=240)
+    slow.unlink()
+    done = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])["iteration"]
+    site.write(*samples(4 * done + 20), "save_interval=100000", more=more)
+    assert (first["JobState"], first["ExitCode"]) == ("COMPLETED", "0:0")
+    log = site.log(jobs[0], "moe1b3-dfc_x2")
+    told, ended = (
+        datetime.fromisoformat(re.findall(rf"^(\S+ \S+) launch: {said}", log, re.MULTILINE)[0])
+        for said in ("got USR1", "ended with code 0 after USR1")
+    )
+    assert (ended - told).seconds >= 40
+
+    for job in jobs[1:]:
+        assert cluster.wait(job, *END, seconds=180)["JobState"] == "COMPLETED"
+    assert "launch: the target is reached\n" in site.log(jobs[1], "moe1b3-dfc_x2")
+    assert "launch: the target is reached already" in site.log(jobs[2], "moe1b3-dfc_x2")
+    events = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert [event["iteration"] for event in events] == [0, done, done, done + 5]
+    assert [event.get("reason") for event in events] == [None, "signal USR1", None, "target"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_intact(disk_and_cluster: tuple[Path, Cluster], site: Site) -> None:
+    disk, cluster = disk_and_cluster
+    site.write(*samples(80), "save_interval=5")
+    run_dir = disk / "run"
+    words = site.words("moe7b.sh", *NODES, f"run_dir={run_dir}")
+    (job,) = submit(cluster, site, *words)
+    assert cluster.wait(job, *END, seconds=180)["ExitCode"] == "3:0"
+    before = run_dir / "checkpoints" / "iter_0000010"
+    assert f"Megatron cannot write a checkpoint to {run_dir}/checkpoints, OSError: [Errno 28]" in site.log(job)
+    assert f"make room, start the same command again, it goes on from {before}, which is intact" in site.log(job)
+    assert "launch: stuck: " in site.log(job)
+    assert intact_checkpoints(run_dir / "checkpoints")[0] == before
+
+    (job,) = submit(cluster, site, *words)
+    assert cluster.wait(job, *END, seconds=180)["ExitCode"] == "3:0"
+    assert re.search(
+        rf"{run_dir} has .* free, 4 checkpoints need .*: make room or choose another run_dir", site.log(job)
+    )
+
+    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+    (job,) = submit(cluster, site, *words)
+    assert cluster.wait(job, *END, seconds=180)["JobState"] == "COMPLETED"
+    assert (run_dir / "state").read_text() == "done\n"

@@ -1,0 +1,136 @@
+"""What the launch scripts say before anything is submitted; no SLURM is needed for it."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from site_files import REPOSITORY, Site, run_on_login_node
+
+SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
+
+
+@pytest.fixture(autouse=True)
+def login_node(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Without sbatch, and without the check of config and data, which has tests of its own."""
+    programs = tmp_path_factory.mktemp("bin")
+    for name in ("bash", "basename", "date", "dirname", "env", "mkdir", "rm", "sed", "cat", "shellcheck"):
+        if path := shutil.which(name):
+            (programs / name).symlink_to(path)
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("CHECK", "no")
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck not found: apt-get install shellcheck")
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(script: Path) -> None:
+    done = subprocess.run(["shellcheck", "-x", script], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if "#SBATCH" in s.read_text()], ids=lambda path: path.name)
+def test_sbatch_lines_stand_unbroken_at_the_top(script: Path) -> None:
+    """SLURM stops reading at the first command, pyxis at the first other line."""
+    lines = script.read_text().splitlines()
+    block = [at for at, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert block == list(range(1, 1 + len(block)))
+
+
+def test_dry_run_shows_both_commands(site: Site) -> None:
+    site.write()
+    done = run_on_login_node(site, "moe7b.sh", "--dry-run", "--nodes=8", "connection=residual", "run_dir=/tmp/x y")
+    assert done.returncode == 0, done.stderr
+    sbatch, srun = done.stdout.splitlines()[:2]
+    assert sbatch.startswith("sbatch --job-name=moe7b ")
+    assert sbatch.rstrip().endswith(
+        "--nodes=8 " + f"{REPOSITORY}/launch/moe7b.sh connection=residual 'run_dir=/tmp/x y'"
+    )
+    assert "--container" not in srun
+    assert "train configs/olmoe_7b.yaml on_damage=previous keep_last=3 " in srun
+    assert srun.rstrip().endswith("connection=residual 'run_dir=/tmp/x y'")
+
+
+def test_container_flags_go_to_srun(site: Site) -> None:
+    site.write(more="IMAGE=/images/fc.sqsh MOUNTS=/data:/data,/repo:/repo\n")
+    srun = run_on_login_node(site, "moe7b.sh", "--dry-run").stdout.splitlines()[1]
+    flags = "--container-image=/images/fc.sqsh --container-mounts=/data:/data,/repo:/repo --container-workdir="
+    assert f"{flags}{REPOSITORY} bash -c" in srun
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides"),
+    [
+        ("residual", "connection=residual"),
+        ("sfc_x4", "connection=sfc rate=4"),
+        ("dfc_x2", "connection=dfc rate=2"),
+        ("dfc_x4", "connection=dfc rate=4"),
+        ("no_norm", "connection=dfc rate=2 norm=none"),
+        ("no_tanh", "connection=dfc rate=2 tanh=false"),
+        ("no_scale", "connection=dfc rate=2 scale=false"),
+    ],
+)
+def test_variants_are_overrides_and_runs_of_their_own(site: Site, variant: str, overrides: str) -> None:
+    site.write()
+    sbatch, srun = run_on_login_node(site, f"moe1b3.sh {variant}", "--dry-run").stdout.splitlines()[:2]
+    assert f"launch/moe1b3.sh {variant} run_dir={site.run_dir(f'moe1b3-{variant}')}" in sbatch
+    assert f" keep_last=3 {overrides} num_layers=2 " in srun
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "sentence"),
+    [
+        ([], "SBATCH_ACCOUNT=CHANGE_ME\n", "SBATCH_ACCOUNT is not set: set it in {site} (empty: the site's default)"),
+        ([], "unset SBATCH_PARTITION\n", "SBATCH_PARTITION is not set: set it in {site} (empty: the site's default)"),
+        (["--output=/dev/null/logs/%j"], "", "the log folder /dev/null/logs cannot be written: give --output=FILE"),
+        (["run_dir=/dev/null/run"], "", "run_dir=/dev/null/run cannot be written: choose another"),
+        (["--nodes", "4"], "", "'4' is neither an option of sbatch (--nodes=8) nor an override (key=value)"),
+        (["-N4"], "", "-N4: write sbatch's options as --name=value, e.g. --nodes=8"),
+        (["save=/tmp/x"], "", "save=/tmp/x: checkpoints lie in run_dir, drop save"),
+    ],
+)
+def test_mistakes_are_one_sentence(site: Site, words: list[str], more: str, sentence: str) -> None:
+    site.write(more=more)
+    done = run_on_login_node(site, "moe7b.sh", *words)
+    assert done.returncode == 2
+    assert done.stderr == f"launch: {sentence.format(site=site.folder / 'site.sh')}\n"
+    assert done.stdout == ""
+
+
+def test_other_mistakes(site: Site, tmp_path: Path) -> None:
+    site.write()
+    done = run_on_login_node(site, "moe1b3.sh dfc_x3", "--dry-run")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("launch: 'dfc_x3' is no variant: residual, sfc_x4, ")
+
+    words = [str(REPOSITORY / "launch/moe7b.sh")]
+    variables = os.environ | {"SITE": str(tmp_path / "no.sh")}
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
+    assert done.stderr == f"launch: {tmp_path}/no.sh is missing: copy launch/site.example.sh to it and fill it in\n"
+
+    variables = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
+    assert done.stderr == f"launch: submit from the repository's folder, not from {tmp_path}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (
+            ["--nodes=3", "pipeline_model_parallel_size=2"],
+            "expert_model_parallel_size=8 does not fit 3 nodes of 8 GPUs: ",
+        ),
+        (["--nodes=4", "train_data_path=[/no/data]"], "train_data_path=/no/data: /no/data.bin does not exist"),
+    ],
+)
+def test_layout_and_data_are_checked(
+    site: Site, words: list[str], start: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CHECK")
+    site.write(full_size=True)
+    run_dir = tmp_path / "run"
+    done = run_on_login_node(site, "moe7b.sh", *words, f"run_dir={run_dir}", "--dry-run")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"megatron-fc: {start}")
+    assert done.stderr.count("\n") == 1
+    assert not run_dir.exists()

@@ -1,0 +1,159 @@
+"""A run on a real SLURM that everything happens to: its curve is that of a run which nobody disturbed."""
+
+import contextlib
+import itertools
+import json
+import re
+import time
+from pathlib import Path
+
+import harness
+import psutil
+import pytest
+import torch
+from cluster import Cluster, unavailable
+from site_files import REPOSITORY, Site, samples
+from test_pretrain import figures
+
+from megatron_fc.megatron.environment import has_apex, has_transformer_engine
+from megatron_fc.report.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+WORLD, ITERATIONS, BATCH = 8, 48, 4
+LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
+OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *samples(ITERATIONS * BATCH), "save_interval=5")
+NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@60")
+
+
+class Run:
+    """The job, as its user sees it."""
+
+    def __init__(self, cluster: Cluster, site: Site) -> None:
+        self.cluster, self.site, self.dir = cluster, site, site.run_dir()
+        printed = cluster.run(*site.words("moe7b.sh", *NODES, "--time=60"), **site.variables, CHECK="no").stdout
+        self.job = printed.split()[-1]
+
+    def starts(self) -> list[dict]:
+        with contextlib.suppress(FileNotFoundError):
+            return [json.loads(line) for line in (self.dir / "starts.jsonl").read_text().splitlines()]
+        return []
+
+    def wait_for_start(self, number: int) -> int:
+        """Until it trains for the nth time; returns the iteration that it goes on from."""
+        return self._wait(lambda: [e for e in self.starts() if e["event"] == "start"][number - 1 :], number)[0][
+            "iteration"
+        ]
+
+    def wait_for_iteration(self, iteration: int) -> None:
+        self._wait(lambda: max(read_metrics(self.dir).loss, default=0) >= iteration, iteration)
+
+    def _wait(self, condition, what):
+        deadline = time.monotonic() + 300
+        while not (value := condition()):
+            job = self.cluster.job(self.job)
+            assert job["JobState"] not in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"), self.site.log(self.job)
+            assert time.monotonic() < deadline, f"waited for {what}: {job['JobState']} {self.site.log(self.job)}"
+            time.sleep(0.5)  # the ranks need both cores
+        return value
+
+    def limit(self, minutes: int) -> None:
+        self.cluster.run("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
+
+
+def test_time_limit_preemption_node_loss_and_kill_9(cluster: Cluster, site: Site, tmp_path: Path) -> None:
+    """With the plain optimizer: without TE or Apex, Megatron resumes no distributed one."""
+    site.write(*OVERRIDES)
+    run = survive(cluster, site)
+    undisturbed = tmp_path / "undisturbed"
+    words = ["train", str(REPOSITORY / "configs/olmoe_7b.yaml"), *site.overrides, f"run_dir={undisturbed}"]
+    harness.run("command_line", WORLD, tmp_path / "ranks", words, timeout=300)
+    assert figures(run.dir) == figures(undisturbed)
+
+
+@pytest.mark.gpu
+def test_the_same_with_the_distributed_optimizer_on_gpus(site: Site, tmp_path: Path) -> None:
+    """On a machine with a GPU for each rank, which become those of the nodes. Not run anywhere yet."""
+    if reason := unavailable():
+        pytest.skip(reason)
+    if torch.cuda.device_count() < WORLD or not (has_apex() or has_transformer_engine()):
+        pytest.skip(f"needs {WORLD} GPUs, and Transformer Engine or Apex for the distributed optimizer")
+    undisturbed = tmp_path / "undisturbed"
+    with Cluster(tmp_path / "slurm", nodes=5, gpus=2, are_real=True) as cluster:
+        site.write(*OVERRIDES, "use_distributed_optimizer=true", "distributed_backend=nccl")
+        run = survive(cluster, site)
+        words = site.words("moe7b.sh", *NODES, "--time=60", f"run_dir={undisturbed}")
+        job = cluster.run(*words, **site.variables, CHECK="no").stdout.split()[-1]
+        assert cluster.wait(job, "COMPLETED", "FAILED", seconds=600)["JobState"] == "COMPLETED"
+    assert figures(run.dir)["lm loss"] == figures(undisturbed)["lm loss"]
+
+
+def survive(cluster: Cluster, site: Site) -> Run:
+    """Submit, disturb in four ways, wait for the end."""
+    run = Run(cluster, site)
+
+    run.wait_for_start(1)
+    run.wait_for_iteration(3)
+    elapsed = cluster.job(run.job)["RunTime"].split(":")
+    run.limit(int(elapsed[-2]) + 1)  # so the signal, a minute before the limit, comes now
+    cluster.wait(run.job, "PENDING", seconds=120)
+    run.limit(60)
+    from_limit = run.wait_for_start(2)
+    assert from_limit >= 3
+
+    run.wait_for_iteration(from_limit + 2)
+    urgent = cluster.run("sbatch", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    cluster.wait(urgent.stdout.split()[-1], "COMPLETED", seconds=120)
+    from_preemption = run.wait_for_start(3)
+    assert from_preemption >= from_limit + 2
+
+    run.wait_for_iteration(from_preemption + 6)  # behind a checkpoint
+    lost = run.starts()[-1]["host"][2]
+    cluster.kill_node(int(lost.removeprefix("n")))
+    from_loss = run.wait_for_start(4)
+    assert from_loss > from_preemption
+    assert lost not in run.starts()[-1]["host"]
+
+    run.wait_for_iteration(from_loss + 6)
+    kill_rank(5, run.job)
+    from_kill = run.wait_for_start(5)
+    assert from_loss < from_kill < ITERATIONS
+
+    done = cluster.wait(run.job, "COMPLETED", "FAILED", seconds=300)
+    log = site.log(run.job)
+    assert (done["JobState"], done["ExitCode"], done["Restarts"]) == ("COMPLETED", "0:0", "4"), log
+    assert (run.dir / "state").read_text() == "done\n"
+    check_samples(run, from_limit, from_preemption, from_loss, from_kill)
+    return run
+
+
+def kill_rank(rank: int, job: str) -> None:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            mine = process.environ()
+            if (mine.get("RANK"), mine.get("SLURM_JOB_ID")) == (str(rank), job) and "train" in process.cmdline():
+                process.kill()
+
+
+def check_samples(run: Run, *resumed: int) -> None:
+    """Every batch counts once: each start goes on with its checkpoint's samples, the last one ends at the target."""
+    starts = [event for event in run.starts() if event["event"] == "start"]
+    assert [event["iteration"] for event in starts] == [0, *resumed]
+    for event in starts:
+        assert event["consumed_samples"] == event["iteration"] * BATCH
+        assert event["target_samples"] == ITERATIONS * BATCH
+        assert event["checkpoint"] == (
+            str(run.dir / "checkpoints" / f"iter_{event['iteration']:07d}") if event["iteration"] else None
+        )
+    lines = re.findall(r"iteration +(\d+)/ +\d+ \| consumed samples: +(\d+)", (run.dir / "logs/rank7.log").read_text())
+    assert all(int(samples) == int(iteration) * BATCH for iteration, samples in lines)
+    assert {int(iteration) for iteration, _ in lines} == set(range(1, ITERATIONS + 1))
+    # From start to start, iterations follow each other without a gap.
+    steps = [int(iteration) for iteration, _ in lines]
+    jumps = [after for before, after in itertools.pairwise(steps) if after != before + 1]
+    assert all(after - 1 in resumed for after in jumps)
+    end = run.starts()[-1]
+    assert (end["event"], end["reason"]) == ("end", "target")
+    assert (end["iteration"], end["consumed_samples"]) == (ITERATIONS, ITERATIONS * BATCH)
+    assert "signal USR1" in [event.get("reason") for event in run.starts()]
+    assert any(str(event.get("reason")).startswith("lost rank 5 (process ") for event in run.starts())

@@ -1,0 +1,97 @@
+"""What a run does when it is told to end, and when its newest checkpoint turns out to be damaged."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from test_integrity import SHARD, cut, flip
+from test_pretrain import command, environment, figures, train
+from test_pretrain import config as config
+
+from megatron_fc.megatron.checkpoint import TRACKER
+from megatron_fc.report.metrics import read_metrics
+
+ENDLESS = ("train_iters=100000", "lr_decay_iters=100", "save_interval=4", "eval_iters=0")
+SHORT = ("train_iters=12", *ENDLESS[1:])
+
+
+def events(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_all_its_processes_lets_a_run_save_and_end(config: Path, number: signal.Signals) -> None:
+    """As SLURM sends it, where a task is all that it has started: Megatron's checkpoint writers among them."""
+    run_dir = config.parent / f"told-{number.name}"
+    process = subprocess.Popen(
+        command(config, f"run_dir={run_dir}", *ENDLESS),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while max(read_metrics(run_dir).loss, default=0) < 6:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, number)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    name = number.name.removeprefix("SIG")
+    assert printed.endswith(f"dfc_x4  ended early: signal {name}\n")
+    start, end = events(run_dir)
+    assert (start["event"], start["iteration"], start["checkpoint"], start["world_size"]) == ("start", 0, None, 1)
+    assert (end["event"], end["reason"], end["iteration"] >= 6) == ("end", f"signal {name}", True)
+    assert end["consumed_samples"] == 4 * end["iteration"]
+    assert (run_dir / "checkpoints" / TRACKER).read_text() == str(end["iteration"])
+    assert (run_dir / "state").read_text() == "continue\n"
+
+
+@pytest.fixture(scope="module")
+def finished(config: Path) -> Path:
+    """A run with checkpoints after 4, 8 and 12 iterations."""
+    run_dir = config.parent / "three_checkpoints"
+    train(config, run_dir, *SHORT)
+    return run_dir
+
+
+def test_a_run_notes_its_start_and_its_end(finished: Path) -> None:
+    start, end = events(finished)
+    assert (start["event"], start["consumed_samples"], start["target_samples"]) == ("start", 0, 48)
+    assert (end["event"], end["reason"], end["iteration"], end["consumed_samples"]) == ("end", "target", 12, 48)
+    assert (finished / "state").read_text() == "done\n"
+
+
+DAMAGES = {
+    "files": lambda folder: cut(folder / "iter_0000012" / SHARD),
+    "content": lambda folder: flip(folder / "iter_0000012" / SHARD, 50_000),
+    "content, and files of the one before": lambda folder: (
+        flip(folder / "iter_0000012" / SHARD, 50_000),
+        cut(folder / "iter_0000008" / SHARD),
+    ),
+    "tracker": lambda folder: (folder / TRACKER).write_text(""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_loudly(damage: str, config: Path, finished: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    folder = run_dir / "checkpoints"
+    DAMAGES[damage](folder)
+    goes_on = {"tracker": 12, "content, and files of the one before": 4}.get(damage, 8)
+    printed = train(config, run_dir, *SHORT, "on_damage=previous")["printed"]
+    assert "WARNING: " in printed
+    assert f"on_damage=previous: this run does, and what came after iter_{goes_on:07d} is trained again" in printed
+    start, end = events(run_dir)[2:]
+    assert start["checkpoint"] == str(folder / f"iter_{goes_on:07d}")
+    assert (start["iteration"], start["consumed_samples"]) == (goes_on, goes_on * 4)
+    assert end["reason"] == "target"
+    assert (folder / TRACKER).read_text() == "12"
+    assert figures(run_dir) == figures(finished)
