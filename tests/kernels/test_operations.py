@@ -73,8 +73,10 @@ def test_token_counts(tokens: int) -> None:
     check(reference.make(FracConfig(rate=4), 64, tokens, torch.float32, "layernorm"), FP32)
 
 
-def test_many_tokens() -> None:
-    check(reference.make(FracConfig(rate=4), 64, 4096, torch.float32, "rmsnorm"), FP32)
+@pytest.mark.parametrize(("rate", "tokens", "kind"), [(1, 4096, None), (4, 128, "rmsnorm")])
+def test_many_tokens(rate: int, tokens: int, kind: str | None) -> None:
+    """More tiles than programs: sums go on from tile to tile. The interpreter's time goes by tiles, hence one fraction."""
+    check(reference.make(FracConfig(rate=rate), 16 * rate, tokens, torch.float32, kind), FP32)
 
 
 def test_norm_weight_stored_less_one() -> None:
