@@ -170,7 +170,7 @@ guard() { # stop when the last starts all began where this one would begin
 }
 
 stuck() {
-  echo stuck >"$RUN_DIR/state"
+  echo stuck >"$RUN_DIR/state" || true # the disk may be full
   say "stuck: $1; see above and $RUN_DIR/logs, and start again when it is repaired"
   exit 3
 }

@@ -1,11 +1,11 @@
 """What a Megatron checkpoint says about its connections, read before anything is built or overwritten."""
 
-import errno
+import os
 import re
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -16,7 +16,6 @@ from megatron_fc.functional import FracParameters
 from megatron_fc.megatron.integrity import INDEX, intact_checkpoints, refuse_damaged, step_of, way_on
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}  # what does not heal by itself
 _WRITING = {"save_checkpoint", "maybe_finalize_async_save"}  # Megatron's functions
 _MARK = ".connection."
 _FOLDER = re.compile(r"iter_\d+|release")
@@ -76,15 +75,17 @@ def checkpoint_errors_named(args: Namespace) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        causes = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
+        cause = causes[0] if causes else error  # not every rank hears of the others' failures
         said = shorten(f"{type(cause).__name__}: {cause}", 200)
         if "load_checkpoint" in passed:
             sentence = _cannot_load(args, said)
-        elif passed & _WRITING and getattr(cause, "errno", None) in _LASTING:
-            sentence = _cannot_write(args, said)
+        elif passed & _WRITING and (failure := _failure_to_write(Path(args.save))):
+            sentence = _cannot_write(args, failure)
         else:
             raise
-        traceback.print_exc()
+        with suppress(OSError):  # the log may be on the full disk
+            traceback.print_exc()
         raise UserError(sentence) from error
 
 
@@ -97,10 +98,29 @@ def _cannot_load(args: Namespace, said: str) -> str:
     )
 
 
-def _cannot_write(args: Namespace, said: str) -> str:
+def _failure_to_write(folder: Path) -> OSError | None:
+    """What the system says to a write of one MiB: of its writers' errors Megatron keeps no more than the name."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        with open(probe, "wb") as file:
+            file.write(bytes(1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return None
+
+
+def _cannot_write(args: Namespace, failure: OSError) -> str:
     before = latest_checkpoint(Path(args.save))
     rest = f"it goes on from {before}, which is intact" if before else "no checkpoint was written before"
-    return f"Megatron cannot write a checkpoint to {args.save}, {said}: make room, start the same command again, {rest}"
+    return (
+        f"Megatron cannot write a checkpoint to {args.save}, {failure.strerror}: repair that, start the same command "
+        f"again, {rest}"
+    )
 
 
 def is_frac_key(key: str) -> bool:

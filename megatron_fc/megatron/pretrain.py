@@ -72,8 +72,6 @@ def train(recipe: Recipe) -> Trained:
     start = time.perf_counter()
     join_world()
     args = parse(recipe)
-    if cpu.needed() and args.use_persistent_ckpt_worker:  # it dies there, and Megatron waits for it
-        raise UserError("use_persistent_ckpt_worker=true needs a CUDA device: set it to false, then saving waits")
     first_step = _upcycling(args, recipe) if args.frac_from_residual else None
     if args.load and first_step is None:  # else it is yet to be written
         first_step = _continuing(args, recipe)

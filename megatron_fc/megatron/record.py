@@ -1,5 +1,6 @@
 """What a run does when it is told to end, and the record of how it started and ended."""
 
+import contextlib
 import signal
 import socket
 import threading
@@ -79,7 +80,9 @@ class RunRecord:
             reason: in words.
             step_is_done: the step that Megatron began last is finished.
         """
-        if self._start is not None and is_log_rank():
+        if self._start is None or not is_log_rank():
+            return
+        with contextlib.suppress(OSError):  # a full disk must not hide why the run ends
             record_end(
                 self._run_dir,
                 iteration=max(self._start, getattr(self._args, "curr_iteration", 0) + step_is_done),

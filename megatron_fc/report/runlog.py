@@ -13,10 +13,43 @@ from megatron_fc.report.lines import parse_iteration, parse_validation
 from megatron_fc.report.progress import ProgressDisplay
 
 
+class _Log(io.TextIOBase):
+    """A log file; that it can no longer be written is said once, and does not end the run."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._has_failed = path, False
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by `close`)
+
+    def write(self, text: str) -> int:
+        with self._failure_said():
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._failure_said():
+            self._file.flush()
+
+    def close(self) -> None:
+        with self._failure_said():
+            self._file.close()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    @contextlib.contextmanager
+    def _failure_said(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._has_failed and sys.__stderr__ is not None:
+                print(f"WARNING: {self._path} cannot be written, {error.strerror}", file=sys.__stderr__, flush=True)
+            self._has_failed = True
+
+
 class _Tee(io.TextIOBase):
     """Writes into the log and hands every whole line to `on_line`."""
 
-    def __init__(self, log: TextIO, on_line: Callable[[str], None]) -> None:
+    def __init__(self, log: _Log, on_line: Callable[[str], None]) -> None:
         self._log, self._on_line, self._pending = log, on_line, ""
 
     def write(self, text: str) -> int:
@@ -50,7 +83,7 @@ def run_log(
     """
     log_path = run_dir / "logs" / f"rank{rank}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with open(log_path, "a", buffering=1) as log:
+    with _Log(log_path) as log:
 
         def on_line(line: str) -> None:
             if display is None:

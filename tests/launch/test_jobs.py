@@ -27,14 +27,15 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if reason := unavailable():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("disk")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", folder], check=True)
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="module")
-def disk_and_cluster(small_disk: Path, cluster: Cluster) -> tuple[Path, Cluster]:
-    return small_disk, cluster
+def cluster(small_disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=2, gpus=2) as running:
+        yield running
 
 
 def submit(cluster: Cluster, site: Site, *words: str) -> list[str]:
@@ -105,18 +106,17 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
     assert [event.get("reason") for event in events] == [None, "signal USR1", None, "target"]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_intact(disk_and_cluster: tuple[Path, Cluster], site: Site) -> None:
-    disk, cluster = disk_and_cluster
+def test_a_full_disk_leaves_the_last_checkpoint_intact(cluster: Cluster, small_disk: Path, site: Site) -> None:
     site.write(*samples(80), "save_interval=5")
-    run_dir = disk / "run"
+    run_dir = small_disk / "run"
     words = site.words("moe7b.sh", *NODES, f"run_dir={run_dir}")
     (job,) = submit(cluster, site, *words)
     assert cluster.wait(job, *END, seconds=180)["ExitCode"] == "3:0"
-    before = run_dir / "checkpoints" / "iter_0000010"
-    assert f"Megatron cannot write a checkpoint to {run_dir}/checkpoints, OSError: [Errno 28]" in site.log(job)
-    assert f"make room, start the same command again, it goes on from {before}, which is intact" in site.log(job)
+    before = intact_checkpoints(run_dir / "checkpoints")[0]
+    assert f"Megatron cannot write a checkpoint to {run_dir}/checkpoints, No space left on device: " in site.log(job)
+    assert f"repair that, start the same command again, it goes on from {before}, which is intact" in site.log(job)
     assert "launch: stuck: " in site.log(job)
-    assert intact_checkpoints(run_dir / "checkpoints")[0] == before
+    assert (run_dir / "state").read_text() == "stuck\n"
 
     (job,) = submit(cluster, site, *words)
     assert cluster.wait(job, *END, seconds=180)["ExitCode"] == "3:0"
@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(disk_and_cluster: tuple[P
         rf"{run_dir} has .* free, 4 checkpoints need .*: make room or choose another run_dir", site.log(job)
     )
 
-    subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     (job,) = submit(cluster, site, *words)
     assert cluster.wait(job, *END, seconds=180)["JobState"] == "COMPLETED"
     assert (run_dir / "state").read_text() == "done\n"
