@@ -75,7 +75,7 @@ def test_token_counts(tokens: int) -> None:
 
 @pytest.mark.parametrize(("rate", "tokens", "kind"), [(1, 4096, None), (4, 128, "rmsnorm")])
 def test_many_tokens(rate: int, tokens: int, kind: str | None) -> None:
-    """More tiles than programs: sums go on from tile to tile. The interpreter's time goes by tiles, hence one fraction."""
+    """More tiles than programs: sums go on from tile to tile. The interpreter's time is by tiles, so one fraction."""
     check(reference.make(FracConfig(rate=rate), 16 * rate, tokens, torch.float32, kind), FP32)
 
 
