@@ -10,5 +10,5 @@ def unknown(what: str, name: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:
         return f"unknown {what} {name!r}: did you mean {near[0]!r}?"
-    listed = ", ".join(names) if len(names) <= 20 else f"{len(names)} names, see `megatron-fc train --keys`"
+    listed = ", ".join(names) if len(names) <= 20 else f"{len(names)} names, Megatron's arguments among them"
     return f"unknown {what} {name!r}: valid are {listed}"
