@@ -8,7 +8,7 @@
 | boundary, backward | g_x, g_mixed, h', o | gradient of h', g_o | 6 |
 
 Per token there are also, in fp32, beta (m values) and alpha (m*m) in forward and the gradient of beta (m) in backward.
-Parameters are read once per program; their gradients are written once per program, as partial sums.
+Parameters are read and sums for their gradients written once per program; from tile to tile both stay in cache.
 
 Two passes over a tile: the first takes all inner products of rows, the second, which finds the rows in cache, makes the
 result. Between them everything is algebra on tables: the statistics of x follow from the products of the rows of h, so
