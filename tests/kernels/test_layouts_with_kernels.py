@@ -1,15 +1,11 @@
 """The kernels in every parallel layout: step 0 against the torch backend on one rank."""
 
 import math
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
-
 import harness
-from layouts import LAYOUTS, ONE_RANK, Layout, Model
+import pytest
+from layouts import LAYOUTS, Layout, Model
 
 from megatron_fc import FracConfig
 
