@@ -131,6 +131,11 @@ def write_start(model: Model, folder: Path) -> None:
     Run(ONE_RANK, model, folder / model.name, "sgd")
 
 
+def write_reference(model: Model, folder: Path) -> None:
+    """Store a model's start and the gradient of step 0."""
+    first_step(ONE_RANK, model, folder)
+
+
 def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[str, float]:
     """Negative control: the connections' gradients are left out of the reduction over tensor ranks."""
     layout.initialise()
@@ -140,6 +145,14 @@ def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[st
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
     run.accumulate(0)
     return run.compare_gradient()[0]
+
+
+def first_step(layout: Layout, model: Model, folder: Path) -> tuple[float, dict[str, float]]:
+    """Loss of step 0 and its gradient's differences to the reference's, parameter by parameter."""
+    layout.initialise()
+    run = Run(layout, model, folder / model.name, optimizers_of(layout, model)[0])
+    run.accumulate(0)
+    return run.losses[0], run.compare_gradient()[0]
 
 
 def parameters_at_every_forward(
