@@ -207,13 +207,13 @@ class Counted:
     Attributes:
         counts: what was counted.
         routing: by MoE layer, counted from 0.
-        padding: elements of gradient buffers that no parameter has.
+        padding_bytes: of gradients and of weights in the buffers of data parallelism that belong to no parameter.
         losses, plain_losses: of two steps, the second one counted, and of the same ones without a counter.
     """
 
     counts: NetworkCounts
     routing: dict[int, Routing]
-    padding: int
+    padding_bytes: tuple[int, int]
     losses: list[float]
     plain_losses: list[float]
 
@@ -237,10 +237,17 @@ def count_network(layout: Layout, model: Model, more: dict[str, Any]) -> Counted
     return Counted(
         counts=counter.counts,
         routing={layer: _routing(count) for layer, count in sorted(tokens.items())},
-        padding=sum(buffer.numel - sum(p.numel() for p in buffer.params) for buffer in buffers),
+        padding_bytes=(
+            sum(_padding(buffer) * buffer.grad_dtype.itemsize for buffer in buffers),
+            sum(_padding(buffer) * buffer.param_dtype.itemsize for buffer in buffers),
+        ),
         losses=run.losses,
         plain_losses=plain_losses,
     )
+
+
+def _padding(buffer: Any) -> int:
+    return int(buffer.numel - sum(parameter.numel() for parameter in buffer.params))
 
 
 def _add_tokens(tokens: dict[int, torch.Tensor], router: Any, _: Any, output: tuple[Any, torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ Phases, groups, collectives and nodes are compared byte by byte; what the model 
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import harness
 import pytest
@@ -27,20 +28,61 @@ FP32_BYTES = 4
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 def test_model_equals_counter(layout: Layout, tmp_path: Path) -> None:
-    for rank, counted in enumerate(count(layout, tmp_path, {})):
-        assert sent(counted.counts) == expected(layout, Recompute(), rank, counted)
-        assert repr(counted.losses) == repr(counted.plain_losses)  # to the bit, nan included
+    check(layout, model_of(layout), tmp_path)
+
+
+def test_half_precision_keeps_connections_in_fp32(tmp_path: Path) -> None:
+    layout = BY_NAME["DP2 distributed optimizer"]
+    check(layout, replace(model_of(layout), bf16=True), tmp_path)
+
+
+def test_tied_embeddings_are_summed_between_first_and_last_stage(tmp_path: Path) -> None:
+    layout = BY_NAME["TP2+SP+PP2"]
+    ranks = check(layout, model_of(layout), tmp_path, {"tied": True}, tied=True)
+    assert all(any(key.group == "embedding" for key in counted.counts) for counted in ranks)
+
+
+def test_shared_experts(tmp_path: Path) -> None:
+    layout = BY_NAME["TP2+SP+EP2"]
+    more = {"moe_shared_expert_intermediate_size": 32}
+    check(layout, model_of(layout), tmp_path, more, shared_ffn=32)
 
 
 def test_full_recompute_sends_forward_again(tmp_path: Path) -> None:
     layout = BY_NAME["TP2+SP+EP2"]
-    for rank, counted in enumerate(count(layout, tmp_path, RECOMPUTE)):
+    ranks = check(layout, model_of(layout), tmp_path, RECOMPUTE, Recompute("full"))
+    for counted in ranks:
         assert {key.group for key in counted.counts if key.phase == "recompute"} == {"tp", "ep"}
-        assert sent(counted.counts) == expected(layout, Recompute("full"), rank, counted)
 
 
-def count(layout: Layout, folder: Path, more: dict[str, object]) -> list[Counted]:
-    return harness.run("count_network", layout.world, folder, layout, model_of(layout), more)
+def test_selective_recompute_sends_its_modules_again(tmp_path: Path) -> None:
+    layout = BY_NAME["TP2+SP+EP2"]
+    more = {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]}
+    check(layout, model_of(layout), tmp_path, more, Recompute("selective", ("mlp", "moe")))
+
+
+def check(
+    layout: Layout,
+    model: Model,
+    folder: Path,
+    more: dict[str, Any] | None = None,
+    recompute: Recompute | None = None,
+    **shape: Any,
+) -> list[Counted]:
+    """Count on all ranks, compare each with the model; `more` goes to Megatron, `shape` to the model of bytes."""
+    training = Training(
+        element_bytes=2 if model.bf16 else FP32_BYTES,
+        distributed_optimizer=layout.distributed_optimizer,
+        sequence_parallel=layout.sequence,
+        recompute=recompute or Recompute(),
+        overlap_grad_reduce=layout.overlap,
+        overlap_param_gather=layout.overlap,
+    )
+    ranks = harness.run("count_network", layout.world, folder, layout, model, more or {})
+    for rank, counted in enumerate(ranks):
+        assert sent(counted.counts) == expected(layout, replace(shape_of(model), **shape), training, rank, counted)
+        assert repr(counted.losses) == repr(counted.plain_losses)  # to the bit, nan included
+    return ranks
 
 
 def model_of(layout: Layout) -> Model:
@@ -65,21 +107,15 @@ def add(pairs: dict[NetworkKey, tuple[int, int]], key: NetworkKey, intra_node: i
     pairs[key] = before[0] + intra_node, before[1] + inter_node
 
 
-def expected(layout: Layout, recompute: Recompute, rank: int, counted: Counted) -> dict[NetworkKey, tuple[int, int]]:
+def expected(
+    layout: Layout, shape: Shape, training: Training, rank: int, counted: Counted
+) -> dict[NetworkKey, tuple[int, int]]:
     """What the model says, and what it leaves out."""
-    training = Training(
-        element_bytes=FP32_BYTES,
-        distributed_optimizer=layout.distributed_optimizer,
-        sequence_parallel=layout.sequence,
-        recompute=recompute,
-        overlap_grad_reduce=layout.overlap,
-        overlap_param_gather=layout.overlap,
-    )
     shared = shared_layout(layout)
-    modelled = network_bytes(shape_of(layout), shared, training, rank, routing=counted.routing)
+    modelled = network_bytes(shape, shared, training, rank, routing=counted.routing)
     result = sent({as_counted(key): count for key, count in modelled.items()})
     place = Placement(shared, rank)
-    for key, bytes_sent, to in left_out(layout, place, counted.padding):
+    for key, bytes_sent, to in left_out(layout, place, counted.padding_bytes):
         here = place.is_on_this_node(to)
         add(result, key, bytes_sent if here else 0, 0 if here else bytes_sent)
     return result
@@ -94,7 +130,7 @@ def as_counted(key: NetworkKey) -> NetworkKey:
     return key
 
 
-def left_out(layout: Layout, place: Placement, padding: int) -> Iterator[tuple[NetworkKey, int, int]]:
+def left_out(layout: Layout, place: Placement, padding_bytes: tuple[int, int]) -> Iterator[tuple[NetworkKey, int, int]]:
     """Key, bytes and receiver of what the model does not count."""
     world = "tp-cp-dp-pp"
     reduced = {
@@ -111,13 +147,12 @@ def left_out(layout: Layout, place: Placement, padding: int) -> Iterator[tuple[N
     if layout.distributed_optimizer:
         group, size, to = place.name("dp-cp"), place.size("dp-cp"), place.following("dp-cp")
         backward, forward = ("backward", "forward") if layout.overlap else ("optimizer", "optimizer")
-        padding_bytes = padding * FP32_BYTES
-        yield NetworkKey(backward, group, "reduce_scatter"), ring_reduce_scatter_bytes(padding_bytes, size), to
-        yield NetworkKey(forward, group, "all_gather"), ring_all_gather_bytes(padding_bytes, size), to
+        gradients, weights = padding_bytes
+        yield NetworkKey(backward, group, "reduce_scatter"), ring_reduce_scatter_bytes(gradients, size), to
+        yield NetworkKey(forward, group, "all_gather"), ring_all_gather_bytes(weights, size), to
 
 
-def shape_of(layout: Layout) -> Shape:
-    model = model_of(layout)
+def shape_of(model: Model) -> Shape:
     config = tiny.transformer_config(model.kind, **model.options())
     moe = [False] * model.layers if model.kind == "dense" else [False] + [True] * (model.layers - 1)
     return Shape(
