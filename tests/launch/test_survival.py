@@ -4,11 +4,11 @@ import contextlib
 import itertools
 import json
 import re
+import signal
 import time
 from pathlib import Path
 
 import harness
-import psutil
 import pytest
 import torch
 from cluster import Cluster, unavailable
@@ -115,7 +115,7 @@ def survive(cluster: Cluster, site: Site) -> Run:
     assert lost not in run.starts()[-1]["host"]
 
     run.wait_for_iteration(from_loss + 6)
-    kill_rank(5, run.job)
+    run.cluster.signal_rank(5, run.job, signal.SIGKILL)
     from_kill = run.wait_for_start(5)
     assert from_loss < from_kill < ITERATIONS
 
@@ -125,14 +125,6 @@ def survive(cluster: Cluster, site: Site) -> Run:
     assert (run.dir / "state").read_text() == "done\n"
     check_samples(run, from_limit, from_preemption, from_loss, from_kill)
     return run
-
-
-def kill_rank(rank: int, job: str) -> None:
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            mine = process.environ()
-            if (mine.get("RANK"), mine.get("SLURM_JOB_ID")) == (str(rank), job) and "train" in process.cmdline():
-                process.kill()
 
 
 def check_samples(run: Run, *resumed: int) -> None:
