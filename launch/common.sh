@@ -11,8 +11,8 @@ set -euo pipefail
 # The site file sets these; launch/site.example.sh describes them.
 SITE=${SITE:-launch/site.sh}
 RUNS=runs PYTHON=python IMAGE='' MOUNTS='' SITE_OVERRIDES=()
-# A run that has started this often from the same checkpoint, without a signal to end, does not start again.
-MAX_STARTS=2
+# A run that has started this often from the same checkpoint does not start again; preempted starts do not count.
+MAX_STARTS=3
 # Seconds after which srun kills the ranks that still run when one has ended, e.g. one that hangs.
 WAIT=120
 
@@ -156,11 +156,11 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
   [[ $CODE != 0 || $SIGNAL ]] || step train
   trap '' USR1 TERM
   if [[ $CODE == 16 ]]; then echo $((SHIFT + 1)) >"$RUN_DIR/shift"; else rm -f "$RUN_DIR/shift"; fi
-  [[ ! $SIGNAL ]] || echo signal >>"$RUN_DIR/launches" # such a start has not failed
+  [[ $SIGNAL != TERM ]] || echo preempted >>"$RUN_DIR/launches" # such a start has not failed
   case $CODE:$(state) in
     0:done) say "the target is reached"; return 0 ;;
     2:*) stuck "the input is wrong, or a checkpoint cannot be read or written (exit code 2)" ;;
-    17:*) stuck "Megatron found a result that is wrong on another GPU, too, or on one GPU alone (exit code 17)" ;;
+    17:*) stuck "a loss was NaN or infinite (exit code 17), the end of $RUN_DIR/starts.jsonl says where" ;;
   esac
   say "ended with code $CODE${SIGNAL:+ after $SIGNAL}, not at the target"
   return 1
