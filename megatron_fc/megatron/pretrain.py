@@ -75,6 +75,7 @@ def train(recipe: Recipe) -> Trained:
     start = time.perf_counter()
     join_world()
     args = parse(recipe)
+    _refuse_async_save_without_device(args)
     first_step = _upcycling(args, recipe) if args.frac_from_residual else None
     if args.load and first_step is None:  # else it is yet to be written
         first_step = _continuing(args, recipe)
@@ -109,6 +110,14 @@ def train(recipe: Recipe) -> Trained:
         pruner.finish()
     _leave()
     return Trained(parameters, tokens, peak, time.perf_counter() - start, args.world_size)
+
+
+def _refuse_async_save_without_device(args: Namespace) -> None:
+    if args.async_save and cpu.needed():
+        raise UserError(
+            "async_save=true, but Megatron's worker for asynchronous checkpoints needs a CUDA device: set "
+            "async_save=false and use_persistent_ckpt_worker=false"
+        )
 
 
 def _leave() -> None:
