@@ -203,6 +203,8 @@ def _pretrain(
 
     set_global_variables(args)
     record.listen()
+    if args.save and cpu.needed():
+        cpu.fork_checkpoint_helper()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
     model.pre_wrap_hooks += [partial(_count, counts), *hooks]

@@ -167,7 +167,7 @@ class Cluster:
         self._kill(f"n{node}")
 
     def signal_rank(self, rank: int, job: str, number: signal.Signals) -> None:
-        """Send a signal to one rank of a training, and to nothing that it has started."""
+        """Send a signal to one rank of a training, and to the helpers that it has forked."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 mine = process.environ()
