@@ -148,6 +148,9 @@ def frac_reference(stream: Stream, config: FracConfig) -> Moves:
     reads 2 and writes 1, and the two gradients of h are summed. Depth norms and projects twice, for beta and for
     alpha, multiplies beta and o (1 and 1), mixes, and adds (2 and 1); its backward likewise, beta*o's reading 4 and
     writing 2. Width and depth both take h, whose gradients are summed. In 16 bits, h, o and results are converted.
+
+    Predicted coefficients pass through memory for tanh, scale, the static part and their use. Backward goes through
+    the same, reads twice for each gradient of a parameter (product and sum), and twice for the projection's.
     """
     s = _Sizes.of(stream, config)
     wide, predicted = s.wide, 1 if config.dynamic else 0
@@ -161,12 +164,18 @@ def frac_reference(stream: Stream, config: FracConfig) -> Moves:
         Traffic((2 * normed + 3 * predicted) * wide, (normed + 2 * predicted) * wide),
         normed * wide,
     )
+    passes = predicted * (1 + config.tanh + config.scale)
+    coefficients = Moves(
+        Traffic(passes + predicted, passes + predicted),
+        Traffic(5 * predicted + 4 * config.scale * predicted + 2 * config.tanh * predicted, passes + 2 * predicted),
+    )
     kept = Moves(Traffic(), Traffic(), wide)
     width = mixing + prediction + kept + Moves(s.upcast + s.downcast, s.upcast + s.downcast)
     # The sum of o's and h's part takes the mixed rows as they lie, without SFC's last copy.
     uncopied = Moves(Traffic() if config.dynamic else Traffic(-wide, -wide), Traffic())
     update = Moves(Traffic(wide, wide) + Traffic(2 * wide, wide), Traffic(4 * wide, 2 * wide), wide)
     depth = mixing + uncopied + prediction * 2 + kept + update
+    width, depth = width + coefficients * s.matrix, depth + coefficients * (s.matrix + s.one)
     depth += Moves(s.upcast * 2 + s.downcast, s.upcast + s.downcast * 2)
     return (width + norm(stream) + depth + gradient_sum(stream)) * 2
 
@@ -188,6 +197,8 @@ def hyper_unfused(stream: Stream, streams: int, dynamic: bool = True) -> Moves:
     p = 1 if dynamic else 0
     forward = Traffic(((2 * p + 3) * n + 1) * row, (p * n + 3 * n + 1) * row)
     backward = Traffic(((5 * p + 8) * n + 4) * row, ((3 * p + 4) * n + 2) * row)
+    if n == 1:  # there is nothing to sum for g_o
+        backward += Traffic(-row, -row)
     saved = ((2 + p) * n + 2) * row
     return (Moves(forward, backward, saved) + norm(stream)) * 2
 
