@@ -2,9 +2,9 @@
 
     python benchmarks/traffic_figure.py
 
-writes docs/images/traffic.png and benchmarks/results/traffic-per-layer.{json,md}. Counted in bf16 at d = 2048 on layers of
-Megatron's, forward and backward, outside of attention and MLP; the fused kernels run in Triton's interpreter. Counted is
-what a token more moves, so that parameters, which are read once per micro-batch, do not show. No GPU is needed.
+writes docs/images/traffic.png and benchmarks/results/traffic-per-layer.{json,md}. Counted in bf16 at d = 2048 on layers
+of Megatron's, forward and backward, outside of attention and MLP; the fused kernels run in the interpreter. Counted
+is what a token more moves: parameters, read once per micro-batch, do not show. No GPU is needed.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import matplotlib
+import matplotlib.colors
 import record
 import torch
 from counted_layers import count, hyper_layer, layer
@@ -88,6 +89,10 @@ def bars() -> Iterator[Bar]:
 COLOURS = {"Residual": "#6b7280", "Frac-Connections": "#0f766e", "Hyper-Connections": "#c2570c"}
 
 
+def _lighter(colour: str) -> tuple[float, ...]:
+    return tuple(1 - 0.55 * (1 - part) for part in matplotlib.colors.to_rgb(colour))
+
+
 def draw(rows: list[Bar], path: Path) -> None:
     """Horizontal bars, forward and backward one after the other, with their sum and its multiple of the first."""
     matplotlib.use("Agg")
@@ -99,13 +104,13 @@ def draw(rows: list[Bar], path: Path) -> None:
         place, ticks = 0.0, []
         for number, row in enumerate(rows):
             first = number == 0 or rows[number - 1].family != row.family
-            place += 1.75 if first else 1
+            place += 1.75 if first and number else 1
             ticks.append(place)
             colour, start = COLOURS[row.family], 0.0
             if first:
                 axes.text(0, place - 0.6, row.family, color=colour, weight="bold", va="bottom")
-            for size, alpha in ((row.forward_bytes, 1.0), (row.backward_bytes, 0.55)):
-                style = {"color": colour, "alpha": alpha}
+            for size, fill in ((row.forward_bytes, colour), (row.backward_bytes, _lighter(colour))):
+                style = {"color": fill}
                 if not row.counted:
                     style = {"facecolor": "white", "edgecolor": colour, "hatch": "////"}
                 axes.barh(place, size / KIB, left=start / KIB, height=0.72, linewidth=1, **style)
@@ -114,11 +119,13 @@ def draw(rows: list[Bar], path: Path) -> None:
             said = f" {row.total_bytes / KIB:.0f} KiB{ratio}" + ("" if row.counted else "   computed")
             axes.text(row.total_bytes / KIB, place, said, va="center")
         axes.set_yticks(ticks, [row.scheme for row in rows])
-        axes.invert_yaxis()
         axes.set_xlim(0, 1.22 * max(row.total_bytes for row in rows) / KIB)
         axes.set_xlabel("KiB read and written per token and layer")
         axes.set_title(
-            "Device-memory traffic between the sub-layers of a transformer layer\n", loc="left", weight="bold", fontsize=13
+            "Device-memory traffic between the sub-layers of a transformer layer\n",
+            loc="left",
+            weight="bold",
+            fontsize=13,
         )
         axes.text(
             0,
@@ -129,11 +136,10 @@ def draw(rows: list[Bar], path: Path) -> None:
         )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color="#e5e7eb")
-        axes.set_axisbelow(True)
+        axes.set_ylim(place + 0.6, 0)
         legend = [
             Patch(color="#374151", label="forward, counted"),
-            Patch(color="#374151", alpha=0.55, label="backward, counted"),
+            Patch(color=_lighter("#374151"), label="backward, counted"),
             Patch(facecolor="white", edgecolor="#374151", hatch="////", label="computed: each tensor moved once"),
         ]
         axes.legend(handles=legend, loc="upper right", frameon=False)
