@@ -226,7 +226,7 @@ def _preflight(args: argparse.Namespace) -> int:
         from megatron_fc.megatron import cpu
 
         cpu.install()
-        from megatron_fc.megatron.plan import plan_of
+        from megatron_fc.megatron.preflight import plan_of
         from megatron_fc.megatron.recipe import load_recipe
 
         return plan_of(load_recipe(args.config, args.overrides))

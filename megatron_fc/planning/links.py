@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 
 from megatron_fc.layout import Layout
 from megatron_fc.planning.devices import Device
@@ -48,6 +49,7 @@ def _seconds(key: NetworkKey, count: NetworkCount, domains: Layout, gpu: Device,
     return (count.intra_node_bytes + count.inter_node_bytes) / speed / 1e9
 
 
+@cache
 def _ranks_in_a_domain(group: str, domains: Layout) -> tuple[int, int]:
     """Ranks of a group in the domain of the world's first rank, and in all."""
     rank, size = 0, Placement(domains, 0).size(group)

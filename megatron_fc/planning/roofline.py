@@ -82,8 +82,20 @@ def step_time(
     domains = links.on_domains(layout, gpu)
     rates = _Rates(gpu, training, network, assumed)
     by_kind = {moe: operations.layer(shape, training, layout, moe) for moe in set(shape.moe_layers)}
-    stages = (_of_stage(shape, training, layout, domains, stage, by_kind, rates) for stage in range(layout.pipeline))
-    return max(stages, key=lambda step: step.total)
+    steps = (
+        _of_stage(shape, training, layout, domains, stage, by_kind, rates) for stage in _distinct_stages(shape, layout)
+    )
+    return max(steps, key=lambda step: step.total)
+
+
+def _distinct_stages(shape: Shape, layout: Layout) -> list[int]:
+    """One pipeline stage of each kind: those between the first and the last differ in their kinds of layers alone."""
+    kinds: dict[tuple[object, ...], int] = {}
+    for stage in range(layout.pipeline):
+        layers = [index for chunk in parameters.chunk_layers(shape.layers, layout, stage) for index in chunk]
+        moe = tuple(shape.moe_layers[index] for index in layers)
+        kinds.setdefault((moe, stage == 0, stage == layout.pipeline - 1), stage)
+    return list(kinds.values())
 
 
 class _Rates:

@@ -9,7 +9,7 @@ from megatron_fc.layout import Layout
 from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.shape import Recompute
 
-_MICRO_BATCHES = (1, 2, 4, 8, 16)
+_MICRO_BATCHES = (1, 2, 4, 8)
 _VIRTUAL = (1, 2, 4)
 _TOKENS_PER_CONTEXT_RANK = 4096  # fewer are not tried: sequences are short enough then
 
@@ -21,7 +21,7 @@ class Sweep:
     Attributes:
         base: the plan whose topology was replaced.
         fitting: plans in the order of their estimated speed, the fastest first.
-        too_large: those whose memory does not fit, the smallest first.
+        too_large: those that do not fit with full recompute either, the smallest first.
         impossible: by the rule that is broken, how many, and one of them in words.
     """
 
@@ -48,7 +48,7 @@ class Sweep:
 
 
 def sweep(plan: Plan) -> Sweep:
-    """Try topologies in place of the plan's own: TP, PP, VPP, EP, CP, micro-batch, recompute."""
+    """Try other TP, PP, VPP, EP, CP and micro-batches, each with the least recompute that fits."""
     fitting: list[Plan] = []
     too_large: list[Plan] = []
     impossible: dict[str, tuple[int, str]] = {}
@@ -63,7 +63,11 @@ def sweep(plan: Plan) -> Sweep:
         for recompute in recomputes:
             training = replace(plan.training, recompute=recompute, sequence_parallel=divided)
             tried = replace(plan, layout=layout, training=training)
-            (fitting if tried.fits else too_large).append(tried)
+            if tried.fits:
+                fitting.append(tried)  # with more recompute it would be slower
+                break
+        else:
+            too_large.append(tried)
     return Sweep(
         plan,
         sorted(fitting, key=lambda tried: -tried.tokens_per_second),
@@ -113,15 +117,13 @@ def _recompute_words(recompute: Recompute) -> list[str]:
 
 
 def _recomputes(plan: Plan) -> list[Recompute]:
-    """None, the MLP or the experts, whole layers; and what the plan itself does."""
+    """From the fastest on: none, the MLP or the experts, whole layers."""
     frac, kinds = plan.training.recompute.frac, sorted({"moe" if moe else "mlp" for moe in plan.shape.moe_layers})
-    tried = [
+    return [
         Recompute(frac=frac),
         Recompute("selective", modules=tuple(kinds), frac=frac),
         Recompute("full", frac=frac),
-        plan.training.recompute,
     ]
-    return list(dict.fromkeys(tried))
 
 
 def _layouts(plan: Plan) -> Iterator[Layout]:

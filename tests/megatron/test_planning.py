@@ -1,5 +1,6 @@
 """What planning says of a run, against Megatron itself: its models, optimizer, saved tensors and own counts."""
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from saved_bytes import saved_tensors
 from torch_attention import TorchAttention
 
 from megatron_fc import FracConfig
+from megatron_fc.cli import main
 from megatron_fc.layout import Layout
 from megatron_fc.megatron.parameters import is_frac_parameter
 from megatron_fc.megatron.planning import shape_of, training_of
@@ -102,11 +104,8 @@ def test_parameters_of_a_rank_of_every_stage(name: str, layout: str) -> None:
         assert expected == built(divided, rank=stage * per_stage), stage
 
 
-KINDS = {
-    "dense": {},
-    "moe": {"qk_layernorm": True, "moe_router_dtype": "fp32", "moe_z_loss_coeff": 1e-3, "moe_router_pre_softmax": True},
-    "shared": {},
-}
+ROUTER = {"moe_router_dtype": "fp32", "moe_z_loss_coeff": 1e-3, "moe_router_pre_softmax": True}
+KINDS: dict[str, dict[str, Any]] = {"dense": {}, "moe": ROUTER | {"qk_layernorm": True}, "shared": ROUTER}
 RECOMPUTES = {
     "none": Recompute(),
     "core_attn": Recompute("selective", ("core_attn",)),
@@ -246,11 +245,9 @@ def test_weights_gradients_and_optimizer_are_megatrons(kind: str, distributed: b
         options = OptimizerConfig(
             optimizer="adam", lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=distributed
         )
-        optimizer = get_megatron_optimizer(options, [ddp])
+        optimizer = get_megatron_optimizer(options, [ddp], use_gloo_process_groups=False)
         weights = sum(parameter.nbytes for parameter in ddp.parameters())
-        gradients = sum(
-            buffer.numel_unpadded * buffer.grad_data.itemsize for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]
-        )
+        gradients = sum(parameter.main_grad.nbytes for parameter in ddp.parameters())
         states = sum(state_bytes(part) for part in getattr(optimizer, "chained_optimizers", [optimizer]))
     shape = shape_of_tiny(config, kind, frac)
     planned = memory.of_stage(shape, Training(distributed_optimizer=distributed), layout, 0)
@@ -268,3 +265,54 @@ def state_bytes(optimizer: Any) -> int:
         copies, own = optimizer.fp32_from_float16_groups, optimizer.fp32_from_fp32_groups
     copied = sum(parameter.numel() for group in copies for parameter in group if parameter is not None)
     return 12 * copied + 8 * sum(parameter.numel() for group in own for parameter in group)
+
+
+def ask(*words: str, config: str = "olmoe_7b", nodes: int = 64, gpu: str = "h200") -> int:
+    return main(["plan", str(CONFIGS / f"{config}.yaml"), *words, "--nodes", str(nodes), "--gpu", gpu])
+
+
+def test_a_report_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("6,919,265,472, active 1,282,120,896", "Frac-Connections 165,056", "fits", "assumed, not measured"):
+        assert words in printed
+
+
+def test_json_says_the_same_and_the_sweep_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said to fit is accepted by Megatron, with the same parameters and batch."""
+    assert ask("--sweep", "--json", nodes=2) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == 6_919_265_472
+    fitting = found["sweep"]["fitting"]
+    speeds = [tried["tokens_per_second"] for tried in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(tried["memory_bytes"] <= found["memory_bytes"]["usable"] for tried in fitting)
+    for tried in fitting[:: max(len(fitting) // 8, 1)]:
+        accepted = run("olmoe_7b", *tried["overrides"], nodes=2)
+        assert shape_of(accepted) == shape_of(run("olmoe_7b", nodes=2)), tried["overrides"]
+        planned = memory.worst_stage(shape_of(accepted), training_of(accepted), accepted.layout)
+        assert planned.weights <= found["memory_bytes"]["usable"]
+    assert found["sweep"]["impossible"]["expert_model_parallel_size"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "sentence"),
+    [
+        ([], {"gpu": "h20"}, "gpu=h20 is not known: choose one of a100, h100, h200, b200, gb200"),
+        (["pipeline_model_parallel_size=2"], {"nodes": 3}, "possible with TP1 PP2 EP8 ETP1: 2, 4, 8,"),
+        ([], {"config": "missing"}, "missing.yaml"),
+        (["vocab_size=null"], {}, "vocab_size is not set"),
+        (["--compute", "2"], {}, "compute=2.0 must be greater than 0 and at most 1"),
+        (["--network-gb-per-second", "0"], {}, "network_gb_per_second=0.0 must be greater than 0"),
+        (["multi_latent_attention=true"], {}, "multi_latent_attention=True is not counted by plan"),
+        (["fp8_format=hybrid"], {"gpu": "a100"}, "A100 80GB SXM has no FP8"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    words: list[str], options: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(*words, **options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert sentence in captured.err
+    assert captured.err.count("\n") == 1
