@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="estimate a config before it runs: memory, FLOPs, bytes, step time, days, topologies; needs no GPU",
         allow_abbrev=False,
-        usage="megatron-fc plan CONFIG.yaml [key=value ...] --nodes N --gpu NAME [--gpus-per-node G] [--sweep] [--json]\n"
-        "       [--network-gb-per-second B] [--compute SHARE] [--memory SHARE] [--network SHARE] [--reserve SHARE]",
+        usage="megatron-fc plan CONFIG.yaml [key=value ...] --nodes N --gpu NAME [--gpus-per-node G]\n"
+        "       [--sweep] [--json] [--network-gb-per-second B] [--compute SHARE] [--memory SHARE] [--network SHARE] [--reserve SHARE]",
     )
     plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tensor_model_parallel_size=2")

@@ -15,7 +15,7 @@ _LISTED = 8
 
 def plan_table(plan: Plan) -> RenderableType:
     """Model, layout, memory, a step, the run, and what all of it assumes."""
-    return Group(_title(plan), _run(plan), _memory(plan), _step(plan), _assumptions(plan))
+    return Group(_title(plan), _run(plan), "", _memory(plan), "", _step(plan), "", _assumptions(plan))
 
 
 def sweep_table(sweep: Sweep) -> RenderableType:

@@ -99,7 +99,7 @@ def test_a_sweep_says_how_to_train_so_and_why_the_rest_does_not() -> None:
     assert overrides(PLAN, PLAN) == []
     tensor = next(tried for tried in found.fitting if tried.layout.tensor == 2)
     assert {"tensor_model_parallel_size=2", "make_vocab_size_divisible_by=128"} <= set(overrides(tensor, PLAN))
-    small = replace(PLAN, assumed=Assumptions(reserve=0.99))
+    small = replace(PLAN, assumed=Assumptions(reserve=0.999))
     assert not sweep(small).fitting
     assert sweep(small).too_large
 
