@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         help="estimate a config before it runs: memory, FLOPs, bytes, step time, days, topologies; needs no GPU",
         allow_abbrev=False,
         usage="megatron-fc plan CONFIG.yaml [key=value ...] --nodes N --gpu NAME [--gpus-per-node G]\n"
-        "       [--sweep] [--json] [--network-gb-per-second B] [--compute SHARE] [--memory SHARE] [--network SHARE] [--reserve SHARE]",
+        "       [--sweep] [--json] [--network-gb-per-second B] [--compute S] [--memory S] [--network S] [--reserve S]",
     )
     plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tensor_model_parallel_size=2")

@@ -96,7 +96,7 @@ def test_parameters_of_the_model(name: str, connection: str) -> None:
     + [("olmoe_7b", layout) for layout in EXPERTS],
 )
 def test_parameters_of_a_rank_of_every_stage(name: str, layout: str) -> None:
-    divided = run(name, *(LAYOUTS | EXPERTS)[layout], nodes=1)
+    divided = run(name, *(LAYOUTS | EXPERTS)[layout])
     per_stage = divided.layout.world // divided.layout.pipeline
     for stage in range(divided.layout.pipeline):
         counted = parameters.share_of_stage(shape_of(divided), divided.layout, stage)
