@@ -140,7 +140,7 @@ class _Thread:
 
 
 def _applied_by_backward() -> bool:
-    """Whether another function's backward applied the autograd function that now runs, as Megatron's all-to-all does."""
+    """Whether backward of another function applied the one that now runs, as that of Megatron's all-to-all does."""
     frame = sys._getframe()
     while frame is not None and frame.f_code is not Function.apply.__func__.__code__:  # type: ignore[attr-defined]
         frame = frame.f_back  # type: ignore[assignment]
