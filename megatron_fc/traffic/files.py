@@ -38,18 +38,28 @@ def parse_part(text: str, origin: Path | str) -> Part:
         raise _misfit(origin, error) from None
 
 
+def read_part(file: Path) -> Part:
+    """Read a part.
+
+    Raises:
+        UserError: as `read_report`.
+    """
+    return parse_part(_read(file), file)
+
+
 def read_parts(folder: Path) -> list[Part]:
     """Read the parts in a folder, none if there are none.
 
     Raises:
         UserError: one is not readable.
     """
-    return [parse_part(_read(file), file) for file in sorted((folder / _PARTS).glob("rank-*.json"))]
+    return [read_part(file) for file in sorted((folder / _PARTS).glob("rank-*.json"))]
 
 
-def forget_parts(folder: Path, rank: int) -> None:
-    """Remove what an earlier run left of a rank, so that it cannot be taken for this run's."""
-    (folder / _PARTS / f"rank-{rank:05d}.json").unlink(missing_ok=True)
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left, so that nothing of it can be taken for this run's."""
+    for file in [*(folder / _PARTS).glob("rank-*.json"), *folder.glob(f"{Path(REPORT).stem}.*")]:
+        file.unlink()
 
 
 def write_report(folder: Path, report: Report) -> Path:

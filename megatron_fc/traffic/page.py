@@ -49,19 +49,7 @@ def _subtitle(report: Report) -> str:
 
 
 def _warnings(report: Report) -> str:
-    said = []
-    if report.missing:
-        said.append(f"Nothing is known of {_named(report.missing)}: every sum on this page is without them.")
-    said += [
-        f"Rank {rank.rank} on {rank.host} was lost after {len(rank.step_seconds)} of {report.run.steps} steps; its "
-        f"averages are over these."
-        for rank in report.incomplete
-    ]
-    return "".join(f'<p class="warning" role="alert">{escape(text)}</p>' for text in said)
-
-
-def _named(ranks: Sequence[int]) -> str:
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return "".join(f'<p class="warning" role="alert">{escape(text)}</p>' for text in report.warnings())
 
 
 def _cards(report: Report) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from megatron_fc.traffic.counts import DeviceCount, DeviceCounts, NetworkCounts, Phase, total_device, total_network
 from megatron_fc.traffic.kinds import KindCounts, KindKey
+from megatron_fc.traffic.units import show_bytes
 
 
 @dataclass
@@ -125,6 +126,29 @@ class Report:
     def incomplete(self) -> list[Rank]:
         """Ranks that were lost in the window: they counted fewer steps."""
         return [rank for rank in self.ranks if len(rank.step_seconds) < self.run.steps]
+
+    def warnings(self) -> list[str]:
+        """What the report lacks, one sentence each."""
+        said = []
+        if self.missing:
+            numbers = ", ".join(map(str, self.missing))
+            what = "rank" if len(self.missing) == 1 else "ranks"
+            said.append(f"Nothing is known of {what} {numbers}: every sum is without {'it' if what == 'rank' else 'them'}.")
+        said += [
+            f"Rank {rank.rank} on {rank.host} counted {len(rank.step_seconds)} of {self.run.steps} steps before the run "
+            f"broke off."
+            for rank in self.incomplete
+        ]
+        return said
+
+    def summary(self) -> str:
+        """The main figures in a line."""
+        intra, inter = self.network_bytes_per_token
+        return (
+            f"{self.run.connection}: {show_bytes(self.device_bytes_per_token)} of device memory per token, "
+            f"{show_bytes(intra + inter)} over the network, {show_bytes(inter)} of it between nodes; "
+            f"{len(self.ranks)} ranks on {len(self.hosts)} nodes"
+        )
 
     @property
     def hosts(self) -> list[str]:
