@@ -9,22 +9,16 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_gather_object, get_process_group_ranks, get_world_size
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fc.errors import UserError
-from megatron_fc.traffic.counts import NetworkCount, NetworkCounts, NetworkKey, Phase
+from megatron_fc.traffic.counts import NetworkCount, NetworkCounts, NetworkKey
+from megatron_fc.traffic.phase import Whereabouts
 from megatron_fc.traffic.ring import ring_all_gather_bytes, ring_all_reduce_bytes, ring_reduce_scatter_bytes
-
-
-class HasPhase(Protocol):
-    """Knows what is running now."""
-
-    @property
-    def phase(self) -> Phase: ...
 
 
 def gather_hosts(host: str | None = None) -> list[str]:
@@ -55,7 +49,7 @@ class NetworkCounter(TorchDispatchMode):
         UserError: a functional collective is called while the counter is entered.
     """
 
-    def __init__(self, where: HasPhase, names: Mapping[ProcessGroup, str], hosts: Sequence[str]) -> None:
+    def __init__(self, where: Whereabouts, names: Mapping[ProcessGroup, str], hosts: Sequence[str]) -> None:
         super().__init__()
         self.counts: NetworkCounts = {}
         self._where, self._names, self._hosts = where, names, hosts
@@ -94,7 +88,7 @@ class NetworkCounter(TorchDispatchMode):
         peer = args.get("dst", args.get("src"))
         if peer is not None and len(ranks) == len(self._hosts):
             name = self._pairs.get(frozenset((ranks[group.rank()], ranks[peer])), name)
-        self.counts.setdefault(NetworkKey(self._where.phase, name, collective), NetworkCount()).add(count)
+        self.counts.setdefault(NetworkKey(self._where.now().phase, name, collective), NetworkCount()).add(count)
 
     def _name(self, group: ProcessGroup, ranks: Sequence[int]) -> str:
         if group in self._names:

@@ -1,6 +1,7 @@
 """The counter on every collective of torch.distributed, as rank 1 of four ranks on two nodes."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_fc.errors import UserError
 from megatron_fc.traffic.counts import NetworkCount, NetworkCounts, NetworkKey
 from megatron_fc.traffic.network_counter import OPERATORS, NetworkCounter
+from megatron_fc.traffic.phase import Whereabouts
 
 HOSTS = ("left", "left", "right", "right")
 RANK, WORLD = 1, 4
-
-
-class Forward:
-    phase = "forward"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,15 +26,26 @@ def world() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+class Calls(torch.nn.Module):
+    """Its forward pass is the call."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self) -> Any:
+        return self.call()
+
+
 def rows(count: int) -> torch.Tensor:
     """fp32 rows of 2 elements: 8 bytes each."""
     return torch.zeros(count, 2)
 
 
 def count(call: Callable[[], object], names: dict[dist.ProcessGroup, str] | None = None) -> NetworkCounts:
-    counter = NetworkCounter(Forward(), names or {}, HOSTS)
-    with counter:
-        call()
+    module = Calls(call)
+    with Whereabouts(module) as where, NetworkCounter(where, names or {}, HOSTS) as counter:
+        module()
     return counter.counts
 
 
@@ -166,8 +175,10 @@ def test_backward_is_counted() -> None:
             dist.all_reduce(gradient)
             return gradient
 
-    counts = count(lambda: Sum.apply(rows(4).requires_grad_()).sum().backward())
-    assert counts == {NetworkKey("forward", "world", "all_reduce"): NetworkCount(1, 32, 0, 48)}
+    module = Calls(lambda: Sum.apply(rows(4).requires_grad_()).sum())
+    with Whereabouts(module) as where, NetworkCounter(where, {}, HOSTS) as counter:
+        module().backward()
+    assert counter.counts == {NetworkKey("backward", "world", "all_reduce"): NetworkCount(1, 32, 0, 48)}
 
 
 def test_functional_collectives_are_refused() -> None:
