@@ -140,7 +140,7 @@ def _add_traffic(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     run.add_argument("overrides", nargs="*", metavar="key=value", help="as for train, e.g. connection=residual")
     run.add_argument("--from-step", type=int, default=3, metavar="K", help="first counted step (default: %(default)s)")
     run.add_argument("--steps", type=int, default=2, metavar="N", help="counted steps (default: %(default)s)")
-    run.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/CONFIG-traffic")
+    run.add_argument("--out", type=Path, metavar="FOLDER", help="default: run_dir=..., else runs/CONFIG-traffic")
     run.add_argument("--against", **against, help="report of the same config with another connection, to stand beside")
     run.add_argument("--nsight", action="store_true", help="print the command lines of nsys and ncu, start nothing")
     run.add_argument("--nvtx", action="store_true", help="mark ranges for nsys and ncu, which start the program")
@@ -254,7 +254,8 @@ def _traffic(args: argparse.Namespace) -> int:
     if args.action == "merge":
         report, out = publish.merge(args.folder), args.folder
     else:
-        out = args.out or Path("runs") / f"{args.config.stem}-traffic"
+        given = [word.partition("=")[2] for word in args.overrides if word.startswith("run_dir=")]
+        out = args.out or Path(given[-1] if given else f"runs/{args.config.stem}-traffic")
         if args.nsight:
             print("\n".join(nsight.command_lines(sys.argv[1:], out)))
             return 0

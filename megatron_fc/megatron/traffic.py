@@ -171,7 +171,8 @@ class _Profiler:
         args = self._args
         date = [datetime.now(UTC).isoformat(timespec="seconds")]
         torch.distributed.broadcast_object_list(date, src=0)
-        layout = {name: _plain(getattr(args, argument)) or 1 for name, argument in _LAYOUT.items()}
+        layout = {name: getattr(args, argument) for name, argument in _LAYOUT.items()}
+        layout["vpp"] = layout["vpp"] or 1
         return Run(
             connection=self._recipe.connection,
             model={"family": self._recipe.family}
