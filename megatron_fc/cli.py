@@ -5,8 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fc.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_fc.traffic.records import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("only `train` takes Megatron flags after --")
     if behind:
         args.overrides += behind
+    args.words = words
     if args.command == "upcycle" and (args.config is None) != args.to_residual:
         parser.error("upcycle needs CONFIG.yaml, and with --to-residual takes none")
     try:
@@ -127,7 +132,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_traffic(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     traffic = commands.add_parser("traffic", help="bytes that a training step moves through memory and network")
     actions = traffic.add_subparsers(dest="action", required=True, metavar="ACTION")
-    against = {"type": Path, "action": "append", "default": [], "metavar": "REPORT"}
+
+    def add_against(action: argparse.ArgumentParser) -> None:
+        help = "report of the same config with another connection, to stand beside"
+        action.add_argument("--against", type=Path, action="append", default=[], metavar="REPORT", help=help)
 
     run = actions.add_parser(
         "run",
@@ -141,13 +149,13 @@ def _add_traffic(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     run.add_argument("--from-step", type=int, default=3, metavar="K", help="first counted step (default: %(default)s)")
     run.add_argument("--steps", type=int, default=2, metavar="N", help="counted steps (default: %(default)s)")
     run.add_argument("--out", type=Path, metavar="FOLDER", help="default: run_dir=..., else runs/CONFIG-traffic")
-    run.add_argument("--against", **against, help="report of the same config with another connection, to stand beside")
+    add_against(run)
     run.add_argument("--nsight", action="store_true", help="print the command lines of nsys and ncu, start nothing")
     run.add_argument("--nvtx", action="store_true", help="mark ranges for nsys and ncu, which start the program")
 
     merge = actions.add_parser("merge", help="make the report of a run that broke off, of the parts that are there")
     merge.add_argument("folder", type=Path, metavar="FOLDER", help="the --out of the run")
-    merge.add_argument("--against", **against, help="as for run")
+    add_against(merge)
 
     compare = actions.add_parser("compare", help="table and bars of several reports, the first is the baseline")
     compare.add_argument("reports", nargs="+", type=Path, metavar="REPORT", help="folder or traffic.json")
@@ -252,24 +260,28 @@ def _traffic(args: argparse.Namespace) -> int:
         return 0
     against = [files.read_report(path) for path in args.against]
     if args.action == "merge":
-        report, out = publish.merge(args.folder), args.folder
-    else:
-        given = [word.partition("=")[2] for word in args.overrides if word.startswith("run_dir=")]
-        out = args.out or Path(given[-1] if given else f"runs/{args.config.stem}-traffic")
-        if args.nsight:
-            print("\n".join(nsight.command_lines(sys.argv[1:], out)))
-            return 0
-        from megatron_fc.megatron import cpu
+        return _publish_traffic(publish.merge(args.folder), args.folder, against)
+    given = [word.partition("=")[2] for word in args.overrides if word.startswith("run_dir=")]
+    out = args.out or Path(given[-1] if given else f"runs/{args.config.stem}-traffic")
+    if args.nsight:
+        print("\n".join(nsight.command_lines([word for word in args.words if word != "--nsight"], out)))
+        return 0
+    from megatron_fc.megatron import cpu
 
-        cpu.install()
-        from megatron_fc.megatron.traffic import profile
+    cpu.install()
+    from megatron_fc.megatron.traffic import profile
 
-        report = profile(args.config, args.overrides, args.from_step, args.steps, out, sys.argv[1:], args.nvtx)
-    if report is not None:
-        written = publish.publish(out, report, against)
-        for warning in report.warnings():
-            print(f"WARNING: {warning}", file=sys.stderr)
-        print(f"{report.summary()}\n{out}: {', '.join(file.name for file in written)}")
+    report = profile(args.config, args.overrides, args.from_step, args.steps, out, args.words, args.nvtx)
+    return 0 if report is None else _publish_traffic(report, out, against)
+
+
+def _publish_traffic(report: "Report", out: Path, against: "list[Report]") -> int:
+    from megatron_fc.traffic.publish import publish
+
+    written = publish(out, report, against)
+    for warning in report.warnings():
+        print(f"WARNING: {warning}", file=sys.stderr)
+    print(f"{report.summary()}\n{out}: {', '.join(file.name for file in written)}")
     return 0
 
 

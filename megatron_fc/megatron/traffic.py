@@ -1,10 +1,9 @@
 """Profiles a recipe: a real training run in Megatron's loop, in which every rank counts for some steps, then stops."""
 
-import re
 import shlex
 import socket
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,6 +17,7 @@ from megatron_fc.megatron.groups import group_names
 from megatron_fc.megatron.parameters import ParameterCount
 from megatron_fc.megatron.pretrain import train
 from megatron_fc.megatron.recipe import Recipe, load_recipe
+from megatron_fc.megatron.traffic_facts import coordinates, layout, model_facts, paths_in_whole_model
 from megatron_fc.report.summary import git_commit, package_versions
 from megatron_fc.traffic.counts import DeviceCount, DeviceCounts
 from megatron_fc.traffic.device_counter import DeviceCounter
@@ -34,30 +34,16 @@ from megatron_fc.traffic.window import Window
 _GATHERING = timedelta(seconds=60)
 # A profile is no training: it leaves no checkpoint and validates nothing, unless overrides say so.
 _DEFAULTS = ("save_interval=null", "eval_iters=0")
-# What decides the bytes of a step, but for the connection.
-_MODEL = (
-    "num_layers hybrid_layer_pattern mtp_num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups "
-    "kv_channels multi_latent_attention num_experts moe_layer_freq moe_router_topk moe_ffn_hidden_size "
-    "moe_shared_expert_intermediate_size moe_token_dispatcher_type seq_length padded_vocab_size "
-    "untie_embeddings_and_output_weights normalization micro_batch_size global_batch_size params_dtype fp8 "
-    "fp32_residual_connection hidden_dropout transformer_impl recompute_granularity recompute_method "
-    "recompute_num_layers recompute_modules optimizer"
-).split()
-_LAYOUT = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-    "dp": "data_parallel_size",
-    "sequence_parallel": "sequence_parallel",
-    "distributed_optimizer": "use_distributed_optimizer",
-}
 
 
 def profile(
-    config: Path, overrides: Sequence[str], first: int, steps: int, out: Path, command: Sequence[str], nvtx: bool = False
+    config: Path,
+    overrides: Sequence[str],
+    first: int,
+    steps: int,
+    out: Path,
+    command: Sequence[str],
+    nvtx: bool = False,
 ) -> Report | None:
     """Train, count on steps `first` to `first + steps - 1`, stop; every rank calls it.
 
@@ -99,10 +85,10 @@ class _Profiler:
         self._args, self._chunks = args, chunks
         self._hosts = gather_hosts()
         self._gatherer: Gatherer = make_gatherer(_GATHERING)
-        self._global_path = _global_paths(chunks)
+        self._global_path = paths_in_whole_model(chunks)
         self._run = self._facts(parameters)
         rank = torch.distributed.get_rank()
-        self._rank = Rank(rank, socket.gethostname(), _coordinates())
+        self._rank = Rank(rank, socket.gethostname(), coordinates())
         if rank == 0:
             clear(self._out)
 
@@ -116,7 +102,7 @@ class _Profiler:
 
     def after_training(self) -> None:
         if not self._window.is_over:
-            raise UserError(f"the run ended before step {self._first + self._steps}: count earlier, or let it run longer")
+            raise UserError(f"the run ended before step {self._first + self._steps}: count earlier, or let it train on")
         texts = self._gatherer.gather(dump_part(self._part()))
         if self._rank.rank == 0:
             parts = {part.rank.rank: part for part in read_parts(self._out)}
@@ -171,13 +157,10 @@ class _Profiler:
         args = self._args
         date = [datetime.now(UTC).isoformat(timespec="seconds")]
         torch.distributed.broadcast_object_list(date, src=0)
-        layout = {name: getattr(args, argument) for name, argument in _LAYOUT.items()}
-        layout["vpp"] = layout["vpp"] or 1
         return Run(
             connection=self._recipe.connection,
-            model={"family": self._recipe.family}
-            | {name: _plain(value) for name in _MODEL if (value := getattr(args, name, None)) is not None},
-            layout={"world_size": args.world_size, "nodes": len(set(self._hosts)), **layout},
+            model={"family": self._recipe.family, **model_facts(args)},
+            layout=layout(args, self._hosts),
             # Layers of a hybrid model are sub-layers.
             layers=args.num_layers // 2 if self._recipe.family == "hybrid" else args.num_layers,
             tokens_per_step=args.global_batch_size * args.seq_length,
@@ -190,41 +173,3 @@ class _Profiler:
             versions=package_versions(),
             git_commit=git_commit(),
         )
-
-
-def _plain(value: Any) -> Any:
-    """As JSON knows it."""
-    return value if isinstance(value, (int, float, str, list)) or value is None else str(value)
-
-
-def _coordinates() -> dict[str, int]:
-    from megatron.core import parallel_state
-
-    return {
-        "tp": parallel_state.get_tensor_model_parallel_rank(),
-        "pp": parallel_state.get_pipeline_model_parallel_rank(),
-        "cp": parallel_state.get_context_parallel_rank(),
-        "ep": parallel_state.get_expert_model_parallel_rank(),
-        "dp": parallel_state.get_data_parallel_rank(),
-    }
-
-
-def _global_paths(chunks: Sequence[Any]) -> Callable[[str], str]:
-    """Return what turns a path as `Whereabouts` gives it into the path in the whole model.
-
-    A stage numbers its layers from 0, a chunk of a stage begins with its own number.
-    """
-    layers = {}
-    for number, chunk in enumerate(chunks):
-        prefix = f"{number}." if len(chunks) > 1 else ""
-        for name, module in chunk.named_modules():
-            if re.search(r"^[^.]+\.layers\.\d+$", name) and hasattr(module, "layer_number"):
-                layers[prefix + name] = re.sub(r"\d+$", str(module.layer_number - 1), name)
-
-    def in_whole_model(path: str) -> str:
-        found = re.match(r"(?:\d+\.)?[^.]+\.layers\.\d+", path)
-        if found and found[0] in layers:
-            return layers[found[0]] + path[found.end() :]
-        return re.sub(r"^\d+\.?", "", path)
-
-    return in_whole_model

@@ -1,4 +1,4 @@
-"""Pieces of a page: bars and time lines as SVG whose widths are percentages, so that text keeps its size on any screen."""
+"""Pieces of a page: bars and time lines as SVG whose widths are percentages, and text beside it that keeps its size."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -111,6 +111,7 @@ def legend(entries: Iterable[tuple[str, str]]) -> str:
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
     """A table whose first `words` columns are text and whose others are numbers."""
+
     def line(cells: Sequence[str], tag: str) -> str:
         kinds = ("" if at < words else ' class="number"' for at in range(len(cells)))
         return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, cells, strict=True))

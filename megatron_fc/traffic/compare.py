@@ -24,7 +24,14 @@ def read_comparable(paths: Sequence[Path]) -> dict[str, Report]:
         UserError: one cannot be read or lacks ranks, or two differ in more than their connections.
     """
     reports = [read_report(path) for path in paths]
-    check_comparable(list(zip(map(str, paths), reports, strict=True)))
+    for path, report in zip(paths, reports, strict=True):
+        lost = [*report.missing, *(rank.rank for rank in report.incomplete)]
+        if lost:
+            raise UserError(
+                f"{path} lacks {'rank' if len(lost) == 1 else 'ranks'} {', '.join(map(str, lost))}, wholly or in part, "
+                f"and so cannot be compared: profile again"
+            )
+    check_same_but_connections(list(zip(map(str, paths), reports, strict=True)))
     connections = [report.run.connection for report in reports]
     return {
         connection if connections.count(connection) == 1 else f"{connection} ({path})": report
@@ -32,27 +39,20 @@ def read_comparable(paths: Sequence[Path]) -> dict[str, Report]:
     }
 
 
-def check_comparable(reports: Sequence[tuple[str, Report]]) -> None:
+def check_same_but_connections(reports: Sequence[tuple[str, Report]]) -> None:
     """Refuse reports of runs that differ in more than their connections.
 
     Args:
         reports: each with a name for the message.
 
     Raises:
-        UserError: names the fields that differ, or the ranks that are missing.
+        UserError: names the fields that differ.
     """
     name, first = reports[0]
-    for other_name, other in reports:
-        if other.missing or other.incomplete:
-            lost = [*other.missing, *(rank.rank for rank in other.incomplete)]
+    for other_name, other in reports[1:]:
+        if differing := _differences(first, other):
             raise UserError(
-                f"{other_name} lacks {'rank' if len(lost) == 1 else 'ranks'} {', '.join(map(str, lost))}, wholly or in "
-                f"part, and its sums with {'it' if len(lost) == 1 else 'them'}: profile again"
-            )
-        differing = _differences(first, other)
-        if differing:
-            raise UserError(
-                f"{name} and {other_name} are of runs that differ in {'; '.join(differing)}: only connections may differ"
+                f"{name} and {other_name} are of runs that differ in {'; '.join(differing)}: only connections may"
             )
 
 
@@ -84,7 +84,9 @@ def comparison_table(reports: dict[str, Report]) -> Table:
                 cells.append(f"{value / values[0]:.2f}x" if values[0] else "-")
         table.add_row(title, *cells)
     times = [report.seconds_per_step for report in reports.values()]
-    cells = [cell for n, t in enumerate(times) for cell in [show_seconds(t), "", *([f"{t / times[0]:.2f}x"] if n else [])]]
+    cells = [show_seconds(times[0]), ""]
+    for time in times[1:]:
+        cells += [show_seconds(time), "", f"{time / times[0]:.2f}x" if times[0] else "-"]
     table.add_section()
     table.add_row("step time, while counting", *cells)
     return table

@@ -1,4 +1,4 @@
-"""Brings the parts of all ranks to the first one, over MPI or torch.distributed; a rank that is gone is not waited for."""
+"""Brings the parts of all ranks to the first one, over MPI or torch.distributed, and waits for no rank for ever."""
 
 import sys
 import time

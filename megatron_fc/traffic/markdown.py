@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_fc.traffic.counts import PHASES
 from megatron_fc.traffic.kinds import KINDS
-from megatron_fc.traffic.records import Report
+from megatron_fc.traffic.records import Rank, Report
 from megatron_fc.traffic.side_by_side import Stream
 from megatron_fc.traffic.units import show_bytes, show_seconds
 
@@ -39,9 +39,12 @@ def markdown(report: Report, streams: Sequence[Stream]) -> str:
     lines += _table(
         ["", "", *phases, "all"],
         (
-            [stream.label, "computed" if stream.is_computed else "counted"]
-            + [_cell(stream.phases.get(phase)) for phase in phases]
-            + [_cell(stream.total)]
+            [
+                stream.label,
+                "computed" if stream.is_computed else "counted",
+                *(_cell(stream.phases.get(phase)) for phase in phases),
+                _cell(stream.total),
+            ]
             for stream in streams
         ),
     )
@@ -52,12 +55,15 @@ def markdown(report: Report, streams: Sequence[Stream]) -> str:
     lines += _table(
         ["rank", "host", "device memory", "sent within the node", "to other nodes", "time"],
         (
-            [str(rank.rank), rank.host, show_bytes(rank.device_bytes_per_step)]
-            + [*map(show_bytes, rank.network_bytes_per_step), show_seconds(rank.seconds_per_step)]
+            [str(rank.rank), rank.host, *map(show_bytes, _bytes(rank)), show_seconds(rank.seconds_per_step)]
             for rank in report.ranks
         ),
     )
     return "\n".join([*lines, "", f"    {run.command}", ""])
+
+
+def _bytes(rank: Rank) -> list[float]:
+    return [rank.device_bytes_per_step, *rank.network_bytes_per_step]
 
 
 def _cell(value: float | None) -> str:

@@ -105,7 +105,7 @@ def read_dram(path: Path) -> dict[Place, DramCount]:
     try:
         lines = [line for line in path.read_text().splitlines() if line and not line.startswith("==")]
     except OSError as error:
-        raise UserError(f"cannot read {path}, {error.strerror}: give the CSV that `ncu --csv --page raw` wrote") from None
+        raise UserError(f"cannot read {path}, {error.strerror}: give what `ncu --csv --page raw` wrote") from None
     table = csv.reader(lines)
     names, units = next(table, []), next(table, [])
     read, written = _column(path, names, READ), _column(path, names, WRITTEN)
@@ -115,7 +115,8 @@ def read_dram(path: Path) -> dict[Place, DramCount]:
     counts: dict[Place, DramCount] = {}
     for row in table:
         if found := list(_RANGE.finditer(row[ranges])):
-            count = counts.setdefault(Place(found[-1]["phase"], found[-1]["module"]), DramCount())
+            phase: Phase = found[-1]["phase"]  # type: ignore[assignment]  # the expression knows the phases
+            count = counts.setdefault(Place(phase, found[-1]["module"]), DramCount())
             count.kernels += 1
             count.read_bytes += _bytes(path, row[read], units[read])
             count.written_bytes += _bytes(path, row[written], units[written])
@@ -132,7 +133,7 @@ def _bytes(path: Path, figure: str, unit: str) -> int:
     try:
         return round(float(figure.replace(",", "")) * _UNITS[unit])
     except (KeyError, ValueError):
-        raise UserError(f"{path} has {figure!r} {unit!r} where bytes should be: profile with --print-units base") from None
+        raise UserError(f"{path} has {figure!r} {unit!r} for bytes: profile with --print-units base") from None
 
 
 def dram_table(measured: dict[Place, DramCount], part: Part) -> Table:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fc.errors import UserError
-from megatron_fc.traffic.compare import check_comparable
+from megatron_fc.traffic.compare import check_same_but_connections
 from megatron_fc.traffic.files import REPORT, read_parts, write_atomically, write_report
 from megatron_fc.traffic.markdown import markdown
 from megatron_fc.traffic.page import page
@@ -23,7 +23,7 @@ def publish(folder: Path, report: Report, against: Sequence[Report] = ()) -> lis
     Raises:
         UserError: one of these is of a run that differs in more, or the files cannot be written.
     """
-    check_comparable([("this run", report), *((f"the run of {other.run.command}", other) for other in against)])
+    check_same_but_connections([("this run", report), *((f"`{other.run.command}`", other) for other in against)])
     streams = side_by_side(report, against)
     return [
         write_report(folder, report),

@@ -133,9 +133,11 @@ class Report:
         if self.missing:
             numbers = ", ".join(map(str, self.missing))
             what = "rank" if len(self.missing) == 1 else "ranks"
-            said.append(f"Nothing is known of {what} {numbers}: every sum is without {'it' if what == 'rank' else 'them'}.")
+            said.append(
+                f"Nothing is known of {what} {numbers}: every sum is without {'it' if what == 'rank' else 'them'}."
+            )
         said += [
-            f"Rank {rank.rank} on {rank.host} counted {len(rank.step_seconds)} of {self.run.steps} steps before the run "
+            f"Rank {rank.rank} on {rank.host} counted {len(rank.step_seconds)} of {self.run.steps} steps, then the run "
             f"broke off."
             for rank in self.incomplete
         ]
@@ -210,4 +212,3 @@ def report_of(parts: Iterable[Part]) -> Report:
     there = {part.rank.rank for part in parts}
     missing = [rank for rank in range(run.layout["world_size"]) if rank not in there]
     return Report(run, [part.rank for part in parts], missing, device)
-

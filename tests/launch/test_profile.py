@@ -61,7 +61,9 @@ def check_all_ranks_add_up(report: Report, folder: Path) -> None:
 
 
 def test_two_stages_of_two_way_tensor_parallelism(cluster: Cluster, site: Site) -> None:
-    site.write(*samples(400), "tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true")
+    site.write(
+        *samples(400), "tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"
+    )
     report = profiled(cluster, site, "from_step=1", "steps=2")
     folder = site.run_dir("profile-olmoe_7b")
     check_all_ranks_add_up(report, folder)
@@ -119,9 +121,9 @@ def kill_rank(rank: str, run_dir: Path) -> None:
     """Not the shell that started it."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if f"run_dir={run_dir}" in process.cmdline() and process.cmdline()[1:3] == ["-m", "megatron_fc"]:
-                if process.environ().get("SLURM_PROCID") == rank:
-                    process.kill()
+            is_python = f"run_dir={run_dir}" in process.cmdline() and process.cmdline()[1:3] == ["-m", "megatron_fc"]
+            if is_python and process.environ().get("SLURM_PROCID") == rank:
+                process.kill()
 
 
 def test_dry_run_and_mistakes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
