@@ -1,7 +1,10 @@
 """DeviceCounter: bytes of device memory that a training step reads and writes, by phase, module and operation."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fc.ops import IMPLEMENTATIONS
@@ -34,12 +37,26 @@ class DeviceCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in IMPLEMENTATIONS and args[-1] == "torch":
+        inside = _inside(func)
+        if inside is not None and (func.namespace == "aten" or args[-1] == "torch"):
             with self:
-                return IMPLEMENTATIONS[func](*args, **kwargs)
+                return inside(*args, **kwargs)
         out = func(*args, **kwargs)
         read, written = moved(func, args, kwargs, out)
         if read or written:
             key = DeviceKey(*self._whereabouts.now(), str(getattr(func, "overloadpacket", func)))
             self.counts.setdefault(key, DeviceCount()).add(DeviceCount(1, read, written))
         return out
+
+
+@cache
+def _inside(func: Any) -> Callable[..., Any] | None:
+    """What an operation consists of, where its parts are what moves bytes."""
+    if func in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[func]
+    # Below autograd, torch hands over operations such as `reshape` and `matmul` in one piece.
+    kernels = [torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in _COMPOSITE_CPU_CUDA]
+    return func.decompose if kernels == [True, False, False] else None
+
+
+_COMPOSITE_CPU_CUDA = ("CompositeImplicitAutograd", "CPU", "CUDA")
