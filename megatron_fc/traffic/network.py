@@ -185,15 +185,16 @@ class _Step:
         Forward: counts of tokens per expert are gathered over all ranks that share experts; tokens and their
         probabilities go to the experts' ranks, then to the ranks among which an expert is divided; results come back
         the same way. Backward is the opposite of each. With both EP and ETP above 1 the ranks of an expert are taken to
-        receive as many tokens each. `get_tokens_per_expert_and_token_count` sums the counts for the balancing loss.
+        receive as many tokens each. `get_tokens_per_expert_and_token_count` sums the counts for the balancing loss,
+        which the router leaves to recompute where there is any.
         """
         calls, layout = self.micro_batches, self.layout
         row_bytes = self.shape.width * self.training.element_bytes
         divided_rows = sum(rows.received) * layout.expert_tensor
         counts_bytes = self.shape.experts * _INT64_BYTES
+        if balance_loss:
+            self._ring("recompute" if again else "forward", "tp-cp", "all_reduce", counts_bytes, calls)
         for phase in _forward_phases(again):
-            if balance_loss:
-                self._ring(phase, "tp-cp", "all_reduce", counts_bytes, calls)
             self._ring(phase, "etp-ep", "all_gather", counts_bytes * self.at.size("etp-ep"), calls)
             self._exchange(phase, rows.sent, row_bytes, calls)
             self._exchange(phase, rows.sent, router_bytes, calls)

@@ -32,14 +32,20 @@ with warnings.catch_warnings():
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
     from megatron_fc import functional
     from megatron_fc.cli import main
     from megatron_fc.errors import UserError
+    from megatron_fc.megatron.groups import group_names
     from megatron_fc.megatron.integrity import refuse_corrupt
     from megatron_fc.megatron.parameters import is_frac_parameter
     from megatron_fc.megatron.slots import FracNorm
+    from megatron_fc.traffic.counts import NetworkCounts
+    from megatron_fc.traffic.network import Routing
+    from megatron_fc.traffic.network_counter import NetworkCounter, gather_hosts
+    from megatron_fc.traffic.phase import Whereabouts
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 MICRO_BATCHES, BATCH, STEPS = 2, 2, 10
@@ -194,12 +200,78 @@ def load_and_train(
     return run.train(steps)
 
 
+@dataclass
+class Counted:
+    """Network traffic of one step, as one rank saw it.
+
+    Attributes:
+        counts: what was counted.
+        routing: by MoE layer, counted from 0.
+        padding_bytes: of gradients and of weights in the buffers of data parallelism that belong to no parameter.
+        losses, plain_losses: of two steps, the second one counted, and of the same ones without a counter.
+    """
+
+    counts: NetworkCounts
+    routing: dict[int, Routing]
+    padding_bytes: tuple[int, int]
+    losses: list[float]
+    plain_losses: list[float]
+
+
+def count_network(layout: Layout, model: Model, more: dict[str, Any]) -> Counted:
+    """Count the second step; two nodes share the ranks."""
+    layout.initialise()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    hosts = gather_hosts(f"node{2 * rank // world}")
+    plain_losses = Run(layout, model, None, "adam", more).train(range(2))
+    run = Run(layout, model, None, "adam", more)
+    run.train(range(1))
+    tokens: dict[int, torch.Tensor] = {}  # for every expert, by layer
+    for chunk in run.chunks:
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module.register_forward_hook(partial(_add_tokens, tokens))
+    with Whereabouts(run.chunks) as where, NetworkCounter(where, group_names(), hosts) as counter:
+        run.train(range(1, 2))
+    buffers = [buffer for chunk in run.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    return Counted(
+        counts=counter.counts,
+        routing={layer: _routing(count) for layer, count in sorted(tokens.items())},
+        padding_bytes=(
+            sum(_padding(buffer) * buffer.grad_dtype.itemsize for buffer in buffers),
+            sum(_padding(buffer) * buffer.param_dtype.itemsize for buffer in buffers),
+        ),
+        losses=run.losses,
+        plain_losses=plain_losses,
+    )
+
+
+def _padding(buffer: Any) -> int:
+    return int(buffer.numel - sum(parameter.numel() for parameter in buffer.params))
+
+
+def _add_tokens(tokens: dict[int, torch.Tensor], router: Any, _: Any, output: tuple[Any, torch.Tensor]) -> None:
+    # Recompute, which runs in backward, sends the same tokens once more.
+    if torch._C._current_autograd_node() is None:
+        layer = router.layer_number - 1
+        tokens[layer] = tokens.get(layer, 0) + output[1].sum(0)
+
+
+def _routing(tokens: torch.Tensor) -> Routing:
+    group = parallel_state.get_expert_model_parallel_group()
+    sent = tokens.reshape(group.size(), -1).sum(1)
+    everyones = [torch.empty_like(sent) for _ in range(group.size())]
+    torch.distributed.all_gather(everyones, sent, group=group)
+    return Routing(sent.tolist(), [int(theirs[group.rank()]) for theirs in everyones])
+
+
 class Run:
     """A model, its optimizer and its schedule on this rank."""
 
     def __init__(
-        self, layout: Layout, model: Model, folder: Path, optimizer: str, more: dict[str, Any] | None = None
+        self, layout: Layout, model: Model, folder: Path | None, optimizer: str, more: dict[str, Any] | None = None
     ) -> None:
+        """Without a folder the start is that of the seed, which layouts do not share."""
         self.layout, self.folder = layout, folder
         self.losses: list[float] = []
         options = {**layout.options(), **model.options(), **(more or {})}
@@ -207,7 +279,8 @@ class Run:
         stages = range(layout.vpp) if layout.vpp else [None]
         self.chunks = [tiny.build(model.kind, model.frac, vp_stage=stage, **options) for stage in stages]
         self.config = unwrap_model(self.chunks[0]).config
-        self._load_start(model)
+        if folder is not None:
+            self._load_start(model)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=layout.distributed_optimizer,
