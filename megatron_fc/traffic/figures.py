@@ -7,7 +7,7 @@ from megatron_fc.traffic.charts import Row, Segment, Stretch, bars, figure, lege
 from megatron_fc.traffic.counts import PHASES, DeviceCount, Phase, total_device, total_network
 from megatron_fc.traffic.kinds import KINDS
 from megatron_fc.traffic.records import Rank, Report
-from megatron_fc.traffic.side_by_side import Stream
+from megatron_fc.traffic.side_by_side import StreamBytes
 from megatron_fc.traffic.units import show_bytes, show_count, show_rate, show_seconds
 
 _MOST_RANKS = 32  # drawn one by one
@@ -36,7 +36,7 @@ def kinds(report: Report) -> str:
     )
 
 
-def side_by_side(streams: Sequence[Stream]) -> str:
+def side_by_side(streams: Sequence[StreamBytes]) -> str:
     """The residual stream under several connections."""
     base = streams[0].total
     rows = []

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from megatron_fc.traffic.counts import PHASES
 from megatron_fc.traffic.kinds import KINDS
 from megatron_fc.traffic.records import Rank, Report
-from megatron_fc.traffic.side_by_side import Stream
+from megatron_fc.traffic.side_by_side import StreamBytes
 from megatron_fc.traffic.units import show_bytes, show_seconds
 
 
-def markdown(report: Report, streams: Sequence[Stream]) -> str:
+def markdown(report: Report, streams: Sequence[StreamBytes]) -> str:
     """Return the main tables.
 
     Args:

@@ -8,13 +8,13 @@ from megatron_fc.traffic import figures
 from megatron_fc.traffic.charts import table
 from megatron_fc.traffic.counts import DeviceCount
 from megatron_fc.traffic.records import Report
-from megatron_fc.traffic.side_by_side import Stream
+from megatron_fc.traffic.side_by_side import StreamBytes
 from megatron_fc.traffic.units import show_bytes, show_count, show_seconds
 
 _MODULES = 20  # listed
 
 
-def page(report: Report, streams: Sequence[Stream]) -> str:
+def page(report: Report, streams: Sequence[StreamBytes]) -> str:
     """Return the page.
 
     Args:

@@ -39,7 +39,7 @@ def submit(cluster: Cluster, site: Site, *words: str) -> str:
 def profiled(cluster: Cluster, site: Site, *words: str) -> Report:
     """Let a job profile, and return what it reports."""
     job = submit(cluster, site, *words)
-    assert cluster.wait(job, *END, seconds=240)["JobState"] == "COMPLETED", site.log(job, "profile-olmoe_7b")
+    assert cluster.wait(job, *END, seconds=600)["JobState"] == "COMPLETED", site.log(job, "profile-olmoe_7b")
     return read_report(site.run_dir("profile-olmoe_7b"))
 
 
@@ -101,12 +101,12 @@ def test_a_rank_killed_in_the_window(cluster: Cluster, site: Site) -> None:
     folder = site.run_dir("profile-olmoe_7b")
     job = submit(cluster, site, "from_step=1", "steps=10000", "twin=no")
     counted = folder / "parts" / "rank-00003.json"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not counted.exists() or len(read_part(counted).rank.step_seconds) < 2:
         assert time.monotonic() < deadline, site.log(job, "profile-olmoe_7b")
         time.sleep(0.2)
     kill_rank("3", folder)
-    assert cluster.wait(job, *END, seconds=120)["ExitCode"] == "75:0"
+    assert cluster.wait(job, *END, seconds=300)["ExitCode"] == "75:0"
     report = read_report(folder)
     assert [rank.rank for rank in report.ranks] == [0, 1, 2, 3]
     assert all(len(rank.step_seconds) >= 2 and rank.device_bytes_per_step > 0 for rank in report.ranks)

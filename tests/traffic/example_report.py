@@ -8,8 +8,18 @@ from megatron_fc.traffic.records import Part, Rank, Run, Span
 
 RUN = Run(
     connection="dfc_x4",
-    model={"family": "gpt", "num_layers": 4, "hidden_size": 64, "seq_length": 128, "global_batch_size": 8},
-    layout={"world_size": 8, "nodes": 2, "tp": 2, "pp": 2, "cp": 1, "ep": 2, "dp": 2},
+    model={
+        "family": "gpt",
+        "num_layers": 4,
+        "hidden_size": 64,
+        "seq_length": 128,
+        "micro_batch_size": 1,
+        "global_batch_size": 8,
+        "normalization": "RMSNorm",
+        "params_dtype": "torch.bfloat16",
+        "fp32_residual_connection": False,
+    },
+    layout={"world_size": 8, "nodes": 2, "tp": 2, "pp": 2, "cp": 1, "ep": 2, "dp": 2, "sequence_parallel": True},
     layers=4,
     tokens_per_step=1024,
     from_step=3,
