@@ -11,7 +11,7 @@ from megatron_fc.traffic.side_by_side import StreamBytes
 from megatron_fc.traffic.units import show_bytes, show_count, show_rate, show_seconds
 
 _MOST_RANKS = 32  # drawn one by one
-_SUMS = "<p>Sums over all ranks and counted steps.</p>"
+_MODULES = 20  # listed
 
 
 def kinds(report: Report) -> str:
@@ -32,7 +32,8 @@ def kinds(report: Report) -> str:
         "additions.",
         _phase_legend(key.phase for key in values),
         bars(rows),
-        f"<details><summary>In numbers</summary>{_kind_table(report)}{_SUMS}</details>",
+        _details("In numbers", _kind_table(report)),
+        _modules(report),
     )
 
 
@@ -68,7 +69,7 @@ def network(report: Report) -> str:
         "Bytes that ranks send per token, all ranks together, by the parallelism whose collectives send them; for ring "
         "algorithms.",
         *([_network_legend(), bars(rows)] if sum(report.network_bytes_per_token) else ["<p>Nothing was sent.</p>"]),
-        f"<details><summary>By collective</summary>{_collective_table(report)}{_SUMS}</details>",
+        _details("By collective", _collective_table(report)),
     )
 
 
@@ -155,16 +156,21 @@ def _network_legend() -> str:
     return legend([("intra", "within a node"), ("inter", "between nodes")])
 
 
+def _details(title: str, sums: str) -> str:
+    return f"<details><summary>{title}</summary>{sums}<p>Sums over all ranks and counted steps.</p></details>"
+
+
 def _kind_table(report: Report) -> str:
-    keys = sorted({key for rank in report.ranks for key in rank.kinds}, key=lambda k: (KINDS.index(k.kind), k.phase))
+    there = {key for rank in report.ranks for key in rank.kinds}
+    keys = sorted(there, key=lambda key: (KINDS.index(key.kind), PHASES.index(key.phase)))
     measured = any(count.seconds is not None for rank in report.ranks for count in rank.kinds.values())
     rows = []
     for key in keys:
-        there = [rank for rank in report.ranks if key in rank.kinds]
-        total = total_device(rank.kinds[key] for rank in there)
+        its_ranks = [rank for rank in report.ranks if key in rank.kinds]
+        total = total_device(rank.kinds[key] for rank in its_ranks)
         rows.append([*key, show_count(total.calls), show_bytes(total.read_bytes), show_bytes(total.written_bytes)])
         if measured:
-            rows[-1] += _speed(total, there)
+            rows[-1] += _speed(total, its_ranks)
     heads = ["kind", "phase", "calls", "read", "written"] + ["time", "speed", "of a copy's"] * measured
     return table(heads, rows, words=2)
 
@@ -177,6 +183,18 @@ def _speed(total: DeviceCount, ranks: Sequence[Rank]) -> list[str]:
     copies = [rank.copy_bytes_per_second for rank in ranks if rank.copy_bytes_per_second]
     share = f"{rate / (sum(copies) / len(copies)):.0%}" if copies else "-"
     return [show_seconds(total.seconds), show_rate(rate), share]
+
+
+def _modules(report: Report) -> str:
+    by_module: dict[str, DeviceCount] = {}
+    for key, count in report.device.items():
+        name = key.module or ("optimizer" if key.phase == "optimizer" else "outside of modules")
+        by_module.setdefault(name, DeviceCount()).add(count)
+    busiest = sorted(by_module.items(), key=lambda item: -(item[1].read_bytes + item[1].written_bytes))[:_MODULES]
+    rows = [[name, show_count(c.calls), show_bytes(c.read_bytes), show_bytes(c.written_bytes)] for name, c in busiest]
+    return _details(
+        f"The {len(rows)} busiest of {len(by_module)} modules", table(["module", "calls", "read", "written"], rows)
+    )
 
 
 def _collective_table(report: Report) -> str:

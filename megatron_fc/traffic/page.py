@@ -5,13 +5,9 @@ from html import escape
 from importlib.resources import files
 
 from megatron_fc.traffic import figures
-from megatron_fc.traffic.charts import table
-from megatron_fc.traffic.counts import DeviceCount
 from megatron_fc.traffic.records import Report
 from megatron_fc.traffic.side_by_side import StreamBytes
 from megatron_fc.traffic.units import show_bytes, show_count, show_seconds
-
-_MODULES = 20  # listed
 
 
 def page(report: Report, streams: Sequence[StreamBytes]) -> str:
@@ -36,7 +32,7 @@ def page(report: Report, streams: Sequence[StreamBytes]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>Memory traffic of {connection}</title><style>{style}</style></head>\n"
         f"<body><header><h1>Memory traffic of <em>{connection}</em></h1><p>{escape(_subtitle(report))}</p></header>\n"
-        f"<main>{_warnings(report)}{_cards(report)}{''.join(charts)}{_modules(report)}{_provenance(report)}</main>"
+        f"<main>{_warnings(report)}{_cards(report)}{''.join(charts)}{_provenance(report)}</main>"
         "</body></html>\n"
     )
 
@@ -72,19 +68,6 @@ def _cards(report: Report) -> str:
     ]
     items = "".join(f"<li><h3>{name}</h3><b>{value}</b><small>{what}</small></li>" for name, value, what in cards)
     return f'<ul class="cards">{items}</ul>'
-
-
-def _modules(report: Report) -> str:
-    by_module: dict[str, DeviceCount] = {}
-    for key, count in report.device.items():
-        name = key.module or ("optimizer" if key.phase == "optimizer" else "outside of modules")
-        by_module.setdefault(name, DeviceCount()).add(count)
-    busiest = sorted(by_module.items(), key=lambda item: -(item[1].read_bytes + item[1].written_bytes))[:_MODULES]
-    rows = [[name, show_count(c.calls), show_bytes(c.read_bytes), show_bytes(c.written_bytes)] for name, c in busiest]
-    return (
-        f"<details><summary>The {len(rows)} busiest of {len(by_module)} modules</summary>"
-        f"{table(['module', 'calls', 'read', 'written'], rows)}<p>Sums over all ranks and counted steps.</p></details>"
-    )
 
 
 def _provenance(report: Report) -> str:
