@@ -45,7 +45,9 @@ class HyperConnection(nn.Module):
         self.config = config
         self.static_beta = nn.Parameter(torch.ones(streams))
         # Columns: the sub-layer's input, then the streams.
-        self.static_alpha = nn.Parameter(torch.cat((torch.eye(streams)[:, [sub_layer % streams]], torch.eye(streams)), 1))
+        self.static_alpha = nn.Parameter(
+            torch.cat((torch.eye(streams)[:, [sub_layer % streams]], torch.eye(streams)), 1)
+        )
         if config.dynamic:
             self.dynamic_weight = nn.Parameter(torch.zeros(streams + 2, hidden_size))  # rows: beta, then as the columns
         if config.dynamic and config.scale:

@@ -1,12 +1,12 @@
 """Model of the bytes that residual connections move through device memory: residual, Frac- and Hyper-Connections.
 
-What stands between sub-layers is counted, with the norm at a sub-layer's input: a sub-layer's own work is the same under
-every connection. Every operation reads its inputs and writes its outputs once (`megatron_fc.traffic.operations`, whose
-counts the tests hold these formulas against). Dropout and biases of sub-layers are off.
+What stands between sub-layers is counted, with the norm at a sub-layer's input: a sub-layer's own work is the same
+under every connection. Every operation reads its inputs and writes its outputs once (`megatron_fc.traffic.operations`,
+whose counts the tests hold these formulas against). Dropout and biases of sub-layers are off.
 
 The unit of the formulas is a row, the d elements of a token in the dtype of the stream. Beside rows there are terms in
-fp32: beta (m values per token), alpha (m*m), and once per call the parameters, in backward their gradients too. Here are
-the schemes of fused operations; `megatron_fc.traffic.streams_eager` has those of unfused torch.
+fp32: beta (m values per token), alpha (m*m), and once per call the parameters, in backward their gradients too. Here
+are the schemes of fused operations; `megatron_fc.traffic.streams_eager` has those of unfused torch.
 """
 
 from dataclasses import dataclass
@@ -247,9 +247,9 @@ def frac_pure(stream: Stream, config: FracConfig) -> Moves:
 def hyper_ideal(stream: Stream, streams: int) -> Moves:
     """A layer of Hyper-Connections, n streams, every tensor moved once: computed, no implementation is known to do it.
 
-    Per sub-layer one pass as `boundary`: forward reads n streams and o, writes n streams and x, 2n+2 rows; backward reads
-    g_x, n gradients, n streams and o, writes n gradients and g_o, 3n+3 rows. At n = 4: 20 + 30 rows per layer. Terms
-    that are not rows are left out. Kept: n streams and o.
+    Per sub-layer one pass as `boundary`: forward reads n streams and o, writes n streams and x, 2n+2 rows; backward
+    reads g_x, n gradients, n streams and o, writes n gradients and g_o, 3n+3 rows. At n = 4: 20 + 30 rows per layer.
+    Terms that are not rows are left out. Kept: n streams and o.
     """
     row, n = stream.row, streams
     half = Moves(Traffic((n + 1) * row, (n + 1) * row), Traffic((2 * n + 2) * row, (n + 1) * row), (n + 1) * row)

@@ -28,9 +28,7 @@ class _Sizes:
     @classmethod
     def of(cls, stream: Stream, config: FracConfig) -> "_Sizes":
         m, k = config.rate, 2 * config.rate + 1
-        return cls(
-            stream.row, FP32 * stream.width, FP32 * m, FP32 * m * m, FP32 * k * m, FP32 * k * stream.width // m
-        )
+        return cls(stream.row, FP32 * stream.width, FP32 * m, FP32 * m * m, FP32 * k * m, FP32 * k * stream.width // m)
 
     @property
     def upcast(self) -> Traffic:
@@ -144,10 +142,13 @@ def frac_reference(stream: Stream, config: FracConfig) -> Moves:
     """A layer of `megatron_fc.functional`: in fp32, 50 + 82 rows of DFC and 40 + 56 of SFC, terms left out.
 
     Width: DFC norms every fraction (1 read, 1 written), projects (1) and mixes (1 and 1); SFC mixes with copies around
-    the product (3 and 3). Backward of the mixing reads 3 and writes 1, of the projection reads 1 and writes 1, of the norm
-    reads 2 and writes 1, and the two gradients of h are summed. Depth norms and projects twice, for beta and for
+    the product (3 and 3). Backward of the mixing reads 3 and writes 1, of the projection reads 1 and writes 1, of the
+    norm reads 2 and writes 1, and the two gradients of h are summed. Depth norms and projects twice, for beta and for
     alpha, multiplies beta and o (1 and 1), mixes, and adds (2 and 1); its backward likewise, beta*o's reading 4 and
     writing 2. Width and depth both take h, whose gradients are summed. In 16 bits, h, o and results are converted.
+
+    Predicted coefficients pass through memory for tanh, scale, the static part and their use. Backward goes through
+    the same, reads twice for each gradient of a parameter (product and sum), and twice for the projection's.
     """
     s = _Sizes.of(stream, config)
     wide, predicted = s.wide, 1 if config.dynamic else 0
@@ -161,12 +162,18 @@ def frac_reference(stream: Stream, config: FracConfig) -> Moves:
         Traffic((2 * normed + 3 * predicted) * wide, (normed + 2 * predicted) * wide),
         normed * wide,
     )
+    passes = predicted * (1 + config.tanh + config.scale)
+    coefficients = Moves(
+        Traffic(passes + predicted, passes + predicted),
+        Traffic(5 * predicted + 4 * config.scale * predicted + 2 * config.tanh * predicted, passes + 2 * predicted),
+    )
     kept = Moves(Traffic(), Traffic(), wide)
     width = mixing + prediction + kept + Moves(s.upcast + s.downcast, s.upcast + s.downcast)
     # The sum of o's and h's part takes the mixed rows as they lie, without SFC's last copy.
     uncopied = Moves(Traffic() if config.dynamic else Traffic(-wide, -wide), Traffic())
     update = Moves(Traffic(wide, wide) + Traffic(2 * wide, wide), Traffic(4 * wide, 2 * wide), wide)
     depth = mixing + uncopied + prediction * 2 + kept + update
+    width, depth = width + coefficients * s.matrix, depth + coefficients * (s.matrix + s.one)
     depth += Moves(s.upcast * 2 + s.downcast, s.upcast + s.downcast * 2)
     return (width + norm(stream) + depth + gradient_sum(stream)) * 2
 
@@ -177,18 +184,18 @@ def frac_reference(stream: Stream, config: FracConfig) -> Moves:
 def hyper_unfused(stream: Stream, streams: int, dynamic: bool = True) -> Moves:
     """A layer of `HyperConnection` under autograd: at n = 4, 80 + 178 rows of the dynamic kind, terms left out.
 
-    Per sub-layer, forward: norm (n read, n written), projection (n), mixing (n read, n+1 written), beta*o (1 and n), sum
-    (2n and n). Backward: of the mixing, x's gradient joins the streams' (n+1 and n+1), and the product's two read
-    n+1 and n, n+1, write n; of beta*o, g*o (n+1 and n), its sum (n), g*beta (n and n), its sum (n and 1); projection
-    (n and n); norm (2n and n); the sum of its gradient and the mixing's (2n and n). Kept: the streams, normed
-    too, what was mixed (x is a part of it), and o. The published count of HC's authors' successors, 8n+2 in forward, has the
-    norm and the projection in one pass.
+    Per sub-layer, forward: norm (n read, n written), projection (n), mixing (n and n+1), beta*o (1 and n), sum (2n and
+    n). Backward: x's gradient joins the streams' (n+1 and n+1), the mixing's two products (2n+1, and n+1 and n); of
+    beta*o, g*o (n+1 and n), its sum (n), g*beta (n and n), its sum (n and 1); projection (n and n, the gradient of its
+    weights included); norm (2n and n); the sum of its gradient and the mixing's (2n and n). Kept: the streams, normed
+    too, what was mixed (x is a part of it), and o. Where the norm and the projection are one pass, as in published
+    counts of 8n+2 rows forward, n fewer are read and written.
     """
     row, n = stream.row, streams
     p = 1 if dynamic else 0
     forward = Traffic(((2 * p + 3) * n + 1) * row, (p * n + 3 * n + 1) * row)
     backward = Traffic(((5 * p + 8) * n + 4) * row, ((3 * p + 4) * n + 2) * row)
+    if n == 1:  # there is nothing to sum for g_o
+        backward += Traffic(-row, -row)
     saved = ((2 + p) * n + 2) * row
     return (Moves(forward, backward, saved) + norm(stream)) * 2
-
-
