@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_fc.errors import UserError
+from megatron_fc.megatron import cpu
 from megatron_fc.megatron.groups import group_names
 from megatron_fc.megatron.parameters import ParameterCount
 from megatron_fc.megatron.pretrain import train
@@ -63,6 +64,8 @@ def profile(
     """
     if first < 0 or steps < 1:
         raise UserError(f"--from-step {first} --steps {steps}: count from step 0 on, one step at least")
+    if nvtx and cpu.needed():
+        raise UserError("--nvtx is for nsys and ncu, which need a CUDA device: torch sees none")
     recipe = load_recipe(config, [*_DEFAULTS, *overrides, f"run_dir={out}"])
     spectator = _Profiler(recipe, first, steps, out, shlex.join(["megatron-fc", *command]), nvtx)
     train(recipe, spectator)
@@ -78,10 +81,13 @@ class _Profiler:
         self._window = Window(first, steps, self)
         self._first, self._steps = first, steps
         self._contexts = ExitStack()
+        self._kernels: KernelTimes | None = None
 
     # --- a Spectator ---
 
     def model_is_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> None:
+        if args.cuda_graph_impl != "none":
+            raise UserError(f"cuda_graph_impl={args.cuda_graph_impl}: replays cannot be counted, profile with none")
         self._args, self._chunks = args, chunks
         self._hosts = gather_hosts()
         self._gatherer: Gatherer = make_gatherer(_GATHERING)
@@ -115,14 +121,11 @@ class _Profiler:
     # --- an Observer ---
 
     def begin(self) -> None:
-        # Without devices a step has no kernels to time.
-        if torch.cuda.is_available() and not self._nvtx:
-            self._rank.copy_bytes_per_second = copy_bytes_per_second()
         enter = self._contexts.enter_context
         whereabouts = enter(Whereabouts(self._chunks))
-        self._kernels = KernelTimes(whereabouts) if torch.cuda.is_available() and not self._nvtx else None
-        if self._kernels is not None:
-            enter(self._kernels)
+        if not cpu.needed() and not self._nvtx:  # Nsight and torch's profiler cannot both have the device's counters
+            self._rank.copy_bytes_per_second = copy_bytes_per_second()
+            self._kernels = enter(KernelTimes(whereabouts))
         if self._nvtx:
             enter(NsightRanges(whereabouts, self._global_path))
         self._network = enter(NetworkCounter(whereabouts, group_names(), self._hosts))
@@ -159,6 +162,8 @@ class _Profiler:
         torch.distributed.broadcast_object_list(date, src=0)
         return Run(
             connection=self._recipe.connection,
+            frac=None if self._recipe.frac is None else self._recipe.frac.to_dict(),
+            backend=self._recipe.backend,
             model={"family": self._recipe.family, **model_facts(args)},
             layout=layout(args, self._hosts),
             # Layers of a hybrid model are sub-layers.

@@ -6,7 +6,7 @@ from megatron_fc.traffic.counts import PHASES
 from megatron_fc.traffic.kinds import KINDS
 from megatron_fc.traffic.records import Rank, Report
 from megatron_fc.traffic.side_by_side import StreamBytes
-from megatron_fc.traffic.units import show_bytes, show_seconds
+from megatron_fc.traffic.units import show_bytes, show_number, show_seconds
 
 
 def markdown(report: Report, streams: Sequence[StreamBytes]) -> str:
@@ -19,8 +19,8 @@ def markdown(report: Report, streams: Sequence[StreamBytes]) -> str:
     run = report.run
     lines = [f"# Memory traffic of {run.connection}", ""]
     lines += [
-        f"{run.layout['world_size']} ranks on {run.layout['nodes']} nodes, {run.steps} steps from {run.from_step} on, "
-        f"{run.tokens_per_step:,} tokens each; {run.date}.",
+        f"{show_number(run.layout['world_size'], 'rank')} on {show_number(run.layout['nodes'], 'node')}, "
+        f"{show_number(run.steps, 'step')} from {run.from_step} on, {run.tokens_per_step:,} tokens each; {run.date}.",
         "",
     ]
     lines += [f"**{warning}**\n" for warning in report.warnings()]

@@ -7,7 +7,7 @@ from importlib.resources import files
 from megatron_fc.traffic import figures
 from megatron_fc.traffic.records import Report
 from megatron_fc.traffic.side_by_side import StreamBytes
-from megatron_fc.traffic.units import show_bytes, show_count, show_seconds
+from megatron_fc.traffic.units import show_bytes, show_count, show_number, show_seconds
 
 
 def page(report: Report, streams: Sequence[StreamBytes]) -> str:
@@ -38,14 +38,14 @@ def page(report: Report, streams: Sequence[StreamBytes]) -> str:
 
 
 def _subtitle(report: Report) -> str:
-    run, nodes = report.run, len(report.hosts)
+    run = report.run
     sizes = " ".join(f"{name.upper()}{size}" for name, size in run.layout.items() if len(name) <= 3 and size > 1)
     last = run.from_step + run.steps - 1
     window = f"step {last}" if run.steps == 1 else f"steps {run.from_step} to {last}"
     return " · ".join(
         [
             f"{show_count(run.parameters)} parameters in {run.layers} layers",
-            f"{run.layout['world_size']} ranks on {nodes} {'node' if nodes == 1 else 'nodes'}",
+            f"{show_number(run.layout['world_size'], 'rank')} on {show_number(len(report.hosts), 'node')}",
             *([sizes] if sizes else []),
             run.device,
             f"{window}, {run.tokens_per_step:,} tokens each",

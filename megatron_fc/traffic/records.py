@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from megatron_fc.traffic.counts import DeviceCount, DeviceCounts, NetworkCounts, Phase, total_device, total_network
 from megatron_fc.traffic.kinds import KindCounts, KindKey
-from megatron_fc.traffic.units import show_bytes
+from megatron_fc.traffic.units import show_bytes, show_number
 
 
 @dataclass
@@ -15,6 +15,8 @@ class Run:
 
     Attributes:
         connection: residual, sfc_x4, dfc_x4 ...
+        frac: options of Frac-Connections, None for plain residuals.
+        backend: what they ran on, triton or torch; None for plain residuals.
         model: what decides the bytes but for the connection: layers, widths, sequence, batch, precision ...
         layout: parallel sizes, `world_size` and `nodes`.
         layers: of the whole model.
@@ -27,6 +29,8 @@ class Run:
     """
 
     connection: str
+    frac: dict[str, Any] | None
+    backend: str | None
     model: dict[str, Any]
     layout: dict[str, Any]
     layers: int
@@ -131,11 +135,12 @@ class Report:
         """What the report lacks, one sentence each."""
         said = []
         if self.missing:
-            numbers = ", ".join(map(str, self.missing))
             what = "rank" if len(self.missing) == 1 else "ranks"
-            said.append(
-                f"Nothing is known of {what} {numbers}: every sum is without {'it' if what == 'rank' else 'them'}."
-            )
+            pronoun = "it" if what == "rank" else "them"
+            numbers = ", ".join(map(str, self.missing))
+            said.append(f"Nothing is known of {what} {numbers}: every sum is without {pronoun}.")
+        if self.run.model.get("transformer_impl") == "transformer_engine":
+            said.append("Transformer Engine starts kernels past torch's dispatcher: their bytes are not in any sum.")
         said += [
             f"Rank {rank.rank} on {rank.host} counted {len(rank.step_seconds)} of {self.run.steps} steps, then the run "
             f"broke off."
@@ -149,7 +154,7 @@ class Report:
         return (
             f"{self.run.connection}: {show_bytes(self.device_bytes_per_token)} of device memory per token, "
             f"{show_bytes(intra + inter)} over the network, {show_bytes(inter)} of it between nodes; "
-            f"{len(self.ranks)} ranks on {len(self.hosts)} nodes"
+            f"{show_number(len(self.ranks), 'rank')} on {show_number(len(self.hosts), 'node')}"
         )
 
     @property

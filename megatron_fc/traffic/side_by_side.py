@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_fc.config import FracConfig
 from megatron_fc.traffic.counts import Phase
 from megatron_fc.traffic.records import Report, Run
-from megatron_fc.traffic.streams import Moves, Stream, hyper_ideal, residual
+from megatron_fc.traffic.streams import Moves, Stream, frac_boundary, hyper_ideal, residual
 from megatron_fc.traffic.streams_eager import hyper_unfused
 
 _HALF = ("torch.bfloat16", "torch.float16")
@@ -33,20 +34,29 @@ class StreamBytes:
 def side_by_side(report: Report, against: Sequence[Report] = ()) -> list[StreamBytes]:
     """The streams of other reports and of this one, then the computed ones of what was not counted.
 
-    Hyper-Connections are computed at both ends: in unfused torch, and as if every tensor moved once. Plain residuals
-    are computed, from unfused operations, where no report has them.
+    Computed are plain residuals, from separate operations, where no report has them; Frac-Connections in fused kernels
+    where they ran on the torch backend; and Hyper-Connections at both ends, in unfused torch and as if every tensor
+    moved once.
     """
-    counted = [
-        StreamBytes(other.run.connection, other.stream_bytes_per_token_and_layer()) for other in [*against, report]
+    run, stream = report.run, _stream(report.run)
+    runs = [*against, report]
+    plain = [] if any(r.run.frac is None for r in runs) else [_computed("residual", residual(stream), run)]
+    counted = [StreamBytes(_label(r.run), r.stream_bytes_per_token_and_layer()) for r in runs]
+    fused = [
+        _computed(f"{r.run.connection}, fused", frac_boundary(stream, FracConfig.from_dict(r.run.frac)), run)
+        for r in runs
+        if r.run.frac is not None and r.run.backend == "torch"
     ]
-    stream = _stream(report.run)
-    plain = [] if "residual" in [c.label for c in counted] else [_computed("residual", residual(stream), report.run)]
     hyper = [
-        _computed(f"HC n={n}, {how}", moves(stream, n), report.run)
-        for n in (2, 4)
+        _computed(f"HC n={n}, {how}", moves(stream, n), run)
         for how, moves in (("ideal", hyper_ideal), ("unfused", hyper_unfused))
+        for n in (2, 4)
     ]
-    return [*plain, *counted, *hyper]
+    return [*plain, *counted, *fused, *hyper]
+
+
+def _label(run: Run) -> str:
+    return f"{run.connection}, torch" if run.backend == "torch" else run.connection
 
 
 def _stream(run: Run) -> Stream:

@@ -25,6 +25,11 @@ def show_count(count: float) -> str:
     return f"{count:,.0f}" if count < 10_000 else _scaled(count, "")
 
 
+def show_number(count: int, what: str) -> str:
+    """Return e.g. `1 rank`, `8 ranks`."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def _scaled(value: float, unit: str) -> str:
     prefix = 0
     while value >= 999.5 and prefix + 1 < len(_PREFIXES):

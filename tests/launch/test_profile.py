@@ -84,8 +84,8 @@ def test_two_stages_of_two_way_tensor_parallelism(cluster: Cluster, site: Site) 
     assert groups["tp"][0] - twin.by_group()["tp"][0] == pytest.approx(sums)
     assert {**groups, "tp": None} == {**twin.by_group(), "tp": None}
     page = (folder / "traffic.html").read_text()
-    assert "dfc_x4" in page
     assert "residual <small>counted" in page
+    assert "dfc_x4, torch <small>counted" in page
 
 
 def test_two_replicas_of_two_way_expert_parallelism(cluster: Cluster, site: Site) -> None:

@@ -8,6 +8,8 @@ from megatron_fc.traffic.records import Part, Rank, Run, Span
 
 RUN = Run(
     connection="dfc_x4",
+    frac={"rate": 4},
+    backend="torch",
     model={
         "family": "gpt",
         "num_layers": 4,
@@ -68,8 +70,9 @@ def part(rank: int, connection: str = "dfc_x4", steps: int = 2, weight: int = 1)
     }
     if stage == 0:
         network[NetworkKey("optimizer", "pp", "send")] = NetworkCount(8, 1 << 16, 0, 1 << 16)
+    run = RUN if connection != "residual" else replace(RUN, connection=connection, frac=None, backend=None)
     return Part(
-        replace(RUN, connection=connection),
+        run,
         Rank(
             rank,
             f"node{stage}",

@@ -13,9 +13,9 @@ from megatron_fc.traffic.streams import Stream, hyper_ideal
 def test_counted_first_then_computed() -> None:
     report, twin = report_of(parts()), report_of(parts("residual"))
     streams = side_by_side(report, [twin])
-    assert [stream.label for stream in streams if not stream.is_computed] == ["residual", "dfc_x4"]
-    hyper = ["HC n=2, ideal", "HC n=2, unfused", "HC n=4, ideal", "HC n=4, unfused"]
-    assert [stream.label for stream in streams if stream.is_computed] == hyper
+    assert [stream.label for stream in streams if not stream.is_computed] == ["residual", "dfc_x4, torch"]
+    computed = ["dfc_x4, fused", "HC n=2, ideal", "HC n=4, ideal", "HC n=2, unfused", "HC n=4, unfused"]
+    assert [stream.label for stream in streams if stream.is_computed] == computed
     assert streams[1].phases == report.stream_bytes_per_token_and_layer()
     assert side_by_side(report)[0].label == "residual", "computed where it was not run"
     assert side_by_side(report)[0].is_computed
@@ -41,6 +41,13 @@ def test_hyper_connections_move_their_streams() -> None:
 def test_wider_elements_and_copies_on_tensor_ranks(model: dict, layout: dict, factor: int) -> None:
     run = replace(RUN, model={**RUN.model, **model}, layout={**RUN.layout, **layout})
     assert _of("HC n=4, ideal", run).total == factor * 50 * 128
+
+
+def test_fused_kernels_are_computed_where_they_did_not_run() -> None:
+    """9 + 13 rows, and small terms."""
+    assert 22 * 128 < _of("dfc_x4, fused", RUN).total < 27 * 128
+    on_a_card = replace(report_of(parts()), run=replace(RUN, backend="triton"))
+    assert [stream.label for stream in side_by_side(on_a_card)][1:3] == ["dfc_x4", "HC n=2, ideal"]
 
 
 def test_full_recompute_runs_forward_again() -> None:

@@ -56,6 +56,12 @@ def test_a_rank_that_was_lost_early_counts_by_its_own_steps() -> None:
     assert second == "Rank 1 on node0 counted 1 of 2 steps, then the run broke off."
 
 
+def test_what_no_counter_sees_is_said() -> None:
+    run = replace(RUN, model={**RUN.model, "transformer_impl": "transformer_engine"})
+    (warning,) = report_of([replace(each, run=run) for each in parts()]).warnings()
+    assert warning.startswith("Transformer Engine starts kernels past torch's dispatcher")
+
+
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
