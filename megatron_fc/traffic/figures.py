@@ -1,7 +1,6 @@
 """The charts of a page."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 
 from megatron_fc.traffic.charts import Row, Segment, Stretch, bars, figure, legend, table, timelines
 from megatron_fc.traffic.counts import PHASES, DeviceCount, Phase, total_device, total_network
@@ -39,20 +38,20 @@ def kinds(report: Report) -> str:
 
 def side_by_side(streams: Sequence[StreamBytes]) -> str:
     """The residual stream under several connections."""
-    base = streams[0].total
     rows = []
     for stream in streams:
         how = "computed" if stream.is_computed else "counted"
-        if stream is not streams[0] and base:
-            how += f", {stream.total / base:.2f}×"
+        if stream.ratio is not None:
+            how += f", {stream.ratio:.2f}×"
         segments = _phases(stream.phases, stream.label)
         rows.append(Row(stream.label, segments, show_bytes(stream.total), how, stream.is_computed))
     return figure(
         "streams",
         "The residual stream, side by side",
-        "Bytes per token and layer. Solid bars were counted in runs, hatched ones are computed from formulas. Compare "
-        "fused with ideal, where every tensor moves once, and torch with unfused, where every operation moves its own. "
-        f"Ratios are to {escape(streams[0].label)}.",
+        "Bytes per token and layer. Solid bars were counted in runs, hatched ones are computed from formulas; ratios "
+        "are to the residual that was counted, or computed, likewise. Compare fused with ideal, where every tensor "
+        "moves once, and torch with unfused, where every operation moves its own. Computed residuals have one kernel "
+        "per norm, counted ones what torch has: several on CPUs.",
         _phase_legend(phase for stream in streams for phase in stream.phases),
         bars(rows),
     )
@@ -69,8 +68,11 @@ def network(report: Report) -> str:
         "Network by group",
         "Bytes that ranks send per token, all ranks together, by the parallelism whose collectives send them; for ring "
         "algorithms.",
-        *([_network_legend(), bars(rows)] if sum(report.network_bytes_per_token) else ["<p>Nothing was sent.</p>"]),
-        _details("By collective", _collective_table(report)),
+        *(
+            [_network_legend(), bars(rows), _details("By collective", _collective_table(report))]
+            if sum(report.network_bytes_per_token)
+            else ["<p>Nothing was sent.</p>"]
+        ),
     )
 
 

@@ -37,13 +37,14 @@ def markdown(report: Report, streams: Sequence[StreamBytes]) -> str:
     )
     lines += ["", "Residual stream, bytes per token and layer:", ""]
     lines += _table(
-        ["", "", *phases, "all"],
+        ["", "", *phases, "all", "to residual"],
         (
             [
                 stream.label,
                 "computed" if stream.is_computed else "counted",
                 *(_cell(stream.phases.get(phase)) for phase in phases),
                 _cell(stream.total),
+                "-" if stream.ratio is None else f"{stream.ratio:.2f}x",
             ]
             for stream in streams
         ),

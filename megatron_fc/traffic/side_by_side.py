@@ -1,7 +1,7 @@
 """The residual stream of one model under several connections: counted, and by the model for what was not run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_fc.config import FracConfig
 from megatron_fc.traffic.counts import Phase
@@ -20,11 +20,13 @@ class StreamBytes:
         label: the connection.
         phases: bytes per token and layer.
         is_computed: by the formulas of `megatron_fc.traffic.streams`, else counted in a run.
+        ratio: of the total to that of plain residuals which were counted, or computed, likewise; None without such.
     """
 
     label: str
     phases: Mapping[Phase, float]
     is_computed: bool = False
+    ratio: float | None = None
 
     @property
     def total(self) -> float:
@@ -32,16 +34,15 @@ class StreamBytes:
 
 
 def side_by_side(report: Report, against: Sequence[Report] = ()) -> list[StreamBytes]:
-    """The streams of other reports and of this one, then the computed ones of what was not counted.
+    """The streams of other reports and of this one, then computed ones.
 
-    Computed are plain residuals, from separate operations, where no report has them; Frac-Connections in fused kernels
-    where they ran on the torch backend; and Hyper-Connections at both ends, in unfused torch and as if every tensor
-    moved once.
+    Computed are plain residuals, one kernel per operation; Frac-Connections in fused kernels where they ran on the
+    torch backend; and Hyper-Connections at both ends, in unfused torch and as if every tensor moved once.
     """
     run, stream = report.run, _stream(report.run)
     runs = [*against, report]
-    plain = [] if any(r.run.frac is None for r in runs) else [_computed("residual", residual(stream), run)]
     counted = [StreamBytes(_label(r.run), r.stream_bytes_per_token_and_layer()) for r in runs]
+    plain = next((c for c, r in zip(counted, runs, strict=True) if r.run.frac is None), None)
     fused = [
         _computed(f"{r.run.connection}, fused", frac_boundary(stream, FracConfig.from_dict(r.run.frac)), run)
         for r in runs
@@ -52,7 +53,14 @@ def side_by_side(report: Report, against: Sequence[Report] = ()) -> list[StreamB
         for how, moves in (("ideal", hyper_ideal), ("unfused", hyper_unfused))
         for n in (2, 4)
     ]
-    return [*plain, *counted, *fused, *hyper]
+    plain_computed = _computed("residual", residual(stream), run)
+    return [*_with_ratios(counted, plain), *_with_ratios([plain_computed, *fused, *hyper], plain_computed)]
+
+
+def _with_ratios(streams: Sequence[StreamBytes], base: StreamBytes | None) -> list[StreamBytes]:
+    if base is None or not base.total:
+        return list(streams)
+    return [replace(stream, ratio=stream.total / base.total) for stream in streams]
 
 
 def _label(run: Run) -> str:

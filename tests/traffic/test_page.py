@@ -88,7 +88,7 @@ def test_bars_are_as_long_as_their_values() -> None:
     report, twin = report_of(parts(weight=3)), report_of(parts("residual"))
     html = page(report, side_by_side(report, [twin]))
     streams = html[html.index('<figure id="streams">') : html.index('<figure id="network">')]
-    bars = re.findall(r'aria-label="([^":]+): [^"]*">(.*?)</svg>', streams)
+    bars = re.findall(r'class="bar" role="img" aria-label="([^":]+): [^"]*">(.*?)</svg>', streams)
     lengths = {name: sum(map(float, re.findall(r'width="([\d.]+)%"', bar))) for name, bar in bars}
     assert lengths["dfc_x4, torch"] / lengths["residual"] == pytest.approx(3, rel=1e-3)
     assert "counted, 3.00×" in streams

@@ -14,11 +14,18 @@ def test_counted_first_then_computed() -> None:
     report, twin = report_of(parts()), report_of(parts("residual"))
     streams = side_by_side(report, [twin])
     assert [stream.label for stream in streams if not stream.is_computed] == ["residual", "dfc_x4, torch"]
-    computed = ["dfc_x4, fused", "HC n=2, ideal", "HC n=4, ideal", "HC n=2, unfused", "HC n=4, unfused"]
+    computed = ["residual", "dfc_x4, fused", "HC n=2, ideal", "HC n=4, ideal", "HC n=2, unfused", "HC n=4, unfused"]
     assert [stream.label for stream in streams if stream.is_computed] == computed
     assert streams[1].phases == report.stream_bytes_per_token_and_layer()
-    assert side_by_side(report)[0].label == "residual", "computed where it was not run"
-    assert side_by_side(report)[0].is_computed
+
+
+def test_ratios_are_to_residuals_of_the_same_origin() -> None:
+    report, twin = report_of(parts(weight=3)), report_of(parts("residual"))
+    ratios = {(stream.label, stream.is_computed): stream.ratio for stream in side_by_side(report, [twin])}
+    assert ratios["residual", False] == ratios["residual", True] == 1
+    assert ratios["dfc_x4, torch", False] == 3
+    assert ratios["HC n=4, ideal", True] == pytest.approx(50 / 22, rel=0.02)
+    assert side_by_side(report)[0].ratio is None, "no residual was counted"
 
 
 def test_hyper_connections_move_their_streams() -> None:
@@ -47,7 +54,7 @@ def test_fused_kernels_are_computed_where_they_did_not_run() -> None:
     """9 + 13 rows, and small terms."""
     assert 22 * 128 < _of("dfc_x4, fused", RUN).total < 27 * 128
     on_a_card = replace(report_of(parts()), run=replace(RUN, backend="triton"))
-    assert [stream.label for stream in side_by_side(on_a_card)][1:3] == ["dfc_x4", "HC n=2, ideal"]
+    assert [stream.label for stream in side_by_side(on_a_card)][:3] == ["dfc_x4", "residual", "HC n=2, ideal"]
 
 
 def test_full_recompute_runs_forward_again() -> None:
