@@ -38,11 +38,11 @@ def submit(cluster: Cluster, site: Site, *words: str) -> str:
     return done.stdout.split()[-1]
 
 
-def profiled(cluster: Cluster, site: Site, *words: str) -> Report:
-    """Let a job profile, and return what it reports."""
-    job = submit(cluster, site, *words)
+def profiled(cluster: Cluster, site: Site, folder: Path, *words: str) -> Report:
+    """Let a job profile into a folder, and return what it reports."""
+    job = submit(cluster, site, f"run_dir={folder}", *words)
     assert cluster.wait(job, *END, seconds=600)["JobState"] == "COMPLETED", site.log(job, "profile-olmoe_7b")
-    return read_report(site.run_dir("profile-olmoe_7b"))
+    return read_report(folder)
 
 
 def check_all_ranks_add_up(report: Report, folder: Path) -> None:
@@ -66,8 +66,8 @@ def test_two_stages_of_two_way_tensor_parallelism(cluster: Cluster, site: Site) 
     site.write(
         *samples(400), "tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"
     )
-    report = profiled(cluster, site, "from_step=1", "steps=2")
-    folder = site.run_dir("profile-olmoe_7b")
+    folder = site.run_dir("tp2-pp2")
+    report = profiled(cluster, site, folder, "from_step=1", "steps=2")
     check_all_ranks_add_up(report, folder)
     groups = report.by_group()
     assert groups["tp"][0] > 0
@@ -90,8 +90,9 @@ def test_two_stages_of_two_way_tensor_parallelism(cluster: Cluster, site: Site) 
 
 def test_two_replicas_of_two_way_expert_parallelism(cluster: Cluster, site: Site) -> None:
     site.write(*samples(400), "expert_model_parallel_size=2")
-    report = profiled(cluster, site, "from_step=1", "steps=1", "twin=no")
-    check_all_ranks_add_up(report, site.run_dir("profile-olmoe_7b"))
+    folder = site.run_dir("ep2-dp2")
+    report = profiled(cluster, site, folder, "from_step=1", "steps=1", "twin=no")
+    check_all_ranks_add_up(report, folder)
     groups = report.by_group()
     assert groups["ep"][0] > 0
     assert groups["ep"][1] == 0, "tokens go to experts in the node"
