@@ -90,6 +90,25 @@ def _parser() -> argparse.ArgumentParser:
     topology.add_argument("--check-files", action="store_true", help="data and tokenizer must be on this machine")
     topology.add_argument("--json", action="store_true", help="machine-readable")
 
+    plan = commands.add_parser(
+        "plan",
+        help="estimate a config before it runs: memory, FLOPs, bytes, step time, days, topologies; needs no GPU",
+        allow_abbrev=False,
+        usage="megatron-fc plan CONFIG.yaml [key=value ...] --nodes N --gpu NAME [--gpus-per-node G]\n"
+        "       [--sweep] [--json] [--network-gb-per-second B] [--compute S] [--memory S] [--network S] [--reserve S]",
+    )
+    plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tensor_model_parallel_size=2")
+    plan.add_argument("--nodes", type=int, required=True, metavar="N")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="a100, h100, h200, b200 or gb200")
+    plan.add_argument("--gpus-per-node", type=int, metavar="G", help="default: of the GPU's usual machine")
+    plan.add_argument("--network-gb-per-second", type=float, metavar="B", help="per GPU; default: of its usual machine")
+    plan.add_argument("--sweep", action="store_true", help="rank other topologies by estimated speed")
+    plan.add_argument("--json", action="store_true", help="machine-readable")
+    shares = plan.add_argument_group("assumed shares of data-sheet peaks, none of them measured")
+    for share, of in (("compute", "FLOP/s"), ("memory", "bandwidth"), ("network", "bandwidth"), ("reserve", "memory")):
+        shares.add_argument(f"--{share}", type=float, metavar="SHARE", help=of)
+
     upcycle = commands.add_parser(
         "upcycle",
         help="give a plain checkpoint Frac-Connections, or take untrained ones away",
@@ -197,6 +216,8 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         return _preflight(args)
     if args.command == "topology":
         return _topology(args)
+    if args.command == "plan":
+        return _plan(args)
     return _train(args, extra)
 
 
@@ -292,7 +313,7 @@ def _preflight(args: argparse.Namespace) -> int:
         from megatron_fc.megatron import cpu
 
         cpu.install()
-        from megatron_fc.megatron.plan import plan_of
+        from megatron_fc.megatron.preflight import plan_of
         from megatron_fc.megatron.recipe import load_recipe
 
         return plan_of(load_recipe(args.config, args.overrides))
@@ -326,6 +347,40 @@ def _topology(args: argparse.Namespace) -> int:
         args.config, args.overrides, args.nodes, args.gpus_per_node, throughput, check_files=args.check_files
     )
     print(json.dumps(found.to_dict(), indent=2) if args.json else "\n".join(found.lines()))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import json
+
+    from megatron_fc.planning.devices import device
+    from megatron_fc.planning.roofline import Assumptions
+
+    gpu = device(args.gpu)
+    shares = {name: getattr(args, name) for name in ("compute", "memory", "network", "reserve")}
+    assumed = Assumptions(**{name: share for name, share in shares.items() if share is not None})
+
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from rich.console import Console
+
+    from megatron_fc.megatron.planning import plan_of
+    from megatron_fc.planning.sweep import sweep
+    from megatron_fc.planning.table import plan_table, sweep_table
+
+    plan = plan_of(
+        args.config, args.overrides, args.nodes, gpu, args.gpus_per_node, args.network_gb_per_second, assumed
+    )
+    found = sweep(plan) if args.sweep else None
+    if args.json:
+        print(json.dumps(plan.to_dict() | ({"sweep": found.to_dict()} if found else {}), indent=2))
+        return 0
+    console = Console(highlight=False)
+    console.print(plan_table(plan))
+    if found:
+        console.print()
+        console.print(sweep_table(found))
     return 0
 
 

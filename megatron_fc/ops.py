@@ -333,7 +333,13 @@ def _boundary_backward_fake(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Te
 
 
 def _define(name: str, schema: str, implementation: Any, fake: Any, setup: Any = None, backward: Any = None) -> Any:
-    op = torch.library.custom_op(f"megatron_fc::{name}", implementation, mutates_args=(), schema=schema)
+    def run(*words: Any) -> Any:
+        # What overrides torch functions has seen the operation itself; asked again for each of its dozens of calls, the
+        # CPU lane's mode costs as much as a tenth of them.
+        with torch._C.DisableTorchFunction():
+            return implementation(*words)
+
+    op = torch.library.custom_op(f"megatron_fc::{name}", run, mutates_args=(), schema=schema)
     op.register_fake(fake)
     IMPLEMENTATIONS[op._opoverload] = implementation
     if backward is not None:

@@ -1,11 +1,15 @@
 """A config as planning sees it: what Megatron's validated arguments say, in plain numbers."""
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from megatron_fc.backend import TRITON_RATES
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.topology import Validated
+from megatron_fc.megatron.topology import Validated, validate
+from megatron_fc.planning.devices import Device
+from megatron_fc.planning.plan import Plan
+from megatron_fc.planning.roofline import Assumptions
 from megatron_fc.planning.shape import Recompute, Shape, Training
 
 
@@ -62,6 +66,8 @@ def training_of(run: Validated) -> Training:
         flash=te and args.attention_backend.name not in ("unfused", "local"),
         # Transformer Engine applies the norms before attention and a dense MLP inside their first projections.
         norms_in_width=(fused and not te, fused and not te, fused),
+        fused_connections=fused,
+        fused_residual=args.fused_residual_rmsnorm,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
         overlap_tensor=args.tp_comm_overlap,
@@ -116,4 +122,43 @@ def _recompute(args: Namespace, frac: bool) -> Recompute:
         method=args.recompute_method or "uniform",
         layers=args.recompute_num_layers or 1,
         frac=frac,
+    )
+
+
+def plan_of(
+    config: Path,
+    overrides: Sequence[str],
+    nodes: int,
+    gpu: Device,
+    gpus_per_node: int | None = None,
+    network: float | None = None,
+    assumed: Assumptions | None = None,
+) -> Plan:
+    """Plan a config for a number of nodes; needs no GPU.
+
+    Args:
+        config, overrides, nodes: as for `validate`.
+        gpu: of all nodes.
+        gpus_per_node: None for as many as its usual machine has.
+        network: 1e9 bytes per second that a GPU sends to other NVLink domains, None for its usual machine's.
+        assumed: shares of the peaks, None for the defaults.
+
+    Raises:
+        UserError: as `validate`, or planning does not count something in the config.
+    """
+    network = gpu.network_gb_per_second if network is None else network
+    if not network > 0:
+        raise UserError(f"network_gb_per_second={network} must be greater than 0")
+    run = validate(config, overrides, nodes, gpu.gpus_per_node if gpus_per_node is None else gpus_per_node)
+    shape, training = shape_of(run), training_of(run)
+    gpu.tflops(training.fp8)
+    return Plan(
+        name=f"{config.stem} {run.recipe.connection}",
+        shape=shape,
+        training=training,
+        layout=run.layout,
+        gpu=gpu,
+        network=network,
+        assumed=assumed or Assumptions(),
+        notes=tuple(run.unchecked),
     )

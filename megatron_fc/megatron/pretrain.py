@@ -32,8 +32,10 @@ from megatron_fc.megatron.order import install_order
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
 from megatron_fc.megatron.recipe import Recipe
 from megatron_fc.megatron.record import RunRecord
+from megatron_fc.megatron.rerun import findings_named
 from megatron_fc.megatron.resume import Resumption, progress_in
 from megatron_fc.megatron.retention import Pruner
+from megatron_fc.megatron.standstill import Standstill
 from megatron_fc.megatron.watch import RankWatch
 from megatron_fc.report.progress import ProgressDisplay
 from megatron_fc.report.runlog import is_log_rank, real_stdout, run_log
@@ -87,11 +89,13 @@ def train(recipe: Recipe, spectator: Spectator | None = None) -> Trained:
 
     Raises:
         UserError: Megatron refuses the arguments, or the checkpoint is not that of this model.
-        SystemExit: Megatron ended the run before its target, with code 0 after a signal.
+        SystemExit: Megatron ended the run before its target, with code 0 after a signal, 16, 17 or 75 after a result
+            that it rejected (`megatron_fc.megatron.rerun`).
     """
     start = time.perf_counter()
     join_world()
     args = parse(recipe)
+    _refuse_async_save_without_device(args)
     first_step = _upcycling(args, recipe) if args.frac_from_residual else None
     if args.load and first_step is None:  # else it is yet to be written
         first_step = _continuing(args, recipe)
@@ -99,7 +103,8 @@ def train(recipe: Recipe, spectator: Spectator | None = None) -> Trained:
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
     record = RunRecord(recipe.run_dir, args)
-    watch = RankWatch(partial(_after_a_loss, args, record, spectator))
+    standstill = Standstill(args)
+    watch = RankWatch(standstill, partial(_when_all_end, args, record, spectator))
     pruner = Pruner(recipe.retention, Path(args.save)) if recipe.retention and args.save else None
     hooks = [
         _on_all_ranks(watch.join),
@@ -112,8 +117,9 @@ def train(recipe: Recipe, spectator: Spectator | None = None) -> Trained:
             record,
             checkpoint_errors_named(args),
             watch,
+            findings_named(args, record.explain),
         ):
-            parameters = _pretrain(args, recipe, hooks, record, spectator)
+            parameters = _pretrain(args, recipe, hooks, record, standstill, spectator)
             peak = _peak_memory()
             if spectator is not None:
                 spectator.after_training()
@@ -126,6 +132,14 @@ def train(recipe: Recipe, spectator: Spectator | None = None) -> Trained:
         pruner.finish()
     _leave()
     return Trained(parameters, tokens, peak, time.perf_counter() - start, args.world_size)
+
+
+def _refuse_async_save_without_device(args: Namespace) -> None:
+    if args.async_save and cpu.needed():
+        raise UserError(
+            "async_save=true, but Megatron's worker for asynchronous checkpoints needs a CUDA device: set "
+            "async_save=false and use_persistent_ckpt_worker=false"
+        )
 
 
 def _leave() -> None:
@@ -200,7 +214,12 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
 
 
 def _pretrain(
-    args: Namespace, recipe: Recipe, hooks: list[ModelHook], record: RunRecord, spectator: Spectator | None
+    args: Namespace,
+    recipe: Recipe,
+    hooks: list[ModelHook],
+    record: RunRecord,
+    standstill: Standstill,
+    spectator: Spectator | None,
 ) -> ParameterCount:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -211,12 +230,14 @@ def _pretrain(
 
     set_global_variables(args)
     record.listen()
+    if args.save and cpu.needed():
+        cpu.fork_checkpoint_helper()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
     model.pre_wrap_hooks += [partial(_count, counts), *hooks]
     if spectator is not None:
         model.pre_wrap_hooks.append(partial(_show, spectator, args, counts))
-    step = forward_step if spectator is None else spectator.forward_step
+    step = standstill.count(forward_step if spectator is None else spectator.forward_step)
     pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
     return counts[0]
 
@@ -253,9 +274,10 @@ def _on_all_ranks(action: Callable[[], None]) -> ModelHook:
     return hook
 
 
-def _after_a_loss(args: Namespace, record: RunRecord, spectator: Spectator | None, lost: str) -> str:
-    """Note that a rank was lost; return what to do."""
-    record.end(f"lost {lost}")
+def _when_all_end(args: Namespace, record: RunRecord, spectator: Spectator | None, reason: str, notes: bool) -> str:
+    """Note why the ranks end, where `notes` says so; return what to do."""
+    if notes:
+        record.note(reason)
     if spectator is not None:
         return spectator.after_a_loss()
     if not args.save:

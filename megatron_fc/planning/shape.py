@@ -116,6 +116,8 @@ class Training:
         fp8: products of linear layers run in FP8.
         flash: attention keeps no scores; False is Megatron's unfused one.
         norms_in_width: which sub-layers' norms the width connection's kernel applies: of attention, dense MLP, MoE.
+        fused_connections: Frac-Connections run as fused kernels; fused_residual: plain residuals use Megatron's
+            `fused_residual_rmsnorm`.
         overlap_grad_reduce, overlap_param_gather, overlap_tensor, overlap_experts: which communication Megatron lets
             run beside computation: data-parallel, tensor-parallel, the experts' all-to-all.
         target_tokens: of the run.
@@ -131,6 +133,8 @@ class Training:
     fp8: bool = False
     flash: bool = True
     norms_in_width: tuple[bool, bool, bool] = (False, False, True)
+    fused_connections: bool = True
+    fused_residual: bool = False
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     overlap_tensor: bool = False

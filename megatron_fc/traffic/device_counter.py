@@ -21,7 +21,8 @@ class DeviceCounter(TorchDispatchMode):
     operations that they consist of. Kernels that a library launches past the dispatcher are not seen (Transformer
     Engine, Apex), nor what a CUDA graph replays.
 
-    Every operation costs some microseconds of Python on the host: sizes do not matter, times under it do not count.
+    Every operation costs Python on the host, whatever its size (docs/traffic.md says how much): times under it do not
+    count.
 
     Args:
         whereabouts: entered before the counter, left after it.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
+from torch.autograd.function import BackwardCFunction, Function
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
@@ -80,7 +81,8 @@ class Whereabouts:
             return Place("recompute", thread.stack[-1])
         # Recompute of a function that is no module. Backward runs without gradients. So does the forward pass of an
         # autograd function, but that one also turns forward-mode gradients off, which backward leaves on.
-        again = torch.is_grad_enabled() or not torch._C._is_fwd_grad_enabled()
+        in_function = not torch._C._is_fwd_grad_enabled()
+        again = torch.is_grad_enabled() or (in_function and not _applied_by_backward())
         return Place("recompute" if again else "backward", self._module_of(node))
 
     def _module_of(self, node: Any) -> str:
@@ -135,6 +137,15 @@ class _Thread:
     def _mark(self) -> None:
         self._numbers.append(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
         self._modules.append(self.stack[-1] if self.stack else "")
+
+
+def _applied_by_backward() -> bool:
+    """Whether backward of another function applied the one that now runs, as that of Megatron's all-to-all does."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not Function.apply.__func__.__code__:  # type: ignore[attr-defined]
+        frame = frame.f_back  # type: ignore[assignment]
+    caller = frame and frame.f_back
+    return caller is not None and caller.f_back is not None and caller.f_back.f_code is BackwardCFunction.apply.__code__
 
 
 def _called_for_here() -> bool:

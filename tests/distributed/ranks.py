@@ -4,8 +4,12 @@ import datetime
 import logging
 import math
 import os
+import signal
+import sys
+import time
 import warnings
 import zlib
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +46,8 @@ with warnings.catch_warnings():
     from megatron_fc.megatron.integrity import refuse_corrupt
     from megatron_fc.megatron.parameters import is_frac_parameter
     from megatron_fc.megatron.slots import FracNorm
+    from megatron_fc.megatron.standstill import Standstill
+    from megatron_fc.megatron.watch import RankWatch
     from megatron_fc.traffic.counts import NetworkCounts
     from megatron_fc.traffic.network import Routing
     from megatron_fc.traffic.network_counter import NetworkCounter, gather_hosts
@@ -122,6 +128,42 @@ def command_line(words: Sequence[str]) -> int:
     return main(words)
 
 
+def hang(how: str, rank: int) -> None:
+    """One rank sleeps or is stopped while the others wait for it in a collective."""
+    mine, folder = torch.distributed.get_rank(), Path(sys.stderr.name).parent
+
+    def on_end(_: str, notes: bool) -> str:
+        if notes:
+            (folder / f"noted{mine}").touch()
+        return "do so"
+
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    with RankWatch(_standstill(seconds=4), on_end) as watch:
+        watch.join()
+        if mine != rank:
+            torch.distributed.barrier()
+        elif how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            time.sleep(60)
+
+
+def step_slowly() -> None:
+    """For longer than the limit."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    standstill = _standstill(seconds=2)
+    with RankWatch(standstill, lambda *_: "do so") as watch:
+        watch.join()
+        step = standstill.count(lambda: time.sleep(0.5))
+        for _ in range(8):
+            step()
+
+
+def _standstill(seconds: float) -> Standstill:
+    timeouts = {"distributed_timeout_minutes": seconds / 60 / 0.8, "distributed_timeout_seconds_after_init": None}
+    return Standstill(Namespace(**timeouts))
+
+
 def refusal_of(checkpoint: Path) -> str:
     """What this rank says of a checkpoint's content, "" if it is intact."""
     try:
@@ -137,6 +179,11 @@ def write_start(model: Model, folder: Path) -> None:
     Run(ONE_RANK, model, folder / model.name, "sgd")
 
 
+def write_reference(model: Model, folder: Path) -> None:
+    """Store a model's start and the gradient of step 0."""
+    first_step(ONE_RANK, model, folder)
+
+
 def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[str, float]:
     """Negative control: the connections' gradients are left out of the reduction over tensor ranks."""
     layout.initialise()
@@ -146,6 +193,14 @@ def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[st
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
     run.accumulate(0)
     return run.compare_gradient()[0]
+
+
+def first_step(layout: Layout, model: Model, folder: Path) -> tuple[float, dict[str, float]]:
+    """Loss of step 0 and its gradient's differences to the reference's, parameter by parameter."""
+    layout.initialise()
+    run = Run(layout, model, folder / model.name, optimizers_of(layout, model)[0])
+    run.accumulate(0)
+    return run.losses[0], run.compare_gradient()[0]
 
 
 def parameters_at_every_forward(

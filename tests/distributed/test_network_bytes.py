@@ -90,15 +90,11 @@ def model_of(layout: Layout) -> Model:
 
 
 def sent(counts: NetworkCounts) -> dict[NetworkKey, tuple[int, int]]:
-    """Bytes within the node and to the other one; receiving and waiting send nothing.
-
-    `_AllToAll.backward` applies its own forward, which `Whereabouts` takes for recompute.
-    """
+    """Bytes within the node and to the other one; receiving and waiting send nothing."""
     pairs: dict[NetworkKey, tuple[int, int]] = {}
     for key, count in counts.items():
         if count.intra_node_bytes or count.inter_node_bytes:
-            phase = "backward" if (key.phase, key.collective) == ("recompute", "all_to_all") else key.phase
-            add(pairs, replace(key, phase=phase), count.intra_node_bytes, count.inter_node_bytes)
+            add(pairs, key, count.intra_node_bytes, count.inter_node_bytes)
     return pairs
 
 

@@ -1,5 +1,6 @@
 """The counter on every collective of torch.distributed, as rank 1 of four ranks on two nodes."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -179,6 +180,38 @@ def test_backward_is_counted() -> None:
     with Whereabouts(module) as where, NetworkCounter(where, {}, HOSTS) as counter:
         module().backward()
     assert counter.counts == {NetworkKey("backward", "world", "all_reduce"): NetworkCount(1, 32, 0, 48)}
+
+
+def test_threads_of_autograd_are_reached_and_those_of_python_are_not() -> None:
+    threads = set()
+
+    class Nested(torch.autograd.Function):
+        """Calls for a backward pass within its own, which autograd hands to threads of its own when it is deep."""
+
+        @staticmethod
+        def forward(ctx, tensor, depth):  # type: ignore[no-untyped-def]
+            ctx.depth = depth
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+            threads.add(threading.get_ident())
+            dist.all_reduce(rows(1))
+            if ctx.depth > 0:
+                with torch.enable_grad():
+                    Nested.apply(rows(1).requires_grad_(), ctx.depth - 1).sum().backward()
+            return gradient, None
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=lambda: dist.all_reduce(rows(1)))
+        thread.start()
+        thread.join()
+
+    depth = 70
+    deep = count(lambda: Nested.apply(rows(1).requires_grad_(), depth).sum().backward())
+    assert len(threads) > 1
+    assert sum(one.calls for one in deep.values()) == depth + 1
+    assert count(elsewhere) == {}
 
 
 def test_functional_collectives_are_refused() -> None:

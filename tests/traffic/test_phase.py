@@ -24,6 +24,18 @@ class Double(torch.autograd.Function):
         return g * 2
 
 
+class Swap(torch.autograd.Function):
+    """Applies itself in backward, as Megatron's all-to-all does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.flip(0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        return Swap.apply(g)
+
+
 class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return Double.apply(x).sin()
@@ -103,6 +115,14 @@ def test_forward_backward_and_what_is_neither(x: Tensor) -> None:
     assert log.places("mul", "backward") == ["", *(name for name in DOUBLED[::-1] for _ in range(2))]
     assert log.places("add", "backward") == LINEARS[::-1]  # autograd's sum, of the node that brought the last gradient
     assert log.places("sub_", "optimizer") == [""] * 4
+    assert not [place for _, place in log.seen if place.phase == "recompute"]
+
+
+def test_function_that_backward_applies_is_no_recompute(x: Tensor) -> None:
+    model = Model(lambda block, x: Swap.apply(block(x)))
+    with Whereabouts(model) as whereabouts, Log(whereabouts) as log:
+        model(x).sum().backward()
+    assert len(log.places("flip", "forward")) == len(log.places("flip", "backward")) == 2
     assert not [place for _, place in log.seen if place.phase == "recompute"]
 
 
