@@ -34,7 +34,8 @@ def _scaled(value: float, unit: str) -> str:
     prefix = 0
     while value >= 999.5 and prefix + 1 < len(_PREFIXES):
         value, prefix = value / 1e3, prefix + 1
-    digits = _digits(value) if prefix else f"{value:.0f}"
+    is_whole = not prefix and (value >= 10 or value == int(value))
+    digits = f"{value:.0f}" if is_whole else _digits(value)
     return f"{digits} {_PREFIXES[prefix]}{unit}"
 
 

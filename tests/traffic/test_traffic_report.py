@@ -190,8 +190,8 @@ def test_a_folder_that_cannot_be_written_is_named() -> None:
 
 
 def test_figures_have_three_digits_and_a_unit() -> None:
-    assert [show_bytes(n) for n in (0, 12, 999, 1000, 1234, 45_678, 999_600, 3.5e12)] == [
-        "0 B", "12 B", "999 B", "1.00 kB", "1.23 kB", "45.7 kB", "1.00 MB", "3.50 TB",
+    assert [show_bytes(n) for n in (0, 0.75, 12, 999, 1000, 1234, 45_678, 999_600, 3.5e12)] == [
+        "0 B", "0.75 B", "12 B", "999 B", "1.00 kB", "1.23 kB", "45.7 kB", "1.00 MB", "3.50 TB",
     ]  # fmt: skip
     assert [show_seconds(s) for s in (0, 2.5e-5, 0.0123, 0.084, 1.5)] == [
         "0 s",
