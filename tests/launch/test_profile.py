@@ -124,7 +124,7 @@ def test_a_rank_that_is_lost_in_the_window(way: str, cluster: Cluster, site: Sit
         assert f"WARNING: Rank {rank.rank} on {rank.host} counted {len(rank.step_seconds)} of 10000 steps" in log
     assert 'class="warning"' in (folder / "traffic.html").read_text()
     if way == "dies":
-        assert re.search(rf"rank 3 \(.*\) was lost, .*: `megatron-fc traffic merge {folder}` reports what", log)
+        assert re.search(rf"lost rank 3 \(.*\), .*: `megatron-fc traffic merge {folder}` reports what", log)
 
 
 def send(rank: str, run_dir: Path, number: int) -> None:
