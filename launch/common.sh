@@ -1,4 +1,5 @@
-# What the launch scripts share. They set NAME, CONFIG, OVERRIDES, perhaps VARIANT, source this file and call `launch`.
+# What the launch scripts share. They set NAME, CONFIG, OVERRIDES, perhaps VARIANT (words of their own) and COMMAND,
+# source this file and call `launch`.
 # shellcheck shell=bash
 #
 # A script runs twice. On the login node it checks everything and hands itself to sbatch (`submit`). In the job it makes
@@ -8,6 +9,7 @@
 
 set -euo pipefail
 
+COMMAND=(train)
 # The site file sets these; launch/site.example.sh describes them.
 SITE=${SITE:-launch/site.sh}
 RUNS=runs PYTHON=python IMAGE='' MOUNTS='' SITE_OVERRIDES=()
@@ -82,10 +84,10 @@ submit() {
     [[ ${!said-CHANGE_ME} != CHANGE_ME ]] || fail "$said is not set: set it in $SITE (empty: the site's default)"
     [[ ${!said} ]] || unset "$said"
   done
-  words=(--job-name="$NAME" "${OPTIONS[@]}" "$0" ${VARIANT:+"$VARIANT"} "${WORDS[@]}" "run_dir=$RUN_DIR")
+  words=(--job-name="$NAME" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
   if [[ $DRY_RUN ]]; then
     show sbatch "${words[@]}"
-    show "${START[@]}" train "${ARGS[@]}"
+    show "${START[@]}" "${COMMAND[@]}" "${ARGS[@]}"
   fi
   check_folders
   [[ ${CHECK:-} == no ]] || check
@@ -153,7 +155,7 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
   trap 'pass_on USR1' USR1
   trap 'pass_on TERM' TERM
   step preflight
-  [[ $CODE != 0 || $SIGNAL ]] || step train
+  [[ $CODE != 0 || $SIGNAL ]] || step "${COMMAND[@]}"
   trap '' USR1 TERM
   if [[ $CODE == 16 ]]; then echo $((SHIFT + 1)) >"$RUN_DIR/shift"; else rm -f "$RUN_DIR/shift"; fi
   [[ $SIGNAL != TERM ]] || echo preempted >>"$RUN_DIR/launches" # such a start has not failed
@@ -182,8 +184,8 @@ stuck() {
   exit 3
 }
 
-step() { # step COMMAND: one task per GPU; sets CODE, the highest exit code among them
-  "${START[@]}" "$1" "${ARGS[@]}" &
+step() { # step COMMAND ...: one task per GPU; sets CODE, the highest exit code among them
+  "${START[@]}" "$@" "${ARGS[@]}" &
   STEP=$!
   while # a trap interrupts wait
     wait "$STEP" && CODE=0 || CODE=$?

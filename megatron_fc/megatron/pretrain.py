@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -62,10 +62,30 @@ class Trained:
     world_size: int
 
 
-def train(recipe: Recipe) -> Trained:
+class Spectator(Protocol):
+    """Looks on, on every rank, while a recipe trains."""
+
+    def model_is_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> None:
+        """Called when Megatron has joined the ranks and built the chunks of this rank's model."""
+
+    def forward_step(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+        """Stands for `batches.forward_step`, which it calls."""
+
+    def after_training(self) -> None:
+        """Called when Megatron's loop has ended, before the ranks part."""
+
+    def after_a_loss(self) -> str:
+        """Called when another rank was lost, before this one ends; returns what to do."""
+
+
+def train(recipe: Recipe, spectator: Spectator | None = None) -> Trained:
     """Run the recipe to its end; every rank of a launcher calls it, a lone process is a world of one.
 
     Megatron's output goes to `run_dir/logs`, its figures to `run_dir/tensorboard`, progress to the terminal.
+
+    Args:
+        recipe: the run.
+        spectator: looks on.
 
     Raises:
         UserError: Megatron refuses the arguments, or the checkpoint is not that of this model.
@@ -84,7 +104,7 @@ def train(recipe: Recipe) -> Trained:
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
     record = RunRecord(recipe.run_dir, args)
     standstill = Standstill(args)
-    watch = RankWatch(standstill, partial(_when_all_end, args, record))
+    watch = RankWatch(standstill, partial(_when_all_end, args, record, spectator))
     pruner = Pruner(recipe.retention, Path(args.save)) if recipe.retention and args.save else None
     hooks = [
         _on_all_ranks(watch.join),
@@ -99,8 +119,10 @@ def train(recipe: Recipe) -> Trained:
             watch,
             findings_named(args, record.explain),
         ):
-            parameters = _pretrain(args, recipe, hooks, record, standstill)
+            parameters = _pretrain(args, recipe, hooks, record, standstill, spectator)
             peak = _peak_memory()
+            if spectator is not None:
+                spectator.after_training()
     except SystemExit as end:
         if is_log_rank():
             print(f"{recipe.connection}  ended early: {record.why(end)}", file=real_stdout(), flush=True)
@@ -192,7 +214,12 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
 
 
 def _pretrain(
-    args: Namespace, recipe: Recipe, hooks: list[ModelHook], record: RunRecord, standstill: Standstill
+    args: Namespace,
+    recipe: Recipe,
+    hooks: list[ModelHook],
+    record: RunRecord,
+    standstill: Standstill,
+    spectator: Spectator | None,
 ) -> ParameterCount:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -208,7 +235,9 @@ def _pretrain(
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
     model.pre_wrap_hooks += [partial(_count, counts), *hooks]
-    step = standstill.count(forward_step)
+    if spectator is not None:
+        model.pre_wrap_hooks.append(partial(_show, spectator, args, counts))
+    step = standstill.count(forward_step if spectator is None else spectator.forward_step)
     pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
     return counts[0]
 
@@ -245,10 +274,12 @@ def _on_all_ranks(action: Callable[[], None]) -> ModelHook:
     return hook
 
 
-def _when_all_end(args: Namespace, record: RunRecord, reason: str, notes: bool) -> str:
+def _when_all_end(args: Namespace, record: RunRecord, spectator: Spectator | None, reason: str, notes: bool) -> str:
     """Note why the ranks end, where `notes` says so; return what to do."""
     if notes:
         record.note(reason)
+    if spectator is not None:
+        return spectator.after_a_loss()
     if not args.save:
         return "nothing was saved, start anew with save_interval set"
     saved = latest_checkpoint(Path(args.save))
@@ -314,6 +345,11 @@ def _hybrid_stack(args: Namespace, frac: FracConfig | None) -> Any:
 
 def _count(counts: list[ParameterCount], chunks: list[Any]) -> list[Any]:
     counts.append(count_parameters(chunks))
+    return chunks
+
+
+def _show(spectator: Spectator, args: Namespace, counts: list[ParameterCount], chunks: list[Any]) -> list[Any]:
+    spectator.model_is_built(args, chunks, counts[0])
     return chunks
 
 
