@@ -1,8 +1,8 @@
 # Every target sets up what it needs by itself; only the first call takes time. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: demo test gpu-check compat lint types format lock clean help
+.PHONY: demo test soak gpu-check compat lint types format lock clean help
 
-# ARGS reaches the command behind demo, test and gpu-check: make test ARGS="-k doctor"
+# ARGS reaches the command behind demo, test, soak and gpu-check: make test ARGS="-k doctor"
 ARGS :=
 # gpu-check installs nothing, so that it runs where there is no network: make gpu-check PYTHON=/path/to/python
 PYTHON = $(or $(wildcard .venv/bin/python),python3)
@@ -10,9 +10,15 @@ PYTHON = $(or $(wildcard .venv/bin/python),python3)
 demo: .venv/.installed  ## train a residual and a Frac-Connections MoE on real text and compare them
 	@.venv/bin/megatron-fc demo $(ARGS)
 
-# PATH: PyTorch looks for the environment's ninja there.
 test: .venv/.installed  ## run the tests
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PYTEST) -m "not soak" $(ARGS)
+
+soak: .venv/.installed  ## run the long tests that repeat at more length what others show
+	@$(PYTEST) -m soak $(ARGS)
+
+# PATH: PyTorch looks for the environment's ninja there. Files in the order of their folders: the longest are not last.
+PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
+	-n 2 --dist loadfile --no-loadscope-reorder
 
 # Nine minutes on one H100, whatever happens: the tests are ended after four; the benchmarks begin nothing more after the
 # seconds given, and are ended if what they began takes 40 more. The tests start processes of their own, on one GPU: with

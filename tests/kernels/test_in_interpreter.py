@@ -15,8 +15,18 @@ MODULES = ("test_operations.py", "test_traffic.py", "test_model.py", "test_layou
 
 @pytest.mark.parametrize("module", MODULES)
 def test_in_interpreter(module: str) -> None:
+    interpret(module, "not soak")
+
+
+@pytest.mark.soak
+def test_more_layouts_in_interpreter() -> None:
+    interpret("test_layouts_with_kernels.py", "soak")
+
+
+def interpret(module: str, selected: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / module)]
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", selected]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / module)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
     print(run.stdout)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

@@ -21,15 +21,21 @@ def model(layout: Layout, backend: str) -> Model:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Starts and reference gradients, made by the torch backend on one rank."""
-    folder = tmp_path_factory.mktemp("layouts")
-    for reference in {model(layout, "torch") for layout in LAYOUTS}:
-        harness.run("write_reference", 1, folder / f"one-{reference.name}", reference, folder / "models")
-    return folder
+    return tmp_path_factory.mktemp("layouts")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+# Every kind of parallelism once; the others are for `make soak`.
+ALWAYS = ("TP2+SP+PP2", "EP2", "CP2", "DP2 distributed optimizer, overlap")
+CASES = [
+    pytest.param(layout, id=layout.name, marks=() if layout.name in ALWAYS else pytest.mark.soak) for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize("layout", CASES)
 def test_kernels_in_a_layout(layout: Layout, store: Path) -> None:
+    reference = model(layout, "torch")
+    if not (store / "models" / reference.name).exists():
+        harness.run("write_reference", 1, store / f"one-{reference.name}", reference, store / "models")
     folder = store / layout.name.replace(" ", "-")
     words = (layout, model(layout, "triton"), store / "models")
     ranks = harness.run("first_step", layout.world, folder, *words, timeout=400)

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 NODES = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=60")
 
 
+@pytest.mark.soak
 def test_a_stopped_rank_and_then_a_disk_that_never_answers(cluster: Cluster, site: Site) -> None:
     slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
     slow.write_text("1e6")

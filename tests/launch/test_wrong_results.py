@@ -37,6 +37,7 @@ def test_the_next_start_computes_on_the_neighbouring_gpu(cluster: Cluster, site:
     assert not (run_dir / "shift").exists()
 
 
+@pytest.mark.soak
 def test_a_wrong_loss_is_computed_again_on_another_node(cluster: Cluster, site: Site) -> None:
     """On the CPU a device is known by its node alone."""
     run_dir = site.run_dir("wrong")
