@@ -5,8 +5,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_fc.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_fc.megatron.compress.distill import Distillation
+    from megatron_fc.megatron.recipe import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     upcycle.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml", help="the model, with connections")
     upcycle.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. connection=sfc rate=2")
 
+    _add_quantize(commands)
+    _add_distill(commands)
+
     data = commands.add_parser("data", help="make training data")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     demo_data = kinds.add_parser("demo", help="real text from this machine, tokenized, in Megatron's format")
@@ -120,6 +128,42 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed, what it enables, which backend will run")
     doctor.add_argument("--json", action="store_true", help="machine-readable")
     return parser
+
+
+def _add_quantize(commands: Any) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        help="quantise a trained checkpoint with ModelOpt, calibrated on the run's validation data",
+        allow_abbrev=False,
+        usage="megatron-fc quantize CHECKPOINTS CONFIG.yaml [key=value ...] --recipe RECIPE --to FOLDER\n"
+        "       [--calibration-iters N]",
+    )
+    quantize.add_argument("source", type=Path, metavar="CHECKPOINTS", help="folder of checkpoints, or one of them")
+    quantize.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of the run that wrote them")
+    quantize.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    quantize.add_argument("--recipe", required=True, choices=("fp8", "int8", "int4_awq", "nvfp4"))
+    quantize.add_argument("--to", type=Path, required=True, dest="target", metavar="FOLDER", help="new, for `load`")
+    quantize.add_argument(
+        "--calibration-iters", type=int, default=16, metavar="N", help="validation iterations (default: %(default)s)"
+    )
+
+
+def _add_distill(commands: Any) -> None:
+    distill = commands.add_parser(
+        "distill",
+        help="train a student on a teacher's distribution over the next token, with ModelOpt",
+        allow_abbrev=False,
+        usage="megatron-fc distill CONFIG.yaml [key=value ...] --teacher CHECKPOINTS [--teacher-config TEACHER.yaml]\n"
+        "       [--temperature T] [--lm-loss-weight W]",
+    )
+    distill.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the student's run")
+    distill.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    distill.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINTS", help="with or without FC")
+    distill.add_argument("--teacher-config", type=Path, metavar="TEACHER.yaml", help="where it is no CONFIG.yaml model")
+    distill.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: %(default)s")
+    distill.add_argument(
+        "--lm-loss-weight", type=float, default=0.0, metavar="W", help="of the next-token loss (default: %(default)s)"
+    )
 
 
 def _run(args: argparse.Namespace, extra: list[str]) -> int:
@@ -147,6 +191,10 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         return run_demo(args.out, args.data, args.overrides)
     if args.command == "upcycle":
         return _upcycle(args)
+    if args.command == "distill":
+        return _distill(args)
+    if args.command == "quantize":
+        return _quantize(args)
     if args.command == "preflight":
         return _preflight(args)
     if args.command == "topology":
@@ -166,15 +214,18 @@ def _train(args: argparse.Namespace, extra: list[str]) -> int:
             print(f"# {note}")
         print(_as_command(recipe.argv))
         return 0
+    return _train_recipe(recipe, args.brief)
 
+
+def _train_recipe(recipe: "Recipe", brief: bool = False, distillation: "Distillation | None" = None) -> int:
     from megatron_fc.megatron.pretrain import train
     from megatron_fc.report.runlog import is_log_rank
     from megatron_fc.report.summary import comparison_table, write_summary
 
-    if is_log_rank() and not args.brief:
+    if is_log_rank() and not brief:
         for note in recipe.notes:
             print(f"note: {note}", flush=True)
-    trained = train(recipe)
+    trained = train(recipe, distillation)
     if is_log_rank():
         facts = {
             "connection": recipe.connection,
@@ -190,12 +241,26 @@ def _train(args: argparse.Namespace, extra: list[str]) -> int:
             "megatron_arguments": recipe.argv,
         }
         summary = write_summary(recipe.run_dir, facts)
-        if not args.brief:
+        if not brief:
             from rich.console import Console
 
             Console().print(comparison_table([summary]))
             print(f"{recipe.run_dir}: summary.json, tensorboard, logs")
     return 0
+
+
+def _distill(args: argparse.Namespace) -> int:
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from megatron_fc.megatron.compress.distill import Distillation, teacher_recipe
+    from megatron_fc.megatron.recipe import load_recipe
+
+    recipe = load_recipe(args.config, args.overrides)
+    teacher = teacher_recipe(args.config, args.overrides, args.teacher_config, args.teacher)
+    return _train_recipe(
+        recipe, distillation=Distillation(teacher, args.teacher, args.temperature, args.lm_loss_weight)
+    )
 
 
 def _preflight(args: argparse.Namespace) -> int:
@@ -256,6 +321,23 @@ def _upcycle(args: argparse.Namespace) -> int:
         said = upcycle_checkpoint(load_recipe(args.config, args.overrides), args.source, args.target)
     if is_log_rank():
         print(said)
+    return 0
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from megatron_fc.megatron.compress.quantize import quantize
+    from megatron_fc.megatron.recipe import load_recipe
+    from megatron_fc.report.losses import print_losses
+    from megatron_fc.report.runlog import is_log_rank
+
+    recipe = load_recipe(args.config, args.overrides)
+    done = quantize(recipe, args.source, args.target, args.recipe, args.calibration_iters)
+    if is_log_rank():
+        print_losses({"original": done.original_loss, args.recipe: done.loss})
+        print(f"{done.quantizers} quantizers: written to {args.target}")
     return 0
 
 

@@ -162,6 +162,24 @@ def refuse_other_connection(checkpoint: Path, frac: FracConfig | None, hidden_si
         )
 
 
+def refuse_missing_optimizer(checkpoint: Path, args: Namespace) -> None:
+    """Check that a run which expects optimizer state in a checkpoint finds it there.
+
+    Raises:
+        UserError: it was written without.
+    """
+    from megatron.core import dist_checkpointing
+
+    if args.finetune or args.no_load_optim or checkpoint.name == "release" or not (checkpoint / INDEX).exists():
+        return
+    stored: Any = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
+    if getattr(stored, "no_save_optim", False):
+        raise UserError(
+            f"the checkpoint {checkpoint} holds no optimizer state: set finetune=true to start a run at iteration 0 "
+            f"from its weights, or no_load_optim=true to go on from its iteration with a fresh optimizer"
+        )
+
+
 def refuse_existing(target: Path) -> None:
     """Check that a checkpoint can be written to `target`.
 

@@ -38,7 +38,7 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
     args = parse(recipe)
     args.tensorboard_dir = None
     args.wandb_project = ""
-    with _silence():
+    with silence():
         set_global_variables(args)
         training.initialize_megatron()
         config = model_config(args, recipe)
@@ -60,13 +60,13 @@ def residual_checkpoint(source: Path, target: Path) -> str:
     join_world()
     # The files are Megatron's, for which a world has to exist; its tensors stay on the CPU.
     torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
-    with _silence():
+    with silence():
         refuse_corrupt(checkpoint)
         return to_residual(checkpoint, target)
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep Megatron's report of its arguments and steps off the terminal, and end its world."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         logging.disable(logging.WARNING)

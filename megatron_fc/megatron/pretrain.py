@@ -1,5 +1,6 @@
 """Train a recipe inside Megatron's own loop, `megatron.training.pretrain`."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,8 +26,10 @@ from megatron_fc.megatron.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     refuse_existing,
+    refuse_missing_optimizer,
     refuse_other_connection,
 )
+from megatron_fc.megatron.compress.state import has_state, require_modelopt, restore_state, state_in_checkpoints
 from megatron_fc.megatron.integrity import refuse_corrupt
 from megatron_fc.megatron.order import install_order
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
@@ -37,6 +40,9 @@ from megatron_fc.megatron.retention import Pruner
 from megatron_fc.megatron.watch import RankWatch
 from megatron_fc.report.progress import ProgressDisplay
 from megatron_fc.report.runlog import is_log_rank, real_stdout, run_log
+
+if TYPE_CHECKING:
+    from megatron_fc.megatron.compress.distill import Distillation
 
 ModelHook = Callable[[list[Any]], list[Any]]
 
@@ -60,21 +66,32 @@ class Trained:
     world_size: int
 
 
-def train(recipe: Recipe) -> Trained:
+def train(recipe: Recipe, distillation: "Distillation | None" = None) -> Trained:
     """Run the recipe to its end; every rank of a launcher calls it, a lone process is a world of one.
 
     Megatron's output goes to `run_dir/logs`, its figures to `run_dir/tensorboard`, progress to the terminal.
+
+    Args:
+        recipe: the run.
+        distillation: a teacher to learn from, instead of from the data alone.
 
     Raises:
         UserError: Megatron refuses the arguments, or the checkpoint is not that of this model.
         SystemExit: Megatron ended the run before its target, with code 0 after a signal.
     """
+    from megatron_fc.megatron.batches import forward_step
+
     start = time.perf_counter()
     join_world()
     args = parse(recipe)
-    first_step = _upcycling(args, recipe) if args.frac_from_residual else None
+    if distillation is not None:
+        distillation.refuse_args(args)
+    first_step, checkpoint = _upcycling(args, recipe) if args.frac_from_residual else None, None
     if args.load and first_step is None:  # else it is yet to be written
-        first_step = _continuing(args, recipe)
+        first_step, checkpoint = _continuing(args, recipe)
+    is_changed = checkpoint is not None and has_state(checkpoint)
+    if is_changed:
+        require_modelopt(f"the checkpoint {checkpoint}, which is quantised,")
 
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
@@ -84,16 +101,20 @@ def train(recipe: Recipe) -> Trained:
     hooks = [
         _on_all_ranks(watch.join),
         *([first_step] if first_step else []),
+        *([partial(_restore, args)] if is_changed else []),
         _on_all_ranks(partial(_note_start, args, record)),
+        *([distillation.teach] if distillation is not None else []),
     ]
+    step = forward_step if distillation is None else distillation.forward_step
     try:
         with (
             run_log(recipe.run_dir, args.rank, display, partial(_after_iteration, pruner)),
             record,
             checkpoint_errors_named(args),
+            state_in_checkpoints() if is_changed else contextlib.nullcontext(),
             watch,
         ):
-            parameters = _pretrain(args, recipe, hooks, record)
+            parameters = _pretrain(args, recipe, hooks, record, step)
             peak = _peak_memory()
     except SystemExit as end:
         if is_log_rank():
@@ -177,33 +198,42 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
     return model
 
 
-def _pretrain(args: Namespace, recipe: Recipe, hooks: list[ModelHook], record: RunRecord) -> ParameterCount:
+def _pretrain(
+    args: Namespace, recipe: Recipe, hooks: list[ModelHook], record: RunRecord, step: Callable[..., Any]
+) -> ParameterCount:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_fc.megatron.batches import datasets, forward_step
+    from megatron_fc.megatron.batches import datasets
 
     set_global_variables(args)
     record.listen()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
     model.pre_wrap_hooks += [partial(_count, counts), *hooks]
-    pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, forward_step)
+    pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
     return counts[0]
 
 
-def _continuing(args: Namespace, recipe: Recipe) -> ModelHook | None:
-    """Choose the checkpoint that the run goes on from; return what checks its content, None if the run begins anew."""
+def _continuing(args: Namespace, recipe: Recipe) -> tuple[ModelHook | None, Path | None]:
+    """Choose the checkpoint that the run goes on from; return what checks its content, and it. None to begin anew."""
     resumption = Resumption(args, recipe.on_damage, _warn)
     checkpoint = resumption.choose()
     if checkpoint is None:
         if args.load != args.save:  # Megatron would begin anew, which is meant only with a run's own checkpoints
             raise UserError(f"load={args.load} holds no checkpoint: give the folder with {TRACKER}, or drop load")
-        return None
+        return None, None
     refuse_other_connection(checkpoint, recipe.frac, args.hidden_size)
-    return _on_all_ranks(resumption.check_content)
+    refuse_missing_optimizer(checkpoint, args)
+    return _on_all_ranks(resumption.check_content), checkpoint
+
+
+def _restore(args: Namespace, chunks: list[Any]) -> list[Any]:
+    checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step)
+    assert checkpoint is not None, "it was chosen"
+    return restore_state(chunks, checkpoint)
 
 
 def _warn(text: str) -> None:
