@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_quantize(commands)
     _add_distill(commands)
+    _add_prune(commands)
 
     data = commands.add_parser("data", help="make training data")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -166,6 +167,24 @@ def _add_distill(commands: Any) -> None:
     )
 
 
+def _add_prune(commands: Any) -> None:
+    prune = commands.add_parser(
+        "prune",
+        help="make a smaller model of a trained checkpoint: layers, heads, experts, FFN width",
+        allow_abbrev=False,
+        usage="megatron-fc prune CHECKPOINTS CONFIG.yaml [key=value ...] --export NAME=SIZE ... --to FOLDER\n"
+        "       [--calibration-iters N]",
+    )
+    prune.add_argument("source", type=Path, metavar="CHECKPOINTS", help="folder of checkpoints, or one of them")
+    prune.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of the run that wrote them")
+    prune.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    prune.add_argument("--export", nargs="+", required=True, metavar="NAME=SIZE", help="e.g. num_experts=32")
+    prune.add_argument("--to", type=Path, required=True, dest="target", metavar="FOLDER", help="new, for `load`")
+    prune.add_argument(
+        "--calibration-iters", type=int, default=16, metavar="N", help="validation iterations (default: %(default)s)"
+    )
+
+
 def _run(args: argparse.Namespace, extra: list[str]) -> int:
     if args.command == "doctor":
         from megatron_fc import doctor
@@ -193,6 +212,8 @@ def _run(args: argparse.Namespace, extra: list[str]) -> int:
         return _upcycle(args)
     if args.command == "distill":
         return _distill(args)
+    if args.command == "prune":
+        return _prune(args)
     if args.command == "quantize":
         return _quantize(args)
     if args.command == "preflight":
@@ -338,6 +359,21 @@ def _quantize(args: argparse.Namespace) -> int:
     if is_log_rank():
         print_losses({"original": done.original_loss, args.recipe: done.loss})
         print(f"{done.quantizers} quantizers: written to {args.target}")
+    return 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from megatron_fc.megatron.compress.prune import prune
+    from megatron_fc.report.losses import print_losses
+    from megatron_fc.report.runlog import is_log_rank
+
+    done = prune(args.config, args.overrides, args.export, args.source, args.target, args.calibration_iters)
+    if is_log_rank():
+        print_losses({"original": done.original_loss, "pruned": done.loss})
+        print(f"written to {args.target}, train it with: load={args.target} finetune=true {' '.join(done.settings)}")
     return 0
 
 

@@ -11,10 +11,13 @@ import torch
 
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.checkpoint import find_checkpoint, refuse_existing
+from megatron_fc.megatron.compress.state import refuse_state
 from megatron_fc.megatron.integrity import refuse_corrupt
 from megatron_fc.megatron.pretrain import join_world, model_config, parse
 from megatron_fc.megatron.recipe import Recipe
 from megatron_fc.megatron.upcycle import refuse_connected, to_residual, upcycle
+
+_QUANTIZE_LAST = "convert the checkpoint that it was made of, and quantise the result"
 
 
 def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
@@ -32,6 +35,7 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
     if recipe.frac is None:
         raise UserError("connection=residual: set the connections of the new checkpoint, e.g. connection=dfc rate=4")
     checkpoint = find_checkpoint(source)
+    refuse_state(checkpoint, _QUANTIZE_LAST)
     refuse_connected(checkpoint)
     refuse_existing(target)
     join_world()
@@ -56,6 +60,7 @@ def residual_checkpoint(source: Path, target: Path) -> str:
         UserError: its connections are not at the identity, or `target` exists.
     """
     checkpoint = find_checkpoint(source)
+    refuse_state(checkpoint, _QUANTIZE_LAST)
     refuse_existing(target)
     join_world()
     # The files are Megatron's, for which a world has to exist; its tensors stay on the CPU.

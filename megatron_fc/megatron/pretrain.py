@@ -98,7 +98,7 @@ def train(recipe: Recipe, distillation: "Distillation | None" = None) -> Trained
     record = RunRecord(recipe.run_dir, args)
     watch = RankWatch(partial(_after_a_loss, args, record))
     pruner = Pruner(recipe.retention, Path(args.save)) if recipe.retention and args.save else None
-    hooks = [
+    hooks: list[ModelHook] = [
         _on_all_ranks(watch.join),
         *([first_step] if first_step else []),
         *([partial(_restore, args)] if is_changed else []),
