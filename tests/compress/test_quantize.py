@@ -75,6 +75,7 @@ def test_quantization_aware_training_learns_and_resumes(config: Path, quantized:
     assert any("quantizer" in key for key in tensors(checkpoint))
 
 
+@pytest.mark.parametrize("quantized", ["fp8"], indirect=True)
 def test_refusals(config: Path, trained: Path, quantized: tuple[str, Path, str]) -> None:  # noqa: F811
     _, source, _ = quantized
 

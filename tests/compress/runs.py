@@ -1,11 +1,15 @@
 """A tiny trained MoE with Frac-Connections, and one with plain residuals, for every test that compresses a run."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import test_pretrain
+import torch
 from commands import run
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 config = test_pretrain.config
 ITERATIONS = 40
@@ -31,10 +35,13 @@ def _trained(config: Path, name: str, *overrides: str) -> Path:
     return run_dir / "checkpoints"
 
 
-def tensors(checkpoint: Path) -> dict[str, Any]:
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint, quantizers included."""
-    from megatron.core import dist_checkpointing
-
-    loaded = dist_checkpointing.load_plain_tensors(str(checkpoint))
-    stored = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    return {key: loaded[key] for key in stored if not key.startswith("optimizer.")}
+    reader = FileSystemReader(checkpoint)
+    found = {
+        key: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for key, stored in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata) and not key.startswith("optimizer.")
+    }
+    load(found, storage_reader=reader, no_dist=True)
+    return found
