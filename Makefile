@@ -17,7 +17,7 @@ test: .venv/.installed  ## run the tests
 # Beside the environment and not in it: where ModelOpt can be imported Megatron imports it, which doubles every start.
 test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distillation with NVIDIA ModelOpt
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH="$(CURDIR)/.modelopt" OMP_NUM_THREADS=1 \
-	.venv/bin/python -m pytest -n 2 --dist loadfile tests/modelopt $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile tests/compress $(ARGS)
 
 # Nine minutes on one H100, whatever happens: the tests are ended after four; the benchmarks begin nothing more after the
 # seconds given, and are ended if what they began takes 40 more. The tests start processes of their own, on one GPU: with

@@ -75,9 +75,7 @@ def checkpoint_errors_named(args: Namespace) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        causes = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
-        cause = causes[0] if causes else error  # not every rank hears of the others' failures
-        said = shorten(f"{type(cause).__name__}: {cause}", 200)
+        said = cause_of(error)
         if "load_checkpoint" in passed:
             sentence = _cannot_load(args, said)
         elif passed & _WRITING and (failure := _failure_to_write(Path(args.save))):
@@ -87,6 +85,14 @@ def checkpoint_errors_named(args: Namespace) -> Iterator[None]:
         with suppress(OSError):  # the log may be on the full disk
             traceback.print_exc()
         raise UserError(sentence) from error
+
+
+def cause_of(error: BaseException) -> str:
+    """Say in one line what an error of Megatron's or torch's checkpoint code was."""
+    failures = getattr(error, "failures", {})  # of torch's CheckpointException
+    causes = [failure[0] for failure in failures.values()]
+    cause = causes[0] if causes else error  # not every rank hears of the others' failures
+    return shorten(f"{type(cause).__name__}: {cause}", 200)
 
 
 def _cannot_load(args: Namespace, said: str) -> str:

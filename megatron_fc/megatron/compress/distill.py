@@ -7,15 +7,15 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.batches import forward_step, next_token_loss
-from megatron_fc.megatron.checkpoint import find_checkpoint, refuse_other_connection, stored_structure
+from megatron_fc.megatron.checkpoint import cause_of, find_checkpoint, refuse_other_connection, stored_structure
 from megatron_fc.megatron.compress.state import refuse_state, require_modelopt
 from megatron_fc.megatron.pretrain import join_world, model_config, parse
 from megatron_fc.megatron.recipe import Recipe, load_recipe
@@ -81,9 +81,7 @@ class Distillation:
         for name in _SHARED:
             values = getattr(student, name, None), getattr(self._args, name, None)
             if values[0] != values[1]:
-                raise UserError(
-                    f"{name} is {values[1]} for the teacher and {values[0]} for the student: set them alike"
-                )
+                raise UserError(f"{name} is {values[1]} for the teacher, {values[0]} for the student: set it alike")
 
     def teach(self, chunks: list[Any]) -> list[Any]:
         """Give the student its teacher: a hook on the model that Megatron has built, before it is wrapped."""
@@ -141,11 +139,10 @@ class Distillation:
         try:
             loaded = dist_checkpointing.load({"model": teacher.sharded_state_dict(metadata=metadata)}, folder)
             teacher.load_state_dict(loaded["model"])
-        except Exception as error:
-            said = shorten(f"{type(error).__name__}: {error}", 200)
+        except (Exception, CheckpointException) as error:
             raise UserError(
-                f"the teacher's checkpoint {folder} does not fit its config, {said}: give --teacher-config, the config "
-                f"of the run that wrote it"
+                f"the teacher's checkpoint {folder} does not fit its config, {cause_of(error)}: give --teacher-config, "
+                f"the config of the run that wrote it"
             ) from error
         return teacher
 
