@@ -10,23 +10,43 @@ import torch
 from case import Absent, Case, Program, rms_norm
 from rivals import hyper_connections, liger_mhc, megatron
 from torch import Tensor
-from traffic import FOUR_STREAMS, FUSED_RESIDUAL, STOCK, TWO_OPERATIONS, Rows
 
 from megatron_fc import FracConnection, functional
 from megatron_fc.backend import triton_obstacle
 from megatron_fc.connection import PendingDepth
 from megatron_fc.norm import NormWeights
 from megatron_fc.ops import Handover
+from megatron_fc.traffic import streams
+from megatron_fc.traffic.streams import Moves, Stream
 
+# What each operation moves: ours, and Megatron's with and without `fused_residual_rmsnorm`.
+OPERATIONS = {
+    "layer": streams.frac_boundary,
+    "boundary": streams.boundary,
+    "width+norm": streams.width_norm,
+    "depth": streams.depth,
+    "width": streams.width,
+}
+STOCK: dict[str, Callable[[Stream], Moves]] = {
+    "layer": streams.residual,
+    "boundary": lambda s: streams.bias_dropout_add(s) + streams.norm(s) + streams.gradient_sum(s),
+    "width+norm": streams.norm,
+    "depth": streams.bias_dropout_add,
+}
+FUSED_RESIDUAL: dict[str, Callable[[Stream], Moves]] = {
+    "layer": streams.fused_residual,
+    "boundary": lambda s: streams.bias_dropout_add(s) + streams.fused_residual_norm(s),
+    "width+norm": streams.fused_residual_norm,
+}
 FUSED, EAGER, COMPILED = "fused kernels", "eager reference", "torch.compile of the reference"
 
 
 class Contestant(NamedTuple):
-    """Rows are those of its own work, None where it is the operation itself; `ours` must not fail."""
+    """`moves` is its own work, None where that is the operation's; `ours` must not fail."""
 
     name: str
     build: Callable[[], Program]
-    rows: Rows | None = None
+    moves: Callable[[Stream], Moves] | None = None
     ours: bool = False
 
 
@@ -35,7 +55,9 @@ def contestants(operation: str, case: Case) -> Iterator[Contestant]:
     yield Contestant(FUSED, partial(_ours, operation, case, "triton"), ours=True)
     if operation == "layer":
         build = partial(_ours, operation, case, "triton", boundary=False)
-        yield Contestant("fused kernels, no boundary", build, TWO_OPERATIONS, ours=True)
+        yield Contestant(
+            "fused kernels, no boundary", build, partial(streams.frac_two_operations, config=case.config), ours=True
+        )
     yield Contestant("torch backend", partial(_ours, operation, case, "torch"), ours=True)
     yield Contestant(EAGER, partial(_reference, operation, case, compiled=False))
     yield Contestant(COMPILED, partial(_reference, operation, case, compiled=True))
@@ -48,7 +70,9 @@ def contestants(operation: str, case: Case) -> Iterator[Contestant]:
         name = "Megatron, fused_residual_rmsnorm"
         yield Contestant(name, partial(stock, "fused_residual"), FUSED_RESIDUAL[operation])
     if operation == "layer":
-        yield Contestant("Liger mHC, 4 streams: not FC", partial(liger_mhc, case), FOUR_STREAMS)
+        yield Contestant(
+            "Liger mHC, 4 streams: not FC", partial(liger_mhc, case), partial(streams.hyper_ideal, streams=4)
+        )
         yield Contestant("hyper-connections, num_fracs: not FC", partial(hyper_connections, case))
 
 

@@ -23,10 +23,10 @@ import record
 import torch
 from case import Absent, Case, Program, difference
 from clock import Times, beyond, median, said, take_turns
-from contestants import COMPILED, EAGER, FUSED, Contestant, contestants
-from traffic import OPERATIONS, operation_bytes, rows_bytes
+from contestants import COMPILED, EAGER, FUSED, OPERATIONS, Contestant, contestants
 
 from megatron_fc.errors import UserError
+from megatron_fc.traffic.streams import Stream
 
 DTYPE = torch.bfloat16
 WIDTHS, ELEMENTS = (2048, 4096), 2**26
@@ -107,13 +107,11 @@ def measure(operation: str, case: Case, rounds: int) -> list[Row]:
 
 
 def _row(case: Case, operation: str, contestant: Contestant) -> Row:
-    name, _, rows, ours = contestant
-    size = (case.width, case.tokens, DTYPE)
-    if ours or rows is None:
-        moved = operation_bytes(operation, case.config, *size, rows or OPERATIONS[operation])
-    else:
-        moved = rows_bytes(rows, *size)
-    return Row(case.config.label, case.width, case.tokens, operation, name, ours, *moved)
+    name, _, moves, ours = contestant
+    stream = Stream(case.width, DTYPE.itemsize)
+    moved = OPERATIONS[operation](stream, case.config) if moves is None else moves(stream)
+    passes = (int(traffic.total_bytes(case.tokens)) for traffic in (moved.forward, moved.backward))
+    return Row(case.config.label, case.width, case.tokens, operation, name, ours, *passes)
 
 
 def _fill(row: Row, forward: Times, both: Times, scale: float | None) -> None:

@@ -1,4 +1,5 @@
-# What the launch scripts share. They set NAME, CONFIG, OVERRIDES, perhaps VARIANT, source this file and call `launch`.
+# What the launch scripts share. They set NAME, CONFIG, OVERRIDES, perhaps VARIANT (words of their own) and COMMAND,
+# source this file and call `launch`.
 # shellcheck shell=bash
 #
 # A script runs twice. On the login node it checks everything and hands itself to sbatch (`submit`). In the job it makes
@@ -8,15 +9,19 @@
 
 set -euo pipefail
 
+COMMAND=(train)
 # The site file sets these; launch/site.example.sh describes them.
 SITE=${SITE:-launch/site.sh}
 RUNS=runs PYTHON=python IMAGE='' MOUNTS='' SITE_OVERRIDES=()
-# A run that has started this often from the same checkpoint, without a signal to end, does not start again.
-MAX_STARTS=2
+# A run that has started this often from the same checkpoint does not start again; preempted starts do not count.
+MAX_STARTS=3
+# Seconds after which srun kills the ranks that still run when one has ended, e.g. one that hangs.
+WAIT=120
 
-# What a task does: its rank comes from SLURM. USR1 would kill a Python that has not yet set up its handler.
+# What a task does: its rank comes from SLURM. With SHIFT=1 each rank of a node computes on its neighbour's GPU.
+# USR1 would kill a Python that has not yet set up its handler.
 # shellcheck disable=SC2016  # expanded in the task
-TASK='trap "" USR1; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
+TASK='trap "" USR1; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$(((SLURM_LOCALID + SHIFT) % SLURM_NTASKS_PER_NODE)); exec "$@"'
 
 say() { echo "$(date +'%F %T') launch: $*"; }
 fail() { echo "launch: $*" >&2; exit 2; }
@@ -24,7 +29,7 @@ fail() { echo "launch: $*" >&2; exit 2; }
 launch() {
   read_site
   read_words "$@"
-  START=(srun --label --kill-on-bad-exit=0 --wait=120 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(option cpus-per-task)}")
+  START=(srun --label --kill-on-bad-exit=0 --wait="$WAIT" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(option cpus-per-task)}")
   if [[ $IMAGE ]]; then
     START+=(--container-image="$IMAGE" --container-mounts="$MOUNTS" --container-workdir="$PWD")
   fi
@@ -79,10 +84,10 @@ submit() {
     [[ ${!said-CHANGE_ME} != CHANGE_ME ]] || fail "$said is not set: set it in $SITE (empty: the site's default)"
     [[ ${!said} ]] || unset "$said"
   done
-  words=(--job-name="$NAME" "${OPTIONS[@]}" "$0" ${VARIANT:+"$VARIANT"} "${WORDS[@]}" "run_dir=$RUN_DIR")
+  words=(--job-name="$NAME" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
   if [[ $DRY_RUN ]]; then
     show sbatch "${words[@]}"
-    show "${START[@]}" train "${ARGS[@]}"
+    show "${START[@]}" "${COMMAND[@]}" "${ARGS[@]}"
   fi
   check_folders
   [[ ${CHECK:-} == no ]] || check
@@ -144,16 +149,20 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
     stuck) say "stopped earlier as stuck; to try again, remove $RUN_DIR/state and $RUN_DIR/launches"; exit 3 ;;
   esac
   guard
+  # After a start that ended with 16, Megatron wants the same step on another GPU.
+  export SHIFT
+  SHIFT=$(cat "$RUN_DIR/shift" 2>/dev/null || echo 0)
   trap 'pass_on USR1' USR1
   trap 'pass_on TERM' TERM
   step preflight
-  [[ $CODE != 0 || $SIGNAL ]] || step train
+  [[ $CODE != 0 || $SIGNAL ]] || step "${COMMAND[@]}"
   trap '' USR1 TERM
-  [[ ! $SIGNAL ]] || echo signal >>"$RUN_DIR/launches" # such a start has not failed
+  if [[ $CODE == 16 ]]; then echo $((SHIFT + 1)) >"$RUN_DIR/shift"; else rm -f "$RUN_DIR/shift"; fi
+  [[ $SIGNAL != TERM ]] || echo preempted >>"$RUN_DIR/launches" # such a start has not failed
   case $CODE:$(state) in
     0:done) say "the target is reached"; return 0 ;;
     2:*) stuck "the input is wrong, or a checkpoint cannot be read or written (exit code 2)" ;;
-    17:*) stuck "Megatron found a result that is wrong each time (exit code 17) on ${SLURM_JOB_NODELIST:-these hosts}" ;;
+    17:*) stuck "a loss was NaN or infinite (exit code 17), the end of $RUN_DIR/starts.jsonl says where" ;;
   esac
   say "ended with code $CODE${SIGNAL:+ after $SIGNAL}, not at the target"
   return 1
@@ -175,8 +184,8 @@ stuck() {
   exit 3
 }
 
-step() { # step COMMAND: one task per GPU; sets CODE, the highest exit code among them
-  "${START[@]}" "$1" "${ARGS[@]}" &
+step() { # step COMMAND ...: one task per GPU; sets CODE, the highest exit code among them
+  "${START[@]}" "$@" "${ARGS[@]}" &
   STEP=$!
   while # a trap interrupts wait
     wait "$STEP" && CODE=0 || CODE=$?

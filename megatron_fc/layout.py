@@ -83,17 +83,17 @@ class Layout:
             UserError: it is impossible; names the field, its value, and the layouts that are possible.
         """
         self._refuse_sizes_below_one()
-        problem = self._problem()
+        problem = self.problem()
         if problem is None:
             return
-        nodes = [str(n) for n in _NODES_TRIED if replace(self, nodes=n)._problem() is None]
+        nodes = [str(n) for n in _NODES_TRIED if replace(self, nodes=n).problem() is None]
         others = [str(layout) for layout in self._others()]
         raise UserError(
             f"{problem}; possible with {self}: {_listed(nodes, 'no number of')} nodes; "
             f"possible on {self._machine}: {_listed(others, 'none')}"
         )
 
-    def _problem(self) -> str | None:
+    def problem(self) -> str | None:
         """The first rule that is broken, as the field, its value and why; None if the layout is possible."""
         return next(self._broken_rules(), None)
 
@@ -170,7 +170,7 @@ class Layout:
         for tensor, pipeline, expert in product(tensors, pipelines, experts):
             expert_tensor = tensor if self.expert_tensor == self.tensor else self.expert_tensor
             layout = replace(self, tensor=tensor, pipeline=pipeline, expert=expert, expert_tensor=expert_tensor)
-            if layout._problem() is None:
+            if layout.problem() is None:
                 found.append(layout)
         return sorted(found, key=self._distance)
 

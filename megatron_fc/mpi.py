@@ -1,7 +1,7 @@
 """`python -m megatron_fc.mpi COMMAND ...`: the same commands where MPI starts the processes and SLURM does not.
 
 MPI carries the ranks and the address of the first one to all processes, and is left before training begins: the
-training itself talks over NCCL or gloo as ever.
+training itself talks over NCCL or gloo as ever. `traffic run` alone keeps it, to gather what the ranks have counted.
 """
 
 import os
@@ -12,8 +12,11 @@ from megatron_fc.cli import main
 from megatron_fc.errors import UserError
 
 
-def join() -> None:
+def join(*, stay: bool = False) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from MPI; every process calls it.
+
+    Args:
+        stay: MPI goes on, else it is left.
 
     Raises:
         UserError: mpi4py is not installed.
@@ -33,12 +36,13 @@ def join() -> None:
     os.environ.update({name: str(value) for name, value in (ranks | {"MASTER_PORT": port}).items()})
     os.environ.setdefault("MASTER_ADDR", address)
     here.Free()
-    MPI.Finalize()
+    if not stay:
+        MPI.Finalize()
 
 
 if __name__ == "__main__":
     try:
-        join()
+        join(stay=sys.argv[1:3] == ["traffic", "run"])
     except UserError as error:
         print(f"megatron-fc: {error}", file=sys.stderr)
         sys.exit(2)

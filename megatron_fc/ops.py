@@ -8,6 +8,7 @@ takes. So one pass writes the whole gradient of h, and autograd has nothing to a
 For backward are kept: h (width), o and beta (depth); the coefficients gamma and alpha are computed again.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ _SITE = (
 _NORM = "Tensor? sub_weight, Tensor? sub_bias, str sub_norm, float sub_eps, bool one_plus"
 _DEPTH = "Tensor o, Tensor h, Tensor beta, Tensor alpha, Tensor mixed, Tensor? bias, Tensor? seed, float dropout"
 _N_SITE, _N_NORM, _N_DEPTH = 11, 5, 8
+
+# By operator, for those who look at what it does inside; the backend is the last argument of those that have a choice.
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 
 
 class Handover(NamedTuple):
@@ -329,8 +333,15 @@ def _boundary_backward_fake(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Te
 
 
 def _define(name: str, schema: str, implementation: Any, fake: Any, setup: Any = None, backward: Any = None) -> Any:
-    op = torch.library.custom_op(f"megatron_fc::{name}", implementation, mutates_args=(), schema=schema)
+    def run(*words: Any) -> Any:
+        # What overrides torch functions has seen the operation itself; asked again for each of its dozens of calls, the
+        # CPU lane's mode costs as much as a tenth of them.
+        with torch._C.DisableTorchFunction():
+            return implementation(*words)
+
+    op = torch.library.custom_op(f"megatron_fc::{name}", run, mutates_args=(), schema=schema)
     op.register_fake(fake)
+    IMPLEMENTATIONS[op._opoverload] = implementation
     if backward is not None:
         op.register_autograd(backward, setup_context=setup)
     return op

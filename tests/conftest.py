@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,3 +24,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_gpu_run(config: pytest.Config) -> bool:
     return "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr
+
+
+@pytest.fixture(autouse=True)
+def attention_is_free_to_choose() -> Iterator[None]:
+    """Megatron leaves a model's attention backend in the environment, and refuses another one after that."""
+    before = os.environ.copy()
+    yield
+    for name in [name for name in os.environ if name.startswith("NVTE_") and name not in before]:
+        del os.environ[name]

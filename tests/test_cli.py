@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fc import cli
+from megatron_fc.commands import train
 
 
 @pytest.mark.parametrize(
@@ -12,16 +13,14 @@ from megatron_fc import cli
 )
 def test_overrides_and_options_in_any_order(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(
-        cli, "_train", lambda args, extra: seen.append((args.config, args.overrides, args.dry_run)) or 0
-    )
+    monkeypatch.setattr(train, "run", lambda args: seen.append((args.config, args.overrides, args.dry_run)) or 0)
     assert cli.main(words) == 0
     assert seen == [(Path("c.yaml"), ["a=1", "b=2"], True)]
 
 
 def test_megatron_flags_after_two_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
-    monkeypatch.setattr(cli, "_train", lambda args, extra: seen.append((args.overrides, extra)) or 0)
+    monkeypatch.setattr(train, "run", lambda args: seen.append((args.overrides, args.megatron_flags)) or 0)
     assert cli.main(["train", "c.yaml", "a=1", "--", "--lr", "1", "--", "x"]) == 0
     assert seen == [(["a=1"], ["--lr", "1", "--", "x"])]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_fc.errors import UserError
 
 _KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+_SPIKE = 10.0  # times the largest of the first losses, as in Megatron's pretrain_gpt.py
 _UNSUPPORTED = (
     "sft",
     "fim_data",
@@ -87,15 +88,7 @@ def next_token_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, 
     mask = loss_mask.view(-1).float()
     total = torch.sum(output.view(-1).float() * mask)
     tokens = mask.sum().to(torch.int)
-    if get_args().check_for_nan_in_loss_and_grad:
-        for rejected, what in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
-            get_rerun_state_machine().validate_result(
-                result=total,
-                rejection_func=rejected,
-                message=f"found {what} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+    _validate(total)
     return total, tokens, {"lm loss": torch.cat([total.detach().view(1), tokens.view(1)])}
 
 
@@ -152,3 +145,17 @@ def _batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) -> 
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+
+
+def _validate(loss: Tensor) -> None:
+    """Megatron's checks of a loss, as its entry points make them: NaN and Inf end the run, a spike is a warning."""
+    args, machine = get_args(), get_rerun_state_machine()
+    checks = []
+    if args.check_for_nan_in_loss_and_grad:
+        found = "found {} in local forward loss calculation"
+        checks += [(torch.isnan, found.format("NaN"), True), (torch.isinf, found.format("Inf"), True)]
+    if args.check_for_spiky_loss:
+        is_spike = partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss")
+        checks.append((is_spike, "Spiky loss", False))
+    for rejection, message, fatal in checks:
+        machine.validate_result(loss, rejection, message, tolerance=0.0, fatal=fatal)

@@ -130,6 +130,17 @@ class _Stream:
         return 0
 
 
+def fork_checkpoint_helper() -> None:
+    """Start the helper that hands on what checkpoint writers report; call it before there are threads and connections.
+
+    Megatron spawns it at the first checkpoint, five seconds in which it imports everything anew: a process with a CUDA
+    context must not be forked.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+
+    get_write_results_queue("fork")
+
+
 def _replace_runtime() -> None:
     """Device identity, streams and memory statistics. `is_available` stays False: torch itself relies on it."""
     properties = types.SimpleNamespace(name="cpu", major=8, minor=0, total_memory=0, multi_processor_count=1)

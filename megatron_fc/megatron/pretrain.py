@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -35,8 +35,10 @@ from megatron_fc.megatron.order import install_order
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
 from megatron_fc.megatron.recipe import Recipe
 from megatron_fc.megatron.record import RunRecord
+from megatron_fc.megatron.rerun import findings_named
 from megatron_fc.megatron.resume import Resumption, progress_in
 from megatron_fc.megatron.retention import Pruner
+from megatron_fc.megatron.standstill import Standstill
 from megatron_fc.megatron.watch import RankWatch
 from megatron_fc.report.progress import ProgressDisplay
 from megatron_fc.report.runlog import is_log_rank, real_stdout, run_log
@@ -66,24 +68,43 @@ class Trained:
     world_size: int
 
 
-def train(recipe: Recipe, distillation: "Distillation | None" = None) -> Trained:
+class Spectator(Protocol):
+    """Looks on, on every rank, while a recipe trains."""
+
+    def model_is_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> None:
+        """Called when Megatron has joined the ranks and built the chunks of this rank's model."""
+
+    def forward_step(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+        """Stands for `batches.forward_step`, which it calls."""
+
+    def after_training(self) -> None:
+        """Called when Megatron's loop has ended, before the ranks part."""
+
+    def after_a_loss(self) -> str:
+        """Called when another rank was lost, before this one ends; returns what to do."""
+
+
+def train(recipe: Recipe, spectator: Spectator | None = None, distillation: "Distillation | None" = None) -> Trained:
     """Run the recipe to its end; every rank of a launcher calls it, a lone process is a world of one.
 
     Megatron's output goes to `run_dir/logs`, its figures to `run_dir/tensorboard`, progress to the terminal.
 
     Args:
         recipe: the run.
+        spectator: looks on.
         distillation: a teacher to learn from, instead of from the data alone.
 
     Raises:
         UserError: Megatron refuses the arguments, or the checkpoint is not that of this model.
-        SystemExit: Megatron ended the run before its target, with code 0 after a signal.
+        SystemExit: Megatron ended the run before its target, with code 0 after a signal, 16, 17 or 75 after a result
+            that it rejected (`megatron_fc.megatron.rerun`).
     """
     from megatron_fc.megatron.batches import forward_step
 
     start = time.perf_counter()
     join_world()
     args = parse(recipe)
+    _refuse_async_save_without_device(args)
     if distillation is not None:
         distillation.refuse_args(args)
     first_step, checkpoint = _upcycling(args, recipe) if args.frac_from_residual else None, None
@@ -96,7 +117,8 @@ def train(recipe: Recipe, distillation: "Distillation | None" = None) -> Trained
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
     record = RunRecord(recipe.run_dir, args)
-    watch = RankWatch(partial(_after_a_loss, args, record))
+    standstill = Standstill(args)
+    watch = RankWatch(standstill, partial(_when_all_end, args, record, spectator))
     pruner = Pruner(recipe.retention, Path(args.save)) if recipe.retention and args.save else None
     hooks: list[ModelHook] = [
         _on_all_ranks(watch.join),
@@ -105,7 +127,11 @@ def train(recipe: Recipe, distillation: "Distillation | None" = None) -> Trained
         _on_all_ranks(partial(_note_start, args, record)),
         *([distillation.teach] if distillation is not None else []),
     ]
-    step = forward_step if distillation is None else distillation.forward_step
+    step: Callable[..., Any] = forward_step
+    if distillation is not None:
+        step = distillation.forward_step
+    elif spectator is not None:
+        step = spectator.forward_step
     try:
         with (
             run_log(recipe.run_dir, args.rank, display, partial(_after_iteration, pruner)),
@@ -113,9 +139,12 @@ def train(recipe: Recipe, distillation: "Distillation | None" = None) -> Trained
             checkpoint_errors_named(args),
             state_in_checkpoints() if is_changed else contextlib.nullcontext(),
             watch,
+            findings_named(args, record.explain),
         ):
-            parameters = _pretrain(args, recipe, hooks, record, step)
+            parameters = _pretrain(args, recipe, hooks, record, standstill.count(step), spectator)
             peak = _peak_memory()
+            if spectator is not None:
+                spectator.after_training()
     except SystemExit as end:
         if is_log_rank():
             print(f"{recipe.connection}  ended early: {record.why(end)}", file=real_stdout(), flush=True)
@@ -125,6 +154,14 @@ def train(recipe: Recipe, distillation: "Distillation | None" = None) -> Trained
         pruner.finish()
     _leave()
     return Trained(parameters, tokens, peak, time.perf_counter() - start, args.world_size)
+
+
+def _refuse_async_save_without_device(args: Namespace) -> None:
+    if args.async_save and cpu.needed():
+        raise UserError(
+            "async_save=true, but Megatron's worker for asynchronous checkpoints needs a CUDA device: set "
+            "async_save=false and use_persistent_ckpt_worker=false"
+        )
 
 
 def _leave() -> None:
@@ -199,7 +236,12 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
 
 
 def _pretrain(
-    args: Namespace, recipe: Recipe, hooks: list[ModelHook], record: RunRecord, step: Callable[..., Any]
+    args: Namespace,
+    recipe: Recipe,
+    hooks: list[ModelHook],
+    record: RunRecord,
+    step: Callable[..., Any],
+    spectator: Spectator | None,
 ) -> ParameterCount:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -210,9 +252,13 @@ def _pretrain(
 
     set_global_variables(args)
     record.listen()
+    if args.save and cpu.needed():
+        cpu.fork_checkpoint_helper()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
     model.pre_wrap_hooks += [partial(_count, counts), *hooks]
+    if spectator is not None:
+        model.pre_wrap_hooks.append(partial(_show, spectator, args, counts))
     pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
     return counts[0]
 
@@ -256,9 +302,12 @@ def _on_all_ranks(action: Callable[[], None]) -> ModelHook:
     return hook
 
 
-def _after_a_loss(args: Namespace, record: RunRecord, lost: str) -> str:
-    """Note that a rank was lost; return what to do."""
-    record.end(f"lost {lost}")
+def _when_all_end(args: Namespace, record: RunRecord, spectator: Spectator | None, reason: str, notes: bool) -> str:
+    """Note why the ranks end, where `notes` says so; return what to do."""
+    if notes:
+        record.note(reason)
+    if spectator is not None:
+        return spectator.after_a_loss()
     if not args.save:
         return "nothing was saved, start anew with save_interval set"
     saved = latest_checkpoint(Path(args.save))
@@ -324,6 +373,11 @@ def _hybrid_stack(args: Namespace, frac: FracConfig | None) -> Any:
 
 def _count(counts: list[ParameterCount], chunks: list[Any]) -> list[Any]:
     counts.append(count_parameters(chunks))
+    return chunks
+
+
+def _show(spectator: Spectator, args: Namespace, counts: list[ParameterCount], chunks: list[Any]) -> list[Any]:
+    spectator.model_is_built(args, chunks, counts[0])
     return chunks
 
 

@@ -31,6 +31,7 @@ class RunRecord:
         self._run_dir, self._args = run_dir, args
         self._signal: str | None = None
         self._start: int | None = None
+        self._finding: str | None = None
 
     def listen(self) -> None:
         """Let USR1 and TERM both mean what Megatron's one `exit_signal` means: save after this step, then end.
@@ -80,7 +81,12 @@ class RunRecord:
             reason: in words.
             step_is_done: the step that Megatron began last is finished.
         """
-        if self._start is None or not is_log_rank():
+        if is_log_rank():
+            self.note(reason, step_is_done)
+
+    def note(self, reason: str, step_is_done: bool = False) -> None:
+        """The same on whichever rank calls it."""
+        if self._start is None:
             return
         with contextlib.suppress(OSError):  # a full disk must not hide why the run ends
             record_end(
@@ -102,11 +108,15 @@ class RunRecord:
         else:
             self.end(shorten(f"{type(error).__name__}: {error}", 300))
 
+    def explain(self, finding: str) -> None:
+        """Why Megatron is about to end the run, where that is more than a code."""
+        self._finding = finding
+
     def why(self, end: SystemExit) -> str:
         """Why Megatron ended the run before its target."""
         if self._signal and not end.code:
             return f"signal {self._signal}"
-        return f"Megatron ended the run with code {end.code or 0}"
+        return self._finding or f"Megatron ended the run with code {end.code or 0}"
 
     def _target(self) -> int:
         batch = self._args.global_batch_size

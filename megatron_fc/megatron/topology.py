@@ -151,23 +151,44 @@ class Topology:
         return lines + [f"note: {note}" for note in self.unchecked]
 
 
-def topology(
-    config: Path,
-    overrides: Sequence[str],
-    nodes: int,
-    gpus_per_node: int,
-    throughput: Throughput,
-    *,
-    check_files: bool = False,
-) -> Topology:
-    """Check a config for a number of nodes and work out what it comes to; needs no GPU.
+@dataclass(frozen=True)
+class Validated:
+    """A config that Megatron has checked in a world of some size.
+
+    Attributes:
+        recipe: the config.
+        args: Megatron's arguments, with padded_vocab_size where vocab_size is set.
+        layout: sizes of all kinds of parallelism.
+        unchecked: what this machine could not check, in words.
+    """
+
+    recipe: Recipe
+    args: Namespace
+    layout: Layout
+    unchecked: list[str]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return int(self.args.train_iters or self.args.train_samples // self.args.global_batch_size)
+
+    @property
+    def target_tokens(self) -> int:
+        """That the config asks for."""
+        samples = self.args.train_samples or self.args.train_iters * self.args.global_batch_size
+        return int(samples * self.args.seq_length)
+
+
+def validate(
+    config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: int, *, check_files: bool = False
+) -> Validated:
+    """Let Megatron check a config for a number of nodes; needs no GPU.
 
     Args:
         config: the YAML file.
         overrides: as in `load_recipe`.
         nodes: number of nodes.
         gpus_per_node: ranks per node.
-        throughput: basis of the GPU-hours.
         check_files: data and tokenizer are to be here, as on a login node.
 
     Raises:
@@ -187,14 +208,36 @@ def topology(
     if check_files:
         refuse_missing_files(args)
     _set_padded_vocabulary(args)
+    return Validated(recipe, args, layouts[0], _check_model(args, recipe))
+
+
+def topology(
+    config: Path,
+    overrides: Sequence[str],
+    nodes: int,
+    gpus_per_node: int,
+    throughput: Throughput,
+    *,
+    check_files: bool = False,
+) -> Topology:
+    """Check a config for a number of nodes and work out what it comes to; needs no GPU.
+
+    Args:
+        config, overrides, nodes, gpus_per_node, check_files: as in `validate`.
+        throughput: basis of the GPU-hours.
+
+    Raises:
+        UserError: as `validate`.
+    """
+    run = validate(config, overrides, nodes, gpus_per_node, check_files=check_files)
     return Topology(
-        layout=layouts[0],
-        sequence=args.seq_length,
-        steps=args.train_iters or args.train_samples // args.global_batch_size,
-        target_tokens=(args.train_samples or args.train_iters * args.global_batch_size) * args.seq_length,
-        flops_per_token=_flops_per_token(args),
+        layout=run.layout,
+        sequence=run.args.seq_length,
+        steps=run.steps,
+        target_tokens=run.target_tokens,
+        flops_per_token=_flops_per_token(run.args),
         throughput=throughput,
-        unchecked=_check_model(args, recipe),
+        unchecked=run.unchecked,
     )
 
 

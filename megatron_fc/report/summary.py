@@ -30,8 +30,8 @@ def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
     summary = {
         **facts,
         **_figures(read_metrics(run_dir), facts["tokens_per_iteration"]),
-        "versions": _versions(),
-        "git_commit": _git_commit(),
+        "versions": package_versions(),
+        "git_commit": git_commit(),
         "machine": {"host": platform.node(), "cpus": os.cpu_count(), "system": platform.platform()},
     }
     temporary = run_dir / f"{SUMMARY}.new"
@@ -108,7 +108,8 @@ def _last(series: Series) -> float | None:
     return series[max(series)] if series else None
 
 
-def _versions() -> dict[str, str | None]:
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages on which a result depends; None for those that are not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -118,7 +119,7 @@ def _versions() -> dict[str, str | None]:
     return versions
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Commit of the source tree, with `-dirty` after local changes; None outside a checkout."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

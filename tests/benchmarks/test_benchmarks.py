@@ -84,6 +84,7 @@ def test_counted_bytes_and_rates(operations: tuple[dict[str, Any], str]) -> None
     c = WIDTH // M
     site = 4 * (M * (2 * M + 1) + c * (2 * M + 1) + 2 + c)
     normed = site + 2 * WIDTH
+    norms = 2 * (2 * WIDTH + 4 * TOKENS)  # their weights in bf16, and per token an fp32 statistic that is kept
     expected = {
         ("width", "fused kernels"): (2 * row + beta + alpha + site, 4 * row + beta + 2 * site),
         ("width+norm", "fused kernels"): (2 * row + beta + alpha + normed, 4 * row + beta + 2 * normed),
@@ -94,8 +95,8 @@ def test_counted_bytes_and_rates(operations: tuple[dict[str, Any], str]) -> None
             10 * row + 4 * (beta + alpha) + 2 * normed,
             14 * row + 6 * beta + 4 * normed,
         ),
-        ("layer", "Megatron, torch norm"): (10 * row, 12 * row),
-        ("layer", "Megatron, fused_residual_rmsnorm"): (10 * row, 8 * row),
+        ("layer", "Megatron, torch norm"): (10 * row + norms, 12 * row + norms + 4 * WIDTH),
+        ("layer", "Megatron, fused_residual_rmsnorm"): (10 * row + norms, 8 * row + norms + 4 * WIDTH),
         ("layer", "Liger mHC, 4 streams: not FC"): (20 * row, 30 * row),
     }
     found = {(row["operation"], row["contestant"]): row for row in operations[0]["rows"]}

@@ -55,8 +55,6 @@ def run(folder: Path, *words: object, timeout: float = 200.0) -> Done:
 def _entry(output: Path, words: Sequence[str]) -> None:
     import traceback
 
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
-
     from megatron_fc.cli import main
 
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
@@ -64,7 +62,6 @@ def _entry(output: Path, words: Sequence[str]) -> None:
     os.dup2(file, 2)
     code = 1
     try:
-        get_write_results_queue("fork")  # Megatron would spawn its manager: five seconds for every run that saves
         code = main(words)
     except BaseException:
         traceback.print_exc()

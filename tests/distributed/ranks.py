@@ -4,8 +4,12 @@ import datetime
 import logging
 import math
 import os
+import signal
+import sys
+import time
 import warnings
 import zlib
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,14 +36,22 @@ with warnings.catch_warnings():
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
     from megatron_fc import functional
     from megatron_fc.cli import main
     from megatron_fc.errors import UserError
+    from megatron_fc.megatron.groups import group_names
     from megatron_fc.megatron.integrity import refuse_corrupt
     from megatron_fc.megatron.parameters import is_frac_parameter
     from megatron_fc.megatron.slots import FracNorm
+    from megatron_fc.megatron.standstill import Standstill
+    from megatron_fc.megatron.watch import RankWatch
+    from megatron_fc.traffic.counts import NetworkCounts
+    from megatron_fc.traffic.network import Routing
+    from megatron_fc.traffic.network_counter import NetworkCounter, gather_hosts
+    from megatron_fc.traffic.phase import Whereabouts
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 MICRO_BATCHES, BATCH, STEPS = 2, 2, 10
@@ -116,6 +128,42 @@ def command_line(words: Sequence[str]) -> int:
     return main(words)
 
 
+def hang(how: str, rank: int) -> None:
+    """One rank sleeps or is stopped while the others wait for it in a collective."""
+    mine, folder = torch.distributed.get_rank(), Path(sys.stderr.name).parent
+
+    def on_end(_: str, notes: bool) -> str:
+        if notes:
+            (folder / f"noted{mine}").touch()
+        return "do so"
+
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    with RankWatch(_standstill(seconds=4), on_end) as watch:
+        watch.join()
+        if mine != rank:
+            torch.distributed.barrier()
+        elif how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            time.sleep(60)
+
+
+def step_slowly() -> None:
+    """For longer than the limit."""
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    standstill = _standstill(seconds=2)
+    with RankWatch(standstill, lambda *_: "do so") as watch:
+        watch.join()
+        step = standstill.count(lambda: time.sleep(0.5))
+        for _ in range(8):
+            step()
+
+
+def _standstill(seconds: float) -> Standstill:
+    timeouts = {"distributed_timeout_minutes": seconds / 60 / 0.8, "distributed_timeout_seconds_after_init": None}
+    return Standstill(Namespace(**timeouts))
+
+
 def refusal_of(checkpoint: Path) -> str:
     """What this rank says of a checkpoint's content, "" if it is intact."""
     try:
@@ -131,6 +179,11 @@ def write_start(model: Model, folder: Path) -> None:
     Run(ONE_RANK, model, folder / model.name, "sgd")
 
 
+def write_reference(model: Model, folder: Path) -> None:
+    """Store a model's start and the gradient of step 0."""
+    first_step(ONE_RANK, model, folder)
+
+
 def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[str, float]:
     """Negative control: the connections' gradients are left out of the reduction over tensor ranks."""
     layout.initialise()
@@ -140,6 +193,14 @@ def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[st
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
     run.accumulate(0)
     return run.compare_gradient()[0]
+
+
+def first_step(layout: Layout, model: Model, folder: Path) -> tuple[float, dict[str, float]]:
+    """Loss of step 0 and its gradient's differences to the reference's, parameter by parameter."""
+    layout.initialise()
+    run = Run(layout, model, folder / model.name, optimizers_of(layout, model)[0])
+    run.accumulate(0)
+    return run.losses[0], run.compare_gradient()[0]
 
 
 def parameters_at_every_forward(
@@ -194,12 +255,78 @@ def load_and_train(
     return run.train(steps)
 
 
+@dataclass
+class Counted:
+    """Network traffic of one step, as one rank saw it.
+
+    Attributes:
+        counts: what was counted.
+        routing: by MoE layer, counted from 0.
+        padding_bytes: of gradients and of weights in the buffers of data parallelism that belong to no parameter.
+        losses, plain_losses: of two steps, the second one counted, and of the same ones without a counter.
+    """
+
+    counts: NetworkCounts
+    routing: dict[int, Routing]
+    padding_bytes: tuple[int, int]
+    losses: list[float]
+    plain_losses: list[float]
+
+
+def count_network(layout: Layout, model: Model, more: dict[str, Any]) -> Counted:
+    """Count the second step; two nodes share the ranks."""
+    layout.initialise()
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    hosts = gather_hosts(f"node{2 * rank // world}")
+    plain_losses = Run(layout, model, None, "adam", more).train(range(2))
+    run = Run(layout, model, None, "adam", more)
+    run.train(range(1))
+    tokens: dict[int, torch.Tensor] = {}  # for every expert, by layer
+    for chunk in run.chunks:
+        for module in chunk.modules():
+            if isinstance(module, TopKRouter):
+                module.register_forward_hook(partial(_add_tokens, tokens))
+    with Whereabouts(run.chunks) as where, NetworkCounter(where, group_names(), hosts) as counter:
+        run.train(range(1, 2))
+    buffers = [buffer for chunk in run.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+    return Counted(
+        counts=counter.counts,
+        routing={layer: _routing(count) for layer, count in sorted(tokens.items())},
+        padding_bytes=(
+            sum(_padding(buffer) * buffer.grad_dtype.itemsize for buffer in buffers),
+            sum(_padding(buffer) * buffer.param_dtype.itemsize for buffer in buffers),
+        ),
+        losses=run.losses,
+        plain_losses=plain_losses,
+    )
+
+
+def _padding(buffer: Any) -> int:
+    return int(buffer.numel - sum(parameter.numel() for parameter in buffer.params))
+
+
+def _add_tokens(tokens: dict[int, torch.Tensor], router: Any, _: Any, output: tuple[Any, torch.Tensor]) -> None:
+    # Recompute, which runs in backward, sends the same tokens once more.
+    if torch._C._current_autograd_node() is None:
+        layer = router.layer_number - 1
+        tokens[layer] = tokens.get(layer, 0) + output[1].sum(0)
+
+
+def _routing(tokens: torch.Tensor) -> Routing:
+    group = parallel_state.get_expert_model_parallel_group()
+    sent = tokens.reshape(group.size(), -1).sum(1)
+    everyones = [torch.empty_like(sent) for _ in range(group.size())]
+    torch.distributed.all_gather(everyones, sent, group=group)
+    return Routing(sent.tolist(), [int(theirs[group.rank()]) for theirs in everyones])
+
+
 class Run:
     """A model, its optimizer and its schedule on this rank."""
 
     def __init__(
-        self, layout: Layout, model: Model, folder: Path, optimizer: str, more: dict[str, Any] | None = None
+        self, layout: Layout, model: Model, folder: Path | None, optimizer: str, more: dict[str, Any] | None = None
     ) -> None:
+        """Without a folder the start is that of the seed, which layouts do not share."""
         self.layout, self.folder = layout, folder
         self.losses: list[float] = []
         options = {**layout.options(), **model.options(), **(more or {})}
@@ -207,7 +334,8 @@ class Run:
         stages = range(layout.vpp) if layout.vpp else [None]
         self.chunks = [tiny.build(model.kind, model.frac, vp_stage=stage, **options) for stage in stages]
         self.config = unwrap_model(self.chunks[0]).config
-        self._load_start(model)
+        if folder is not None:
+            self._load_start(model)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=layout.distributed_optimizer,

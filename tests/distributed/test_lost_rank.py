@@ -112,7 +112,7 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     for rank in (0, 1, 3):
         said = stderr(run_dir, rank).read_text()
         assert re.search(
-            rf"^megatron-fc: rank 2 \(process {processes[2].pid} on \S+\) was lost, so this rank ends too: "
+            rf"^megatron-fc: lost rank 2 \(process {processes[2].pid} on \S+\), so this rank ends: "
             rf"start the same command again, it goes on from {run_dir}/checkpoints/iter_0000005$",
             said,
             re.MULTILINE,
@@ -125,7 +125,7 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
         assert launcher.wait(timeout=60) != 0
     said = stderr(run_dir).read_text()
     # torchrun ends the others as soon as it looks, which may be before they can say anything.
-    assert re.search(r"rank 0 \(process \d+ on \S+\) was lost", said) or "Signal 9 (SIGKILL)" in said, said
+    assert re.search(r"lost rank 0 \(process \d+ on \S+\)", said) or "Signal 9 (SIGKILL)" in said, said
 
     finish(config, run_dir)
     assert (run_dir / "checkpoints" / TRACKER).read_text() == "20"

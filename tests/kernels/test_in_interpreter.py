@@ -10,7 +10,10 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("module", ["test_operations.py", "test_traffic.py", "test_model.py"])
+MODULES = ("test_operations.py", "test_traffic.py", "test_model.py", "test_layouts_with_kernels.py")
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_in_interpreter(module: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / module)]

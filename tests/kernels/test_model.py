@@ -1,7 +1,6 @@
 """The kernels inside Megatron's layers: as the torch backend, boundary and hand-over included, and their bytes."""
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,11 @@ from test_traffic import counted, of
 
 from megatron_fc import FracConfig
 from megatron_fc.kernels import launch
+from megatron_fc.traffic import streams
+from megatron_fc.traffic.counts import total_device
+from megatron_fc.traffic.device_counter import DeviceCounter
+from megatron_fc.traffic.phase import Whereabouts
+from megatron_fc.traffic.streams import Stream
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -85,13 +89,12 @@ def test_full_recompute_with_dropout_is_exact() -> None:
 
 
 class Streams(torch.utils._python_dispatch.TorchDispatchMode):
-    """Collects the streams that our operations read and write, and counts the sums that others make of streams."""
+    """Collects the streams that our operations read and write."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
         self.elements = elements
         self.seen: dict[int, torch.Tensor] = {}
-        self.sums = 0
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = op(*args, **(kwargs or {}))
@@ -99,20 +102,41 @@ class Streams(torch.utils._python_dispatch.TorchDispatchMode):
             for tensor in torch.utils._pytree.tree_leaves((args, out)):
                 if isinstance(tensor, torch.Tensor) and tensor.numel() == self.elements and tensor.stride(-1) == 1:
                     self.seen[tensor.data_ptr()] = tensor
-        elif op in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor):
-            self.sums += out.numel() == self.elements
         return out
 
 
-def test_a_layer_moves_22_rows() -> None:
-    """All between the sub-layers of a transformer layer, forward and backward, in rows of d per token."""
-    layer = tiny.build("dense", TRITON).decoder.layers[0]
+LAYERNORM_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+
+
+@pytest.mark.parametrize("frac", [TRITON, replace(TRITON, rate=2), replace(TRITON, dynamic=False)])
+@pytest.mark.parametrize(
+    ("form", "options"), [(streams.frac_boundary, {}), (streams.frac_pure, LAYERNORM_AGAIN)], ids=["boundary", "pure"]
+)
+def test_a_layer_moves_what_the_model_says(form: Any, options: dict[str, Any], frac: FracConfig) -> None:
+    """All between the sub-layers of a transformer layer."""
+    layer = tiny.build("dense", frac, **options).decoder.layers[0]
     width, tokens = layer.config.hidden_size, 32
     h = torch.randn(tokens, 1, width, requires_grad=True)
     mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
-    moved: Counter[int]
-    with Streams(tokens * width) as streams, counted() as moved:
+    incoming = torch.randn_like(h)
+
+    def run() -> None:
         out, _ = layer(h, attention_mask=mask)
-        out.backward(torch.randn_like(out))
-    # Autograd's sum reads two rows and writes one; the kernels' loads and stores are counted one by one.
-    assert of(moved, *streams.seen.values()) / (tokens * width * 4) + 3 * streams.sums == 22
+        out.backward(incoming)
+
+    with Whereabouts(layer) as whereabouts, DeviceCounter(whereabouts) as counter:
+        run()
+    expected = form(Stream(width, element_bytes=4), frac)
+    for phase, traffic in (("forward", expected.forward), ("backward", expected.backward)):
+        total = total_device(
+            count
+            for key, count in counter.counts.items()
+            if key.phase == phase and not key.module.startswith(("self_attention", "mlp"))
+        )
+        assert total.read_bytes == pytest.approx(traffic.read_bytes(tokens), rel=0.01)
+        assert total.written_bytes == pytest.approx(traffic.written_bytes(tokens), rel=0.01)
+    if not options:  # recompute frees streams, whose addresses say nothing then
+        # The loads and stores of the kernels, one by one.
+        with Streams(tokens * width) as ours, counted() as moved:
+            run()
+        assert of(moved, *ours.seen.values()) == 22 * tokens * width * 4

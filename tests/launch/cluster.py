@@ -4,6 +4,7 @@ Each node has an address and a host name of its own, so that an address that is 
 it would on a cluster; killing a node ends everything on it at once and tells nobody.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,6 +13,8 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -162,6 +165,14 @@ class Cluster:
     def kill_node(self, node: int) -> None:
         """End everything on a node at once, as a power cut does."""
         self._kill(f"n{node}")
+
+    def signal_rank(self, rank: int, job: str, number: signal.Signals) -> None:
+        """Send a signal to one rank of a training, and to the helpers that it has forked."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                mine = process.environ()
+                if (mine.get("RANK"), mine.get("SLURM_JOB_ID")) == (str(rank), job) and "train" in process.cmdline():
+                    process.send_signal(number)
 
     def _configure(self) -> None:
         for name in ("etc", "run", "log", "spool", "state", "tmp", "dev"):

@@ -67,8 +67,8 @@ def test_a_job_that_never_gets_anywhere_stops(cluster: Cluster, site: Site) -> N
     run_dir = site.run_dir("hopeless")
     (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={run_dir}"))
     ended = cluster.wait(job, *END)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "2")
-    assert "stuck: the last 2 starts began at iteration 0 and left no newer checkpoint; see" in site.log(job)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "3")
+    assert "stuck: the last 3 starts began at iteration 0 and left no newer checkpoint; see" in site.log(job)
     assert (run_dir / "state").read_text() == "stuck\n"
 
 

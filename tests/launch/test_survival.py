@@ -4,11 +4,11 @@ import contextlib
 import itertools
 import json
 import re
+import signal
 import time
 from pathlib import Path
 
 import harness
-import psutil
 import pytest
 import torch
 from cluster import Cluster, unavailable
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 WORLD, ITERATIONS, BATCH = 8, 48, 4
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
 OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *samples(ITERATIONS * BATCH), "save_interval=5")
-NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@60")
+NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@120")
 
 
 class Run:
@@ -95,7 +95,7 @@ def survive(cluster: Cluster, site: Site) -> Run:
     run.wait_for_start(1)
     run.wait_for_iteration(3)
     elapsed = cluster.job(run.job)["RunTime"].split(":")
-    run.limit(int(elapsed[-2]) + 1)  # so the signal, a minute before the limit, comes now
+    run.limit(int(elapsed[-2]) + 2)  # so the signal, two minutes before the limit, comes now, and one is left at least
     cluster.wait(run.job, "PENDING", seconds=120)
     run.limit(60)
     from_limit = run.wait_for_start(2)
@@ -115,7 +115,7 @@ def survive(cluster: Cluster, site: Site) -> Run:
     assert lost not in run.starts()[-1]["host"]
 
     run.wait_for_iteration(from_loss + 6)
-    kill_rank(5, run.job)
+    run.cluster.signal_rank(5, run.job, signal.SIGKILL)
     from_kill = run.wait_for_start(5)
     assert from_loss < from_kill < ITERATIONS
 
@@ -125,14 +125,6 @@ def survive(cluster: Cluster, site: Site) -> Run:
     assert (run.dir / "state").read_text() == "done\n"
     check_samples(run, from_limit, from_preemption, from_loss, from_kill)
     return run
-
-
-def kill_rank(rank: int, job: str) -> None:
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            mine = process.environ()
-            if (mine.get("RANK"), mine.get("SLURM_JOB_ID")) == (str(rank), job) and "train" in process.cmdline():
-                process.kill()
 
 
 def check_samples(run: Run, *resumed: int) -> None:

@@ -231,6 +231,21 @@ def test_mistake_in_a_process_of_its_own(config: Path) -> None:
     assert done.stdout == ""
 
 
+def test_asynchronous_checkpoints_are_refused_without_a_cuda_device(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron's worker divides by the number of devices, and the run would wait for it for ever."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = ["async_save=true", "use_persistent_ckpt_worker=true", "async_strategy=mcore"]
+    assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", *words]) == 2
+    assert capsys.readouterr().err == (
+        "megatron-fc: async_save=true, but Megatron's worker for asynchronous checkpoints needs a CUDA device: "
+        "set async_save=false and use_persistent_ckpt_worker=false\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_cpu_lane_is_never_active_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_fc.megatron import cpu
 

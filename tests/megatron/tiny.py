@@ -82,11 +82,16 @@ def transformer_config(kind: str, **options: Any) -> TransformerConfig:
 
 
 def build(
-    kind: str, frac: FracConfig | None, seed: int = 1, vp_stage: int | None = None, **options: Any
+    kind: str,
+    frac: FracConfig | None,
+    seed: int = 1,
+    vp_stage: int | None = None,
+    tied: bool = False,
+    **options: Any,
 ) -> torch.nn.Module:
     """Build this rank's part of the model, with plain residuals where `frac` is None.
 
-    The seed fixes every weight that both kinds of model have.
+    The seed fixes every weight that both kinds of model have; tied embeddings are the output layer's weights too.
     """
     config = transformer_config(kind, **options)
     torch.manual_seed(seed)
@@ -96,7 +101,7 @@ def build(
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "max_sequence_length": SEQUENCE,
-        "share_embeddings_and_output_weights": False,
+        "share_embeddings_and_output_weights": tied,
         "position_embedding_type": "rope",
         "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=True) and stage in (None, 0),
         "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_fc.errors import UserError
+from megatron_fc.megatron import cpu
 from megatron_fc.megatron.checkpoint import checkpoint_errors_named, refuse_other_connection
 from megatron_fc.megatron.compress.state import refuse_virtual_stages
 from megatron_fc.megatron.conversion import silence
@@ -128,6 +129,8 @@ def session(recipe: Recipe, checkpoint: Path) -> Iterator[Session]:
     refuse_other_connection(checkpoint, recipe.frac, args.hidden_size)
     with silence():
         set_global_variables(args)
+        if cpu.needed():
+            cpu.fork_checkpoint_helper()
         training.initialize_megatron()
         refuse_corrupt(checkpoint)
         config = model_config(args, recipe)

@@ -1,0 +1,89 @@
+"""Layers of Megatron's with each kind of connection, and the bytes that they move outside of attention and MLP."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from megatron.core import tensor_parallel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_fc import FracConfig
+from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.traffic.counts import DeviceCounts
+from megatron_fc.traffic.device_counter import DeviceCounter
+from megatron_fc.traffic.hyper_connection import HyperConnection
+from megatron_fc.traffic.phase import Whereabouts
+
+_SUB_LAYERS = {"self_attention", "mlp"}
+
+
+class HyperLayer(nn.Module):
+    """The norms, attention and MLP of a layer of Megatron's between Hyper-Connections of n streams."""
+
+    def __init__(self, layer: nn.Module, width: int, streams: int, config: FracConfig) -> None:
+        super().__init__()
+        self.layer = layer
+        self.sites = nn.ModuleList(HyperConnection(width, streams, sub_layer, config) for sub_layer in range(2))
+
+    def forward(self, streams: Tensor, attention_mask: Tensor) -> tuple[Tensor, None]:
+        layer, (before_attention, before_mlp) = self.layer, self.sites
+        x, *rest = before_attention(streams)
+        o, _ = layer.self_attention(layer.input_layernorm(x), attention_mask)
+        streams = before_attention.depth(o, *rest)
+        x, *rest = before_mlp(streams)
+        o, _ = layer.mlp(layer.pre_mlp_layernorm(x))
+        return before_mlp.depth(o, *rest), None
+
+
+def layer(frac: FracConfig | None, width: int, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """A layer of Megatron's with small sub-layers, LayerNorm (one operation in torch on any device), no dropout."""
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=width,
+        num_attention_heads=1,
+        kv_channels=64,
+        ffn_hidden_size=64,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        attention_backend=AttnBackend.unfused,
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        **options,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    spec = get_gpt_layer_local_spec()
+    return build_module(spec if frac is None else frac_connect(spec, frac), config=config, layer_number=1).to(dtype)
+
+
+def hyper_layer(streams: int, width: int, dtype: torch.dtype, dynamic: bool = True) -> nn.Module:
+    """`layer` with Hyper-Connections."""
+    config = FracConfig(rate=1, norm="layernorm") if dynamic else FracConfig(rate=1, dynamic=False)
+    return HyperLayer(layer(None, width, dtype), width, streams, config).to(dtype)
+
+
+def count(model: nn.Module, stream: Tensor) -> DeviceCounts:
+    """Bytes of one forward and backward pass outside of the sub-layers; the stream is [tokens, 1, ...]."""
+    tokens = len(stream)
+    mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
+    incoming = torch.randn_like(stream)
+    with Whereabouts(model) as whereabouts, DeviceCounter(whereabouts) as counter:
+        out, _ = model(stream.requires_grad_(), attention_mask=mask)
+        out.backward(incoming)
+    model.zero_grad()
+    return {key: c for key, c in counter.counts.items() if _SUB_LAYERS.isdisjoint(key.module.split("."))}

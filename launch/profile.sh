@@ -1,0 +1,75 @@
+#!/bin/bash
+#SBATCH --job-name=profile
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=00:30:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --no-requeue
+#SBATCH --open-mode=append
+#SBATCH --output=logs/%x-%j.log
+
+# How many bytes a training step moves, through the memory of the devices and over the network, with Frac-Connections
+# and with plain residuals. Run it in the repository's folder:
+#
+#   launch/profile.sh configs/olmoe_7b.yaml --dry-run --nodes=8          show what would be submitted, and check it
+#   launch/profile.sh configs/olmoe_7b.yaml --nodes=8                    check and submit
+#   launch/profile.sh CONFIG.yaml [from_step=K] [steps=N] [twin=no] [--nodes=8 ...] [key=value ...]
+#
+# The run trains from its beginning, counts on the steps K .. K+N-1 (3 and 4) and stops; the residual twin of the config
+# goes first, twin=no leaves it out. Reports: run_dir/traffic.html, .md and .json, the twin's in run_dir/residual. If a
+# rank is lost, or the time is nearly over, the report is made of what the ranks have left until then.
+
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
+[[ -e launch/common.sh ]] || { echo "launch: submit from the repository's folder, not from $PWD" >&2; exit 2; }
+
+CONFIG=${1:-}
+NAME=profile-$(basename "$CONFIG" .yaml)
+OVERRIDES=()
+source launch/common.sh
+[[ -e $CONFIG ]] || fail "'$CONFIG' is no file: launch/profile.sh CONFIG.yaml [from_step=K] [steps=N] [key=value ...]"
+
+VARIANT=("$CONFIG") COMMAND=(traffic run) TWIN=yes rest=()
+for word in "${@:2}"; do
+  case $word in
+    from_step=*) COMMAND+=(--from-step "${word#*=}") ;;
+    steps=*) COMMAND+=(--steps "${word#*=}") ;;
+    twin=yes | twin=no) TWIN=${word#*=} ;;
+    *) rest+=("$word"); continue ;;
+  esac
+  VARIANT+=("$word")
+done
+
+attempt() { # in place of a training's: each run once, and a report in any case
+  CODE=0 STEP='' SIGNAL=''
+  local run_dir=$RUN_DIR twin=$RUN_DIR/residual
+  trap cut USR1 TERM
+  step preflight
+  [[ $CODE == 0 ]] || exit "$CODE"
+  if [[ $TWIN == yes ]]; then
+    ARGS+=(connection=residual "run_dir=$twin")
+    counted "$twin"
+    ARGS=("${ARGS[@]:0:${#ARGS[@]}-2}")
+    COMMAND+=(--against "$twin")
+  fi
+  counted "$run_dir"
+  exit 0
+}
+
+counted() { # counted FOLDER: profile; after a failure make the report of the parts in the folder, and end
+  step "${COMMAND[@]}"
+  [[ $CODE != 0 ]] || return 0
+  say "the run ended with code $CODE${SIGNAL:+ after $SIGNAL}; the report is made of the parts that are there"
+  "${START[0]}" --overlap --nodes=1 --ntasks=1 "${START[@]:1}" traffic merge "$1" || true
+  exit "$CODE"
+}
+
+cut() { # ranks may hang and hear nothing; what they have left lies on the disk
+  SIGNAL=USR1
+  [[ ! $STEP ]] || kill -KILL "$STEP"
+}
+
+launch "${rest[@]}"

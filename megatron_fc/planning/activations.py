@@ -1,0 +1,175 @@
+"""What backward needs of the forward pass: bytes that autograd keeps, tensor by tensor.
+
+Every function lists what Megatron's layers keep with flash attention, fused SwiGLU and fused norms, for the tokens of
+one micro-batch on one rank. The lists were read off `torch.autograd.graph.saved_tensors_hooks` on real layers, and
+`tests/megatron/test_planning.py` holds them to it. Symbols: T tokens of a rank, d width, t tensor-parallel size,
+e bytes of an element; a stream is T*d*e bytes, divided by t under sequence parallelism. A norm keeps 4 bytes of
+statistics per row, in fp32.
+"""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from megatron_fc.layout import Layout
+from megatron_fc.planning.shape import Shape, Training
+
+Part = Literal["attention", "mlp", "frac", "head"]
+_INDEX = 8  # bytes of an int64
+_FP32 = 4
+
+
+class Kept(NamedTuple):
+    """A tensor that waits for backward.
+
+    Attributes:
+        what: it is.
+        part: of the model.
+        bytes: on one rank, of one micro-batch.
+        freed_by: selective recompute modules that drop it.
+    """
+
+    what: str
+    part: Part
+    bytes: float
+    freed_by: tuple[str, ...] = ()
+
+
+class _Sizes(NamedTuple):
+    """Of a rank: tokens of attention, tokens of the stream (under sequence parallelism fewer), bytes of a stream."""
+
+    tokens: float
+    stream_tokens: float
+    stream: float
+
+
+def _sizes(shape: Shape, training: Training, layout: Layout) -> _Sizes:
+    tokens = layout.micro_batch * shape.sequence / layout.context
+    divided = tokens / layout.tensor if training.sequence_parallel else tokens
+    return _Sizes(tokens, divided, divided * shape.width * training.element_bytes)
+
+
+def layer(shape: Shape, training: Training, layout: Layout, moe: bool) -> list[Kept]:
+    """Kept by one layer, recompute apart."""
+    sizes = _sizes(shape, training, layout)
+    mlp = _moe(shape, training, layout, sizes) if moe else _dense(shape, training, layout, sizes)
+    return [*_attention(shape, training, layout, sizes), *mlp, *_frac(shape, training, sizes, moe)]
+
+
+def layer_input(shape: Shape, training: Training, layout: Layout) -> float:
+    """Bytes of the residual stream, all that full recompute keeps of a layer."""
+    return _sizes(shape, training, layout).stream
+
+
+def first(shape: Shape, training: Training, layout: Layout) -> list[Kept]:
+    """Kept by the embedding: token numbers."""
+    return [Kept("token numbers", "head", _INDEX * _sizes(shape, training, layout).tokens)]
+
+
+def last(shape: Shape, training: Training, layout: Layout) -> list[Kept]:
+    """Kept by the last norm, the output layer and the loss, whose softmax is fp32."""
+    sizes = _sizes(shape, training, layout)
+    return [
+        *_norm("last norm", "head", sizes),
+        Kept("softmax of the logits", "head", _FP32 * sizes.tokens * shape.vocabulary / layout.tensor),
+        Kept("targets and their mask", "head", (_INDEX + 1) * sizes.tokens),
+    ]
+
+
+def logits(shape: Shape, training: Training, layout: Layout) -> float:
+    """Bytes of the logits in the model's dtype, alive beside the softmax; their gradient takes the place later."""
+    sizes = _sizes(shape, training, layout)
+    return training.element_bytes * sizes.tokens * shape.vocabulary / layout.tensor
+
+
+def total(kept: Iterable[Kept], freed_by: Iterable[str] = ()) -> float:
+    """Sum in bytes, without what selective recompute of these modules drops."""
+    modules = set(freed_by)
+    return sum(tensor.bytes for tensor in kept if not modules.intersection(tensor.freed_by))
+
+
+def _norm(name: str, part: Part, sizes: _Sizes, freed_by: tuple[str, ...] = ()) -> list[Kept]:
+    """The stream that is its input, its statistics, and its output, which the next product keeps."""
+    return [
+        Kept(f"stream before {name}", part, sizes.stream),
+        Kept(f"statistics of {name}", part, _FP32 * sizes.stream_tokens, ("layernorm",)),
+        Kept(f"output of {name}", part, sizes.stream, ("layernorm", *freed_by)),
+    ]
+
+
+def _attention(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> list[Kept]:
+    tokens, e = sizes.tokens / layout.tensor, training.element_bytes
+    queries, keys = shape.query_width, shape.key_width
+    kept = [
+        *_norm("attention's norm", "attention", sizes),
+        # The values are a view of it.
+        Kept("queries, keys, values", "attention", e * tokens * (queries + 2 * keys)),
+        Kept("attention's output", "attention", e * tokens * queries),
+    ]
+    if shape.qk_norm:
+        rows = tokens * (shape.heads + shape.groups)
+        kept.append(Kept("statistics of query and key norm", "attention", _FP32 * rows))
+    if shape.rotary:
+        kept.append(Kept("rotated queries and keys", "attention", e * tokens * (queries + keys)))
+    if training.flash:
+        scores = Kept("log-sum-exp of scores", "attention", _FP32 * tokens * shape.heads, ("core_attn",))
+    else:  # fp32 softmax, and a copy of it in the model's dtype
+        per_token = shape.heads * shape.sequence * (_FP32 + e)
+        scores = Kept("attention scores", "attention", tokens * per_token, ("core_attn",))
+    return [*kept, scores]
+
+
+def _dense(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> list[Kept]:
+    return [
+        *_norm("the MLP's norm", "mlp", sizes),
+        *_gate(shape.ffn * sizes.tokens / layout.tensor, "the MLP", shape, training, ("mlp",)),
+    ]
+
+
+def _gate(elements: float, name: str, shape: Shape, training: Training, freed_by: tuple[str, ...]) -> list[Kept]:
+    """Input of the activation function (twice as wide if gated) and its output, in elements of the latter."""
+    e = training.element_bytes
+    return [
+        Kept(f"input of {name}'s activation", "mlp", e * elements * (shape.matrices - 1), freed_by),
+        Kept(
+            f"output of {name}'s activation",
+            "mlp",
+            e * elements,
+            (*freed_by, "moe_act") if "moe" in freed_by else freed_by,
+        ),
+    ]
+
+
+def _moe(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> list[Kept]:
+    """Routed evenly: every rank's experts get as many rows as its own tokens send."""
+    rows = sizes.stream_tokens * shape.top_k * layout.expert_tensor
+    e = training.element_bytes
+    routing = 3 * _FP32 * shape.experts + 2 * _INDEX * shape.top_k + _FP32
+    order = 3 * _INDEX * shape.top_k
+    kept = [
+        *_norm("the experts' norm", "mlp", sizes),
+        # Softmax, and what the two losses of the router need; which experts, and how rows are ordered.
+        Kept("routing", "mlp", sizes.stream_tokens * routing, ("moe",)),
+        Kept("order of rows", "mlp", sizes.stream_tokens * order, ("moe",)),
+        Kept("rows of the experts", "mlp", e * rows * shape.width, ("moe",)),
+        Kept("probabilities of rows", "mlp", _FP32 * rows, ("moe",)),
+        *_gate(rows * shape.expert_ffn / layout.expert_tensor, "the experts", shape, training, ("moe",)),
+    ]
+    if shape.shared_ffn:
+        elements = shape.shared_ffn * sizes.tokens / layout.tensor
+        kept += _gate(elements, "the shared expert", shape, training, ("moe", "shared_experts"))
+    return kept
+
+
+def _frac(shape: Shape, training: Training, sizes: _Sizes, moe: bool) -> list[Kept]:
+    """Of two sites: o, beta, and x where no kernel applies the norm in the same pass; h is kept anyway."""
+    if shape.frac is None:
+        return []
+    attention, dense, experts = training.norms_in_width
+    beta = _FP32 * shape.frac.rate * sizes.stream_tokens
+    kept = []
+    for name, in_kernel in (("attention", attention), ("the MLP", experts if moe else dense)):
+        kept.append(Kept(f"output of {name}", "frac", sizes.stream))
+        kept.append(Kept(f"beta of {name}", "frac", beta))
+        if not in_kernel and not training.recompute.frac:
+            kept.append(Kept(f"input of {name} before its norm", "frac", sizes.stream, ("layernorm",)))
+    return kept

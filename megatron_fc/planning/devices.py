@@ -1,0 +1,86 @@
+"""GPUs by their data sheets: dense peaks, memory, links."""
+
+from dataclasses import dataclass
+
+from megatron_fc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU and the machine that it usually comes in.
+
+    Attributes:
+        name: as people say it.
+        bf16_tflops, fp8_tflops: dense peaks, 1e12 FLOP/s; data sheets print twice as much, with sparsity. None: no FP8.
+        hbm_gib: memory. Data sheets write GB for what CUDA reports, within two per cent, in GiB.
+        hbm_gb_per_second: of that memory, 1e9 bytes per second.
+        nvlink_gb_per_second: that one GPU sends; data sheets add what it receives and print twice as much.
+        nvlink_domain: GPUs that NVLink joins.
+        network_gb_per_second: that one GPU sends to other domains, by the adapters of the usual machine.
+        gpus_per_node: of the usual machine.
+        source: data sheets.
+    """
+
+    name: str
+    bf16_tflops: float
+    fp8_tflops: float | None
+    hbm_gib: float
+    hbm_gb_per_second: float
+    nvlink_gb_per_second: float
+    nvlink_domain: int
+    network_gb_per_second: float
+    gpus_per_node: int
+    source: str
+
+    @property
+    def hbm_bytes(self) -> float:
+        return self.hbm_gib * 2**30
+
+    def tflops(self, fp8: bool) -> float:
+        """Dense peak of matrix products.
+
+        Raises:
+            UserError: FP8 on a GPU without it.
+        """
+        if not fp8:
+            return self.bf16_tflops
+        if self.fp8_tflops is None:
+            raise UserError(f"fp8_format is set and {self.name} has no FP8: drop it, or choose another GPU")
+        return self.fp8_tflops
+
+
+# One adapter of 200 Gb/s per GPU in DGX A100, of 400 Gb/s in the others.
+DEVICES = {
+    "a100": Device(
+        "A100 80GB SXM", 312, None, 80, 2039, 300, 8, 25, 8,
+        "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet",
+    ),
+    "h100": Device(
+        "H100 SXM", 989.5, 1979, 80, 3350, 450, 8, 50, 8,
+        "NVIDIA H100 Tensor Core GPU data sheet; DGX H100 data sheet",
+    ),
+    "h200": Device(
+        "H200 SXM", 989.5, 1979, 141, 4800, 450, 8, 50, 8,
+        "NVIDIA H200 Tensor Core GPU data sheet; DGX H200 data sheet",
+    ),
+    "b200": Device(
+        "B200", 2250, 4500, 180, 8000, 900, 8, 50, 8,
+        "NVIDIA Blackwell architecture technical brief (HGX B200); DGX B200 data sheet",
+    ),
+    "gb200": Device(
+        "GB200 NVL72", 2500, 5000, 186, 8000, 900, 72, 50, 4,
+        "NVIDIA GB200 NVL72 data sheet",
+    ),
+}  # fmt: skip
+
+
+def device(name: str) -> Device:
+    """Look a GPU up.
+
+    Raises:
+        UserError: it is not in the table; lists those that are.
+    """
+    try:
+        return DEVICES[name.lower()]
+    except KeyError:
+        raise UserError(f"gpu={name} is not known: choose one of {', '.join(DEVICES)}") from None

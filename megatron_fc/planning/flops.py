@@ -1,0 +1,105 @@
+"""FLOPs per token: products of matrices at 2 per multiply-add, Frac-Connections by their own formula."""
+
+from dataclasses import dataclass
+
+from megatron_fc.planning.shape import Shape, Training
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one token through one pass, by part.
+
+    Attributes:
+        attention, scores: projections; products of queries, keys and values, of which causality leaves half.
+        mlp, router: k of E experts and the shared one where there are experts. Megatron's count has no router.
+        head: output layer.
+        frac: Frac-Connections.
+    """
+
+    attention: float = 0.0
+    scores: float = 0.0
+    mlp: float = 0.0
+    router: float = 0.0
+    head: float = 0.0
+    frac: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.scores + self.mlp + self.router + self.head + self.frac
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(**{part: count + getattr(other, part) for part, count in vars(self).items()})
+
+    def __mul__(self, factor: float) -> "Flops":
+        return Flops(**{part: factor * count for part, count in vars(self).items()})
+
+
+def layer(shape: Shape, moe: bool) -> Flops:
+    """Forward pass of a token through one layer."""
+    d, queries = shape.width, shape.query_width
+    ffn = shape.top_k * shape.expert_ffn + shape.shared_ffn if moe else shape.ffn
+    return Flops(
+        attention=2 * d * (queries + 2 * shape.key_width) + 2 * queries * d,
+        scores=2 * shape.sequence * queries,
+        mlp=2 * d * shape.matrices * ffn,
+        router=2 * d * shape.experts if moe else 0,
+        frac=2 * site(shape),
+    )
+
+
+def site(shape: Shape) -> float:
+    """Forward pass of one Frac-Connection: projection 2d(2m+1) if dynamic, mixing 4md, depth 2d."""
+    if shape.frac is None:
+        return 0.0
+    d, m = shape.width, shape.frac.rate
+    width = (2 * d * (2 * m + 1) if shape.frac.dynamic else 0) + 2 * m * d
+    return width + depth(shape)
+
+
+def depth(shape: Shape) -> float:
+    """Forward pass of one depth connection: half of the mixing, and beta times o."""
+    return 2 * shape.width * (shape.frac.rate + 1) if shape.frac else 0.0
+
+
+def forward(shape: Shape) -> Flops:
+    """Of a token through the whole model."""
+    total = Flops(head=2 * shape.width * shape.vocabulary)
+    for moe in shape.moe_layers:
+        total += layer(shape, moe)
+    return total
+
+
+def backward(shape: Shape) -> Flops:
+    """Gradients of both factors of every product: twice the forward pass."""
+    return forward(shape) * 2
+
+
+def recomputed(shape: Shape, training: Training, chunk: int) -> Flops:
+    """Forward passes run again in backward, per token.
+
+    Args:
+        shape: the model.
+        training: says what is recomputed.
+        chunk: layers of a model chunk.
+    """
+    total = Flops()
+    for start in range(0, shape.layers, chunk):
+        for span in training.recompute.spans(range(start, start + chunk)):
+            for index in span:
+                total += layer(shape, shape.moe_layers[index])
+    for moe in shape.moe_layers:
+        total += layer_again(shape, training, moe)
+    return total
+
+
+def layer_again(shape: Shape, training: Training, moe: bool) -> Flops:
+    """What selective recompute, or that of the Frac-Connections, runs again in a layer."""
+    once, freed = layer(shape, moe), training.recompute.freed
+    whole_mlp = ("moe" if moe else "mlp") in freed
+    width = once.frac - 2 * depth(shape) if training.recompute.frac or "layernorm" in freed else 0.0
+    return Flops(
+        scores=once.scores if "core_attn" in freed else 0.0,
+        mlp=once.mlp if whole_mlp else 0.0,
+        router=once.router if whole_mlp else 0.0,
+        frac=width,
+    )

@@ -1,0 +1,148 @@
+"""Bytes of a rank: weights, gradients, optimizer, activations; which pipeline stage needs most."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_fc.layout import Layout
+from megatron_fc.planning import activations, parameters
+from megatron_fc.planning.parameters import Parameters
+from megatron_fc.planning.shape import Shape, Training
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one rank of a pipeline stage, in bytes.
+
+    Attributes:
+        stage: rank in the pipeline.
+        weights, gradients, optimizer: as Megatron's DDP and its optimizer hold them.
+        activations: kept for backward, of all micro-batches in flight; frac_activations: of them by Frac-Connections.
+        temporary: the largest that lives for a moment: logits, or the gradients inside an MLP and a recomputed layer.
+    """
+
+    stage: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    frac_activations: float
+    temporary: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+
+
+def worst_stage(shape: Shape, training: Training, layout: Layout) -> Memory:
+    """Of the pipeline stage that needs most."""
+    stages = (of_stage(shape, training, layout, stage) for stage in range(layout.pipeline))
+    return max(stages, key=lambda memory: memory.total)
+
+
+def of_stage(shape: Shape, training: Training, layout: Layout, stage: int) -> Memory:
+    """Of a rank of one pipeline stage."""
+    held = Parameters()
+    for chunk in parameters.share_of_stage(shape, layout, stage):
+        held += chunk
+    held_back = _activations(shape, training, layout, stage)
+    return Memory(
+        stage=stage,
+        weights=weight_bytes(held, training),
+        gradients=gradient_bytes(held, training),
+        optimizer=optimizer_bytes(held, training, layout),
+        activations=held_back.kept,
+        frac_activations=held_back.frac,
+        temporary=held_back.temporary,
+    )
+
+
+def weight_bytes(held: Parameters, training: Training) -> float:
+    """Frac-Connections are fp32 in a model of any dtype."""
+    return training.element_bytes * (held.total - held.frac) + _FP32 * held.frac
+
+
+def gradient_bytes(held: Parameters, training: Training) -> float:
+    """DDP's buffer has all of them; those of fp32 parameters are fp32."""
+    return training.gradient_bytes * (held.total - held.frac) + _FP32 * held.frac
+
+
+def optimizer_bytes(held: Parameters, training: Training, layout: Layout) -> float:
+    """Moments, and fp32 weights of half-precision ones.
+
+    The distributed optimizer divides them: among data- and context-parallel ranks, experts among expert-data-parallel.
+    """
+    master = training.master_bytes if training.element_bytes < _FP32 else 0
+    dense, experts = 1, 1
+    if training.distributed_optimizer:
+        dense, experts = layout.data * layout.context, layout.expert_data
+    half = (held.split + held.whole) / dense + held.experts / experts
+    return (master + training.moment_bytes) * half + training.moment_bytes * held.frac / dense
+
+
+def checkpoint_bytes(shape: Shape, training: Training) -> tuple[float, float]:
+    """Size of a checkpoint: weights alone, and all of it. The optimizer writes its fp32 weights, fp32 ones too."""
+    whole = parameters.model(shape)
+    weights = weight_bytes(whole, training)
+    return weights, weights + (_FP32 + training.moment_bytes) * whole.total
+
+
+def in_flight(layout: Layout, stage: int) -> list[int]:
+    """Micro-batches whose activations a stage keeps at its peak, by model chunk.
+
+    Megatron's 1F1B: as many forward passes as there are stages behind it, and one; interleaved: twice as many, and a
+    round of all stages for every chunk but the last (`get_pp_rank_microbatches` of `schedules.py`).
+    """
+    ranks, chunks, micro_batches = layout.pipeline, layout.virtual_pipeline, layout.accumulation_steps
+    if chunks == 1:
+        return [min(ranks - stage, micro_batches)]
+    passes = min((ranks - stage - 1) * 2 + (chunks - 1) * ranks + 1, micro_batches * chunks)
+    counts = [0] * chunks
+    for number in range(passes):
+        counts[number // ranks % chunks] += 1
+    return counts
+
+
+class _Held(NamedTuple):
+    """Bytes of a micro-batch in one model chunk: kept, those of Frac-Connections among them, the largest temporary."""
+
+    kept: float
+    frac: float
+    temporary: float
+
+
+def _activations(shape: Shape, training: Training, layout: Layout, stage: int) -> _Held:
+    """Of all micro-batches in flight on a rank of a stage."""
+    kept = frac = temporary = 0.0
+    chunks = parameters.chunk_layers(shape.layers, layout, stage)
+    for number, (layers, copies) in enumerate(zip(chunks, in_flight(layout, stage), strict=True)):
+        is_first = stage == number == 0
+        is_last = stage == layout.pipeline - 1 and number == layout.virtual_pipeline - 1
+        held = _of_chunk(shape, training, layout, layers, is_first, is_last)
+        kept, frac = kept + copies * held.kept, frac + copies * held.frac
+        temporary = max(temporary, held.temporary)
+    return _Held(kept, frac, temporary)
+
+
+def _of_chunk(shape: Shape, training: Training, layout: Layout, layers: range, is_first: bool, is_last: bool) -> _Held:
+    recompute = training.recompute
+    tensors = {moe: activations.layer(shape, training, layout, moe) for moe in set(shape.moe_layers)}
+    spans = recompute.spans(layers)
+    again = {index for span in spans for index in span}
+    kept = len(spans) * activations.layer_input(shape, training, layout)
+    frac = temporary = 0.0
+    for index in layers:
+        of_layer = tensors[shape.moe_layers[index]]
+        if index not in again:
+            kept += activations.total(of_layer, recompute.freed)
+            frac += activations.total((t for t in of_layer if t.part == "frac"), recompute.freed)
+        # The gradients inside an MLP are about as large as what it keeps.
+        temporary = max(temporary, activations.total(t for t in of_layer if t.part == "mlp"))
+    temporary += max((sum(activations.total(tensors[shape.moe_layers[i]]) for i in span) for span in spans), default=0)
+    if is_first:
+        kept += activations.total(activations.first(shape, training, layout))
+    if is_last:
+        kept += activations.total(activations.last(shape, training, layout))
+        temporary = max(temporary, activations.logits(shape, training, layout))
+    return _Held(kept, frac, temporary)

@@ -1,0 +1,177 @@
+"""What a rank computes for a micro-batch, operation by operation: FLOPs and bytes of device memory.
+
+Every operation reads its inputs and writes its outputs once. What connects sub-layers is counted in
+`megatron_fc.traffic.streams`. Left out, as small: embedding, biases, routing of 64 numbers per token.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from megatron_fc.layout import Layout
+from megatron_fc.planning.shape import Shape, Training
+from megatron_fc.traffic.streams import Moves, Stream, frac_boundary, fused_residual, norm, residual
+from megatron_fc.traffic.streams_eager import frac_torch
+
+_FP32 = 4
+
+
+class Pass(NamedTuple):
+    """One pass of an operation.
+
+    Attributes:
+        flops: of it.
+        bytes: read and written.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+class Operation(NamedTuple):
+    """An operation of a layer on one rank and micro-batch.
+
+    Attributes:
+        name: of it.
+        forward, backward: its passes.
+        is_linear: its products run in FP8 where the model's do.
+        again_with: modules of selective recompute that run its forward pass again.
+    """
+
+    name: str
+    forward: Pass
+    backward: Pass
+    is_linear: bool = False
+    again_with: tuple[str, ...] = ()
+
+
+def layer(shape: Shape, training: Training, layout: Layout, moe: bool) -> list[Operation]:
+    """Of one layer, its connections included."""
+    tokens = layout.micro_batch * shape.sequence // layout.context
+    mlp = _experts(shape, training, layout, tokens) if moe else _dense(shape, training, layout, tokens)
+    return [*_attention(shape, training, layout, tokens), *mlp, _connections(shape, training, layout, tokens, moe)]
+
+
+def head(shape: Shape, training: Training, layout: Layout) -> list[Operation]:
+    """Output layer and loss, in fp32 and unfused: cast, largest logit, difference, exponential, sum, quotient."""
+    tokens, e = layout.micro_batch * shape.sequence // layout.context, training.element_bytes
+    columns = shape.vocabulary // layout.tensor
+    forward = e + _FP32 * (1 + 1 + 2 + 2 + 1 + 2)
+    backward = 3 * _FP32 + e
+    return [
+        _product("output layer", tokens, shape.width, columns, training),
+        Operation("loss", Pass(0, forward * tokens * columns), Pass(0, backward * tokens * columns)),
+    ]
+
+
+def optimizer_bytes(held: float, divided: float, states: float, training: Training) -> float:
+    """Bytes that the optimizer moves in a step.
+
+    Args:
+        held: parameters of the rank, whose gradients are set to zero.
+        divided: those that it updates; each gradient is read for the norm and for the update, each weight written.
+        states: bytes of its fp32 weights and moments, read and written.
+        training: precisions.
+    """
+    g = training.gradient_bytes
+    return g * held + (2 * g + training.element_bytes) * divided + 2 * states
+
+
+def again(operations: Iterable[Operation], training: Training) -> list[Operation]:
+    """Those whose forward pass selective recompute runs again."""
+    return [operation for operation in operations if set(operation.again_with).intersection(training.recompute.freed)]
+
+
+def _product(
+    name: str,
+    rows: float,
+    inner: float,
+    outer: float,
+    training: Training,
+    matrices: int = 1,
+    again_with: tuple[str, ...] = (),
+) -> Operation:
+    """rows x inner times inner x outer, the rows dealt out to `matrices` of them.
+
+    Backward reads the gradient twice, input and weight once each, writes the input's gradient and adds to the weight's.
+    """
+    e, weight = training.element_bytes, inner * outer * matrices
+    flops = 2 * rows * inner * outer
+    forward = e * (rows * inner + weight + rows * outer)
+    backward = e * (2 * rows * inner + weight + 2 * rows * outer) + 2 * training.gradient_bytes * weight
+    return Operation(name, Pass(flops, forward), Pass(2 * flops, backward), True, again_with)
+
+
+def _attention(shape: Shape, training: Training, layout: Layout, tokens: float) -> list[Operation]:
+    e, t = training.element_bytes, layout.tensor
+    queries, keys = shape.query_width // t, shape.key_width // t
+    row = e * tokens * (queries + keys)
+    passes = 2 * shape.rotary + 2 * shape.qk_norm  # each reads and writes queries and keys
+    scores = 2 * tokens * shape.sequence * queries
+    moved = 2 * row
+    if not training.flash:  # scores are written, read and written by the softmax, read
+        moved += tokens * shape.heads // t * shape.sequence * (2 * e + 2 * _FP32)
+    return [
+        _product("attention's projections", tokens, shape.width, queries + 2 * keys, training),
+        Operation("rotation, norms of queries and keys", Pass(0, passes * row), Pass(0, 1.5 * passes * row)),
+        Operation("attention", Pass(scores, moved), Pass(2 * scores, 2 * moved), again_with=("core_attn",)),
+        _product("attention's projections", tokens, queries, shape.width, training),
+    ]
+
+
+def _dense(shape: Shape, training: Training, layout: Layout, tokens: float) -> list[Operation]:
+    return _mlp("MLP", tokens, shape.ffn // layout.tensor, shape, training, ("mlp",))
+
+
+def _mlp(
+    name: str, rows: float, ffn: float, shape: Shape, training: Training, again_with: tuple[str, ...], matrices: int = 1
+) -> list[Operation]:
+    wide, e = ffn * (shape.matrices - 1), training.element_bytes
+    act = Operation(
+        f"activation of {name}",
+        Pass(0, e * rows * (wide + ffn)),
+        Pass(0, e * rows * (2 * wide + ffn)),
+        again_with=(*again_with, "moe_act") if "moe" in again_with else again_with,
+    )
+    return [
+        _product(name, rows, shape.width, wide, training, matrices, again_with),
+        act,
+        _product(name, rows, ffn, shape.width, training, matrices, again_with),
+    ]
+
+
+def _experts(shape: Shape, training: Training, layout: Layout, tokens: float) -> list[Operation]:
+    """Rows are gathered four times: into the order of experts, again where they arrive, and back."""
+    own = tokens / layout.tensor if training.sequence_parallel else tokens
+    rows = own * shape.top_k * layout.expert_tensor
+    moved = 4 * 2 * training.element_bytes * rows * shape.width
+    matrices = shape.experts // layout.expert
+    operations = [
+        Operation("order of the experts' rows", Pass(0, moved), Pass(0, moved), again_with=("moe",)),
+        *_mlp("experts", rows, shape.expert_ffn // layout.expert_tensor, shape, training, ("moe",), matrices),
+    ]
+    if shape.shared_ffn:
+        ffn = shape.shared_ffn // layout.tensor
+        operations += _mlp("shared expert", tokens, ffn, shape, training, ("moe", "shared_experts"))
+    return operations
+
+
+def _connections(shape: Shape, training: Training, layout: Layout, tokens: int, moe: bool) -> Operation:
+    own = tokens // layout.tensor if training.sequence_parallel else tokens
+    moves = connection_moves(shape, training, moe)
+    return Operation(
+        "connections and norms",
+        Pass(0, moves.forward.total_bytes(own)),
+        Pass(0, moves.backward.total_bytes(own)),
+    )
+
+
+def connection_moves(shape: Shape, training: Training, moe: bool) -> Moves:
+    """Bytes of a layer's residual or Frac-Connections and norms; a norm outside of the kernels comes on top."""
+    stream = Stream(shape.width, training.element_bytes, shape.norm_vectors)
+    if shape.frac is None:
+        return fused_residual(stream) if training.fused_residual else residual(stream)
+    if not training.fused_connections:
+        return frac_torch(stream, shape.frac)
+    attention, dense, experts = training.norms_in_width
+    outside = (not attention) + (not (experts if moe else dense))
+    return frac_boundary(stream, shape.frac) + norm(stream) * outside

@@ -1,0 +1,116 @@
+"""How many parameters a model has, and which of them a rank holds."""
+
+from dataclasses import dataclass
+
+from megatron_fc.layout import Layout
+from megatron_fc.planning.shape import Shape
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts by how they are treated.
+
+    Attributes:
+        split: divided among tensor-parallel ranks.
+        whole: the same on all of them, in the model's dtype.
+        experts: divided among expert- and expert-tensor-parallel ranks.
+        frac: of Frac-Connections: the same on all ranks, fp32.
+    """
+
+    split: int = 0
+    whole: int = 0
+    experts: int = 0
+    frac: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.split + self.whole + self.experts + self.frac
+
+    def __add__(self, other: "Parameters") -> "Parameters":
+        return Parameters(
+            self.split + other.split, self.whole + other.whole, self.experts + other.experts, self.frac + other.frac
+        )
+
+    def on_a_rank(self, layout: Layout) -> "Parameters":
+        """Those that one rank of a layout holds."""
+        experts = self.experts // (layout.expert * layout.expert_tensor)
+        return Parameters(self.split // layout.tensor, self.whole, experts, self.frac)
+
+
+def layer(shape: Shape, moe: bool) -> Parameters:
+    """Of one layer: attention, an MLP or its experts, two norms, two Frac-Connections."""
+    d, first, gates = shape.width, shape.query_width + 2 * shape.key_width, shape.matrices - 1
+    split = d * (first + shape.query_width)
+    whole = 2 * shape.norm_vectors * d
+    if shape.qk_norm:
+        whole += 2 * shape.norm_vectors * shape.head_size
+    if shape.linear_bias or shape.qkv_bias:
+        split += first
+    if shape.linear_bias:
+        whole += d  # of attention's second projection
+    experts = 0
+    dense_ffn = shape.shared_ffn if moe else shape.ffn
+    split += shape.matrices * d * dense_ffn
+    if shape.linear_bias and dense_ffn:
+        split, whole = split + gates * dense_ffn, whole + d
+    if moe:
+        whole += shape.experts * d
+        experts = shape.experts * shape.matrices * d * shape.expert_ffn
+    frac = 2 * shape.frac.parameter_count(d) if shape.frac else 0
+    return Parameters(split, whole, experts, frac)
+
+
+def embedding(shape: Shape) -> Parameters:
+    """Of tokens, and of learned positions."""
+    return Parameters(split=shape.vocabulary * shape.width, whole=shape.learned_positions * shape.width)
+
+
+def head(shape: Shape, has_embedding: bool = False) -> Parameters:
+    """Of the last norm and the output layer; with tied weights a last stage without the embedding has a copy."""
+    copy_of_embedding = shape.tied and has_embedding
+    split = 0 if copy_of_embedding else shape.vocabulary * shape.width
+    return Parameters(split=split, whole=shape.norm_vectors * shape.width)
+
+
+def model(shape: Shape) -> Parameters:
+    """Of the whole model."""
+    total = embedding(shape) + head(shape, has_embedding=True)
+    for moe in shape.moe_layers:
+        total += layer(shape, moe)
+    return total
+
+
+def active(shape: Shape) -> int:
+    """That work on one token: of the routed experts k of E."""
+    total = model(shape)
+    used = total.experts * shape.top_k // shape.experts if shape.experts else 0
+    return total.total - total.experts + used
+
+
+def share_of_stage(shape: Shape, layout: Layout, stage: int) -> list[Parameters]:
+    """Of one rank of a pipeline stage, by model chunk.
+
+    Args:
+        shape: the model.
+        layout: its parallel sizes.
+        stage: rank in the pipeline.
+    """
+    chunks = []
+    for number, layers in enumerate(chunk_layers(shape.layers, layout, stage)):
+        total = Parameters()
+        is_first = stage == 0 and number == 0
+        if is_first:
+            total += embedding(shape)
+        for index in layers:
+            total += layer(shape, shape.moe_layers[index])
+        if stage == layout.pipeline - 1 and number == layout.virtual_pipeline - 1:
+            total += head(shape, has_embedding=is_first)
+        chunks.append(total.on_a_rank(layout))
+    return chunks
+
+
+def chunk_layers(layers: int, layout: Layout, stage: int) -> list[range]:
+    """Layers of a pipeline rank's model chunks: Megatron deals them out stage by stage, then chunk by chunk."""
+    per_chunk = layers // (layout.pipeline * layout.virtual_pipeline)
+    starts = [(chunk * layout.pipeline + stage) * per_chunk for chunk in range(layout.virtual_pipeline)]
+    return [range(start, start + per_chunk) for start in starts]

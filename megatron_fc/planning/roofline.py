@@ -1,0 +1,227 @@
+"""Time of a step by a roofline: every operation takes as long as its FLOPs or its bytes, whichever takes longer.
+
+What runs beside what, as Megatron's options say: data-parallel sums beside the last micro-batch's backward pass and
+gathers beside the first one's forward pass (`overlap_grad_reduce`, `overlap_param_gather`); the context-parallel ring
+beside attention; sends between stages beside computation with virtual stages; tensor-parallel and expert collectives
+beside computation only with `tp_comm_overlap` and `overlap_moe_expert_parallel_comm`. All else waits.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from megatron_fc.errors import UserError
+from megatron_fc.layout import Layout
+from megatron_fc.planning import links, memory, operations, parameters
+from megatron_fc.planning.devices import Device
+from megatron_fc.planning.operations import Operation, Pass
+from megatron_fc.planning.parameters import Parameters
+from megatron_fc.planning.shape import Shape, Training
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares of data-sheet peaks that are taken to be reached. Assumed; no run has measured them.
+
+    Attributes:
+        compute: of the dense peak, by products of matrices.
+        memory: of the memory's bandwidth.
+        network: of NVLink's and the network's.
+        reserve: of the memory, for CUDA, NCCL, workspaces and fragmentation.
+    """
+
+    compute: float = 0.6
+    memory: float = 0.8
+    network: float = 0.7
+    reserve: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 < value <= 1:
+                raise UserError(f"{name}={value} must be greater than 0 and at most 1: it is a share")
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step on the slowest pipeline stage, by what limits them.
+
+    Attributes:
+        compute: operations that take as long as their FLOPs.
+        memory: operations that take as long as their bytes.
+        network: collectives that wait.
+        bubble: of the pipeline.
+        optimizer: the update.
+        hidden_network: collectives that run beside computation; no part of the total.
+        hbm_bytes, network_bytes: that a rank moves and sends in a step.
+    """
+
+    compute: float
+    memory: float
+    network: float
+    bubble: float
+    optimizer: float
+    hidden_network: float
+    hbm_bytes: float
+    network_bytes: float
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.memory + self.network + self.bubble + self.optimizer
+
+
+def step_time(
+    shape: Shape, training: Training, layout: Layout, gpu: Device, network: float, assumed: Assumptions
+) -> StepTime:
+    """Estimate a step, that of the slowest stage.
+
+    Args:
+        shape, training, layout: the run.
+        gpu: its data sheet.
+        network: 1e9 bytes per second that a GPU sends to other NVLink domains.
+        assumed: shares of the peaks.
+    """
+    domains = links.on_domains(layout, gpu)
+    rates = _Rates(gpu, training, network, assumed)
+    by_kind = {moe: operations.layer(shape, training, layout, moe) for moe in set(shape.moe_layers)}
+    steps = (
+        _of_stage(shape, training, layout, domains, stage, by_kind, rates) for stage in _distinct_stages(shape, layout)
+    )
+    return max(steps, key=lambda step: step.total)
+
+
+def _distinct_stages(shape: Shape, layout: Layout) -> list[int]:
+    """One pipeline stage of each kind: those between the first and the last differ in their kinds of layers alone."""
+    kinds: dict[tuple[object, ...], int] = {}
+    for stage in range(layout.pipeline):
+        layers = [index for chunk in parameters.chunk_layers(shape.layers, layout, stage) for index in chunk]
+        moe = tuple(shape.moe_layers[index] for index in layers)
+        kinds.setdefault((moe, stage == 0, stage == layout.pipeline - 1), stage)
+    return list(kinds.values())
+
+
+class _Rates:
+    """FLOPs and bytes to seconds."""
+
+    def __init__(self, gpu: Device, training: Training, network: float, assumed: Assumptions) -> None:
+        self.gpu, self.network = gpu, network
+        self.linear = assumed.compute * gpu.tflops(training.fp8) * 1e12
+        self.other = assumed.compute * gpu.tflops(False) * 1e12
+        self.memory = assumed.memory * gpu.hbm_gb_per_second * 1e9
+        self.share = assumed.network
+
+    def limits(self, one: Pass, is_linear: bool) -> tuple[float, float]:
+        """Seconds by what limits them: FLOPs, bytes; one of the two is 0."""
+        by_flops, by_bytes = one.flops / (self.linear if is_linear else self.other), one.bytes / self.memory
+        return (by_flops, 0.0) if by_flops > by_bytes else (0.0, by_bytes)
+
+
+class _Sum:
+    """Passes of a micro-batch, added up."""
+
+    def __init__(self, rates: _Rates) -> None:
+        self._rates = rates
+        self.compute = self.memory = self.attention = self.bytes = 0.0
+
+    def forward(self, listed: Iterable[Operation]) -> None:
+        for operation in listed:
+            self._add(operation, operation.forward)
+
+    def backward(self, listed: Iterable[Operation]) -> None:
+        for operation in listed:
+            self._add(operation, operation.backward)
+
+    def _add(self, operation: Operation, one: Pass) -> None:
+        by_flops, by_bytes = self._rates.limits(one, operation.is_linear)
+        self.compute += by_flops
+        self.memory += by_bytes
+        self.bytes += one.bytes
+        if operation.name == "attention":
+            self.attention += by_flops + by_bytes
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.memory
+
+
+def _of_stage(
+    shape: Shape,
+    training: Training,
+    layout: Layout,
+    domains: Layout,
+    stage: int,
+    by_kind: dict[bool, list[Operation]],
+    rates: _Rates,
+) -> StepTime:
+    forward, backward = _Sum(rates), _Sum(rates)
+    for layers in parameters.chunk_layers(shape.layers, layout, stage):
+        again = {index for span in training.recompute.spans(layers) for index in span}
+        for index in layers:
+            listed = by_kind[shape.moe_layers[index]]
+            forward.forward(listed)
+            backward.backward(listed)
+            backward.forward(listed if index in again else operations.again(listed, training))
+    if stage == layout.pipeline - 1:
+        listed = operations.head(shape, training, layout)
+        forward.forward(listed)
+        backward.backward(listed)
+
+    micro_batches = layout.accumulation_steps
+    counts = links.sent(shape, training, domains, stage)
+    waits, hidden = _exposed(
+        links.seconds(counts, domains, rates.gpu, rates.network),
+        _room(training, layout, forward, backward),
+        rates.share,
+    )
+    update = _update_bytes(shape, training, layout, stage)
+    per_micro_batch = forward.seconds + backward.seconds + waits / micro_batches
+    return StepTime(
+        compute=micro_batches * (forward.compute + backward.compute),
+        memory=micro_batches * (forward.memory + backward.memory),
+        network=waits,
+        bubble=(layout.pipeline - 1) / layout.virtual_pipeline * per_micro_batch,
+        optimizer=update / rates.memory,
+        hidden_network=hidden,
+        hbm_bytes=micro_batches * (forward.bytes + backward.bytes) + update,
+        network_bytes=sum(count.intra_node_bytes + count.inter_node_bytes for count in counts.values()),
+    )
+
+
+def _room(training: Training, layout: Layout, forward: _Sum, backward: _Sum) -> dict[tuple[str, str], float]:
+    """Seconds of computation that a phase's collectives of one kind may run beside."""
+    micro_batches = layout.accumulation_steps
+    all_passes = micro_batches * (forward.seconds + backward.seconds)
+    room = {
+        ("forward", "dp"): forward.seconds if training.overlap_param_gather else 0.0,
+        ("backward", "dp"): backward.seconds if training.overlap_grad_reduce else 0.0,
+        ("optimizer", "pp"): all_passes if layout.virtual_pipeline > 1 else 0.0,
+    }
+    for phase, passes in (("forward", forward), ("recompute", forward), ("backward", backward)):
+        room[phase, "cp"] = micro_batches * passes.attention
+        room[phase, "tp"] = micro_batches * passes.seconds if training.overlap_tensor else 0.0
+        room[phase, "ep"] = micro_batches * passes.seconds if training.overlap_experts else 0.0
+    return room
+
+
+def _exposed(
+    times: dict[tuple[str, str], float], room: dict[tuple[str, str], float], share: float
+) -> tuple[float, float]:
+    """Seconds of collectives that wait, and of those that run beside computation."""
+    waits = hidden = 0.0
+    for (phase, group), at_full_speed in times.items():
+        seconds = at_full_speed / share
+        beside = min(seconds, room.get((phase, _kind(group)), 0.0))
+        hidden, waits = hidden + beside, waits + seconds - beside
+    return waits, hidden
+
+
+def _kind(group: str) -> str:
+    """What a group is for, say dp of dp-cp and expert_dp."""
+    if "dp" in group:
+        return "dp"
+    return next((kind for kind in ("ep", "tp", "cp", "pp") if kind in group), group)
+
+
+def _update_bytes(shape: Shape, training: Training, layout: Layout, stage: int) -> float:
+    held = sum(parameters.share_of_stage(shape, layout, stage), start=Parameters())
+    states = memory.optimizer_bytes(held, training, layout)
+    per_parameter = training.moment_bytes + (training.master_bytes if training.element_bytes < 4 else 0)
+    return operations.optimizer_bytes(held.total, states / per_parameter, states, training)

@@ -1,0 +1,142 @@
+"""A model and the way it is trained, as the plain numbers that planning works on."""
+
+from dataclasses import dataclass
+
+from megatron_fc.config import FracConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder; symbols are those of the formulas.
+
+    Attributes:
+        moe_layers: for every layer whether it is a mixture of experts.
+        width: d, of the residual stream.
+        heads, groups, head_size: of attention; groups are the key-value heads.
+        ffn: f, of a dense layer's MLP.
+        experts, top_k, expert_ffn: E, k and f of the routed experts; shared_ffn is that of the shared one, 0 for none.
+        vocabulary: V, padded.
+        sequence: s, tokens of a sequence.
+        gated: the MLP has a gate, as SwiGLU has.
+        tied: embedding and output layer share their weights.
+        norm_vectors: parameters of a norm in rows of d: 1 for RMSNorm, 2 for LayerNorm.
+        qk_norm: queries and keys are normed per head.
+        rotary: positions rotate queries and keys; learned_positions: else their number, 0 for none.
+        linear_bias, qkv_bias: of all linear layers, of the attention's first one.
+        frac: the connections, None for plain residuals.
+    """
+
+    moe_layers: tuple[bool, ...]
+    width: int
+    heads: int
+    groups: int
+    head_size: int
+    ffn: int
+    vocabulary: int
+    sequence: int
+    experts: int = 0
+    top_k: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
+    gated: bool = True
+    tied: bool = False
+    norm_vectors: int = 1
+    qk_norm: bool = False
+    rotary: bool = True
+    learned_positions: int = 0
+    linear_bias: bool = False
+    qkv_bias: bool = False
+    frac: FracConfig | None = None
+
+    @property
+    def layers(self) -> int:
+        return len(self.moe_layers)
+
+    @property
+    def query_width(self) -> int:
+        return self.heads * self.head_size
+
+    @property
+    def key_width(self) -> int:
+        """Of the keys, and of the values."""
+        return self.groups * self.head_size
+
+    @property
+    def matrices(self) -> int:
+        """Products of width d times f in an MLP."""
+        return 3 if self.gated else 2
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """What is computed again in backward, in Megatron's words.
+
+    Attributes:
+        granularity: none, selective or full.
+        modules: of selective: core_attn, layernorm, moe_act, mlp, moe, shared_experts.
+        method: of full: uniform or block.
+        layers: of full: as recompute_num_layers.
+        frac: option `recompute` of the Frac-Connections.
+    """
+
+    granularity: str = "none"
+    modules: tuple[str, ...] = ()
+    method: str = "uniform"
+    layers: int = 1
+    frac: bool = False
+
+    @property
+    def freed(self) -> tuple[str, ...]:
+        """Modules of selective recompute."""
+        return self.modules if self.granularity == "selective" else ()
+
+    def spans(self, layers: range) -> list[range]:
+        """Layers of a model chunk that full recompute runs again, those between two kept streams together."""
+        if self.granularity != "full":
+            return []
+        if self.method == "block":
+            return [range(index, index + 1) for index in layers[: self.layers]]
+        return [layers[at : at + self.layers] for at in range(0, len(layers), self.layers)]
+
+    def __str__(self) -> str:
+        words = {"none": "none", "selective": f"selective {', '.join(self.modules)}", "full": "full"}
+        return words[self.granularity] + (", frac" if self.frac else "")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained, as far as memory and time depend on it.
+
+    Attributes:
+        element_bytes: of a weight and of an activation; Frac-Connections keep their own parameters in fp32.
+        gradient_bytes, master_bytes, moment_bytes: of a parameter's gradient, of its fp32 copy (none where the weight
+            is fp32 itself), of both moments together.
+        distributed_optimizer: master weights and moments are divided among data-parallel ranks.
+        sequence_parallel: norms and residual stream are divided among tensor-parallel ranks.
+        fp8: products of linear layers run in FP8.
+        flash: attention keeps no scores; False is Megatron's unfused one.
+        norms_in_width: which sub-layers' norms the width connection's kernel applies: of attention, dense MLP, MoE.
+        fused_connections: Frac-Connections run as fused kernels; fused_residual: plain residuals use Megatron's
+            `fused_residual_rmsnorm`.
+        overlap_grad_reduce, overlap_param_gather, overlap_tensor, overlap_experts: which communication Megatron lets
+            run beside computation: data-parallel, tensor-parallel, the experts' all-to-all.
+        target_tokens: of the run.
+    """
+
+    element_bytes: int = 2
+    gradient_bytes: int = 4
+    master_bytes: int = 4
+    moment_bytes: int = 8
+    distributed_optimizer: bool = True
+    sequence_parallel: bool = True
+    recompute: Recompute = Recompute()
+    fp8: bool = False
+    flash: bool = True
+    norms_in_width: tuple[bool, bool, bool] = (False, False, True)
+    fused_connections: bool = True
+    fused_residual: bool = False
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    overlap_tensor: bool = False
+    overlap_experts: bool = False
+    target_tokens: int = 0

@@ -1,0 +1,165 @@
+"""Other topologies for the same model, batch and machine: which fit, how fast they would be, why the rest do not."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from megatron_fc.layout import Layout
+from megatron_fc.planning.plan import Plan
+from megatron_fc.planning.shape import Recompute
+
+_MICRO_BATCHES = (1, 2, 4, 8)
+_VIRTUAL = (1, 2, 4)
+_TOKENS_PER_CONTEXT_RANK = 4096  # fewer are not tried: sequences are short enough then
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All that was tried.
+
+    Attributes:
+        base: the plan whose topology was replaced.
+        fitting: plans in the order of their estimated speed, the fastest first.
+        too_large: those that do not fit with full recompute either, the smallest first.
+        impossible: by the rule that is broken, how many, and one of them in words.
+    """
+
+    base: Plan
+    fitting: list[Plan]
+    too_large: list[Plan]
+    impossible: dict[str, tuple[int, str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON: all that fit, and how many do not."""
+        return {
+            "fitting": [
+                {
+                    "overrides": overrides(tried, self.base),
+                    "memory_bytes": tried.memory.total,
+                    "tokens_per_second": tried.tokens_per_second,
+                    "days": tried.days,
+                }
+                for tried in self.fitting
+            ],
+            "too_large": len(self.too_large),
+            "impossible": {rule: count for rule, (count, _) in self.impossible.items()},
+        }
+
+
+def sweep(plan: Plan) -> Sweep:
+    """Try other TP, PP, VPP, EP, CP and micro-batches, each with the least recompute that fits."""
+    fitting: list[Plan] = []
+    too_large: list[Plan] = []
+    impossible: dict[str, tuple[int, str]] = {}
+    recomputes = _recomputes(plan)
+    for layout in _layouts(plan):
+        problem = layout.problem() or _indivisible(plan, layout)
+        if problem is not None:
+            rule = problem.split("=")[0]
+            impossible[rule] = impossible.get(rule, (0, ""))[0] + 1, problem
+            continue
+        divided = plan.training.sequence_parallel or layout.tensor > 1
+        for recompute in recomputes:
+            training = replace(plan.training, recompute=recompute, sequence_parallel=divided)
+            tried = replace(plan, layout=layout, training=training)
+            if tried.fits:
+                fitting.append(tried)  # with more recompute it would be slower
+                break
+        else:
+            too_large.append(tried)
+    return Sweep(
+        plan,
+        sorted(fitting, key=lambda tried: -tried.tokens_per_second),
+        sorted(too_large, key=lambda tried: tried.memory.total),
+        impossible,
+    )
+
+
+def overrides(plan: Plan, base: Plan) -> list[str]:
+    """What to add to the command line of `base` to train as `plan` does."""
+    new, old = plan.layout, base.layout
+    settings = {
+        "tensor_model_parallel_size": (new.tensor, old.tensor),
+        "pipeline_model_parallel_size": (new.pipeline, old.pipeline),
+        "num_virtual_stages_per_pipeline_rank": (new.virtual_pipeline, old.virtual_pipeline),
+        "context_parallel_size": (new.context, old.context),
+        "expert_model_parallel_size": (new.expert, old.expert),
+        "micro_batch_size": (new.micro_batch, old.micro_batch),
+        "sequence_parallel": (plan.training.sequence_parallel, base.training.sequence_parallel),
+    }
+    words = [f"{name}={str(mine).lower()}" for name, (mine, theirs) in settings.items() if mine != theirs]
+    if new.tensor != old.tensor:
+        # Of the padded vocabulary's divisors the largest usual one: the model stays the same on every layout.
+        words.append(f"make_vocab_size_divisible_by={_padding(plan.shape.vocabulary, new.tensor)}")
+    if plan.training.recompute != base.training.recompute:
+        words += _recompute_words(plan.training.recompute)
+    return words
+
+
+def _padding(vocabulary: int, tensor: int) -> int:
+    size = 128
+    while vocabulary % (size * tensor):
+        size //= 2
+    return size
+
+
+def _recompute_words(recompute: Recompute) -> list[str]:
+    if recompute.granularity == "none":
+        return ["recompute_granularity=null"]
+    if recompute.granularity == "selective":
+        return ["recompute_granularity=selective", f"recompute_modules=[{','.join(recompute.modules)}]"]
+    return [
+        "recompute_granularity=full",
+        f"recompute_method={recompute.method}",
+        f"recompute_num_layers={recompute.layers}",
+    ]
+
+
+def _recomputes(plan: Plan) -> list[Recompute]:
+    """From the fastest on: none, the MLP or the experts, whole layers."""
+    frac, kinds = plan.training.recompute.frac, sorted({"moe" if moe else "mlp" for moe in plan.shape.moe_layers})
+    return [
+        Recompute(frac=frac),
+        Recompute("selective", modules=tuple(kinds), frac=frac),
+        Recompute("full", frac=frac),
+    ]
+
+
+def _layouts(plan: Plan) -> Iterator[Layout]:
+    layout, shape = plan.layout, plan.shape
+    tensors = _powers_of_two(layout.gpus_per_node)
+    pipelines = [size for size in range(1, shape.layers + 1) if shape.layers % size == 0]
+    contexts = _powers_of_two(max(shape.sequence // _TOKENS_PER_CONTEXT_RANK, 1))
+    experts = _powers_of_two(shape.experts) if shape.experts else [1]
+    for tensor, pipeline, virtual, context, expert, micro_batch in product(
+        tensors, pipelines, _VIRTUAL, contexts, experts, _MICRO_BATCHES
+    ):
+        if virtual > 1 and pipeline == 1:
+            continue
+        yield replace(
+            layout,
+            tensor=tensor,
+            pipeline=pipeline,
+            virtual_pipeline=virtual,
+            context=context,
+            expert=expert,
+            expert_tensor=layout.expert_tensor if shape.experts else tensor,
+            micro_batch=micro_batch,
+        )
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [1 << power for power in range(limit.bit_length()) if 1 << power <= limit]
+
+
+def _indivisible(plan: Plan, layout: Layout) -> str | None:
+    """What a layout alone does not know: sizes of the model that tensor parallelism divides."""
+    for name, size in (
+        ("num_query_groups", plan.shape.groups),
+        ("padded_vocab_size", plan.shape.vocabulary),
+        ("ffn_hidden_size", plan.shape.ffn),
+    ):
+        if size % layout.tensor:
+            return f"{name}={size} is not divided by tensor_model_parallel_size={layout.tensor}"
+    return None

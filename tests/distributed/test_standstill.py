@@ -1,0 +1,45 @@
+"""Ranks that hang: all others end and say which one it was."""
+
+import re
+from pathlib import Path
+
+import harness
+import pytest
+
+from megatron_fc.megatron.standstill import SILENT, describe
+
+NAME = r"rank {} \(process \d+ on \S+\)"
+
+
+@pytest.mark.parametrize(
+    ("how", "rank", "said"),
+    [
+        ("sleep", 2, f"{NAME.format(2)} in hang .ranks.py:\\d+.; .* in barrier "),
+        ("sleep", 0, f"{NAME.format(0)} in hang .ranks.py:\\d+.; .* in barrier "),
+        ("stop", 2, f"{NAME.format(2)} {SILENT}; .* in barrier "),
+        ("stop", 0, f"{NAME.format(0)} {SILENT}, "),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_the_others_end(how: str, rank: int, said: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as failure:
+        harness.run("hang", 3, tmp_path, how, rank, timeout=60)
+    for other in {0, 1, 2} - {rank}:
+        assert f"rank {other}, exit code 75" in str(failure.value)
+        log = (tmp_path / f"rank{other}.log").read_text()
+        assert re.search(f"^megatron-fc: no step for \\d+ s: {said}.*so this rank ends: do so$", log, re.MULTILINE), log
+        assert "Current thread" in log, "the stacks of all threads are there"
+    notes = {0, 1, 2} - ({rank} if how == "stop" else set())
+    noted = 0 if 0 in notes else 2
+    assert [path.name for path in sorted(tmp_path.glob("noted*"))] == [f"noted{noted}"]
+
+
+def test_steps_are_no_hang(tmp_path: Path) -> None:
+    assert harness.run("step_slowly", 2, tmp_path) == [None, None]
+
+
+def test_the_odd_ones_are_named_first() -> None:
+    places = {f"rank {rank}": "in wait (c10d.py:1)" for rank in range(512)}
+    assert describe(places | {"rank 7": "in read (disk.py:2)"}) == (
+        "rank 7 in read (disk.py:2); rank 0, rank 1, rank 2 and 508 more in wait (c10d.py:1)"
+    )
+    assert describe(places | {"rank 7": SILENT, "rank 8": SILENT}).startswith(f"rank 7, rank 8 {SILENT}; rank 0, ")

@@ -1,0 +1,318 @@
+"""What planning says of a run, against Megatron itself: its models, optimizer, saved tensors and own counts."""
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from fake_world import rank_of
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.theoretical_memory_usage import compute_weight_and_optimizer_memory
+from megatron.training.training import num_floating_point_operations
+from saved_bytes import saved_tensors
+from torch_attention import TorchAttention
+
+from megatron_fc import FracConfig
+from megatron_fc.cli import main
+from megatron_fc.layout import Layout
+from megatron_fc.megatron.parameters import is_frac_parameter
+from megatron_fc.megatron.planning import shape_of, training_of
+from megatron_fc.megatron.pretrain import model_config
+from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.topology import Validated, validate
+from megatron_fc.planning import flops, memory, parameters
+from megatron_fc.planning.shape import Recompute, Shape, Training
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = ("olmoe_7b", "olmoe_1b3", "olmo2_1b")
+HERE = ("transformer_impl=local", "no_persist_layer_norm=true", "no_gradient_accumulation_fusion=true")
+HERE += ("use_cpu_initialization=true", "no_initialization=true")
+
+ONE_RANK = Layout(
+    nodes=1,
+    gpus_per_node=1,
+    tensor=1,
+    pipeline=1,
+    virtual_pipeline=1,
+    context=1,
+    expert=1,
+    expert_tensor=1,
+    micro_batch=1,
+    global_batch=1,
+    heads=4,
+    layers=2,
+    experts=0,
+)
+
+
+@cache
+def run(name: str, *overrides: str, nodes: int = 8) -> Validated:
+    return validate(CONFIGS / f"{name}.yaml", [*HERE, *overrides], nodes, 8)
+
+
+def built(run: Validated, rank: int) -> tuple[list[int], int]:
+    """Parameters that Megatron builds on a rank, without memory: by model chunk, and those of Frac-Connections."""
+    stages = range(run.layout.virtual_pipeline) if run.layout.virtual_pipeline > 1 else [None]
+    with rank_of(run.layout, rank), torch.device("meta"):
+        config = model_config(run.args, run.recipe)
+        builder = config.get_builder_cls()(config)
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        chunks = [builder.build_model(groups, vp_stage=stage) for stage in stages]
+    named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    assert all(parameter.is_meta for _, parameter in named)
+    frac = sum(parameter.numel() for name, parameter in named if is_frac_parameter(name))
+    return [sum(parameter.numel() for parameter in chunk.parameters()) for chunk in chunks], frac
+
+
+TP2 = ["tensor_model_parallel_size=2", "make_vocab_size_divisible_by=64"]
+PP2 = ["pipeline_model_parallel_size=2"]
+LAYOUTS = {"TP2": TP2, "PP4": ["pipeline_model_parallel_size=4"], "TP2 PP2": TP2 + PP2}
+LAYOUTS["PP2 VPP2"] = [*PP2, "num_virtual_stages_per_pipeline_rank=2"]
+EXPERTS = {"EP8": ["expert_model_parallel_size=8"]}
+EXPERTS["EP4 ETP2"] = ["expert_model_parallel_size=4", "expert_tensor_parallel_size=2", *TP2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("connection", ["residual", "dfc", "sfc"])
+def test_parameters_of_the_model(name: str, connection: str) -> None:
+    one = run(name, f"connection={connection}", "expert_model_parallel_size=1")
+    counted = parameters.model(shape_of(one))
+    assert ([counted.total], counted.frac) == built(one, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for name in ("olmoe_7b", "olmo2_1b") for layout in LAYOUTS]
+    + [("olmoe_7b", layout) for layout in EXPERTS],
+)
+def test_parameters_of_a_rank_of_every_stage(name: str, layout: str) -> None:
+    divided = run(name, *(LAYOUTS | EXPERTS)[layout])
+    per_stage = divided.layout.world // divided.layout.pipeline
+    for stage in range(divided.layout.pipeline):
+        counted = parameters.share_of_stage(shape_of(divided), divided.layout, stage)
+        expected = [chunk.total for chunk in counted], sum(chunk.frac for chunk in counted)
+        assert expected == built(divided, rank=stage * per_stage), stage
+
+
+ROUTER = {"moe_router_dtype": "fp32", "moe_z_loss_coeff": 1e-3, "moe_router_pre_softmax": True}
+KINDS: dict[str, dict[str, Any]] = {"dense": {}, "moe": ROUTER | {"qk_layernorm": True}, "shared": ROUTER}
+RECOMPUTES = {
+    "none": Recompute(),
+    "core_attn": Recompute("selective", ("core_attn",)),
+    "layernorm": Recompute("selective", ("layernorm",)),
+    "mlp": Recompute("selective", ("mlp", "moe")),
+    "full": Recompute("full"),
+}
+CONNECTIONS = {"residual": None, "dfc_x4": FracConfig(rate=4), "sfc_x2": FracConfig(rate=2, dynamic=False)}
+BATCH = 8
+
+
+def kept_by_megatron(kind: str, frac: FracConfig | None, recompute: Recompute) -> tuple[Shape, int]:
+    """A model of two layers as GPUs run it, with what its forward pass keeps, in bytes, parameters left out.
+
+    Torch's flash attention stands for Transformer Engine's, LayerNorm in bf16 (two statistics of 2 bytes) for its
+    RMSNorm (one of 4).
+    """
+    options = dict(KINDS[kind]) | {"bf16": True, "params_dtype": torch.bfloat16, "bias_activation_fusion": True}
+    if recompute.granularity == "selective":
+        options |= {"recompute_granularity": "selective", "recompute_modules": list(recompute.modules)}
+    elif recompute.granularity == "full":
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    config = tiny.transformer_config(kind, **options, normalization="LayerNorm")
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="LayerNorm")
+    for layer in spec.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = TorchAttention
+    model = GPTModel(
+        config,
+        spec if frac is None else frac_connect(spec, frac),
+        vocab_size=tiny.VOCABULARY,
+        max_sequence_length=tiny.SEQUENCE,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    ).bfloat16()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with saved_tensors() as saved:
+        tiny.loss(model, tiny.tokens(batch=BATCH))
+    storages = [tensor.untyped_storage() for tensor in saved]
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in parameters}
+    return shape_of_tiny(config, kind, frac), sum(kept.values())
+
+
+def shape_of_tiny(config: TransformerConfig, kind: str, frac: FracConfig | None) -> Shape:
+    """A tiny model as planning sees it."""
+    return Shape(
+        moe_layers=(kind != "dense",) * 2,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        groups=config.num_query_groups or config.num_attention_heads,
+        head_size=config.kv_channels,
+        ffn=config.ffn_hidden_size,
+        vocabulary=tiny.VOCABULARY,
+        sequence=tiny.SEQUENCE,
+        experts=config.num_moe_experts or 0,
+        top_k=config.moe_router_topk,
+        expert_ffn=config.moe_ffn_hidden_size or 0,
+        shared_ffn=config.moe_shared_expert_intermediate_size or 0,
+        norm_vectors=1 if config.normalization == "RMSNorm" else 2,
+        qk_norm=config.qk_layernorm,
+        frac=frac,
+    )
+
+
+@pytest.mark.parametrize("connection", CONNECTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recompute", RECOMPUTES)
+def test_activations_are_what_megatron_keeps(kind: str, connection: str, recompute: str) -> None:
+    frac = CONNECTIONS[connection]
+    shape, kept = kept_by_megatron(kind, frac, RECOMPUTES[recompute])
+    layout = replace(ONE_RANK, micro_batch=BATCH, global_batch=BATCH, experts=shape.experts)
+    training = Training(recompute=RECOMPUTES[recompute], norms_in_width=(False,) * 3)
+    planned = memory.of_stage(shape, training, layout, 0).activations
+    # Left out are constants: tables of rotation and causal masks, sums of the router, the token behind each sequence.
+    rotation = 2 * 4 * tiny.SEQUENCE * shape.head_size * torch.bfloat16.itemsize
+    mask = 3 * tiny.SEQUENCE**2 * torch.bfloat16.itemsize
+    router = 2 * (shape.experts + 2) * 8
+    assert 0 <= kept - planned <= rotation + mask + router + BATCH * 8
+    assert planned == pytest.approx(kept, rel=0.015)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "more", [[], ["moe_shared_expert_intermediate_size=512"], ["group_query_attention=true", "num_query_groups=4"]]
+)
+def test_flops_are_megatrons_and_what_it_leaves_out(name: str, more: list[str]) -> None:
+    one = run(name, *more)
+    counted = flops.forward(shape_of(one))
+    # No router and no Frac-Connections there.
+    plain = 3 * (counted.total - counted.router - counted.frac)
+    assert plain == pytest.approx(num_floating_point_operations(one.args, 1) / one.args.seq_length, rel=1e-12)
+    assert flops.backward(shape_of(one)).total == 2 * counted.total
+    assert counted.frac > 0
+    assert counted.frac / counted.total < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "nodes"),
+    [
+        ("olmo2_1b", [], 8),
+        ("olmo2_1b", [*TP2, *PP2], 8),
+        ("olmoe_7b", [], 8),
+        ("olmoe_7b", ["expert_model_parallel_size=16", *PP2], 8),
+        ("olmoe_7b", EXPERTS["EP4 ETP2"], 1),
+        ("olmoe_7b", ["use_distributed_optimizer=false", "overlap_param_gather=false", "connection=residual"], 8),
+    ],
+)
+def test_weights_and_optimizer_against_megatrons_report(name: str, more: list[str], nodes: int) -> None:
+    """Megatron's own report leaves out Frac-Connections and the norms of queries and keys.
+
+    It also spreads the last norm over the pipeline's stages.
+    """
+    one = run(name, "connection=residual", *more, nodes=nodes)
+    planned = memory.worst_stage(shape_of(one), training_of(one), one.layout)
+    reported = compute_weight_and_optimizer_memory(one.args)
+    held = planned.weights + planned.gradients + planned.optimizer
+    left_out = shape_of(one).layers * 2 * 128 + 2 * 2048
+    assert 0 <= held - reported <= 18 * left_out
+    assert held == pytest.approx(reported, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("distributed", [True, False])
+def test_weights_gradients_and_optimizer_are_megatrons(kind: str, distributed: bool) -> None:
+    """Of a real DDP and its optimizer on one of four ranks, two of which share the experts; padding left out."""
+    layout = replace(
+        ONE_RANK, gpus_per_node=4, global_batch=4, expert=2 if kind == "moe" else 1, experts=4 * (kind == "moe")
+    )
+    frac = FracConfig(rate=4)
+    with rank_of(layout, 0):
+        chunk = tiny.build(kind, frac, bf16=True, params_dtype=torch.bfloat16, expert_model_parallel_size=layout.expert)
+        config = chunk.config
+        ddp = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
+            chunk,
+        )
+        options = OptimizerConfig(
+            optimizer="adam", lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=distributed
+        )
+        optimizer = get_megatron_optimizer(options, [ddp], use_gloo_process_groups=False)
+        weights = sum(parameter.nbytes for parameter in ddp.parameters())
+        gradients = sum(parameter.main_grad.nbytes for parameter in ddp.parameters())
+        states = sum(state_bytes(part) for part in getattr(optimizer, "chained_optimizers", [optimizer]))
+    shape = shape_of_tiny(config, kind, frac)
+    planned = memory.of_stage(shape, Training(distributed_optimizer=distributed), layout, 0)
+    assert planned.weights == weights
+    assert planned.gradients == gradients
+    # Parts of a buffer are not all of one length.
+    assert planned.optimizer == pytest.approx(states, rel=0.03 if distributed else 0)
+
+
+def state_bytes(optimizer: Any) -> int:
+    """Two fp32 moments of every parameter that a Megatron optimizer updates, and its copies of half-precision ones."""
+    if isinstance(optimizer, DistributedOptimizer):
+        copies, own = optimizer.shard_fp32_from_float16_groups, optimizer.shard_fp32_groups
+    else:
+        copies, own = optimizer.fp32_from_float16_groups, optimizer.fp32_from_fp32_groups
+    copied = sum(parameter.numel() for group in copies for parameter in group if parameter is not None)
+    return 12 * copied + 8 * sum(parameter.numel() for group in own for parameter in group)
+
+
+def ask(*words: str, config: str = "olmoe_7b", nodes: int = 64, gpu: str = "h200") -> int:
+    return main(["plan", str(CONFIGS / f"{config}.yaml"), *words, "--nodes", str(nodes), "--gpu", gpu])
+
+
+def test_a_report_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("6,919,265,472, active 1,282,120,896", "Frac-Connections 165,056", "fits", "assumed, not measured"):
+        assert words in printed
+
+
+def test_json_says_the_same_and_the_sweep_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said to fit is accepted by Megatron, with the same parameters and batch."""
+    assert ask("--sweep", "--json", nodes=2) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["total"] == 6_919_265_472
+    fitting = found["sweep"]["fitting"]
+    speeds = [tried["tokens_per_second"] for tried in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+    assert all(tried["memory_bytes"] <= found["memory_bytes"]["usable"] for tried in fitting)
+    for tried in fitting[:: max(len(fitting) // 8, 1)]:
+        accepted = run("olmoe_7b", *tried["overrides"], nodes=2)
+        assert shape_of(accepted) == shape_of(run("olmoe_7b", nodes=2)), tried["overrides"]
+        planned = memory.worst_stage(shape_of(accepted), training_of(accepted), accepted.layout)
+        assert planned.weights <= found["memory_bytes"]["usable"]
+    assert found["sweep"]["impossible"]["expert_model_parallel_size"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "sentence"),
+    [
+        ([], {"gpu": "h20"}, "gpu=h20 is not known: choose one of a100, h100, h200, b200, gb200"),
+        (["pipeline_model_parallel_size=2"], {"nodes": 3}, "possible with TP1 PP2 EP8 ETP1: 2, 4, 8,"),
+        ([], {"config": "missing"}, "missing.yaml"),
+        (["vocab_size=null"], {}, "vocab_size is not set"),
+        (["--compute", "2"], {}, "compute=2.0 must be greater than 0 and at most 1"),
+        (["--network-gb-per-second", "0"], {}, "network_gb_per_second=0.0 must be greater than 0"),
+        (["multi_latent_attention=true"], {}, "multi_latent_attention=True is not counted by plan"),
+        (["fp8_format=hybrid"], {"gpu": "a100"}, "A100 80GB SXM has no FP8"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    words: list[str], options: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(*words, **options) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert sentence in captured.err
+    assert captured.err.count("\n") == 1

@@ -1,0 +1,161 @@
+"""`megatron-fc traffic run` as a user calls it: real training of a tiny recipe, on one rank and on two."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from test_pretrain import config as config  # the fixture that makes a tiny config and its data
+from test_pretrain import environment
+from torch import nn
+
+from megatron_fc.cli import main
+from megatron_fc.megatron.traffic_facts import paths_in_whole_model
+from megatron_fc.report.metrics import read_metrics
+from megatron_fc.traffic.counts import total_device
+from megatron_fc.traffic.files import read_parts, read_report
+
+LOSSES = 6  # three steps before the window, two in it, and the one whose beginning ends it
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "megatron_fc")
+MPIRUN = ("mpirun", "-n", "2", "--oversubscribe", "--host", "localhost:2", sys.executable, "-m", "megatron_fc.mpi")
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def megatron_fc(*words: str, launcher: Sequence[str] = (sys.executable, "-m", "megatron_fc")) -> str:
+    """Run the command in processes of its own; returns what it printed."""
+    variables = environment() | AS_ROOT | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *words], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def residual(config: Path) -> Path:
+    """The report of the residual twin."""
+    out = config.parent / "traffic-residual"
+    megatron_fc("traffic", "run", str(config), "connection=residual", "--out", str(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def profiled(config: Path, residual: Path) -> Path:
+    """A report with Frac-Connections, beside its twin."""
+    out = config.parent / "traffic"
+    printed = megatron_fc("traffic", "run", str(config), "--out", str(out), "--against", str(residual))
+    assert f"{out}: traffic.json, traffic.md, traffic.html\n" in printed
+    return out
+
+
+def test_counting_changes_no_loss_and_no_gradient(config: Path, profiled: Path) -> None:
+    plain = config.parent / "not-counted"
+    megatron_fc("train", str(config), f"run_dir={plain}", f"train_iters={LOSSES}", "save_interval=null", "eval_iters=0")
+    counted, expected = read_metrics(profiled).scalars, read_metrics(plain).scalars
+    for tag in ("lm loss", "grad-norm", "load_balancing_loss"):
+        assert list(counted[tag].values()) == list(expected[tag].values()), tag
+        assert len(counted[tag]) == LOSSES
+
+
+def test_the_report_of_one_rank(profiled: Path) -> None:
+    report = read_report(profiled)
+    assert report.run.connection == "dfc_x4"
+    assert (report.run.from_step, report.run.steps, report.run.tokens_per_step) == (3, 2, 4 * 32)
+    assert report.run.command.startswith("megatron-fc traffic run ")
+    assert report.by_group() == {}
+    assert not report.warnings()
+    kinds = {key.kind for key in report.by_kind()}
+    assert kinds == {"residual stream", "attention", "MoE", "embedding", "output and loss", "optimizer"}
+    assert {key.phase for key in report.by_kind()} == {"forward", "backward", "optimizer"}
+    (rank,) = report.ranks
+    assert len(rank.step_seconds) == 2
+    passes = ["forward", "backward"] * 2  # of two micro-batches
+    assert [[span.phase for span in step] for step in rank.timeline] == [[*passes, "optimizer"]] * 2
+    assert not list(profiled.rglob("checkpoints")), "a profile saves nothing"
+
+
+def test_frac_connections_add_to_the_residual_stream_alone(profiled: Path, residual: Path) -> None:
+    """But for the optimizer's work on their parameters. Experts get other tokens as training goes on."""
+    frac, plain = read_report(profiled).by_kind(), read_report(residual).by_kind()
+    for key, value in plain.items():
+        if key.kind == "residual stream":
+            assert frac[key] > 1.2 * value
+        elif key.kind in ("attention", "embedding", "output and loss"):
+            assert frac[key] == value, key
+    page = (profiled / "traffic.html").read_text()
+    for label in ("residual <small>counted", "dfc_x4, torch <small>counted", "HC n=4, ideal <small>computed"):
+        assert label in page
+
+
+@pytest.mark.parametrize("launcher", [(sys.executable, *TORCHRUN), MPIRUN], ids=["torchrun", "mpirun"])
+def test_two_ranks(launcher: Sequence[str], config: Path, request: pytest.FixtureRequest) -> None:
+    if launcher is MPIRUN:
+        pytest.importorskip("mpi4py", reason="mpi4py not found: pip install 'megatron_fc[mpi]'")
+        if shutil.which("mpirun") is None:
+            pytest.skip("mpirun not found: apt-get install openmpi-bin")
+    out = config.parent / f"traffic-{request.node.callspec.id}"
+    words = ("traffic", "run", str(config), f"run_dir={out}", "expert_model_parallel_size=2", "connection=sfc")
+    megatron_fc(*words, "--from-step", "1", "--steps", "1", launcher=launcher)
+    report = read_report(out)
+    assert [(rank.rank, rank.coordinates["ep"]) for rank in report.ranks] == [(0, 0), (1, 1)]
+    assert report.run.layout["ep"] == 2
+    parts = read_parts(out)
+    assert total_device(c for part in parts for c in part.device.values()) == total_device(report.device.values())
+    assert report.by_group()["ep"][0] > 0
+    assert report.network_bytes_per_token[1] == 0, "one node"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--steps", "0"], "--from-step 3 --steps 0: count from step 0 on, one step at least"),
+        (["--from-step", "-1"], "--from-step -1 --steps 2: count from step 0 on"),
+        (["--against", "/no/report"], "cannot read /no/report/traffic.json, No such file or directory: "),
+        (["--nvtx"], "--nvtx is for nsys and ncu, which need a CUDA device: torch sees none"),
+        (["hidden_sise=3"], "unknown key in section model: 'hidden_sise': did you mean 'hidden_size'?"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    words: list[str], sentence: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["traffic", "run", str(config), *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"megatron-fc: {sentence}")
+    assert said.count("\n") == 1
+
+
+def test_a_run_that_ends_before_the_window(config: Path) -> None:
+    words = [sys.executable, "-m", "megatron_fc", "traffic", "run", str(config), "train_iters=3", "lr_decay_iters=9"]
+    out = config.parent / "traffic-short"
+    done = subprocess.run([*words, "--out", out], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "megatron-fc: the run ended before step 5: count earlier, or let it train on\n" in done.stderr
+
+
+class _Layer(nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layer_number = number
+        self.mlp = nn.Identity()
+
+
+def _chunk(*numbers: int) -> nn.Module:
+    chunk = nn.Module()
+    chunk.decoder = nn.Module()
+    chunk.decoder.layers = nn.ModuleList(_Layer(number) for number in numbers)
+    return chunk
+
+
+def test_layers_are_numbered_through_the_model() -> None:
+    """A stage that holds layers 3 and 4 of a model, then one that holds 2 and 6 in chunks of their own."""
+    whole = paths_in_whole_model([_chunk(3, 4)])
+    assert whole("decoder.layers.1.mlp") == "decoder.layers.3.mlp"
+    assert whole("decoder.final_layernorm") == "decoder.final_layernorm"
+    assert whole("") == ""
+    whole = paths_in_whole_model([_chunk(2), _chunk(6)])
+    assert whole("0.decoder.layers.0") == "decoder.layers.1"
+    assert whole("1.decoder.layers.0.mlp") == "decoder.layers.5.mlp"
+    assert whole("1.output_layer") == "output_layer"
+    assert whole("0") == ""

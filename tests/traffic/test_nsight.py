@@ -1,0 +1,94 @@
+"""Nsight's command lines, and the CSV of `ncu`.
+
+`data/ncu_raw.csv` was written by hand in the format that the Nsight Compute CLI manual describes
+(docs.nvidia.com/nsight-compute/NsightComputeCli: "Output Pages" for --page raw with --csv, "NVTX Filtering" for the
+column of ranges, --print-units for units): messages that begin with ==, names, units, a line per kernel. No card was at
+hand to record one.
+"""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from example_report import part
+
+from megatron_fc.cli import main
+from megatron_fc.errors import UserError
+from megatron_fc.traffic.files import write_part
+from megatron_fc.traffic.nsight import DramCount, command_lines, range_name, read_dram
+from megatron_fc.traffic.phase import Place
+
+SAMPLE = Path(__file__).parent / "data" / "ncu_raw.csv"
+
+
+def test_dram_bytes_by_phase_and_module() -> None:
+    assert read_dram(SAMPLE) == {
+        Place("forward", "decoder.layers.0.mlp.router"): DramCount(2, 1_048_576 + 4_096, 262_144 + 8_192),
+        Place("forward", "decoder.layers.0.input_layernorm.connection"): DramCount(1, 2_097_152, 1_048_576),
+        Place("optimizer", ""): DramCount(1, 512, 0),
+    }
+
+
+def test_units_other_than_bytes_are_decimal(tmp_path: Path) -> None:
+    text = SAMPLE.read_text().replace('"byte","byte"', '"Mbyte","Kbyte"').replace('"512","0"', '"2.5","640"')
+    (tmp_path / "raw.csv").write_text(text)
+    assert read_dram(tmp_path / "raw.csv")[Place("optimizer", "")] == DramCount(1, 2_500_000, 640_000)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("dram__bytes_write.sum", "dram__sectors.sum", "has no column dram__bytes_write.sum: profile with --metrics"),
+        ("Push/Pop_Range", "Pushed", "has no column Push/Pop_Range: profile with --nvtx"),
+        ('"byte","byte"', '"sector","byte"', "has '1,048,576' 'sector' for bytes: profile with --print-units"),
+        ('"512","0"', '"n/a","0"', "has 'n/a' 'byte' for bytes"),
+    ],
+)
+def test_another_csv_is_refused(old: str, new: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "raw.csv").write_text(SAMPLE.read_text().replace(old, new))
+    with pytest.raises(UserError, match=sentence.replace("(", r"\(")):
+        read_dram(tmp_path / "raw.csv")
+
+
+def test_no_csv(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read .*none\.csv, No such file"):
+        read_dram(tmp_path / "none.csv")
+    (tmp_path / "empty.csv").write_text("==ERROR== no kernels were profiled\n")
+    with pytest.raises(UserError, match=r"empty\.csv has no column dram__bytes_read\.sum"):
+        read_dram(tmp_path / "empty.csv")
+
+
+def test_names_of_ranges_are_read_back() -> None:
+    """What one half of this file writes the other one reads."""
+    place = Place("backward", "decoder.layers.12.self_attention.linear_qkv")
+    assert range_name(place) == "backward decoder.layers.12.self_attention.linear_qkv"
+
+
+def test_command_lines_profile_the_same_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = ["traffic", "run", "configs/olmoe_7b.yaml", "run_dir=a b", "--from-step", "20", "--steps", "1"]
+    nsys, ncu = map(shlex.split, command_lines(run, tmp_path))
+    for words in (nsys, ncu):
+        assert words[-len(run) - 4 :] == ["python", "-m", "megatron_fc", *run, "--nvtx"]
+    assert nsys[0] == "nsys"
+    assert "--capture-range=cudaProfilerApi" in nsys
+    assert ncu[0] == "ncu"
+    assert {"--profile-from-start=off", "--nvtx", "--csv", "--page=raw", "--print-units=base"} <= set(ncu)
+    assert "--metrics=dram__bytes_read.sum,dram__bytes_write.sum" in ncu
+
+    assert main([*run, "--nsight", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["nsys", "ncu"]
+    assert f"--log-file={tmp_path}/rank-%q{{RANK}}.csv" in shlex.split(printed[1])
+    assert shlex.split(printed[1])[-len(run) - 3 :] == [*run, "--out", str(tmp_path), "--nvtx"]
+
+
+def test_measured_beside_counted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    file = write_part(tmp_path, part(0))
+    assert main(["traffic", "dram", str(SAMPLE), str(file)]) == 0
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "router" in line]
+    assert [cell.strip() for cell in rows[0][1:-1]] == [
+        "forward", "decoder.layers.0.mlp.router", "2", "1.05 MB", "270 kB", "6.14 kB", "215.33",
+    ]  # fmt: skip
