@@ -1,8 +1,8 @@
 # Every target sets up what it needs by itself; only the first call takes time. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: demo test soak gpu-check compat lint types format lock clean help
+.PHONY: demo test soak test-modelopt gpu-check compat lint types format lock clean help
 
-# ARGS reaches the command behind demo, test, soak and gpu-check: make test ARGS="-k doctor"
+# ARGS reaches the command behind demo, the tests and gpu-check: make test ARGS="-k doctor"
 ARGS :=
 # gpu-check installs nothing, so that it runs where there is no network: make gpu-check PYTHON=/path/to/python
 PYTHON = $(or $(wildcard .venv/bin/python),python3)
@@ -19,6 +19,10 @@ soak: .venv/.installed  ## run the long tests that repeat at more length what ot
 # PATH: PyTorch looks for the environment's ninja there. Files in the order of their folders: the longest are not last.
 PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
 	-n 2 --dist loadfile --no-loadscope-reorder
+
+# Beside the environment and not in it: where ModelOpt can be imported Megatron imports it, which doubles every start.
+test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distillation with NVIDIA ModelOpt
+	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) tests/compress $(ARGS)
 
 # Nine minutes on one H100, whatever happens: the tests are ended after four; the benchmarks begin nothing more after the
 # seconds given, and are ended if what they began takes 40 more. The tests start processes of their own, on one GPU: with
@@ -51,11 +55,16 @@ lock: .venv/.installed  ## resolve every dependency anew and write constraints.t
 	.venv/bin/python scripts/lock.py
 
 clean:  ## remove the environment, builds and caches; runs/ stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .modelopt build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find megatron_fc tests -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 .venv/.installed: pyproject.toml constraints.txt
 	@scripts/setup
+
+.modelopt/.installed: .venv/.installed docker/extras.txt
+	@rm -rf .modelopt
+	@.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .modelopt -r docker/extras.txt
+	@touch $@

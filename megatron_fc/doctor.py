@@ -85,7 +85,7 @@ _APEX = Component(
     "fused norms and optimizers, gradient accumulation fusion",
     "torch's norms and optimizers, --no-gradient-accumulation-fusion",
 )
-_MODELOPT = Component("ModelOpt", "quantization and distillation of Megatron models", "nothing else needs it")
+_MODELOPT = Component("ModelOpt", "megatron-fc quantize and distill", "nothing else needs it")
 _MPI4PY = Component("mpi4py", "ranks from mpirun", "torchrun or srun")
 _TENSORBOARD = Component("tensorboard", "training curves in TensorBoard", "the log and summary.json")
 

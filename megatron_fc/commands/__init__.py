@@ -7,9 +7,12 @@ from megatron_fc.commands import (
     compare,
     data,
     demo,
+    distill,
     doctor,
     plan,
     preflight,
+    prune,
+    quantize,
     runs,
     topology,
     traffic,
@@ -18,4 +21,19 @@ from megatron_fc.commands import (
 )
 
 # In the order of `megatron-fc --help`.
-COMMANDS = (train, preflight, topology, plan, upcycle, data, demo, compare, runs, traffic, doctor)
+COMMANDS = (
+    train,
+    preflight,
+    topology,
+    plan,
+    upcycle,
+    quantize,
+    distill,
+    prune,
+    data,
+    demo,
+    compare,
+    runs,
+    traffic,
+    doctor,
+)

@@ -2,8 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fc.commands.parsing import Commands
+
+if TYPE_CHECKING:
+    from megatron_fc.megatron.compress.distill import Distillation
+    from megatron_fc.megatron.recipe import Recipe
 
 
 def add(commands: Commands) -> None:
@@ -33,15 +38,19 @@ def run(args: argparse.Namespace) -> int:
             print(f"# {note}")
         print(_as_command(recipe.argv))
         return 0
+    return train_recipe(recipe, brief=args.brief)
 
+
+def train_recipe(recipe: "Recipe", brief: bool = False, distillation: "Distillation | None" = None) -> int:
+    """Train, and write the run's summary; `brief` leaves out the notes before and the table after."""
     from megatron_fc.megatron.pretrain import train
     from megatron_fc.report.runlog import is_log_rank
     from megatron_fc.report.summary import comparison_table, write_summary
 
-    if is_log_rank() and not args.brief:
+    if is_log_rank() and not brief:
         for note in recipe.notes:
             print(f"note: {note}", flush=True)
-    trained = train(recipe)
+    trained = train(recipe, distillation=distillation)
     if is_log_rank():
         facts = {
             "connection": recipe.connection,
@@ -57,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             "megatron_arguments": recipe.argv,
         }
         summary = write_summary(recipe.run_dir, facts)
-        if not args.brief:
+        if not brief:
             from rich.console import Console
 
             Console().print(comparison_table([summary]))

@@ -1,7 +1,7 @@
 """Data sets, batches and the loss for Megatron's training loop: plain next-token pretraining on indexed data."""
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -78,13 +78,29 @@ def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
 datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, Megatron asks by this mark
 
 
-def forward_step(data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+def next_token_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return what Megatron takes of a micro-batch: the summed loss [], the tokens that count [], and what is logged.
+
+    Args:
+        loss_mask: [b, s], 1 for a token that counts.
+        output: [b, s], each token's loss.
+    """
+    mask = loss_mask.view(-1).float()
+    total = torch.sum(output.view(-1).float() * mask)
+    tokens = mask.sum().to(torch.int)
+    _validate(total)
+    return total, tokens, {"lm loss": torch.cat([total.detach().view(1), tokens.view(1)])}
+
+
+def forward_step(
+    data_iterator: Any, model: Any, return_schedule_plan: bool = False, loss: Callable[..., Any] = next_token_loss
+) -> tuple[Any, Any]:
     """Run one micro-batch; returns the output and the function that makes a loss of it."""
     batch = _batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     inputs = (batch["tokens"], batch["position_ids"], batch["attention_mask"])
     targets = {"labels": batch["labels"], "loss_mask": batch["loss_mask"]}
     run = model.build_schedule_plan if return_schedule_plan else model
-    return run(*inputs, **targets), partial(_loss, batch["loss_mask"])
+    return run(*inputs, **targets), partial(loss, batch["loss_mask"])
 
 
 def _needs_data(vp_stage: int | None = None) -> bool:
@@ -129,14 +145,6 @@ def _batch(data_iterator: Iterator[dict[str, Tensor]], vp_stage: int | None) -> 
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
     return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
-
-
-def _loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    mask = loss_mask.view(-1).float()
-    total = torch.sum(output.view(-1).float() * mask)
-    tokens = mask.sum().to(torch.int)
-    _validate(total)
-    return total, tokens, {"lm loss": torch.cat([total.detach().view(1), tokens.view(1)])}
 
 
 def _validate(loss: Tensor) -> None:

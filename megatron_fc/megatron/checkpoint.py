@@ -75,9 +75,7 @@ def checkpoint_errors_named(args: Namespace) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
-        causes = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else []
-        cause = causes[0] if causes else error  # not every rank hears of the others' failures
-        said = shorten(f"{type(cause).__name__}: {cause}", 200)
+        said = cause_of(error)
         if "load_checkpoint" in passed:
             sentence = _cannot_load(args, said)
         elif passed & _WRITING and (failure := _failure_to_write(Path(args.save))):
@@ -87,6 +85,14 @@ def checkpoint_errors_named(args: Namespace) -> Iterator[None]:
         with suppress(OSError):  # the log may be on the full disk
             traceback.print_exc()
         raise UserError(sentence) from error
+
+
+def cause_of(error: BaseException) -> str:
+    """Say in one line what an error of Megatron's or torch's checkpoint code was."""
+    failures = getattr(error, "failures", {})  # of torch's CheckpointException
+    causes = [failure[0] for failure in failures.values()]
+    cause = causes[0] if causes else error  # not every rank hears of the others' failures
+    return shorten(f"{type(cause).__name__}: {cause}", 200)
 
 
 def _cannot_load(args: Namespace, said: str) -> str:
@@ -159,6 +165,24 @@ def refuse_other_connection(checkpoint: Path, frac: FracConfig | None, hidden_si
         raise UserError(
             f"the checkpoint {checkpoint} was trained with {stamped}, this run has {frac}: "
             f"give the run another run_dir, or the options that it was started with"
+        )
+
+
+def refuse_missing_optimizer(checkpoint: Path, args: Namespace) -> None:
+    """Check that a run which expects optimizer state in a checkpoint finds it there.
+
+    Raises:
+        UserError: it was written without.
+    """
+    from megatron.core import dist_checkpointing
+
+    if args.finetune or args.no_load_optim or checkpoint.name == "release" or not (checkpoint / INDEX).exists():
+        return
+    stored: Any = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
+    if getattr(stored, "no_save_optim", False):
+        raise UserError(
+            f"the checkpoint {checkpoint} holds no optimizer state: set finetune=true to start a run at iteration 0 "
+            f"from its weights, or no_load_optim=true to go on from its iteration with a fresh optimizer"
         )
 
 

@@ -11,10 +11,13 @@ import torch
 
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.checkpoint import find_checkpoint, refuse_existing
+from megatron_fc.megatron.compress.state import refuse_state
 from megatron_fc.megatron.integrity import refuse_corrupt
 from megatron_fc.megatron.pretrain import join_world, model_config, parse
 from megatron_fc.megatron.recipe import Recipe
 from megatron_fc.megatron.upcycle import refuse_connected, to_residual, upcycle
+
+_QUANTIZE_LAST = "convert the checkpoint that it was made of, and quantise the result"
 
 
 def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
@@ -32,13 +35,14 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
     if recipe.frac is None:
         raise UserError("connection=residual: set the connections of the new checkpoint, e.g. connection=dfc rate=4")
     checkpoint = find_checkpoint(source)
+    refuse_state(checkpoint, _QUANTIZE_LAST)
     refuse_connected(checkpoint)
     refuse_existing(target)
     join_world()
     args = parse(recipe)
     args.tensorboard_dir = None
     args.wandb_project = ""
-    with _silence():
+    with silence():
         set_global_variables(args)
         training.initialize_megatron()
         config = model_config(args, recipe)
@@ -56,17 +60,18 @@ def residual_checkpoint(source: Path, target: Path) -> str:
         UserError: its connections are not at the identity, or `target` exists.
     """
     checkpoint = find_checkpoint(source)
+    refuse_state(checkpoint, _QUANTIZE_LAST)
     refuse_existing(target)
     join_world()
     # The files are Megatron's, for which a world has to exist; its tensors stay on the CPU.
     torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
-    with _silence():
+    with silence():
         refuse_corrupt(checkpoint)
         return to_residual(checkpoint, target)
 
 
 @contextlib.contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep Megatron's report of its arguments and steps off the terminal, and end its world."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         logging.disable(logging.WARNING)

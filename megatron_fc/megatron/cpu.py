@@ -158,6 +158,7 @@ def _replace_runtime() -> None:
         "current_device": lambda: _CPU,
         "device_count": lambda: 1,
         "set_device": lambda *_: None,
+        "device": lambda *_: contextlib.nullcontext(),
         "get_device_capability": lambda *_: (8, 0),
         "get_device_properties": lambda *_: properties,
         "synchronize": lambda *_: None,

@@ -1,5 +1,6 @@
 """Train a recipe inside Megatron's own loop, `megatron.training.pretrain`."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -25,8 +26,10 @@ from megatron_fc.megatron.checkpoint import (
     find_checkpoint,
     latest_checkpoint,
     refuse_existing,
+    refuse_missing_optimizer,
     refuse_other_connection,
 )
+from megatron_fc.megatron.compress.state import has_state, require_modelopt, restore_state, state_in_checkpoints
 from megatron_fc.megatron.integrity import refuse_corrupt
 from megatron_fc.megatron.order import install_order
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
@@ -39,6 +42,9 @@ from megatron_fc.megatron.standstill import Standstill
 from megatron_fc.megatron.watch import RankWatch
 from megatron_fc.report.progress import ProgressDisplay
 from megatron_fc.report.runlog import is_log_rank, real_stdout, run_log
+
+if TYPE_CHECKING:
+    from megatron_fc.megatron.compress.distill import Distillation
 
 ModelHook = Callable[[list[Any]], list[Any]]
 
@@ -78,7 +84,7 @@ class Spectator(Protocol):
         """Called when another rank was lost, before this one ends; returns what to do."""
 
 
-def train(recipe: Recipe, spectator: Spectator | None = None) -> Trained:
+def train(recipe: Recipe, spectator: Spectator | None = None, distillation: "Distillation | None" = None) -> Trained:
     """Run the recipe to its end; every rank of a launcher calls it, a lone process is a world of one.
 
     Megatron's output goes to `run_dir/logs`, its figures to `run_dir/tensorboard`, progress to the terminal.
@@ -86,19 +92,27 @@ def train(recipe: Recipe, spectator: Spectator | None = None) -> Trained:
     Args:
         recipe: the run.
         spectator: looks on.
+        distillation: a teacher to learn from, instead of from the data alone.
 
     Raises:
         UserError: Megatron refuses the arguments, or the checkpoint is not that of this model.
         SystemExit: Megatron ended the run before its target, with code 0 after a signal, 16, 17 or 75 after a result
             that it rejected (`megatron_fc.megatron.rerun`).
     """
+    from megatron_fc.megatron.batches import forward_step
+
     start = time.perf_counter()
     join_world()
     args = parse(recipe)
     _refuse_async_save_without_device(args)
-    first_step = _upcycling(args, recipe) if args.frac_from_residual else None
+    if distillation is not None:
+        distillation.refuse_args(args)
+    first_step, checkpoint = _upcycling(args, recipe) if args.frac_from_residual else None, None
     if args.load and first_step is None:  # else it is yet to be written
-        first_step = _continuing(args, recipe)
+        first_step, checkpoint = _continuing(args, recipe)
+    is_changed = checkpoint is not None and has_state(checkpoint)
+    if is_changed:
+        require_modelopt(f"the checkpoint {checkpoint}, which is quantised,")
 
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
@@ -106,20 +120,28 @@ def train(recipe: Recipe, spectator: Spectator | None = None) -> Trained:
     standstill = Standstill(args)
     watch = RankWatch(standstill, partial(_when_all_end, args, record, spectator))
     pruner = Pruner(recipe.retention, Path(args.save)) if recipe.retention and args.save else None
-    hooks = [
+    hooks: list[ModelHook] = [
         _on_all_ranks(watch.join),
         *([first_step] if first_step else []),
+        *([partial(_restore, args)] if is_changed else []),
         _on_all_ranks(partial(_note_start, args, record)),
+        *([distillation.teach] if distillation is not None else []),
     ]
+    step: Callable[..., Any] = forward_step
+    if distillation is not None:
+        step = distillation.forward_step
+    elif spectator is not None:
+        step = spectator.forward_step
     try:
         with (
             run_log(recipe.run_dir, args.rank, display, partial(_after_iteration, pruner)),
             record,
             checkpoint_errors_named(args),
+            state_in_checkpoints() if is_changed else contextlib.nullcontext(),
             watch,
             findings_named(args, record.explain),
         ):
-            parameters = _pretrain(args, recipe, hooks, record, standstill, spectator)
+            parameters = _pretrain(args, recipe, hooks, record, standstill.count(step), spectator)
             peak = _peak_memory()
             if spectator is not None:
                 spectator.after_training()
@@ -218,7 +240,7 @@ def _pretrain(
     recipe: Recipe,
     hooks: list[ModelHook],
     record: RunRecord,
-    standstill: Standstill,
+    step: Callable[..., Any],
     spectator: Spectator | None,
 ) -> ParameterCount:
     from megatron.core.enums import ModelType
@@ -226,7 +248,7 @@ def _pretrain(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_fc.megatron.batches import datasets, forward_step
+    from megatron_fc.megatron.batches import datasets
 
     set_global_variables(args)
     record.listen()
@@ -237,21 +259,27 @@ def _pretrain(
     model.pre_wrap_hooks += [partial(_count, counts), *hooks]
     if spectator is not None:
         model.pre_wrap_hooks.append(partial(_show, spectator, args, counts))
-    step = standstill.count(forward_step if spectator is None else spectator.forward_step)
     pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
     return counts[0]
 
 
-def _continuing(args: Namespace, recipe: Recipe) -> ModelHook | None:
-    """Choose the checkpoint that the run goes on from; return what checks its content, None if the run begins anew."""
+def _continuing(args: Namespace, recipe: Recipe) -> tuple[ModelHook | None, Path | None]:
+    """Choose the checkpoint that the run goes on from; return what checks its content, and it. None to begin anew."""
     resumption = Resumption(args, recipe.on_damage, _warn)
     checkpoint = resumption.choose()
     if checkpoint is None:
         if args.load != args.save:  # Megatron would begin anew, which is meant only with a run's own checkpoints
             raise UserError(f"load={args.load} holds no checkpoint: give the folder with {TRACKER}, or drop load")
-        return None
+        return None, None
     refuse_other_connection(checkpoint, recipe.frac, args.hidden_size)
-    return _on_all_ranks(resumption.check_content)
+    refuse_missing_optimizer(checkpoint, args)
+    return _on_all_ranks(resumption.check_content), checkpoint
+
+
+def _restore(args: Namespace, chunks: list[Any]) -> list[Any]:
+    checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step)
+    assert checkpoint is not None, "it was chosen"
+    return restore_state(chunks, checkpoint)
 
 
 def _warn(text: str) -> None:

@@ -1,0 +1,42 @@
+"""`megatron-fc quantize`: a trained checkpoint, quantised."""
+
+import argparse
+from pathlib import Path
+
+from megatron_fc.commands.parsing import Commands
+
+
+def add(commands: Commands) -> None:
+    quantize = commands.add_parser(
+        "quantize",
+        help="quantise a trained checkpoint with ModelOpt, calibrated on the run's validation data",
+        allow_abbrev=False,
+        usage="megatron-fc quantize CHECKPOINTS CONFIG.yaml [key=value ...] --recipe RECIPE --to FOLDER\n"
+        "       [--calibration-iters N]",
+    )
+    quantize.add_argument("source", type=Path, metavar="CHECKPOINTS", help="folder of checkpoints, or one of them")
+    quantize.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of the run that wrote them")
+    quantize.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    quantize.add_argument("--recipe", required=True, choices=("fp8", "int8", "int4_awq", "nvfp4"))
+    quantize.add_argument("--to", type=Path, required=True, dest="target", metavar="FOLDER", help="new, for `load`")
+    quantize.add_argument(
+        "--calibration-iters", type=int, default=16, metavar="N", help="validation iterations (default: %(default)s)"
+    )
+    quantize.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    from megatron_fc.megatron.compress.quantize import quantize
+    from megatron_fc.megatron.recipe import load_recipe
+    from megatron_fc.report.losses import print_losses
+    from megatron_fc.report.runlog import is_log_rank
+
+    recipe = load_recipe(args.config, args.overrides)
+    done = quantize(recipe, args.source, args.target, args.recipe, args.calibration_iters)
+    if is_log_rank():
+        print_losses({"original": done.original_loss, args.recipe: done.loss})
+        print(f"{done.quantizers} quantizers: written to {args.target}")
+    return 0

@@ -1,0 +1,85 @@
+"""`megatron-fc distill` with the real ModelOpt: what the student learns, and what is refused."""
+
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from commands import Done, run
+from runs import config, plain, tensors, trained  # noqa: F401  (fixtures)
+
+from megatron_fc.megatron.checkpoint import latest_checkpoint
+
+_DIVERGENCE = re.compile(r"\| distillation loss: (\S+) \|")
+
+
+def distill(config: Path, name: str, *words: object) -> tuple[Done, list[float]]:  # noqa: F811
+    """Run it; returns the divergence of each iteration too."""
+    done = run(config.parent, "distill", config, f"run_dir={config.parent / name}", *words)
+    log = config.parent / name / "logs" / "rank0.log"
+    return done, [float(value) for value in _DIVERGENCE.findall(log.read_text())] if log.exists() else []
+
+
+@pytest.mark.parametrize("teacher", ["plain", "trained"])
+def test_fresh_student_approaches_the_teacher(
+    teacher: str,
+    config: Path,  # noqa: F811
+    request: pytest.FixtureRequest,
+) -> None:
+    folder = request.getfixturevalue(teacher)
+    done, divergence = distill(config, f"of_{teacher}", "--teacher", folder, "save_interval=40")
+    assert done.code == 0, done.printed
+    assert len(divergence) == 40
+    assert divergence[-1] < 0.1 * divergence[0]
+    losses = [float(value) for value in re.findall(r"iteration \d+/40  loss (\S+)", done.printed)]
+    assert losses[-1] < losses[0] - 0.3
+    checkpoint = latest_checkpoint(config.parent / f"of_{teacher}" / "checkpoints")
+    assert not any("teacher" in key for key in tensors(checkpoint))
+    assert tensors(checkpoint).keys() == tensors(latest_checkpoint(request.getfixturevalue("trained"))).keys()
+
+
+def test_student_at_the_identity_is_the_teacher(config: Path, plain: Path) -> None:  # noqa: F811
+    """A plain model that got untrained Frac-Connections has its logits: no divergence, although the loss is there."""
+    words = [f"load={plain}", "from_residual=true", "no_load_optim=true", "finetune=true", "train_iters=1"]
+    done, divergence = distill(config, "twin", "--teacher", plain, *words)
+    assert done.code == 0, done.printed
+    assert divergence[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_student_of_another_shape_with_both_losses(config: Path, plain: Path) -> None:  # noqa: F811
+    words = ["--teacher-config", config, "num_layers=1", "hidden_size=64", "train_iters=4", "--temperature", "2"]
+    done, divergence = distill(config, "other", "--teacher", plain, *words, "--lm-loss-weight", "0.5")
+    assert done.code == 2  # that file has Frac-Connections
+    assert "has plain residual connections, this run has dfc_x4" in done.printed
+    words[1] = plain_file = config.parent / "plain.yaml"
+    plain_file.write_text(config.read_text().replace("connection: dfc", "connection: residual"))
+    done, divergence = distill(config, "other", "--teacher", plain, *words, "--lm-loss-weight", "0.5")
+    assert done.code == 0, done.printed
+    assert len(divergence) == 4
+
+
+def test_refusals(config: Path, plain: Path) -> None:  # noqa: F811
+    for words, said in (
+        (["--temperature", "0"], "must be positive"),
+        (["--lm-loss-weight", "-1"], "would reward a loss"),
+        (["num_layers=1"], "does not fit its config"),
+        (["seq_length=16", "--teacher-config", config], "this run has dfc_x4"),
+    ):
+        done, _ = distill(config, "never", "--teacher", plain, *words)
+        assert done.code == 2, done.printed
+        assert said in done.printed
+    done, _ = distill(config, "never", "--teacher", config.parent / "text")
+    assert done.code == 2
+    assert "holds no checkpoint" in done.printed
+
+
+def test_settings_that_do_not_go_with_a_teacher() -> None:
+    from megatron_fc.errors import UserError
+    from megatron_fc.megatron.compress.distill import Distillation
+
+    distillation = Distillation.__new__(Distillation)
+    distillation._args = Namespace(seq_length=32)
+    with pytest.raises(UserError, match=r"pipeline_model_parallel_size=2 of the student: set it to 1"):
+        distillation.refuse_args(Namespace(seq_length=32, pipeline_model_parallel_size=2))
+    with pytest.raises(UserError, match=r"seq_length is 32 for the teacher, 64 for the student"):
+        distillation.refuse_args(Namespace(seq_length=64))

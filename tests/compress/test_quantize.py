@@ -1,0 +1,96 @@
+"""`megatron-fc quantize`, and training that goes on from its checkpoints, with the real ModelOpt."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from commands import run
+from runs import config, tensors, trained  # noqa: F401  (fixtures)
+
+from megatron_fc.megatron.checkpoint import latest_checkpoint
+from megatron_fc.report.metrics import read_metrics
+
+RECIPES = {"fp8": 40, "int8": 40, "int4_awq": 20}  # quantizers: 20 linear layers, of int4_awq the weights alone
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def quantized(request: pytest.FixtureRequest, config: Path, trained: Path) -> tuple[str, Path, str]:  # noqa: F811
+    """A recipe, its checkpoints, and what the command printed."""
+    recipe = request.param
+    target = config.parent / recipe
+    words = ["quantize", trained, config, "--recipe", recipe, "--to", target, "--calibration-iters", "4"]
+    done = run(config.parent, *words)
+    assert done.code == 0, done.printed
+    return recipe, target, done.printed
+
+
+def test_table_has_both_losses(quantized: tuple[str, Path, str]) -> None:
+    recipe, target, printed = quantized
+    original = float(re.search(r"original │ +(\d\.\d{4})", printed)[1])
+    loss = float(re.search(rf"{recipe} +│ +(\d\.\d{{4}})", printed)[1])
+    assert 4.5 < original < 5.8
+    assert loss == pytest.approx(original, abs=0.02)
+    assert f"{RECIPES[recipe]} quantizers: written to {target}" in printed
+    assert "calibration" in printed
+
+
+def test_only_linear_layers_have_scales(quantized: tuple[str, Path, str]) -> None:
+    _, target, _ = quantized
+    scaled = [key for key in tensors(latest_checkpoint(target)) if "quantizer" in key]
+    assert scaled
+    assert all(re.search(r"\.linear_(qkv|proj|fc1|fc2)\.(weight|input)_quantizer\.", key) for key in scaled)
+
+
+def test_saved_and_restored_to_the_bit(quantized: tuple[str, Path, str], config: Path) -> None:  # noqa: F811
+    from megatron.core import dist_checkpointing
+
+    recipe, source, _ = quantized
+    run_dir = config.parent / f"{recipe}_again"
+    still = ["lr=0.0", "min_lr=0.0", "weight_decay=0.0", "train_iters=1", "save_interval=1"]
+    done = run(config.parent, "train", config, f"load={source}", "finetune=true", f"run_dir={run_dir}", *still)
+    assert done.code == 0, done.printed
+    before, after = latest_checkpoint(source), latest_checkpoint(run_dir / "checkpoints")
+    expected, found = tensors(before), tensors(after)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+    states = [dist_checkpointing.load_common_state_dict(str(path / "modelopt_state")) for path in (before, after)]
+    assert states[0] == states[1]
+
+
+def test_quantization_aware_training_learns_and_resumes(config: Path, quantized: tuple[str, Path, str]) -> None:  # noqa: F811
+    recipe, source, _ = quantized
+    run_dir = config.parent / f"{recipe}_trained"
+    options = [f"run_dir={run_dir}", "lr_warmup_iters=0", "save_interval=10"]
+    done = run(config.parent, "train", config, f"load={source}", "finetune=true", "train_iters=10", *options)
+    assert done.code == 0, done.printed
+    done = run(config.parent, "train", config, "train_iters=20", *options)
+    assert done.code == 0, done.printed
+    losses = read_metrics(run_dir).loss
+    assert list(losses) == list(range(1, 21))
+    assert losses[20] < losses[1] - 0.1
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    assert checkpoint.name == "iter_0000020"
+    assert any("quantizer" in key for key in tensors(checkpoint))
+
+
+@pytest.mark.parametrize("quantized", ["fp8"], indirect=True)
+def test_refusals(config: Path, trained: Path, quantized: tuple[str, Path, str]) -> None:  # noqa: F811
+    _, source, _ = quantized
+
+    def refusal(*words: object) -> str:
+        done = run(config.parent, *words)
+        assert done.code == 2, done.printed
+        return done.printed
+
+    to = ["--to", config.parent / "never"]
+    assert "compute capability 8.9" in refusal("quantize", trained, config, "--recipe", "nvfp4", *to)
+    assert "is quantised" in refusal("quantize", source, config, "--recipe", "fp8", *to)
+    assert "never overwritten" in refusal("quantize", trained, config, "--recipe", "fp8", "--to", source)
+    assert "at least one" in refusal("quantize", trained, config, "--recipe", "fp8", *to, "--calibration-iters", "0")
+    assert "plain residual" in refusal("quantize", trained, config, "connection=residual", "--recipe", "fp8", *to)
+    assert "holds no optimizer state" in refusal("train", config, f"load={source}", f"run_dir={config.parent / 'r'}")
+    assert "is quantised" in refusal("upcycle", "--to-residual", "--from", source, *to)
+    assert "is quantised" in refusal("prune", source, config, "--export", "num_experts=2", *to)
+    assert not (config.parent / "never").exists()

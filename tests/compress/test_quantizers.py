@@ -1,0 +1,100 @@
+"""What ModelOpt does to the tiny models, and that Frac-Connections and norms are not among it."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    import tiny
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
+
+from megatron_fc import FracConfig
+from megatron_fc.errors import UserError
+from megatron_fc.megatron.compress.recipes import (
+    enabled_quantizers,
+    quantization_config,
+    refuse_quantized_connections,
+)
+from megatron_fc.megatron.compress.state import restore_state
+from megatron_fc.megatron.slots import FracNorm
+
+BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16}
+LAYERNORM = {"normalization": "LayerNorm"}
+KINDS = [("moe", {}), ("mixed", LAYERNORM), ("hybrid", {}), ("mla", {}), ("shared", BF16)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    with tiny.one_rank():
+        yield
+
+
+def build(kind: str, options: dict[str, Any], seed: int = 1) -> torch.nn.Module:
+    model = tiny.build(kind, FracConfig(rate=4), seed=seed, **options)
+    tiny.randomise_connections(model)
+    return model
+
+
+def quantize(model: torch.nn.Module, config: dict[str, Any]) -> None:
+    import modelopt.torch.quantization as mtq
+
+    mtq.quantize(unwrap_model(model), config, lambda _: [tiny.loss(model, tiny.tokens(seed)) for seed in range(2)])
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+@pytest.mark.parametrize("recipe", ["fp8", "int8"])
+def test_quantized_model_trains_every_parameter(kind: str, options: dict[str, Any], recipe: str) -> None:
+    model = build(kind, options)
+    original = tiny.loss(model, tiny.tokens(9)).item()
+    quantize(model, quantization_config(recipe))
+    refuse_quantized_connections(model)
+    assert not any("norm" in name for name in enabled_quantizers(model))
+    assert len(enabled_quantizers(model)) > 10
+    loss = tiny.loss(model, tiny.tokens(9, batch=16))
+    assert loss.item() == pytest.approx(original, rel=0.1)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    connections = [module.connection for module in model.modules() if isinstance(module, FracNorm)]
+    assert all(p.grad.any() for site in connections for p in site.parameters())
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_restored_model_has_the_same_logits(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    from modelopt.torch.opt.plugins import save_sharded_modelopt_state
+
+    model = build(kind, options)
+    quantize(model, quantization_config("fp8"))
+    inner = unwrap_model(model)
+    checkpoint = tmp_path / "iter_0000001"
+    checkpoint.mkdir()
+    dist_checkpointing.save({"model": inner.sharded_state_dict()}, str(checkpoint))
+    save_sharded_modelopt_state([inner], str(checkpoint), ("torch_dist", 1))
+
+    again = build(kind, options, seed=2)
+    bare = unwrap_model(again)
+    restore_state([bare], checkpoint)
+    assert enabled_quantizers(bare) == enabled_quantizers(inner)
+    bare.load_state_dict(dist_checkpointing.load({"model": bare.sharded_state_dict()}, str(checkpoint))["model"])
+    assert torch.equal(tiny.logits(again, tiny.tokens(3)), tiny.logits(model, tiny.tokens(3)))
+
+
+def test_quantizer_in_a_slot_is_refused() -> None:
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    model = build("moe", {})
+    quantize(model, quantization_config("fp8"))
+    slot = next(module for module in model.modules() if isinstance(module, FracNorm))
+    slot.norm.input_quantizer = TensorQuantizer()
+    with pytest.raises(UserError, match=r"input_layernorm.norm.input_quantizer quantises a Frac-Connection"):
+        refuse_quantized_connections(model)
