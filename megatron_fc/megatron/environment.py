@@ -4,6 +4,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_fc.megatron import cpu
 
 
@@ -21,12 +23,19 @@ def has_transformer_engine() -> bool:
 
 def has_apex() -> bool:
     """NVIDIA's Apex. The PyPI package of that name is another project, so its name alone proves nothing."""
-    return importlib.util.find_spec("amp_C") is not None and importlib.util.find_spec("apex") is not None
+    found = importlib.util.find_spec
+    # In this order: the second look imports a package called apex, whoever wrote it.
+    return found("amp_C") is not None and found("apex") is not None and found("apex.optimizers") is not None
 
 
 def has_fused_weight_gradients() -> bool:
     """Apex's extension that Megatron's own linear layers need for it; Transformer Engine does not replace it there."""
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def device_capability() -> tuple[int, int] | None:
+    """Compute capability of this process's CUDA device, None without one."""
+    return None if cpu.needed() else torch.cuda.get_device_capability()
 
 
 def adaptations() -> list[Adaptation]:
@@ -55,6 +64,10 @@ def adaptations() -> list[Adaptation]:
                 "no Transformer Engine: Megatron's local layers, no FP8",
                 {"transformer_impl": "local", "no_persist_layer_norm": True},
             )
+        )
+    if importlib.util.find_spec("apex") is not None and not has_apex():
+        found.append(
+            Adaptation("the package apex here is not NVIDIA's, and Megatron takes it for that: pip uninstall apex", {})
         )
     if not has_fused_weight_gradients():
         found.append(

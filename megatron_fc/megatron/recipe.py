@@ -1,9 +1,9 @@
 """A run's YAML file -> the Megatron command line that it stands for.
 
 The sections are for the reader: any of Megatron's arguments may stand in any of them, under its own name with
-underscores. These names are ours: `model.family` (gpt or hybrid), `logging.run_dir`, `checkpoint.keep_last`,
-`keep_every` and `on_damage`, and the section `frac` (`connection`: residual, sfc or dfc, `from_residual`, and the
-fields of FracConfig).
+underscores. These names are ours: `model.family` (gpt or hybrid), `optimizer.precision`, `logging.run_dir`,
+`checkpoint.keep_last`, `keep_every` and `on_damage`, and the section `frac` (`connection`: residual, sfc or dfc,
+`from_residual`, and the fields of FracConfig).
 """
 
 import argparse
@@ -21,7 +21,8 @@ from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import cpu
 from megatron_fc.megatron.arguments import add_frac_args, frac_flags
-from megatron_fc.megatron.environment import adaptations, has_transformer_engine
+from megatron_fc.megatron.environment import adaptations, device_capability, has_transformer_engine
+from megatron_fc.megatron.precision import apply_precision, refuse_impossible, refuse_on_device
 from megatron_fc.megatron.resume import ON_DAMAGE
 from megatron_fc.megatron.retention import Retention
 from megatron_fc.suggest import unknown
@@ -31,6 +32,7 @@ CONNECTIONS = ("residual", "sfc", "dfc")
 FAMILIES = ("gpt", "hybrid")
 _OWN = {
     "family": "model",
+    "precision": "optimizer",
     "run_dir": "logging",
     "keep_last": "checkpoint",
     "keep_every": "checkpoint",
@@ -104,6 +106,7 @@ def load_recipe(
     retention = Retention.from_settings(settings)
     if family == "hybrid":
         _set_hybrid_pattern(settings)
+    apply_precision(settings)
     if frac is not None and "hidden_size" in settings:
         frac.fraction_size(int(settings["hidden_size"]))
     notes, backend = [], None
@@ -116,7 +119,9 @@ def load_recipe(
     _set_run_paths(settings, run_dir)
     argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
     args = megatron.parse(argv)
+    refuse_impossible(args)
     if not elsewhere:
+        refuse_on_device(args, device_capability())
         refuse_missing_files(args)
     return Recipe(sections, frac, family, run_dir, argv, backend, on_damage, retention, notes)
 
@@ -249,7 +254,8 @@ def _frac_config(values: dict[str, Any]) -> FracConfig | None:
         return None
     if connection == "sfc":
         # One override turns a DFC file into its SFC twin: what only DFC has is dropped with it.
-        options = {key: value for key, value in options.items() if key in ("rate", "recompute", "backend")}
+        common = {"rate", *(field.name for field in fields(FracConfig) if not field.compare)}
+        options = {key: value for key, value in options.items() if key in common}
     return FracConfig.from_dict({**options, "dynamic": connection == "dfc"})
 
 
