@@ -59,6 +59,11 @@ def training_args() -> Namespace | None:
     return global_vars._GLOBAL_ARGS
 
 
+def uses_matrix_optimizer(args: Namespace | None) -> bool:
+    """Whether the optimizer may treat 2-D parameters as linear maps, as Muon does; assumed where nothing tells."""
+    return args is None or args.optimizer not in ("adam", "sgd")
+
+
 def refuse_unsupported_args(args: Namespace, on_gpu: bool | None = None) -> None:
     """Check what only Megatron's training arguments show: optimizer, sharding, checkpoints.
 
@@ -69,11 +74,10 @@ def refuse_unsupported_args(args: Namespace, on_gpu: bool | None = None) -> None
     Raises:
         UserError: names the option and what to do.
     """
-    optimizer = str(getattr(args, "optimizer", "adam"))
-    if "muon" in optimizer:
+    if uses_matrix_optimizer(args) and getattr(args, "decoupled_lr", None) is not None:
         raise UserError(
-            f"optimizer={optimizer} would orthogonalise dynamic_weight, which holds coefficients and is no "
-            f"linear map: use adam with Frac-Connections"
+            f"optimizer={args.optimizer} leaves dynamic_weight to Adam as it does the embeddings, and decoupled_lr="
+            f"{args.decoupled_lr} would be its learning rate too: drop decoupled_lr"
         )
     if getattr(args, "use_torch_fsdp2", False) and (args.bf16 or args.fp16):
         raise UserError(
@@ -90,7 +94,8 @@ def refuse_unsupported_args(args: Namespace, on_gpu: bool | None = None) -> None
 
 def _refuse_unwritable_optimizer(args: Namespace) -> None:
     """Half-precision models keep Frac-Connection parameters in fp32, which Megatron 0.19 writes in one case only."""
-    if not args.use_distributed_optimizer:
+    # Megatron's validation turns the one into the other for Muon.
+    if not (args.use_distributed_optimizer or getattr(args, "use_layer_wise_distributed_optimizer", False)):
         raise UserError(
             "Megatron's plain half-precision optimizer cannot write fp32 parameters into a torch_dist checkpoint, and "
             "Frac-Connections keep theirs in fp32: set use_distributed_optimizer"

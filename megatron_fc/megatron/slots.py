@@ -25,7 +25,7 @@ from megatron_fc.config import FracConfig
 from megatron_fc.connection import FracConnection, PendingDepth
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norms import hand_out_weights, norm_weights
-from megatron_fc.megatron.refusals import refuse_unsupported_config
+from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
 from megatron_fc.ops import Handover
 
 _GIFT = "_frac_gift"
@@ -118,6 +118,10 @@ class FracNorm(MegatronModule):
         for parameter in self.connection.parameters():
             # Under sequence parallelism every rank sees its tokens only: Megatron then sums these gradients.
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        if frac.dynamic and uses_matrix_optimizer(training_args()):
+            # Coefficients are no linear map to be orthogonalised: Muon leaves what is marked so to Adam.
+            matrix = self.connection.get_parameter("dynamic_weight")
+            matrix.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         self.norm = hand_out_weights(norm(config=config, hidden_size=hidden_size, eps=eps))
         self.paired = False
         # Selective recompute frees the storage of all that the norm slot returns, and h must outlive it.

@@ -30,7 +30,10 @@ def args(**options: Any) -> Namespace:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"optimizer": "dist_muon"}, "optimizer=dist_muon would orthogonalise"),
+        (
+            {"optimizer": "muon", "decoupled_lr": 0.01},
+            "optimizer=muon leaves dynamic_weight to Adam .* drop decoupled_lr",
+        ),
         ({"use_torch_fsdp2": True}, "use_torch_fsdp2 wants one parameter dtype"),
         ({**FSDP, **LAYERNORM}, "use_megatron_fsdp takes a gradient .* set recompute of FracConfig"),
         ({**FSDP, "overlap_moe_expert_parallel_comm": True}, "use_megatron_fsdp with overlap_moe_expert_parallel_comm"),
@@ -50,6 +53,8 @@ def test_refused(options: dict[str, Any], sentence: str) -> None:
         {**FSDP, "recompute_granularity": "full", "recompute_modules": ["layernorm"]},
         {**FSDP, "recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
         {"overlap_moe_expert_parallel_comm": True},
+        {"optimizer": "muon"},
+        {"decoupled_lr": 0.01},
         {"use_torch_fsdp2": True, "bf16": False},
     ],
 )
