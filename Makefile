@@ -1,6 +1,6 @@
 # Every target sets up what it needs by itself; only the first call takes time. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: demo test soak test-modelopt gpu-check compat lint types format lock clean help
+.PHONY: demo test soak test-modelopt test-te gpu-check compat lint types format lock clean help
 
 # ARGS reaches the command behind demo, the tests and gpu-check: make test ARGS="-k doctor"
 ARGS :=
@@ -23,6 +23,11 @@ PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m
 # Beside the environment and not in it: where ModelOpt can be imported Megatron imports it, which doubles every start.
 test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distillation with NVIDIA ModelOpt
 	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) tests/compress $(ARGS)
+
+# TE_TORCH_WHEEL: see scripts/setup-te.
+test-te: .venv/.installed  ## run the tests of Transformer Engine's layers, in an environment of its own, without a GPU
+	@scripts/setup-te $(TE_TORCH_WHEEL)
+	@OMP_NUM_THREADS=1 .venv-te/bin/python -m pytest tests/te $(ARGS)
 
 # Nine minutes on one H100, whatever happens: the tests are ended after four; the benchmarks begin nothing more after the
 # seconds given, and are ended if what they began takes 40 more. The tests start processes of their own, on one GPU: with
@@ -55,7 +60,7 @@ lock: .venv/.installed  ## resolve every dependency anew and write constraints.t
 	.venv/bin/python scripts/lock.py
 
 clean:  ## remove the environment, builds and caches; runs/ stays
-	rm -rf .venv .modelopt build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-te .modelopt build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find megatron_fc tests -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this list

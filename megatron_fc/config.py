@@ -10,6 +10,7 @@ from megatron_fc.suggest import unknown
 
 Norm = Literal["rmsnorm", "layernorm", "none"]
 Backend = Literal["auto", "triton", "torch"]
+InputNorm = Literal["width", "projection"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class FracConfig:
         recompute: keep the residual stream and the sub-layer's output for backward and compute the rest again; changes
             memory and time, no result, and two configs that differ in it alone are equal.
         backend: triton (fused kernels, rates 1, 2, 4, 8), torch, or auto: triton where it can run. No part of equality.
+        input_norm: what applies a sub-layer's norm where Transformer Engine can do so inside its projection: the width
+            connection, in the same pass, or that projection. No part of equality: checkpoints are the same.
 
     Raises:
         UserError: a value is out of range, or an option of the dynamic part is changed in a static connection.
@@ -43,6 +46,7 @@ class FracConfig:
     # No part of what the connection computes: a checkpoint may be continued with the other setting.
     recompute: bool = dataclasses.field(default=False, compare=False)
     backend: Backend = dataclasses.field(default="auto", compare=False)
+    input_norm: InputNorm = dataclasses.field(default="width", compare=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.rate, bool) or not isinstance(self.rate, int) or self.rate < 1:
@@ -54,6 +58,8 @@ class FracConfig:
             raise UserError(unknown("norm", str(self.norm), get_args(Norm)))
         if self.backend not in get_args(Backend):
             raise UserError(unknown("backend", str(self.backend), get_args(Backend)))
+        if self.input_norm not in get_args(InputNorm):
+            raise UserError(unknown("input_norm", str(self.input_norm), get_args(InputNorm)))
         for name in ("initial_scale", "norm_eps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -68,7 +74,7 @@ class FracConfig:
     def _refuse_dynamic_options(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("rate", "dynamic", "recompute", "backend") and value != field.default:
+            if field.name not in ("rate", "dynamic") and field.compare and value != field.default:
                 raise UserError(
                     f"{field.name}={value!r} has no effect on static connections (dynamic=false): "
                     f"drop it or set dynamic=true"

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import fields
 from typing import Any, get_args
 
-from megatron_fc.config import Backend, FracConfig, Norm
+from megatron_fc.config import Backend, FracConfig, InputNorm, Norm
 from megatron_fc.megatron.refusals import refuse_unsupported_args
 
 _HELP = {
@@ -23,9 +23,10 @@ _HELP = {
     "norm_eps": "Epsilon of the norm.",
     "recompute": "Keep the residual stream and the sub-layer's output for backward, compute the rest again.",
     "backend": "Implementation: Triton's fused kernels, plain torch, or auto, which takes Triton where it can run.",
+    "input_norm": "What applies a norm that Transformer Engine can fuse into a projection.",
 }
 
-_CHOICES = {"norm": get_args(Norm), "backend": get_args(Backend)}
+_CHOICES = {"norm": get_args(Norm), "backend": get_args(Backend), "input_norm": get_args(InputNorm)}
 
 
 def add_frac_args(parser: ArgumentParser) -> ArgumentParser:

@@ -54,6 +54,7 @@ def training_of(run: Validated) -> Training:
     half = args.bf16 or args.fp16
     te = args.transformer_impl == "transformer_engine"
     fused = frac is not None and frac.backend != "torch" and frac.rate in TRITON_RATES
+    apart = not te or (frac is not None and frac.input_norm == "width")
     return Training(
         element_bytes=2 if half else 4,
         gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2,
@@ -64,8 +65,8 @@ def training_of(run: Validated) -> Training:
         recompute=_recompute(args, frac is not None and frac.recompute),
         fp8=bool(args.fp8),
         flash=te and args.attention_backend.name not in ("unfused", "local"),
-        # Transformer Engine applies the norms before attention and a dense MLP inside their first projections.
-        norms_in_width=(fused and not te, fused and not te, fused),
+        # What may be left to Transformer Engine's projections are the norms before attention and a dense MLP.
+        norms_in_width=(fused and apart, fused and apart, fused),
         fused_connections=fused,
         fused_residual=args.fused_residual_rmsnorm,
         overlap_grad_reduce=args.overlap_grad_reduce,

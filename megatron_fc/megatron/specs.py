@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.hybrid import hybrid_stack
+from megatron_fc.megatron.input_norm import take_norm_out
 from megatron_fc.megatron.order import install_order
 from megatron_fc.megatron.refusals import training_args
 from megatron_fc.megatron.slots import FracAdd, FracNorm, Pairing
@@ -111,13 +112,17 @@ def _connect_layer(spec: ModuleSpec, slots: tuple[tuple[str, str], ...], config:
             continue
         if add is not get_bias_dropout_add:
             raise UserError(f"{add_slot} of {_name(spec)} is {_name(add)}, not Megatron's get_bias_dropout_add")
+        taken = take_norm_out(submodules, norm_slot) if config.input_norm == "width" else None
+        if taken:
+            norm = getattr(submodules, norm_slot)
         # Mamba layers take one tensor from their norm slot.
         pairing = Pairing(norm_slot, before=pairing, returns_stream=spec.module is not MambaLayer)
         params = {"norm": norm, "frac": config, "pairing": pairing}
         setattr(submodules, norm_slot, ModuleSpec(FracNorm, params=params))
         setattr(submodules, add_slot, ModuleSpec(FracAdd, params={"pairing": pairing}))
         # The norm's weight keeps its name in checkpoints, which stay exchangeable with the plain model's.
-        keys_map[f"{norm_slot}.norm."] = keys_map.pop(f"{norm_slot}.", f"{norm_slot}.")
+        plain = taken or f"{norm_slot}."
+        keys_map[f"{norm_slot}.norm."] = keys_map.pop(plain, plain)
         sites += 1
     submodules.sharded_state_dict_keys_map = keys_map
     layer.submodules = submodules

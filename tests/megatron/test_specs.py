@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TELayerNormColumnParallelLinear
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
@@ -18,6 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_fc import FracConfig, FracConnection, UserError
+from megatron_fc.megatron.input_norm import _READERS, _submodules
 from megatron_fc.megatron.parameters import count_parameters, is_frac_parameter
 from megatron_fc.megatron.slots import FracAdd, FracNorm
 from megatron_fc.megatron.specs import frac_connect
@@ -133,43 +135,72 @@ def test_homogeneous_layers_keep_sharing_one_spec() -> None:
     assert connected.layer_specs[0] is not connected.layer_specs[1]
 
 
-def test_transformer_engine_stack_is_connected_in_every_layer() -> None:
-    """Structure only, TE itself needs a GPU: where TE fuses the norm, the slot held Identity and now holds the site."""
-    submodules = frac_connect(hybrid_stack_spec, DFC).submodules
+def _reader(layer: Any, norm_slot: str) -> tuple[Any, str]:
+    """What holds the projection that reads a sub-layer's input, and its name there."""
+    name, projections = _READERS[norm_slot]
+    inner = _submodules(getattr(layer, name))
+    return inner, next((p for p in projections if getattr(inner, p, None)), "")
+
+
+@pytest.mark.parametrize("input_norm", ["width", "projection"])
+def test_transformer_engine_stack_is_connected_in_every_layer(input_norm: str) -> None:
+    """Structure only, TE itself needs a GPU; `tests/te` builds these layers with it."""
+    submodules = frac_connect(hybrid_stack_spec, FracConfig(rate=4, input_norm=input_norm)).submodules
     slots = {
-        "mamba_layer": ("norm", "mamba_bda"),
-        "gdn_layer": ("input_layernorm", "self_attn_bda"),
-        "attention_layer": ("input_layernorm", "self_attn_bda"),
-        "dsa_layer": ("input_layernorm", "self_attn_bda"),
-        "mla_layer": ("input_layernorm", "self_attn_bda"),
-        "mlp_layer": ("pre_mlp_layernorm", "mlp_bda"),
-        "moe_layer": ("pre_mlp_layernorm", "mlp_bda"),
+        "mamba_layer": ("norm", "mamba_bda", True),
+        "gdn_layer": ("input_layernorm", "self_attn_bda", True),
+        "attention_layer": ("input_layernorm", "self_attn_bda", True),
+        "dsa_layer": ("input_layernorm", "self_attn_bda", False),
+        "mla_layer": ("input_layernorm", "self_attn_bda", False),
+        "mlp_layer": ("pre_mlp_layernorm", "mlp_bda", True),
+        "moe_layer": ("pre_mlp_layernorm", "mlp_bda", False),
     }
-    for layer, (norm, add) in slots.items():
+    for layer, (norm, add, fused) in slots.items():
         plain, connected = (getattr(s, layer).submodules for s in (hybrid_stack_spec.submodules, submodules))
         assert getattr(connected, norm).module is FracNorm, layer
-        assert getattr(connected, norm).params["norm"] is getattr(plain, norm), layer
         assert getattr(connected, add).module is FracAdd, layer
-    assert hybrid_stack_spec.submodules.attention_layer.submodules.input_layernorm is IdentityOp
+        builder, keys = getattr(connected, norm).params["norm"], connected.sharded_state_dict_keys_map
+        (before, name), (after, _) = _reader(plain, norm), _reader(connected, norm)
+        assert fused == (getattr(before, name, None) is TELayerNormColumnParallelLinear), layer
+        if fused and input_norm == "width":
+            assert builder is not IdentityOp, layer
+            assert getattr(after, name) is TEColumnParallelLinear, layer
+            assert keys[f"{norm}.norm."] == f"{_READERS[norm][0]}.{name}.layer_norm_", layer
+        else:
+            assert builder is getattr(plain, norm), layer
+            assert fused == (builder is IdentityOp), layer
+            assert getattr(after, name, None) is getattr(before, name, None), layer
+            assert keys[f"{norm}.norm."] == f"{norm}.", layer
+    attention = hybrid_stack_spec.submodules.attention_layer.submodules
+    assert attention.self_attention.submodules.linear_qkv is TELayerNormColumnParallelLinear, "the input was changed"
 
 
-def test_gpt_layer_of_transformer_engine_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("input_norm", ["width", "projection"])
+def test_gpt_layer_of_transformer_engine_is_connected(input_norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
     from megatron.core.models.gpt import gpt_layer_specs
 
     # Megatron hides its provider where TE is not installed; its layer classes are there all the same.
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider)
-    for moe, mla in itertools.product((None, 4), (False, True)):
+    for moe, mla, down in itertools.product((None, 4), (False, True), (False, True)):
         plain = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-            num_experts=moe, moe_grouped_gemm=bool(moe), multi_latent_attention=mla
+            num_experts=moe, moe_grouped_gemm=bool(moe), multi_latent_attention=mla, mla_down_proj_fusion=down
         )
-        connected = frac_connect(plain, DFC).submodules
-        assert connected.input_layernorm.params["norm"] is plain.submodules.input_layernorm
-        assert connected.pre_mlp_layernorm.params["norm"] is plain.submodules.pre_mlp_layernorm
+        connected = frac_connect(plain, FracConfig(rate=4, input_norm=input_norm)).submodules
+        apart = input_norm == "width"
+        for slot, fused in (("input_layernorm", not mla or down), ("pre_mlp_layernorm", moe is None)):
+            norm = getattr(connected, slot).params["norm"]
+            assert (norm is getattr(plain.submodules, slot)) == (not (fused and apart))
+            inner, name = _reader(connected, slot)
+            reads = getattr(inner, name, None)
+            assert (reads is TELayerNormColumnParallelLinear) == (fused and not apart)
         assert connected.self_attn_bda.module is connected.mlp_bda.module is FracAdd
         keys = connected.sharded_state_dict_keys_map
-        assert keys["input_layernorm.norm."] == "input_layernorm."
-        assert plain.submodules.sharded_state_dict_keys_map.items() <= keys.items()
+        attention = "input_layernorm." if mla or not apart else "self_attention.linear_qkv.layer_norm_"
+        assert keys["input_layernorm.norm."] == attention
+        assert keys["pre_mlp_layernorm.norm."] == (
+            "mlp.linear_fc1.layer_norm_" if moe is None and apart else "pre_mlp_layernorm."
+        )
 
 
 def test_checkpoint_names_of_the_norms_are_the_plain_models() -> None:

@@ -10,6 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
     get_gpt_mtp_block_spec,
 )
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -87,9 +88,10 @@ def build(
     seed: int = 1,
     vp_stage: int | None = None,
     tied: bool = False,
+    te: bool = False,
     **options: Any,
 ) -> torch.nn.Module:
-    """Build this rank's part of the model, with plain residuals where `frac` is None.
+    """Build this rank's part of the model, with plain residuals where `frac` is None, of TE's layers with `te`.
 
     The seed fixes every weight that both kinds of model have; tied embeddings are the output layer's weights too.
     """
@@ -110,31 +112,31 @@ def build(
     }
     model: torch.nn.Module
     if kind == "hybrid":
-        stack = hybrid_stack(use_te=False)
+        stack = hybrid_stack(use_te=te)
         stack = stack if frac is None else frac_connect(stack, frac)
         pattern = hybrid_pattern(config.num_layers // 2, config.moe_layer_freq)
         model = HybridModel(config, stack, hybrid_layer_pattern=pattern, **common)
     else:
-        model = _build_gpt(config, frac, common)
+        model = _build_gpt(config, frac, te, common)
     _randomise_biases(model, seed)
     return Float16Module(config, model) if config.bf16 or config.fp16 else model
 
 
-def _build_gpt(config: TransformerConfig, frac: FracConfig | None, common: dict[str, Any]) -> GPTModel:
+def _build_gpt(config: TransformerConfig, frac: FracConfig | None, te: bool, common: dict[str, Any]) -> GPTModel:
     vp_stage = common["vp_stage"]
     spec: Any
     if config.num_moe_experts:
-        spec = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
-        )
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage)
+    elif te:
+        spec = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=config.multi_latent_attention)
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", multi_latent_attention=config.multi_latent_attention)
-    if config.multi_latent_attention or config.context_parallel_size > 1:
+    if not te and (config.multi_latent_attention or config.context_parallel_size > 1):
         for layer in getattr(spec, "layer_specs", [spec]):
             layer.submodules.self_attention.submodules.core_attention = TorchAttention
     mtp = None
     if config.mtp_num_layers:
-        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
+        mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=te, vp_stage=vp_stage)
     if frac is not None:
         spec = frac_connect(spec, frac)
         mtp = frac_connect(mtp, frac) if mtp is not None else None
