@@ -1,4 +1,4 @@
-"""OLMoE-7B's layers as a real Megatron model on one rank, with Megatron's bf16 training and optimizer."""
+"""OLMoE-7B's layers as a real Megatron model on one rank, with Megatron's mixed-precision training and optimizer."""
 
 import logging
 import time
@@ -30,6 +30,7 @@ with warnings.catch_warnings():
 
 from megatron_fc import FracConfig
 from megatron_fc.megatron.environment import has_apex, has_transformer_engine
+from megatron_fc.megatron.precision import config_fields
 from megatron_fc.megatron.specs import frac_connect
 
 logging.getLogger("megatron.core").setLevel(logging.ERROR)  # a line for every parameter otherwise
@@ -57,7 +58,9 @@ def uses_transformer_engine() -> bool:
     return has_transformer_engine() and not cpu.needed()
 
 
-def transformer_config(size: Size, layers: int, fused_residual: bool) -> TransformerConfig:
+def transformer_config(
+    size: Size, layers: int, fused_residual: bool = False, precision: str = "bf16", **options: Any
+) -> TransformerConfig:
     """OLMoE's architecture and losses; every fusion of Megatron's that is there to be used."""
     te, on_cpu = uses_transformer_engine(), cpu.needed()
     return TransformerConfig(
@@ -83,8 +86,6 @@ def transformer_config(size: Size, layers: int, fused_residual: bool) -> Transfo
         qk_layernorm=True,
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        bf16=True,
-        params_dtype=torch.bfloat16,
         bias_dropout_fusion=not on_cpu,
         bias_activation_fusion=not on_cpu,
         apply_rope_fusion=te,
@@ -94,17 +95,39 @@ def transformer_config(size: Size, layers: int, fused_residual: bool) -> Transfo
         fused_residual_rmsnorm=fused_residual,
         use_cpu_initialization=on_cpu,
         attention_backend=AttnBackend.auto if te else AttnBackend.unfused,
+        **config_fields(precision),
+        **options,
     )
 
 
 class Trainee:
-    """A model with its optimizer. The seed makes all that residual and FC models share the same."""
+    """A model with its optimizer. The seed makes all that residual and FC models share the same.
 
-    def __init__(self, size: Size, layers: int, frac: FracConfig | None, fused_residual: bool = False) -> None:
+    Args:
+        size: of its layers.
+        layers: how many.
+        frac: None for plain residuals.
+        fused_residual: Megatron's `fused_residual_rmsnorm`.
+        precision: a name of `megatron_fc.megatron.precision`.
+        options: more fields of Megatron's TransformerConfig.
+
+    Attributes:
+        losses: mean cross-entropy of every step so far, before its update.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        layers: int,
+        frac: FracConfig | None,
+        fused_residual: bool = False,
+        precision: str = "bf16",
+        **options: Any,
+    ) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
         torch.manual_seed(1234)
         destroy_moe_metrics_tracker()  # it is global and sized for the number of layers that it saw first
-        config = transformer_config(size, layers, fused_residual)
+        config = transformer_config(size, layers, fused_residual, precision, **options)
         spec: Any = get_gpt_decoder_block_spec(config, uses_transformer_engine(), normalization="RMSNorm")
         model = GPTModel(
             config,
@@ -116,6 +139,7 @@ class Trainee:
         )
         model = Float16Module(config, model.cuda())
         data_parallel = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        self.losses: list[float] = []
         self.size, self.model = size, DistributedDataParallel(config, data_parallel, model)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
@@ -144,7 +168,7 @@ class Trainee:
         start = time.perf_counter()
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        get_forward_backward_func()(
+        micro_batches = get_forward_backward_func()(
             forward_step_func=_forward_step,
             data_iterator=iter(tokens),
             model=[self.model],
@@ -158,7 +182,9 @@ class Trainee:
         if not succeeded:
             raise RuntimeError(f"the optimizer skipped the step, gradient norm {norm}")
         torch.cuda.synchronize()
-        return with_gradients, time.perf_counter() - start
+        whole = time.perf_counter() - start
+        self.losses.append(torch.stack([losses["lm loss"] for losses in micro_batches]).mean().item())
+        return with_gradients, whole
 
     def free(self) -> None:
         """Give the memory back: parameters, gradients, the optimizer's state.

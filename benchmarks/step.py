@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                       # as many layers as fit on the card
     python benchmarks/step.py --layers 4 --connection dfc_x2
+    python benchmarks/step.py --precision bf16 fp8_delayed fp8_tensorwise fp8_blockwise --input-norms
     python benchmarks/step.py --device cpu          # does it run? A tiny model; the figures say nothing.
 
 Forward and backward of the micro-batches, and Megatron's optimizer. The models take turns: in every round each is
@@ -11,7 +12,7 @@ built, warmed up, timed and freed, another one first every round. Ratios are tho
 import gc
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -26,6 +27,8 @@ from rank import one_rank
 from megatron_fc import FracConfig
 from megatron_fc.backend import triton_obstacle
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.environment import device_capability
+from megatron_fc.megatron.precision import PRECISIONS, refuse_on_device
 
 RESIDUAL, FUSED_RESIDUAL = "residual", "residual, fused_residual_rmsnorm"
 WARM_UP = 2  # the first steps allocate and compile
@@ -38,14 +41,17 @@ class Row:
 
     contestant: str
     ours: bool
+    precision: str = "bf16"
     absent: str = ""
     error: str = ""
     step_ms: list[float] = field(default_factory=list)
     gradients_ms: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of the first round, warm-up included
     peak_bytes: int = 0
     tokens_per_s: float | None = None
     throughput_against_residual: float | None = None
     peak_against_residual: float | None = None
+    throughput_against_bf16: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,22 +66,50 @@ class Setting:
 Build = Callable[[int], Trainee]
 
 
-def contestants(frac: FracConfig, size: Size, device: str) -> Iterator[tuple[Row, Build]]:
+def contestants(
+    frac: FracConfig, size: Size, device: str, precisions: Sequence[str], input_norms: bool
+) -> Iterator[tuple[Row, Build]]:
     """Rows, and what builds a contestant with a number of layers."""
+    te = olmoe.uses_transformer_engine()
+    without_te = "" if te else "needs Transformer Engine, which is not installed"
+    without_triton = triton_obstacle(frac.rate, device, torch.bfloat16) or ""
+    for precision in precisions:
+        low = precision != "bf16"
+        missing = (low and without_te) or unfit(size, precision)
 
-    def build(frac: FracConfig | None, fused_residual: bool = False) -> Build:
-        return lambda layers: Trainee(size, layers, frac, fused_residual)
+        def entrant(
+            name: str,
+            frac: FracConfig | None,
+            absent: str = "",
+            fused_residual: bool = False,
+            precision: str = precision,
+        ) -> tuple[Row, Build]:
+            row = Row(name, ours=frac is not None, precision=precision, absent=absent)
+            return row, lambda layers: Trainee(size, layers, frac, fused_residual, precision)
 
-    yield Row(RESIDUAL, ours=False), build(None)
-    absent = "" if olmoe.uses_transformer_engine() else "needs Transformer Engine, which is not installed"
-    yield Row(FUSED_RESIDUAL, ours=False, absent=absent), build(None, fused_residual=True)
-    obstacle = triton_obstacle(frac.rate, device, torch.bfloat16)
-    yield Row(f"{frac.label}, triton", ours=True, absent=obstacle or ""), build(replace(frac, backend="triton"))
-    yield Row(f"{frac.label}, torch", ours=True), build(replace(frac, backend="torch"))
+        yield entrant(RESIDUAL, None, missing)
+        if not low:
+            yield entrant(FUSED_RESIDUAL, None, without_te, fused_residual=True)
+        triton = replace(frac, backend="triton")
+        yield entrant(f"{frac.label}, triton", triton, missing or without_triton)
+        if input_norms:
+            projection = replace(triton, input_norm="projection")
+            yield entrant(f"{frac.label}, triton, norm in the projection", projection, missing or without_te)
+        if not low:
+            yield entrant(f"{frac.label}, torch", replace(frac, backend="torch"))
 
 
-def turn(build: Build, layers: int, setting: Setting, steps: int) -> tuple[float, float, int]:
-    """Build, warm up, time and free a model: median ms of a step, of its gradients; peak bytes of the device."""
+def unfit(size: Size, precision: str) -> str:
+    """Why this device cannot run a precision, empty if it can."""
+    try:
+        refuse_on_device(olmoe.transformer_config(size, 1, precision=precision), device_capability())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def turn(build: Build, layers: int, setting: Setting, steps: int) -> tuple[float, float, int, list[float]]:
+    """Build, warm up, time and free a model: median ms of a step, of its gradients; peak bytes; the losses."""
     clean()
     left = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -87,7 +121,7 @@ def turn(build: Build, layers: int, setting: Setting, steps: int) -> tuple[float
     finally:
         trainee.free()
     gradients, whole = (1000 * statistics.median(times) for times in zip(*seconds, strict=True))
-    return whole, gradients, torch.cuda.max_memory_allocated() - left
+    return whole, gradients, torch.cuda.max_memory_allocated() - left, trainee.losses
 
 
 def clean() -> None:
@@ -109,7 +143,9 @@ def fitting_layers(entrants: list[tuple[Row, Build]], setting: Setting) -> int:
             row.error = said(error)
             continue
         fits = 1 + int((USED * free - one) / (two - one))
-        print(f"{row.contestant}: {(two - one) / 2**30:.1f} GiB a layer, {fits} layers fit", flush=True)
+        print(
+            f"{row.contestant}, {row.precision}: {(two - one) / 2**30:.1f} GiB a layer, {fits} layers fit", flush=True
+        )
         fitting = min(fitting, fits)
     return max(1, fitting)
 
@@ -120,20 +156,23 @@ def compete(entrants: list[tuple[Row, Build]], layers: int, setting: Setting, nu
     first = number % len(running) if running else 0
     for row, build in running[first:] + running[:first]:
         try:
-            whole, gradients, peak = turn(build, layers, setting, setting.steps)
+            whole, gradients, peak, losses = turn(build, layers, setting, setting.steps)
         except Exception as error:
             row.error = said(error)
             continue
         row.step_ms.append(whole)
         row.gradients_ms.append(gradients)
+        row.losses = row.losses or losses
         row.peak_bytes = max(row.peak_bytes, peak)
-        print(f"round {number + 1}, {row.contestant}: {whole:,.0f} ms a step", flush=True)
+        print(f"round {number + 1}, {row.contestant}, {row.precision}: {whole:,.0f} ms a step", flush=True)
 
 
 def conclude(rows: list[Row], tokens: int) -> None:
-    """Throughput, and ratios to the residual model in the same round."""
-    residual = next(row for row in rows if row.contestant == RESIDUAL)
+    """Throughput, and ratios to the residual model of the same precision, and of bf16, in the same round."""
+    residuals = {row.precision: row for row in rows if row.contestant == RESIDUAL}
+    in_bf16 = residuals.get("bf16")
     for row in rows:
+        residual = residuals[row.precision]
         if row.error or not row.step_ms:
             continue
         row.tokens_per_s = 1000 * tokens / statistics.median(row.step_ms)
@@ -141,9 +180,22 @@ def conclude(rows: list[Row], tokens: int) -> None:
             pairs = zip(residual.step_ms, row.step_ms, strict=True)
             row.throughput_against_residual = statistics.median(a / b for a, b in pairs)
             row.peak_against_residual = row.peak_bytes / residual.peak_bytes if residual.peak_bytes else None
+        if in_bf16 is not None and not in_bf16.error:
+            pairs = zip(in_bf16.step_ms, row.step_ms, strict=True)
+            row.throughput_against_bf16 = statistics.median(a / b for a, b in pairs)
 
 
-COLUMNS = ("", "tokens/s", "against residual", "step ms", "of these until gradients", "peak GiB", "against residual")
+COLUMNS = (
+    "",
+    "precision",
+    "tokens/s",
+    "against residual",
+    "against residual in bf16",
+    "step ms",
+    "of these until gradients",
+    "peak GiB",
+    "against residual",
+)
 
 
 def report(result: dict[str, Any], rows: list[Row]) -> str:
@@ -160,13 +212,15 @@ def report(result: dict[str, Any], rows: list[Row]) -> str:
     for row in rows:
         why = (row.error and f"**{row.error}**") or row.absent or ("" if row.step_ms else "not measured")
         if why:
-            lines.append([f"{row.contestant}: {why}", *[""] * (len(COLUMNS) - 1)])
+            lines.append([f"{row.contestant}: {why}", row.precision, *[""] * (len(COLUMNS) - 2)])
             continue
         lines.append(
             [
                 row.contestant,
+                row.precision,
                 f"{row.tokens_per_s:,.0f}",
                 _ratio(row.throughput_against_residual),
+                _ratio(row.throughput_against_bf16),
                 f"{statistics.median(row.step_ms):,.1f}",
                 f"{statistics.median(row.gradients_ms):,.1f}",
                 f"{row.peak_bytes / 2**30:.2f}",
@@ -188,6 +242,10 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=1, help="of a micro-batch; default 1")
     parser.add_argument("--steps", type=int, default=5, help="timed in every turn; default 5")
     parser.add_argument("--rounds", type=int, default=3, help="default 3, fewer where the budget ends")
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=PRECISIONS, help="default bf16")
+    parser.add_argument(
+        "--input-norms", action="store_true", help="also with the norms that Transformer Engine fuses left to it"
+    )
     args = options.parse(parser)
     budget = options.Budget(args.budget)
     size = OLMOE_7B if args.device == "cuda" else TINY
@@ -206,7 +264,7 @@ def main() -> int:
         "steps": args.steps,
     }
     with one_rank():
-        everyone = list(contestants(frac, size, args.device))
+        everyone = list(contestants(frac, size, args.device, args.precision, args.input_norms))
         entrants = [(row, build) for row, build in everyone if not row.absent]
         layers = args.layers or (size.layers if args.device == "cpu" else fitting_layers(entrants, setting))
         result["layers"], rows, longest = layers, [row for row, _ in everyone], 0.0
@@ -226,7 +284,7 @@ def main() -> int:
     print(report(result, rows))
     for row in rows:
         if row.error:
-            print(f"failed: {row.contestant}: {row.error}", file=sys.stderr)
+            print(f"failed: {row.contestant}, {row.precision}: {row.error}", file=sys.stderr)
     return int(any(row.error for row in rows if row.ours))
 
 

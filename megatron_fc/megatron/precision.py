@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_fc.errors import UserError
 from megatron_fc.suggest import unknown
 
@@ -69,11 +71,18 @@ def apply_precision(settings: dict[str, Any]) -> None:
     settings.update(PRECISIONS[name])
 
 
-def refuse_on_device(args: Namespace, capability: Capability | None) -> None:
+def config_fields(name: str) -> dict[str, Any]:
+    """The settings of a precision as fields of Megatron's TransformerConfig."""
+    renamed = {"fp8_format": "fp8", "fp4_format": "fp4"}
+    fields = {renamed.get(key, key): value for key, value in PRECISIONS[name].items()}
+    return {**fields, "params_dtype": torch.bfloat16}
+
+
+def refuse_on_device(args: Any, capability: Capability | None) -> None:
     """Check that a device can run a precision.
 
     Args:
-        args: Megatron's arguments.
+        args: Megatron's arguments, or its TransformerConfig.
         capability: compute capability of the device, None where there is no CUDA device.
 
     Raises:
@@ -161,7 +170,7 @@ def _sizes(args: Namespace) -> Iterator[tuple[str, int]]:
         groups = args.num_query_groups if args.group_query_attention else heads
         yield "heads x kv_channels / TP", heads * head // tensor
         yield "query, key and value channels / TP", (heads + 2 * groups) * head // tensor
-    if args.ffn_hidden_size:
+    if args.ffn_hidden_size and _has_dense_mlp(args):
         yield "ffn_hidden_size / TP", args.ffn_hidden_size // tensor
     if args.num_experts and args.moe_ffn_hidden_size:
         yield "moe_ffn_hidden_size / ETP", args.moe_ffn_hidden_size // (args.expert_tensor_parallel_size or tensor)
@@ -169,14 +178,21 @@ def _sizes(args: Namespace) -> Iterator[tuple[str, int]]:
         yield "moe_shared_expert_intermediate_size / TP", args.moe_shared_expert_intermediate_size // tensor
 
 
-def _name(args: Namespace) -> str | None:
+def _has_dense_mlp(args: Namespace) -> bool:
+    if args.hybrid_layer_pattern:
+        return "-" in args.hybrid_layer_pattern
+    frequency = args.moe_layer_freq
+    return not args.num_experts or (frequency != 1 if isinstance(frequency, int) else 0 in frequency)
+
+
+def _name(args: Any) -> str | None:
     """A low precision as a sentence names it, None where it is off."""
     if args.fp8:
         return f"fp8_recipe={args.fp8_recipe}"
     return f"fp4_recipe={args.fp4_recipe}" if args.fp4 else None
 
 
-def _kind(args: Namespace) -> _Kind | None:
+def _kind(args: Any) -> _Kind | None:
     return _KINDS.get(args.fp8_recipe if args.fp8 else args.fp4_recipe)
 
 

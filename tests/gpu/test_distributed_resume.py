@@ -1,4 +1,6 @@
-"""Resume with the distributed optimizer in bf16, which Megatron can do with Transformer Engine or Apex only.
+"""Resume and reshard with the distributed optimizer, which Megatron can do with Transformer Engine or Apex only.
+
+In bf16 and in FP8, whose scaling history and parameters are in the checkpoint too.
 
 Not run yet: it needs a card. What the CPU lane shows of these checkpoints is in `tests/megatron/test_order.py`.
 """
@@ -21,9 +23,16 @@ pytestmark = pytest.mark.gpu
 
 HALF, ALL = 6, 12
 # A learning rate at which a lost moment or main copy shows within a few iterations.
-OPTIONS = ("bf16=true", "use_distributed_optimizer=true", "lr=1.0e-2", "lr_warmup_iters=0", f"lr_decay_iters={ALL}")
+OPTIONS = ("use_distributed_optimizer=true", "lr=1.0e-2", "lr_warmup_iters=0", f"lr_decay_iters={ALL}")
 OPTIONS = (*OPTIONS, f"save_interval={HALF}", "eval_iters=0")
-CLOSE = 5e-3  # sums on a card have no fixed order, in bf16
+PRECISIONS = {
+    "bf16": ("precision=bf16",),
+    "fp8_delayed": ("precision=fp8_delayed",),
+    "fp8_tensorwise": ("precision=fp8_tensorwise",),
+    "fp8_tensorwise, FP8 parameters": ("precision=fp8_tensorwise", "fp8_param_gather=true"),
+}
+# Sums on a card have no fixed order; FP8 has 3 bits of mantissa where bf16 has 7.
+CLOSE = {name: 5e-3 if name == "bf16" else 2e-2 for name in PRECISIONS}
 
 
 def losses(config: Path, run_dir: Path, ranks: int, *overrides: str) -> torch.Tensor:
@@ -36,20 +45,47 @@ def losses(config: Path, run_dir: Path, ranks: int, *overrides: str) -> torch.Te
     return torch.tensor(list(read_metrics(run_dir).loss.values()))
 
 
-@pytest.mark.parametrize("family", ["gpt", "hybrid"])
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_resumed_run_has_the_losses_of_the_straight_one(ranks: int, family: str, config: Path, tmp_path: Path) -> None:
+def skip_unless_possible(ranks: int, precision: str) -> None:
     if not (has_transformer_engine() or has_apex()):
         pytest.skip("needs Transformer Engine or Apex")
+    if precision != "bf16" and not has_transformer_engine():
+        pytest.skip("needs Transformer Engine")
+    if precision != "bf16" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with FP8")
     if torch.cuda.device_count() < ranks:
         pytest.skip(f"needs {ranks} CUDA devices")
-    chosen = f"family={family}"
-    straight = losses(config, tmp_path / "straight", ranks, chosen, f"train_iters={ALL}")
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [("gpt", "bf16"), ("hybrid", "bf16"), *(("gpt", name) for name in PRECISIONS if name != "bf16")],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_resumed_run_has_the_losses_of_the_straight_one(
+    ranks: int, family: str, precision: str, config: Path, tmp_path: Path
+) -> None:
+    skip_unless_possible(ranks, precision)
+    chosen, close = (f"family={family}", *PRECISIONS[precision]), CLOSE[precision]
+    straight = losses(config, tmp_path / "straight", ranks, *chosen, f"train_iters={ALL}")
     assert len(straight) == ALL
-    losses(config, tmp_path / "run", ranks, chosen, f"train_iters={HALF}")
-    resumed = losses(config, tmp_path / "run", ranks, chosen, f"train_iters={ALL}")
-    torch.testing.assert_close(resumed, straight, rtol=0, atol=CLOSE)
+    losses(config, tmp_path / "run", ranks, *chosen, f"train_iters={HALF}")
+    resumed = losses(config, tmp_path / "run", ranks, *chosen, f"train_iters={ALL}")
+    torch.testing.assert_close(resumed, straight, rtol=0, atol=close)
     # Control: with an optimizer that begins anew the losses are others.
-    losses(config, tmp_path / "fresh", ranks, chosen, f"train_iters={HALF}")
-    fresh = losses(config, tmp_path / "fresh", ranks, chosen, f"train_iters={ALL}", "no_load_optim=true")
-    assert (fresh - straight)[HALF + 1 :].abs().max() > 2 * CLOSE
+    losses(config, tmp_path / "fresh", ranks, *chosen, f"train_iters={HALF}")
+    fresh = losses(config, tmp_path / "fresh", ranks, *chosen, f"train_iters={ALL}", "no_load_optim=true")
+    assert (fresh - straight)[HALF + 1 :].abs().max() > 2 * close
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", [(), ("tensor_model_parallel_size=2", "sequence_parallel=true")], ids=["DP2", "TP2"])
+def test_a_checkpoint_of_one_rank_goes_on_on_two(
+    layout: tuple[str, ...], precision: str, config: Path, tmp_path: Path
+) -> None:
+    skip_unless_possible(2, precision)
+    # Optimizer states that any layout can read.
+    chosen = (*PRECISIONS[precision], "dist_ckpt_optim_fully_reshardable=true")
+    straight = losses(config, tmp_path / "straight", 1, *chosen, f"train_iters={ALL}")
+    losses(config, tmp_path / "run", 1, *chosen, f"train_iters={HALF}")
+    resumed = losses(config, tmp_path / "run", 2, *chosen, *layout, f"train_iters={ALL}")
+    torch.testing.assert_close(resumed, straight, rtol=0, atol=2 * CLOSE[precision])

@@ -112,7 +112,14 @@ def test_the_cpu_lane_has_none_of_them(precision: str) -> None:
         ),
         (["precision=fp8_tensorwise", "hidden_size=2056", "num_attention_heads=8"], "and hidden_size is 2056"),
         (["precision=fp8_tensorwise", "moe_ffn_hidden_size=1000"], "and moe_ffn_hidden_size / ETP is 1000"),
-        (["precision=fp8_tensorwise", "ffn_hidden_size=1000"], "and ffn_hidden_size / TP is 1000"),
+        (
+            ["precision=fp8_tensorwise", "ffn_hidden_size=1000", "moe_layer_freq='([0]+[1]*15)'"],
+            "and ffn_hidden_size / TP is 1000",
+        ),
+        (
+            ["precision=fp8_tensorwise", "ffn_hidden_size=1000", "family=hybrid", "moe_layer_freq=2"],
+            "and ffn_hidden_size / TP is 1000",
+        ),
         (
             ["precision=fp8_tensorwise", "tensor_model_parallel_size=16", "kv_channels=8"],
             "and heads x kv_channels / TP is 8",
@@ -121,6 +128,12 @@ def test_the_cpu_lane_has_none_of_them(precision: str) -> None:
 )
 def test_refused_before_anything_is_built(overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
+        load_recipe(CONFIG, overrides, elsewhere=True)
+
+
+def test_a_width_that_no_layer_uses_does_not_count() -> None:
+    for family in ("gpt", "hybrid"):
+        overrides = ["precision=fp8_tensorwise", "ffn_hidden_size=1000", f"family={family}"]
         load_recipe(CONFIG, overrides, elsewhere=True)
 
 

@@ -61,7 +61,7 @@ def test_whole_batches_only(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_clusters_packages_count_not_this_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert ask("moe_permute_fusion=true") == 0
     assert "note:" not in capsys.readouterr().out
-    assert ask("fp8_format=hybrid", "fp8_recipe=delayed") == 0
+    assert ask("precision=fp8_delayed") == 0
     if not has_transformer_engine():
         assert (
             "note: Megatron's model config was not checked to its end, which needs Transformer Engine here: Only"

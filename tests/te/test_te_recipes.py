@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-import torch
 
 recipes = pytest.importorskip(
     "transformer_engine.common.recipe", reason="Transformer Engine is not installed: see `make test-te`"
@@ -14,14 +13,11 @@ import tiny  # noqa: E402
 from megatron.core.fp4_utils import get_fp4_recipe  # noqa: E402
 from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe  # noqa: E402
 
-from megatron_fc.megatron.precision import PRECISIONS  # noqa: E402
-
-FIELDS = {"fp8_format": "fp8", "fp4_format": "fp4"}
+from megatron_fc.megatron.precision import config_fields  # noqa: E402
 
 
 def config(precision: str, **options: Any) -> Any:
-    values = {FIELDS.get(name, name): value for name, value in PRECISIONS[precision].items()}
-    return tiny.transformer_config("dense", params_dtype=torch.bfloat16, **values, **options)
+    return tiny.transformer_config("dense", **config_fields(precision), **options)
 
 
 @pytest.mark.parametrize(
