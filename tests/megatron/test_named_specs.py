@@ -120,12 +120,12 @@ def test_without_a_rate_the_residuals_stay_plain(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(
     ("setting", "value", "sentence"),
-    [("optimizer", "muon", "optimizer=muon would orthogonalise"), ("use_torch_fsdp2", True, "use_torch_fsdp2 wants")],
+    [("use_megatron_fsdp", True, "use_megatron_fsdp with"), ("use_torch_fsdp2", True, "use_torch_fsdp2 wants")],
 )
 def test_training_options_that_do_not_go_with_it(
     setting: str, value: object, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = parse(monkeypatch, "--frac-rate 4 --bf16", add_frac_args)
+    args = parse(monkeypatch, "--frac-rate 4 --bf16 --overlap-moe-expert-parallel-comm", add_frac_args)
     setattr(args, setting, value)
     with pytest.raises(UserError, match=sentence):
         frac_config_from_args(args)

@@ -201,7 +201,7 @@ def test_checkpoint_knows_its_connections(finished: Path) -> None:
         (["tanh=false"], "was trained with FracConfig(rate=4, dynamic=True, norm='rmsnorm', tanh=True"),
         (["num_attention_heads=3"], "Megatron refuses the arguments: "),
         (["sft=true"], "sft is not supported by megatron-fc train"),
-        (["optimizer.optimizer=muon"], "optimizer=muon would orthogonalise dynamic_weight"),
+        (["optimizer.optimizer=muon", "decoupled_lr=0.01"], "optimizer=muon leaves dynamic_weight to Adam"),
     ],
 )
 def test_what_the_run_cannot_continue_is_refused(
