@@ -305,7 +305,7 @@ def test_json_says_the_same_and_the_sweep_is_sound(capsys: pytest.CaptureFixture
         (["--compute", "2"], {}, "compute=2.0 must be greater than 0 and at most 1"),
         (["--network-gb-per-second", "0"], {}, "network_gb_per_second=0.0 must be greater than 0"),
         (["multi_latent_attention=true"], {}, "multi_latent_attention=True is not counted by plan"),
-        (["fp8_format=hybrid"], {"gpu": "a100"}, "A100 80GB SXM has no FP8"),
+        (["precision=fp8_delayed"], {"gpu": "a100"}, "A100 80GB SXM has no FP8"),
     ],
 )
 def test_wrong_input_is_one_sentence(

@@ -20,7 +20,7 @@ if find_spec("transformer_engine") is not None:  # else every file here is skipp
         import transformer_engine.pytorch  # noqa: F401  before CUDA is pretended: it looks for what is really there
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def pretend_hopper() -> Iterator[None]:
     """What TE asks about the device while a layer is built; the CPU lane answers for the rest."""
     with contextlib.ExitStack() as stack:
