@@ -32,15 +32,12 @@ def width_forward(
     """
     m, tokens = config.rate, h.shape[0]
     f, p = fractions(h, m), _in_fp32(p, h)
-    t = _predict(f, p, config).t if config.dynamic else None  # [k, T, source]
-    beta = _coefficients(p.static_beta, None if t is None else t[0], p.scale_beta, tokens)
-    alpha = t if t is None else t[1 + m :].permute(1, 2, 0)
-    alpha = _coefficients(p.static_alpha.view(m, m), alpha, p.scale_alpha, tokens).flatten(1)
-    if not want_x:
-        return None, beta, alpha
-    gamma = t if t is None else t[1 : 1 + m].transpose(0, 1)  # [T, destination, source], as _mix takes it
-    gamma = _coefficients(p.static_gamma.view(m, m).t(), gamma, p.scale_alpha, tokens)
-    return _mix(gamma, f).to(h.dtype), beta, alpha
+    coefficients = _coefficients(_predict(f, p, config).t if config.dynamic else None, p, config, tokens)
+    beta, gamma, alpha = coefficients.split((1, m, m))
+    # Copies, for one token or fraction too: an operation may not return two views of one storage.
+    beta, alpha = beta[0].clone(), alpha.permute(1, 2, 0).clone(memory_format=torch.contiguous_format).flatten(1)
+    x = _mix(gamma.transpose(0, 1), f).to(h.dtype) if want_x else None
+    return x, beta, alpha
 
 
 @torch.no_grad()
@@ -72,11 +69,9 @@ def width_backward(
     g_gamma, g_alpha = (half.sum(0).t().flatten() for half in products.split(m, 1))
     gradients: tuple[Tensor | None, ...] = (g_coefficients[0].sum(0), g_gamma, g_alpha)
 
-    static, dynamic = torch.cat((p.static_gamma.view(m, m), p.static_alpha.view(m, m)), 1), None
     predicted = _predict(f, p, config) if config.dynamic else None
-    if predicted is not None:
-        dynamic = predicted.t[1:].permute(1, 2, 0)
-    g_h = _mix(_coefficients(static, dynamic, p.scale_alpha, tokens), g)
+    coefficients = _coefficients(None if predicted is None else predicted.t, p, config, tokens)
+    g_h = _mix(coefficients[1:].permute(1, 2, 0), g)
     if predicted is not None:
         gradients += _predict_backward(g_coefficients, g_h.view(-1, f.shape[-1]), predicted, p, config)
     in_their_dtypes = (g if q is None or g is None else g.to(q.dtype) for g, q in zip_longest(gradients, given))
@@ -180,11 +175,17 @@ def _predict_backward(
     )
 
 
-def _coefficients(static: Tensor, t: Tensor | None, scale: Tensor | None, tokens: int) -> Tensor:
-    """Static plus scaled dynamic part, per token: [T, *static.shape], contiguous."""
+def _coefficients(t: Tensor | None, p: FracParameters, config: FracConfig, tokens: int) -> Tensor:
+    """Static plus scaled dynamic part of beta, gamma and alpha, laid out as the prediction: [k, T, source]."""
+    m = config.rate
+    static = torch.cat((p.static_beta, *(s.view(m, m).t().flatten() for s in (p.static_gamma, p.static_alpha))))
+    static = static.view(2 * m + 1, 1, m)
     if t is None:
-        return static.repeat(tokens, *(1 for _ in static.shape))  # a copy, for one token too
-    return static + t.contiguous() if scale is None else torch.addcmul(static, t.contiguous(), scale)
+        return static.expand(-1, tokens, -1)
+    if p.scale_beta is None or p.scale_alpha is None:
+        return static + t
+    scale = torch.cat((p.scale_beta, p.scale_alpha.expand(2 * m))).view(-1, 1, 1)
+    return torch.addcmul(static, t, scale)
 
 
 def _mix(weights: Tensor, rows: Tensor) -> Tensor:
