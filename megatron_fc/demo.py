@@ -34,7 +34,7 @@ def run_demo(out: Path, data: Path, overrides: Sequence[str]) -> int:
     """
     from rich.console import Console
 
-    from megatron_fc.megatron.environment import adaptations
+    from megatron_fc.megatron.recipe import load_recipe
 
     if not CONFIG.exists():
         raise UserError(f"{CONFIG} does not exist: run the demo from a checkout of the repository")
@@ -45,7 +45,7 @@ def run_demo(out: Path, data: Path, overrides: Sequence[str]) -> int:
         f"valid_data_path=['{built.valid_prefix}']",
         f"tokenizer_model={built.tokenizer}",
     ]
-    for note in (adaptation.reason for adaptation in adaptations()):
+    for note in load_recipe(CONFIG, [*CONNECTIONS["dfc_x4"], *files, *overrides]).notes:
         print(f"note: {note}", flush=True)
     for name, connection in CONNECTIONS.items():
         code = _train(name, [*connection, *files, *overrides, f"run_dir={out / name}"])
