@@ -107,9 +107,9 @@ def test_a_rank_that_is_lost_in_the_window(way: str, cluster: Cluster, site: Sit
     site.write(*samples(400_000), "expert_model_parallel_size=2")
     folder = site.run_dir(f"profile-{way}")
     job = submit(cluster, site, "from_step=1", "steps=10000", "twin=no", f"run_dir={folder}")
-    counted = folder / "parts" / "rank-00003.json"
+    counted = [folder / "parts" / f"rank-{rank:05}.json" for rank in range(4)]
     deadline = time.monotonic() + 300
-    while not counted.exists() or len(read_part(counted).rank.step_seconds) < 2:
+    while not all(part.exists() and len(read_part(part).rank.step_seconds) >= 2 for part in counted):
         assert time.monotonic() < deadline, site.log(job, "profile-olmoe_7b")
         time.sleep(0.2)
     send("3", folder, signal.SIGKILL if way == "dies" else signal.SIGSTOP)
