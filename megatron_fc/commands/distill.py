@@ -35,4 +35,4 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.config, args.overrides)
     teacher = teacher_recipe(args.config, args.overrides, args.teacher_config, args.teacher)
-    return train_recipe(recipe, distillation=Distillation(teacher, args.teacher, args.temperature, args.lm_loss_weight))
+    return train_recipe(recipe, companion=Distillation(teacher, args.teacher, args.temperature, args.lm_loss_weight))

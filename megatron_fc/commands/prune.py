@@ -1,9 +1,8 @@
 """`megatron-fc prune`: a smaller model of a trained checkpoint."""
 
 import argparse
-from pathlib import Path
 
-from megatron_fc.commands.parsing import Commands
+from megatron_fc.commands.parsing import Commands, add_remaking
 
 
 def add(commands: Commands) -> None:
@@ -14,14 +13,8 @@ def add(commands: Commands) -> None:
         usage="megatron-fc prune CHECKPOINTS CONFIG.yaml [key=value ...] --export NAME=SIZE ... --to FOLDER\n"
         "       [--calibration-iters N]",
     )
-    prune.add_argument("source", type=Path, metavar="CHECKPOINTS", help="folder of checkpoints, or one of them")
-    prune.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of the run that wrote them")
-    prune.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    add_remaking(prune)
     prune.add_argument("--export", nargs="+", required=True, metavar="NAME=SIZE", help="e.g. num_experts=32")
-    prune.add_argument("--to", type=Path, required=True, dest="target", metavar="FOLDER", help="new, for `load`")
-    prune.add_argument(
-        "--calibration-iters", type=int, default=16, metavar="N", help="validation iterations (default: %(default)s)"
-    )
     prune.set_defaults(run=run)
 
 

@@ -1,9 +1,8 @@
 """`megatron-fc quantize`: a trained checkpoint, quantised."""
 
 import argparse
-from pathlib import Path
 
-from megatron_fc.commands.parsing import Commands
+from megatron_fc.commands.parsing import Commands, add_remaking
 
 
 def add(commands: Commands) -> None:
@@ -14,14 +13,8 @@ def add(commands: Commands) -> None:
         usage="megatron-fc quantize CHECKPOINTS CONFIG.yaml [key=value ...] --recipe RECIPE --to FOLDER\n"
         "       [--calibration-iters N]",
     )
-    quantize.add_argument("source", type=Path, metavar="CHECKPOINTS", help="folder of checkpoints, or one of them")
-    quantize.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of the run that wrote them")
-    quantize.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    add_remaking(quantize)
     quantize.add_argument("--recipe", required=True, choices=("fp8", "int8", "int4_awq", "nvfp4"))
-    quantize.add_argument("--to", type=Path, required=True, dest="target", metavar="FOLDER", help="new, for `load`")
-    quantize.add_argument(
-        "--calibration-iters", type=int, default=16, metavar="N", help="validation iterations (default: %(default)s)"
-    )
     quantize.set_defaults(run=run)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from megatron_fc.commands.parsing import Commands
 
 if TYPE_CHECKING:
-    from megatron_fc.megatron.compress.distill import Distillation
+    from megatron_fc.megatron.companion import Companion
     from megatron_fc.megatron.recipe import Recipe
 
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     return train_recipe(recipe, brief=args.brief)
 
 
-def train_recipe(recipe: "Recipe", brief: bool = False, distillation: "Distillation | None" = None) -> int:
+def train_recipe(recipe: "Recipe", brief: bool = False, companion: "Companion | None" = None) -> int:
     """Train, and write the run's summary; `brief` leaves out the notes before and the table after."""
     from megatron_fc.megatron.pretrain import train
     from megatron_fc.report.runlog import is_log_rank
@@ -50,7 +50,7 @@ def train_recipe(recipe: "Recipe", brief: bool = False, distillation: "Distillat
     if is_log_rank() and not brief:
         for note in recipe.notes:
             print(f"note: {note}", flush=True)
-    trained = train(recipe, distillation=distillation)
+    trained = train(recipe, companion)
     if is_log_rank():
         facts = {
             "connection": recipe.connection,

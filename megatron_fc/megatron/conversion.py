@@ -13,8 +13,8 @@ from megatron_fc.errors import UserError
 from megatron_fc.megatron.checkpoint import find_checkpoint, refuse_existing
 from megatron_fc.megatron.compress.state import refuse_state
 from megatron_fc.megatron.integrity import refuse_corrupt
-from megatron_fc.megatron.pretrain import join_world, model_config, parse
 from megatron_fc.megatron.recipe import Recipe
+from megatron_fc.megatron.setup import join_world, model_config, parse
 from megatron_fc.megatron.upcycle import refuse_connected, to_residual, upcycle
 
 _QUANTIZE_LAST = "convert the checkpoint that it was made of, and quantise the result"

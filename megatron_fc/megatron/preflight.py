@@ -5,8 +5,8 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_fc.megatron.integrity import intact_checkpoints
-from megatron_fc.megatron.pretrain import parse
 from megatron_fc.megatron.recipe import Recipe, data_files
+from megatron_fc.megatron.setup import parse
 from megatron_fc.preflight import Plan
 
 _BYTES_IN_MEMORY = 18  # that Megatron counts per parameter, gradient and optimizer included, where nothing is shared

@@ -1,25 +1,20 @@
 """Train a recipe inside Megatron's own loop, `megatron.training.pretrain`."""
 
 import contextlib
-import os
 import resource
 import shutil
-import socket
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 
-from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import cpu
-from megatron_fc.megatron.arguments import add_frac_args, frac_config_from_args
 from megatron_fc.megatron.checkpoint import (
     TRACKER,
     checkpoint_errors_named,
@@ -29,22 +24,20 @@ from megatron_fc.megatron.checkpoint import (
     refuse_missing_optimizer,
     refuse_other_connection,
 )
+from megatron_fc.megatron.companion import Companion
 from megatron_fc.megatron.compress.state import has_state, require_modelopt, restore_state, state_in_checkpoints
 from megatron_fc.megatron.integrity import refuse_corrupt
-from megatron_fc.megatron.order import install_order
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
 from megatron_fc.megatron.recipe import Recipe
 from megatron_fc.megatron.record import RunRecord
 from megatron_fc.megatron.rerun import findings_named
 from megatron_fc.megatron.resume import Resumption, progress_in
 from megatron_fc.megatron.retention import Pruner
+from megatron_fc.megatron.setup import join_world, model_config, parse
 from megatron_fc.megatron.standstill import Standstill
 from megatron_fc.megatron.watch import RankWatch
 from megatron_fc.report.progress import ProgressDisplay
 from megatron_fc.report.runlog import is_log_rank, real_stdout, run_log
-
-if TYPE_CHECKING:
-    from megatron_fc.megatron.compress.distill import Distillation
 
 ModelHook = Callable[[list[Any]], list[Any]]
 
@@ -68,45 +61,26 @@ class Trained:
     world_size: int
 
 
-class Spectator(Protocol):
-    """Looks on, on every rank, while a recipe trains."""
-
-    def model_is_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> None:
-        """Called when Megatron has joined the ranks and built the chunks of this rank's model."""
-
-    def forward_step(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
-        """Stands for `batches.forward_step`, which it calls."""
-
-    def after_training(self) -> None:
-        """Called when Megatron's loop has ended, before the ranks part."""
-
-    def after_a_loss(self) -> str:
-        """Called when another rank was lost, before this one ends; returns what to do."""
-
-
-def train(recipe: Recipe, spectator: Spectator | None = None, distillation: "Distillation | None" = None) -> Trained:
+def train(recipe: Recipe, companion: Companion | None = None) -> Trained:
     """Run the recipe to its end; every rank of a launcher calls it, a lone process is a world of one.
 
     Megatron's output goes to `run_dir/logs`, its figures to `run_dir/tensorboard`, progress to the terminal.
 
     Args:
         recipe: the run.
-        spectator: looks on.
-        distillation: a teacher to learn from, instead of from the data alone.
+        companion: goes along, say to count traffic or to teach.
 
     Raises:
         UserError: Megatron refuses the arguments, or the checkpoint is not that of this model.
         SystemExit: Megatron ended the run before its target, with code 0 after a signal, 16, 17 or 75 after a result
             that it rejected (`megatron_fc.megatron.rerun`).
     """
-    from megatron_fc.megatron.batches import forward_step
-
+    companion = companion or Companion()
     start = time.perf_counter()
     join_world()
     args = parse(recipe)
     _refuse_async_save_without_device(args)
-    if distillation is not None:
-        distillation.refuse_args(args)
+    companion.arguments_are_valid(args)
     first_step, checkpoint = _upcycling(args, recipe) if args.frac_from_residual else None, None
     if args.load and first_step is None:  # else it is yet to be written
         first_step, checkpoint = _continuing(args, recipe)
@@ -118,20 +92,14 @@ def train(recipe: Recipe, spectator: Spectator | None = None, distillation: "Dis
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
     record = RunRecord(recipe.run_dir, args)
     standstill = Standstill(args)
-    watch = RankWatch(standstill, partial(_when_all_end, args, record, spectator))
+    watch = RankWatch(standstill, partial(_when_all_end, args, record, companion))
     pruner = Pruner(recipe.retention, Path(args.save)) if recipe.retention and args.save else None
     hooks: list[ModelHook] = [
         _on_all_ranks(watch.join),
         *([first_step] if first_step else []),
         *([partial(_restore, args)] if is_changed else []),
         _on_all_ranks(partial(_note_start, args, record)),
-        *([distillation.teach] if distillation is not None else []),
     ]
-    step: Callable[..., Any] = forward_step
-    if distillation is not None:
-        step = distillation.forward_step
-    elif spectator is not None:
-        step = spectator.forward_step
     try:
         with (
             run_log(recipe.run_dir, args.rank, display, partial(_after_iteration, pruner)),
@@ -141,10 +109,9 @@ def train(recipe: Recipe, spectator: Spectator | None = None, distillation: "Dis
             watch,
             findings_named(args, record.explain),
         ):
-            parameters = _pretrain(args, recipe, hooks, record, standstill.count(step), spectator)
+            parameters = _pretrain(args, recipe, hooks, record, companion, standstill)
             peak = _peak_memory()
-            if spectator is not None:
-                spectator.after_training()
+            companion.after_training()
     except SystemExit as end:
         if is_log_rank():
             print(f"{recipe.connection}  ended early: {record.why(end)}", file=real_stdout(), flush=True)
@@ -169,79 +136,13 @@ def _leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def join_world() -> None:
-    """Become a world of one rank, unless a launcher has set this process's rank."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in alone.items()})
-
-
-def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> Namespace:
-    """Let Megatron parse and validate a recipe's arguments; what its assertions say becomes one sentence.
-
-    Args:
-        recipe: the run.
-        check: called with the arguments before Megatron validates them.
-
-    Raises:
-        UserError: they are refused.
-    """
-    from megatron.training.arguments import parse_args, validate_args
-
-    from megatron_fc.megatron.batches import refuse_unsupported_data
-
-    # Megatron reads the process's arguments.
-    program, sys.argv = sys.argv, ["megatron-fc", *recipe.argv]
-    try:
-        with open(os.devnull, "w") as nowhere:
-            stdout, sys.stdout = sys.stdout, nowhere
-            try:
-                args = parse_args(extra_args_provider=add_frac_args)
-                args.frac_parameters_first = True  # `model_config` arranges it
-                refuse_unsupported_data(args)
-                frac_config_from_args(args)
-                if check is not None:
-                    check(args)
-                validate_args(args, {})
-            finally:
-                sys.stdout = stdout
-    except (AssertionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"Megatron refuses the arguments: {' '.join(str(error).split()) or repr(error)}") from error
-    finally:
-        sys.argv = program
-    return args
-
-
-def model_config(args: Namespace, recipe: Recipe) -> Any:
-    """Return Megatron's configuration of the recipe's model, its connections included."""
-    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
-
-    model: Any
-    if recipe.family == "hybrid":
-        model = hybrid_config_from_args(args)
-        model.hybrid_stack_spec = _hybrid_stack(args, recipe.frac)
-    else:
-        model = gpt_config_from_args(args)
-        if recipe.frac is not None:
-            model.transformer_layer_spec = _gpt_spec(args, recipe.frac)
-    if recipe.frac is not None:
-        install_order(model, args)
-    return model
-
-
 def _pretrain(
     args: Namespace,
     recipe: Recipe,
     hooks: list[ModelHook],
     record: RunRecord,
-    step: Callable[..., Any],
-    spectator: Spectator | None,
+    companion: Companion,
+    standstill: Standstill,
 ) -> ParameterCount:
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -256,9 +157,12 @@ def _pretrain(
         cpu.fork_checkpoint_helper()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
-    model.pre_wrap_hooks += [partial(_count, counts), *hooks]
-    if spectator is not None:
-        model.pre_wrap_hooks.append(partial(_show, spectator, args, counts))
+    model.pre_wrap_hooks += [
+        partial(_count, counts),
+        *hooks,
+        lambda chunks: companion.model_is_built(args, chunks, counts[0]),
+    ]
+    step = standstill.count(companion.forward_step)
     pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
     return counts[0]
 
@@ -302,12 +206,12 @@ def _on_all_ranks(action: Callable[[], None]) -> ModelHook:
     return hook
 
 
-def _when_all_end(args: Namespace, record: RunRecord, spectator: Spectator | None, reason: str, notes: bool) -> str:
+def _when_all_end(args: Namespace, record: RunRecord, companion: Companion, reason: str, notes: bool) -> str:
     """Note why the ranks end, where `notes` says so; return what to do."""
     if notes:
         record.note(reason)
-    if spectator is not None:
-        return spectator.after_a_loss()
+    if advice := companion.after_a_loss():
+        return advice
     if not args.save:
         return "nothing was saved, start anew with save_interval set"
     saved = latest_checkpoint(Path(args.save))
@@ -352,32 +256,8 @@ def _upcycling(args: Namespace, recipe: Recipe) -> ModelHook | None:
     return write
 
 
-def _gpt_spec(args: Namespace, frac: FracConfig) -> Any:
-    from megatron_fc.megatron.specs import gpt_spec
-
-    if args.mtp_num_layers:
-        raise UserError(
-            "multi-token prediction would keep plain residuals in a GPTModel: set model.family=hybrid with a "
-            "pattern like '*E*E/*E', whose MTP layers are connected too"
-        )
-    return gpt_spec(frac)
-
-
-def _hybrid_stack(args: Namespace, frac: FracConfig | None) -> Any:
-    from megatron_fc.megatron.hybrid import hybrid_stack
-    from megatron_fc.megatron.specs import frac_connect
-
-    stack = hybrid_stack(args.transformer_impl == "transformer_engine", args.qk_layernorm)
-    return stack if frac is None else frac_connect(stack, frac)
-
-
 def _count(counts: list[ParameterCount], chunks: list[Any]) -> list[Any]:
     counts.append(count_parameters(chunks))
-    return chunks
-
-
-def _show(spectator: Spectator, args: Namespace, counts: list[ParameterCount], chunks: list[Any]) -> list[Any]:
-    spectator.model_is_built(args, chunks, counts[0])
     return chunks
 
 

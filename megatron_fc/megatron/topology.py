@@ -12,9 +12,9 @@ from typing import Any
 from megatron_fc.errors import UserError
 from megatron_fc.layout import Layout
 from megatron_fc.megatron.environment import has_transformer_engine
-from megatron_fc.megatron.pretrain import model_config, parse
 from megatron_fc.megatron.recipe import Recipe, load_recipe, refuse_missing_files
 from megatron_fc.megatron.refusals import refuse_unsupported_args
+from megatron_fc.megatron.setup import model_config, parse
 
 # Speed alone; Megatron refuses them where it finds no Transformer Engine, before it checks the rest.
 _TE_FUSIONS = ("apply_rope_fusion", "moe_permute_fusion")

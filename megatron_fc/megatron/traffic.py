@@ -14,6 +14,7 @@ import torch
 
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import cpu
+from megatron_fc.megatron.companion import Companion
 from megatron_fc.megatron.groups import group_names
 from megatron_fc.megatron.parameters import ParameterCount
 from megatron_fc.megatron.pretrain import train
@@ -67,13 +68,13 @@ def profile(
     if nvtx and cpu.needed():
         raise UserError("--nvtx is for nsys and ncu, which need a CUDA device: torch sees none")
     recipe = load_recipe(config, [*_DEFAULTS, *overrides, f"run_dir={out}"])
-    spectator = _Profiler(recipe, first, steps, out, shlex.join(["megatron-fc", *command]), nvtx)
-    train(recipe, spectator)
-    return spectator.report
+    profiler = _Profiler(recipe, first, steps, out, shlex.join(["megatron-fc", *command]), nvtx)
+    train(recipe, profiler)
+    return profiler.report
 
 
-class _Profiler:
-    """Counts on one rank: a `Spectator` of the training and an `Observer` of the window."""
+class _Profiler(Companion):
+    """Counts on one rank: a companion of the training and an `Observer` of the window."""
 
     def __init__(self, recipe: Recipe, first: int, steps: int, out: Path, command: str, nvtx: bool) -> None:
         self.report: Report | None = None
@@ -83,11 +84,13 @@ class _Profiler:
         self._contexts = ExitStack()
         self._kernels: KernelTimes | None = None
 
-    # --- a Spectator ---
+    # --- a companion ---
 
-    def model_is_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> None:
+    def arguments_are_valid(self, args: Namespace) -> None:
         if args.cuda_graph_impl != "none":
             raise UserError(f"cuda_graph_impl={args.cuda_graph_impl}: replays cannot be counted, profile with none")
+
+    def model_is_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
         self._args, self._chunks = args, chunks
         self._hosts = gather_hosts()
         self._gatherer: Gatherer = make_gatherer(_GATHERING)
@@ -97,12 +100,11 @@ class _Profiler:
         self._rank = Rank(rank, socket.gethostname(), coordinates())
         if rank == 0:
             clear(self._out)
+        return chunks
 
     def forward_step(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
-        from megatron_fc.megatron.batches import forward_step
-
         with self._window.forward(self._args.curr_iteration - self._args.iteration) as watch_backward:
-            output, loss = forward_step(data_iterator, model, return_schedule_plan)
+            output, loss = super().forward_step(data_iterator, model, return_schedule_plan)
             watch_backward(output)
         return output, loss
 

@@ -11,8 +11,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_fc.megatron.parameters import is_frac_parameter
-from megatron_fc.megatron.pretrain import model_config, parse
 from megatron_fc.megatron.recipe import load_recipe
+from megatron_fc.megatron.setup import model_config, parse
 from megatron_fc.megatron.topology import Throughput, Topology, topology
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -27,7 +27,7 @@ from megatron_fc.cli import main
 from megatron_fc.layout import Layout
 from megatron_fc.megatron.parameters import is_frac_parameter
 from megatron_fc.megatron.planning import shape_of, training_of
-from megatron_fc.megatron.pretrain import model_config
+from megatron_fc.megatron.setup import model_config
 from megatron_fc.megatron.specs import frac_connect
 from megatron_fc.megatron.topology import Validated, validate
 from megatron_fc.planning import flops, memory, parameters

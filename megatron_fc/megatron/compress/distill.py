@@ -16,9 +16,11 @@ from torch.distributed.checkpoint.api import CheckpointException  # no Exception
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.batches import forward_step, next_token_loss
 from megatron_fc.megatron.checkpoint import cause_of, find_checkpoint, refuse_other_connection, stored_structure
+from megatron_fc.megatron.companion import Companion
 from megatron_fc.megatron.compress.state import refuse_state, require_modelopt
-from megatron_fc.megatron.pretrain import join_world, model_config, parse
+from megatron_fc.megatron.parameters import ParameterCount
 from megatron_fc.megatron.recipe import Recipe, load_recipe
+from megatron_fc.megatron.setup import join_world, model_config, parse
 
 # Both run on the same ranks and give logits over the same vocabulary.
 _SHARED = (
@@ -42,7 +44,7 @@ _UNSUPPORTED = {
 }
 
 
-class Distillation:
+class Distillation(Companion):
     """A teacher for `pretrain.train`; every rank makes one.
 
     Args:
@@ -68,23 +70,17 @@ class Distillation:
         self._args = parse(recipe)
         refuse_other_connection(self._checkpoint, recipe.frac, self._args.hidden_size)
 
-    def refuse_args(self, student: Namespace) -> None:
-        """Check that a student with these arguments can learn from this teacher.
-
-        Raises:
-            UserError: names the setting and what to do.
-        """
+    def arguments_are_valid(self, args: Namespace) -> None:
         for name, needed in _UNSUPPORTED.items():
-            for who, args in (("student", student), ("teacher", self._args)):
-                if (value := getattr(args, name, needed)) != needed:
+            for who, given in (("student", args), ("teacher", self._args)):
+                if (value := getattr(given, name, needed)) != needed:
                     raise UserError(f"distillation does not go with {name}={value} of the {who}: set it to {needed}")
         for name in _SHARED:
-            values = getattr(student, name, None), getattr(self._args, name, None)
+            values = getattr(args, name, None), getattr(self._args, name, None)
             if values[0] != values[1]:
                 raise UserError(f"{name} is {values[1]} for the teacher, {values[0]} for the student: set it alike")
 
-    def teach(self, chunks: list[Any]) -> list[Any]:
-        """Give the student its teacher: a hook on the model that Megatron has built, before it is wrapped."""
+    def model_is_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
         import modelopt.torch.distill as mtd
         import modelopt.torch.opt as mto
         from modelopt.torch.distill.plugins.megatron import (

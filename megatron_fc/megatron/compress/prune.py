@@ -20,8 +20,8 @@ from megatron_fc.megatron.checkpoint import find_checkpoint, refuse_existing
 from megatron_fc.megatron.compress.importance import Importance
 from megatron_fc.megatron.compress.session import Session, session
 from megatron_fc.megatron.compress.state import refuse_state
-from megatron_fc.megatron.pretrain import join_world, model_config, parse
 from megatron_fc.megatron.recipe import Recipe, load_recipe
+from megatron_fc.megatron.setup import join_world, model_config, parse
 from megatron_fc.suggest import unknown
 
 PRUNABLE = ("num_layers", "num_attention_heads", "num_experts", "ffn_hidden_size", "moe_ffn_hidden_size")

@@ -17,8 +17,8 @@ from megatron_fc.megatron.checkpoint import checkpoint_errors_named, refuse_othe
 from megatron_fc.megatron.compress.state import refuse_virtual_stages
 from megatron_fc.megatron.conversion import silence
 from megatron_fc.megatron.integrity import refuse_corrupt, step_of
-from megatron_fc.megatron.pretrain import join_world, model_config, parse
 from megatron_fc.megatron.recipe import Recipe
+from megatron_fc.megatron.setup import join_world, model_config, parse
 
 
 class Session:

@@ -1,0 +1,99 @@
+"""From a recipe to what Megatron trains: the world of ranks, its validated arguments, the model's configuration."""
+
+import os
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+from megatron_fc.config import FracConfig
+from megatron_fc.errors import UserError
+from megatron_fc.megatron.arguments import add_frac_args, frac_config_from_args
+from megatron_fc.megatron.order import install_order
+from megatron_fc.megatron.recipe import Recipe
+
+
+def join_world() -> None:
+    """Become a world of one rank, unless a launcher has set this process's rank."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> Namespace:
+    """Let Megatron parse and validate a recipe's arguments; what its assertions say becomes one sentence.
+
+    Args:
+        recipe: the run.
+        check: called with the arguments before Megatron validates them.
+
+    Raises:
+        UserError: they are refused.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_fc.megatron.batches import refuse_unsupported_data
+
+    # Megatron reads the process's arguments.
+    program, sys.argv = sys.argv, ["megatron-fc", *recipe.argv]
+    try:
+        with open(os.devnull, "w") as nowhere:
+            stdout, sys.stdout = sys.stdout, nowhere
+            try:
+                args = parse_args(extra_args_provider=add_frac_args)
+                args.frac_parameters_first = True  # `model_config` arranges it
+                refuse_unsupported_data(args)
+                frac_config_from_args(args)
+                if check is not None:
+                    check(args)
+                validate_args(args, {})
+            finally:
+                sys.stdout = stdout
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"Megatron refuses the arguments: {' '.join(str(error).split()) or repr(error)}") from error
+    finally:
+        sys.argv = program
+    return args
+
+
+def model_config(args: Namespace, recipe: Recipe) -> Any:
+    """Return Megatron's configuration of the recipe's model, its connections included."""
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+
+    model: Any
+    if recipe.family == "hybrid":
+        model = hybrid_config_from_args(args)
+        model.hybrid_stack_spec = _hybrid_stack(args, recipe.frac)
+    else:
+        model = gpt_config_from_args(args)
+        if recipe.frac is not None:
+            model.transformer_layer_spec = _gpt_spec(args, recipe.frac)
+    if recipe.frac is not None:
+        install_order(model, args)
+    return model
+
+
+def _gpt_spec(args: Namespace, frac: FracConfig) -> Any:
+    from megatron_fc.megatron.specs import gpt_spec
+
+    if args.mtp_num_layers:
+        raise UserError(
+            "multi-token prediction would keep plain residuals in a GPTModel: set model.family=hybrid with a "
+            "pattern like '*E*E/*E', whose MTP layers are connected too"
+        )
+    return gpt_spec(frac)
+
+
+def _hybrid_stack(args: Namespace, frac: FracConfig | None) -> Any:
+    from megatron_fc.megatron.hybrid import hybrid_stack
+    from megatron_fc.megatron.specs import frac_connect
+
+    stack = hybrid_stack(args.transformer_impl == "transformer_engine", args.qk_layernorm)
+    return stack if frac is None else frac_connect(stack, frac)
