@@ -80,6 +80,6 @@ def test_settings_that_do_not_go_with_a_teacher() -> None:
     distillation = Distillation.__new__(Distillation)
     distillation._args = Namespace(seq_length=32)
     with pytest.raises(UserError, match=r"pipeline_model_parallel_size=2 of the student: set it to 1"):
-        distillation.refuse_args(Namespace(seq_length=32, pipeline_model_parallel_size=2))
+        distillation.arguments_are_valid(Namespace(seq_length=32, pipeline_model_parallel_size=2))
     with pytest.raises(UserError, match=r"seq_length is 32 for the teacher, 64 for the student"):
-        distillation.refuse_args(Namespace(seq_length=64))
+        distillation.arguments_are_valid(Namespace(seq_length=64))
