@@ -63,8 +63,8 @@ def _torch_width_forward(stream: Stream, config: FracConfig) -> Traffic:
     if not config.dynamic:
         coefficients = Traffic(0, s.one + 2 * s.matrix)
     else:
-        # Beta's copy is a view; gamma's and alpha's are made contiguous; then the static part is added.
-        coefficients = Traffic(2 * s.matrix, 2 * s.matrix) + Traffic(s.all, s.all)
+        # The static part is added to all; then beta, gamma and alpha are copied out.
+        coefficients = Traffic(s.all, s.all) * 2
         coefficients += _torch_prediction(stream, config)
     return s.upcast + coefficients + _mixing(s, config.rate, config.rate) + s.downcast
 
@@ -100,7 +100,7 @@ def _torch_width_backward(stream: Stream, config: FracConfig) -> Traffic:
     total += _mixing(s, config.rate, 2 * config.rate) + s.downcast
     if not config.dynamic:
         return total + Traffic(0, 2 * s.matrix)
-    total += Traffic(2 * s.matrix, 2 * s.matrix) * 2 + _torch_prediction(stream, config)
+    total += Traffic(s.all, s.all) + Traffic(2 * s.matrix, 2 * s.matrix) + _torch_prediction(stream, config)
     if config.tanh or config.scale:
         total += Traffic(2 * s.all, s.all)
     if config.scale:
