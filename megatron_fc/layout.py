@@ -14,7 +14,7 @@ _NODES_TRIED = range(1, 129)
 _LISTED = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """A world of ranks and how a model is spread over it; data parallelism takes the rest.
 
@@ -36,17 +36,17 @@ class Layout:
 
     nodes: int
     gpus_per_node: int
-    tensor: int
-    pipeline: int
-    virtual_pipeline: int
-    context: int
-    expert: int
-    expert_tensor: int
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
     micro_batch: int
     global_batch: int
     heads: int
     layers: int | None
-    experts: int
+    experts: int = 0
 
     @property
     def world(self) -> int:

@@ -38,21 +38,7 @@ NAMES = ("olmoe_7b", "olmoe_1b3", "olmo2_1b")
 HERE = ("transformer_impl=local", "no_persist_layer_norm=true", "no_gradient_accumulation_fusion=true")
 HERE += ("use_cpu_initialization=true", "no_initialization=true")
 
-ONE_RANK = Layout(
-    nodes=1,
-    gpus_per_node=1,
-    tensor=1,
-    pipeline=1,
-    virtual_pipeline=1,
-    context=1,
-    expert=1,
-    expert_tensor=1,
-    micro_batch=1,
-    global_batch=1,
-    heads=4,
-    layers=2,
-    experts=0,
-)
+ONE_RANK = Layout(nodes=1, gpus_per_node=1, micro_batch=1, global_batch=1, heads=4, layers=2)
 
 
 @cache

@@ -15,21 +15,7 @@ from megatron_fc.planning.shape import Recompute, Shape, Training
 from megatron_fc.planning.sweep import overrides, sweep
 
 SHAPE = Shape((False,) * 8, width=1024, heads=8, groups=8, head_size=128, ffn=4096, vocabulary=32768, sequence=2048)
-LAYOUT = Layout(
-    nodes=2,
-    gpus_per_node=8,
-    tensor=1,
-    pipeline=1,
-    virtual_pipeline=1,
-    context=1,
-    expert=1,
-    expert_tensor=1,
-    micro_batch=1,
-    global_batch=128,
-    heads=8,
-    layers=8,
-    experts=0,
-)
+LAYOUT = Layout(nodes=2, gpus_per_node=8, micro_batch=1, global_batch=128, heads=8, layers=8)
 PLAN = Plan("test", SHAPE, Training(target_tokens=10**12), LAYOUT, DEVICES["h100"], 50, Assumptions())
 
 

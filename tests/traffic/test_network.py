@@ -29,19 +29,7 @@ OLMOE = Shape(
 )
 DENSE = replace(OLMOE, moe_layers=(False,) * 16, experts=0, top_k=0, expert_ffn=0)
 EIGHT_NODES = Layout(
-    nodes=8,
-    gpus_per_node=8,
-    tensor=1,
-    pipeline=1,
-    virtual_pipeline=1,
-    context=1,
-    expert=8,
-    expert_tensor=1,
-    micro_batch=2,
-    global_batch=1024,
-    heads=16,
-    layers=16,
-    experts=64,
+    nodes=8, gpus_per_node=8, expert=8, micro_batch=2, global_batch=1024, heads=16, layers=16, experts=64
 )
 ROW = 2048 * 2  # bytes of a token's stream in bf16
 TOKENS = 2 * 4096 * 8  # of a rank's step: 8 micro-batches of 2 sequences
