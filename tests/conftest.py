@@ -27,9 +27,17 @@ def _is_gpu_run(config: pytest.Config) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def attention_is_free_to_choose() -> Iterator[None]:
-    """Megatron leaves a model's attention backend in the environment, and refuses another one after that."""
+def environment_as_before() -> Iterator[None]:
+    """Undo what Megatron and a world of one rank leave in this process's environment; other tests would follow it."""
     before = os.environ.copy()
     yield
-    for name in [name for name in os.environ if name.startswith("NVTE_") and name not in before]:
+    for name in os.environ.keys() - before.keys():
         del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def world_left_as_found() -> Iterator[None]:
+    """Fail the file that leaves torch.distributed's world behind, instead of whichever comes next in its process."""
+    yield
+    assert not torch.distributed.is_initialized()

@@ -12,9 +12,9 @@ with warnings.catch_warnings():
     from megatron.core import tensor_parallel
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def parallel_state() -> Iterator[None]:
-    """One rank of Megatron's parallel state for the whole session."""
+    """One rank of Megatron's parallel state for a file; the next one in this process may be another folder's."""
     with tiny.one_rank():
         yield
 

@@ -12,7 +12,7 @@ from megatron_fc.layout import Layout
 
 @contextmanager
 def rank_of(layout: Layout, rank: int) -> Iterator[None]:
-    """Be that rank; the test session's own world of one is left and joined again."""
+    """Be that rank; the test file's own world of one is left and joined again."""
     _leave()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     parallel_state.initialize_model_parallel(
