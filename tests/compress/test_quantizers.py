@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     from megatron_fc.megatron import cpu
 
     cpu.install()
+    import rank
     import tiny
 import torch
 from megatron.core import dist_checkpointing
@@ -34,7 +35,7 @@ KINDS = [("moe", {}), ("mixed", LAYERNORM), ("hybrid", {}), ("mla", {}), ("share
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
-    with tiny.one_rank():
+    with rank.one_rank():
         yield
 
 

@@ -22,6 +22,7 @@ with warnings.catch_warnings():
     from megatron_fc.megatron import cpu
 
     cpu.install()
+    import rank
     import tiny
 
 TRITON = FracConfig(rate=4, backend="triton")
@@ -29,7 +30,7 @@ TRITON = FracConfig(rate=4, backend="triton")
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
-    with tiny.one_rank():
+    with rank.one_rank():
         yield
 
 

@@ -8,14 +8,14 @@ with warnings.catch_warnings():
     from megatron_fc.megatron import cpu
 
     cpu.install()
-    import tiny
+    import rank
     from megatron.core import tensor_parallel
 
 
 @pytest.fixture(scope="module", autouse=True)
 def parallel_state() -> Iterator[None]:
     """One rank of Megatron's parallel state for a file; the next one in this process may be another folder's."""
-    with tiny.one_rank():
+    with rank.one_rank():
         yield
 
 

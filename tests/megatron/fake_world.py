@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from megatron.core import parallel_state
+from rank import join, leave
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_fc.layout import Layout
@@ -13,7 +14,7 @@ from megatron_fc.layout import Layout
 @contextmanager
 def rank_of(layout: Layout, rank: int) -> Iterator[None]:
     """Be that rank; the test file's own world of one is left and joined again."""
-    _leave()
+    leave()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -27,11 +28,5 @@ def rank_of(layout: Layout, rank: int) -> Iterator[None]:
     try:
         yield
     finally:
-        _leave()
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-
-
-def _leave() -> None:
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+        leave()
+        join()

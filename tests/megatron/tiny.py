@@ -1,7 +1,5 @@
 """Tiny real Megatron models on one rank: the same few lines for every test that needs one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,18 +25,6 @@ from megatron_fc.megatron.specs import frac_connect
 
 VOCABULARY, SEQUENCE, WIDTH = 128, 16, 64
 KINDS = ("dense", "moe", "shared", "mixed", "mla", "mtp", "hybrid")
-
-
-@contextmanager
-def one_rank() -> Iterator[None]:
-    """Megatron's parallel state for a world of one."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
 
 
 def transformer_config(kind: str, **options: Any) -> TransformerConfig:

@@ -16,7 +16,7 @@ if find_spec("transformer_engine") is not None:  # else every file here is skipp
         from megatron_fc.megatron import cpu
 
         cpu.install()
-        import tiny
+        import rank
         import transformer_engine.pytorch  # noqa: F401  before CUDA is pretended: it looks for what is really there
 
 
@@ -24,6 +24,7 @@ if find_spec("transformer_engine") is not None:  # else every file here is skipp
 def pretend_hopper() -> Iterator[None]:
     """What TE asks about the device while a layer is built; the CPU lane answers for the rest."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(rank.one_rank())
         for name, answer in {
             "is_available": True,
             "get_device_capability": (9, 0),
@@ -31,6 +32,5 @@ def pretend_hopper() -> Iterator[None]:
             "is_current_stream_capturing": False,
         }.items():
             stack.enter_context(patch(f"torch.cuda.{name}", return_value=answer))
-        stack.enter_context(tiny.one_rank())
         torch.manual_seed(1)
         yield

@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     from megatron_fc.megatron import cpu
 
     cpu.install()
+    import rank
     import tiny
 
 ROW = 4 * 8  # bytes
@@ -28,7 +29,7 @@ ROW = 4 * 8  # bytes
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
-    with tiny.one_rank():
+    with rank.one_rank():
         yield
 
 
