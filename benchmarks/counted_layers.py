@@ -86,4 +86,27 @@ def count(model: nn.Module, stream: Tensor) -> DeviceCounts:
         out, _ = model(stream.requires_grad_(), attention_mask=mask)
         out.backward(incoming)
     model.zero_grad()
-    return {key: c for key, c in counter.counts.items() if _SUB_LAYERS.isdisjoint(key.module.split("."))}
+    return {key: c for key, c in counter.counts.items() if _outside(key.module)}
+
+
+def saved_bytes(model: nn.Module, stream: Tensor) -> int:
+    """Bytes that autograd keeps for backward outside of the sub-layers: every storage once, parameters left out."""
+    tokens = len(stream)
+    mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _outside(whereabouts.now().module):
+            saved.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with Whereabouts(model) as whereabouts, hooks:
+        model(stream.requires_grad_(), attention_mask=mask)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in saved)}
+    return sum(size for pointer, size in storages.items() if pointer not in parameters)
+
+
+def _outside(module: str) -> bool:
+    return _SUB_LAYERS.isdisjoint(module.split("."))

@@ -149,6 +149,8 @@ def frac_reference(stream: Stream, config: FracConfig) -> Moves:
 
     Predicted coefficients pass through memory for tanh, scale, the static part and their use. Backward goes through
     the same, reads twice for each gradient of a parameter (product and sum), and twice for the projection's.
+
+    Kept: h and o, what was normed and its statistics, the coefficients in use and, for tanh and scale, as predicted.
     """
     s = _Sizes.of(stream, config)
     wide, predicted = s.wide, 1 if config.dynamic else 0
@@ -160,19 +162,22 @@ def frac_reference(stream: Stream, config: FracConfig) -> Moves:
     prediction = Moves(
         Traffic((normed + predicted) * wide, normed * wide),
         Traffic((2 * normed + 3 * predicted) * wide, (normed + 2 * predicted) * wide),
-        normed * wide,
+        normed * (wide + 2 * s.one),
     )
     passes = predicted * (1 + config.tanh + config.scale)
     coefficients = Moves(
         Traffic(passes + predicted, passes + predicted),
         Traffic(5 * predicted + 4 * config.scale * predicted + 2 * config.tanh * predicted, passes + 2 * predicted),
+        predicted + (config.tanh or config.scale) * predicted,
     )
     kept = Moves(Traffic(), Traffic(), wide)
+    # DFC of an fp32 stream keeps h itself, once; otherwise each product keeps its own copy of it.
+    kept_again = Moves(Traffic(), Traffic()) if config.dynamic and s.row == wide else kept
     width = mixing + prediction + kept + Moves(s.upcast + s.downcast, s.upcast + s.downcast)
     # The sum of o's and h's part takes the mixed rows as they lie, without SFC's last copy.
     uncopied = Moves(Traffic() if config.dynamic else Traffic(-wide, -wide), Traffic())
     update = Moves(Traffic(wide, wide) + Traffic(2 * wide, wide), Traffic(4 * wide, 2 * wide), wide)
-    depth = mixing + uncopied + prediction * 2 + kept + update
+    depth = mixing + uncopied + prediction * 2 + kept_again + update
     width, depth = width + coefficients * s.matrix, depth + coefficients * (s.matrix + s.one)
     depth += Moves(s.upcast * 2 + s.downcast, s.upcast + s.downcast * 2)
     return (width + norm(stream) + depth + gradient_sum(stream)) * 2
@@ -188,8 +193,8 @@ def hyper_unfused(stream: Stream, streams: int, dynamic: bool = True) -> Moves:
     n). Backward: x's gradient joins the streams' (n+1 and n+1), the mixing's two products (2n+1, and n+1 and n); of
     beta*o, g*o (n+1 and n), its sum (n), g*beta (n and n), its sum (n and 1); projection (n and n, the gradient of its
     weights included); norm (2n and n); the sum of its gradient and the mixing's (2n and n). Kept: the streams, normed
-    too, what was mixed (x is a part of it), and o. Where the norm and the projection are one pass, as in published
-    counts of 8n+2 rows forward, n fewer are read and written.
+    too, what was mixed, of which x is a part that the sub-layer's norm keeps, and o. Where the norm and the projection
+    are one pass, as in published counts of 8n+2 rows forward, n fewer are read and written.
     """
     row, n = stream.row, streams
     p = 1 if dynamic else 0
@@ -197,5 +202,5 @@ def hyper_unfused(stream: Stream, streams: int, dynamic: bool = True) -> Moves:
     backward = Traffic(((5 * p + 8) * n + 4) * row, ((3 * p + 4) * n + 2) * row)
     if n == 1:  # there is nothing to sum for g_o
         backward += Traffic(-row, -row)
-    saved = ((2 + p) * n + 2) * row
+    saved = ((2 + p) * n + 1) * row
     return (Moves(forward, backward, saved) + norm(stream)) * 2

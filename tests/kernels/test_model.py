@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     cpu.install()
     import rank
     import tiny
+    from counted_layers import saved_bytes
 
 TRITON = FracConfig(rate=4, backend="triton")
 
@@ -141,3 +142,4 @@ def test_a_layer_moves_what_the_model_says(form: Any, options: dict[str, Any], f
         with Streams(tokens * width) as ours, counted() as moved:
             run()
         assert of(moved, *ours.seen.values()) == 22 * tokens * width * 4
+        assert saved_bytes(layer, h) == pytest.approx(tokens * expected.saved_bytes_per_token, rel=0.01)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from counted_layers import count, hyper_layer, layer
+from counted_layers import count, hyper_layer, layer, saved_bytes
 from rank import one_rank
 from torch import Tensor, nn
 
@@ -45,6 +45,7 @@ def agree(module: nn.Module, expected: Moves, dtype: torch.dtype, *streams: int)
         total = total_device(c for key, c in counts.items() if key.phase == phase)
         assert total.read_bytes == pytest.approx(traffic.read_bytes(TOKENS), rel=0.03)
         assert total.written_bytes == pytest.approx(traffic.written_bytes(TOKENS), rel=0.03)
+    assert saved_bytes(module, h) == pytest.approx(TOKENS * expected.saved_bytes_per_token, rel=0.03)
 
 
 @DTYPES
