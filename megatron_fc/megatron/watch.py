@@ -84,6 +84,7 @@ class RankWatch:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         # These the others meet, too, and end by themselves; SystemExit is Megatron's way to end before the target.
         if kind is None or issubclass(kind, (UserError, CheckpointException, SystemExit)):
+            self._is_over = True  # before anybody answers to it by closing the connection
             self._say(_BYE)
         elif self._peers and issubclass(kind, Exception):
             time.sleep(_VERDICT_SECONDS)
