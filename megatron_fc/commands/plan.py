@@ -13,7 +13,8 @@ def add(commands: Commands) -> None:
         help="estimate a config before it runs: memory, FLOPs, bytes, step time, days, topologies; needs no GPU",
         allow_abbrev=False,
         usage="megatron-fc plan CONFIG.yaml [key=value ...] --nodes N --gpu NAME [--gpus-per-node G]\n"
-        "       [--sweep] [--json] [--network-gb-per-second B] [--compute S] [--memory S] [--network S] [--reserve S]",
+        "       [--sweep] [--json] [--network-gb-per-second B] [--nvlink-gb-per-second B]\n"
+        "       [--compute S] [--memory S] [--network S] [--reserve S]",
     )
     plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tensor_model_parallel_size=2")
@@ -21,6 +22,7 @@ def add(commands: Commands) -> None:
     plan.add_argument("--gpu", required=True, metavar="NAME", help="a100, h100, h200, b200 or gb200")
     plan.add_argument("--gpus-per-node", type=int, metavar="G", help="default: of the GPU's usual machine")
     plan.add_argument("--network-gb-per-second", type=float, metavar="B", help="per GPU; default: of its usual machine")
+    plan.add_argument("--nvlink-gb-per-second", type=float, metavar="B", help="per GPU; default: of its data sheet")
     plan.add_argument("--sweep", action="store_true", help="rank other topologies by estimated speed")
     plan.add_argument("--json", action="store_true", help="machine-readable")
     shares = plan.add_argument_group("assumed shares of data-sheet peaks, none of them measured")
@@ -47,7 +49,14 @@ def run(args: argparse.Namespace) -> int:
     from megatron_fc.planning.table import plan_table, sweep_table
 
     plan = plan_of(
-        args.config, args.overrides, args.nodes, gpu, args.gpus_per_node, args.network_gb_per_second, assumed
+        args.config,
+        args.overrides,
+        args.nodes,
+        gpu,
+        gpus_per_node=args.gpus_per_node,
+        network=args.network_gb_per_second,
+        nvlink=args.nvlink_gb_per_second,
+        assumed=assumed,
     )
     found = sweep(plan) if args.sweep else None
     if args.json:

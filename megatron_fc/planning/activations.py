@@ -69,7 +69,7 @@ def last(shape: Shape, training: Training, layout: Layout) -> list[Kept]:
     """Kept by the last norm, the output layer and the loss, whose softmax is fp32."""
     sizes = _sizes(shape, training, layout)
     return [
-        *_norm("last norm", "head", sizes),
+        *_norm("last norm", "head", sizes, ()),
         Kept("softmax of the logits", "head", _FP32 * sizes.tokens * shape.vocabulary / layout.tensor),
         Kept("targets and their mask", "head", (_INDEX + 1) * sizes.tokens),
     ]
@@ -87,12 +87,12 @@ def total(kept: Iterable[Kept], freed_by: Iterable[str] = ()) -> float:
     return sum(tensor.bytes for tensor in kept if not modules.intersection(tensor.freed_by))
 
 
-def _norm(name: str, part: Part, sizes: _Sizes, freed_by: tuple[str, ...] = ()) -> list[Kept]:
+def _norm(name: str, part: Part, sizes: _Sizes, freed_by: tuple[str, ...]) -> list[Kept]:
     """The stream that is its input, its statistics, and its output, which the next product keeps."""
     return [
         Kept(f"stream before {name}", part, sizes.stream),
-        Kept(f"statistics of {name}", part, _FP32 * sizes.stream_tokens, ("layernorm",)),
-        Kept(f"output of {name}", part, sizes.stream, ("layernorm", *freed_by)),
+        Kept(f"statistics of {name}", part, _FP32 * sizes.stream_tokens, freed_by),
+        Kept(f"output of {name}", part, sizes.stream, freed_by),
     ]
 
 
@@ -100,7 +100,8 @@ def _attention(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) 
     tokens, e = sizes.tokens / layout.tensor, training.element_bytes
     queries, keys = shape.query_width, shape.key_width
     kept = [
-        *_norm("attention's norm", "attention", sizes),
+        # Megatron recomputes the norms that are modules; what Transformer Engine's product has made stays.
+        *_norm("attention's norm", "attention", sizes, ("layernorm",) if training.norms_of(False)[0] else ()),
         # The values are a view of it.
         Kept("queries, keys, values", "attention", e * tokens * (queries + 2 * keys)),
         Kept("attention's output", "attention", e * tokens * queries),
@@ -120,7 +121,8 @@ def _attention(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) 
 
 def _dense(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> list[Kept]:
     return [
-        *_norm("the MLP's norm", "mlp", sizes),
+        # A norm inside the first product is a part of the MLP that is recomputed.
+        *_norm("the MLP's norm", "mlp", sizes, ("layernorm",) if training.norms_of(False)[1] else ("mlp",)),
         *_gate(shape.ffn * sizes.tokens / layout.tensor, "the MLP", shape, training, ("mlp",)),
     ]
 
@@ -146,7 +148,7 @@ def _moe(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> lis
     routing = 3 * _FP32 * shape.experts + 2 * _INDEX * shape.top_k + _FP32
     order = 3 * _INDEX * shape.top_k
     kept = [
-        *_norm("the experts' norm", "mlp", sizes),
+        *_norm("the experts' norm", "mlp", sizes, ("layernorm",)),
         # Softmax, and what the two losses of the router need; which experts, and how rows are ordered.
         Kept("routing", "mlp", sizes.stream_tokens * routing, ("moe",)),
         Kept("order of rows", "mlp", sizes.stream_tokens * order, ("moe",)),
@@ -164,10 +166,10 @@ def _frac(shape: Shape, training: Training, sizes: _Sizes, moe: bool) -> list[Ke
     """Of two sites: o, beta, and x where no kernel applies the norm in the same pass; h is kept anyway."""
     if shape.frac is None:
         return []
-    attention, dense, experts = training.norms_in_width
     beta = _FP32 * shape.frac.rate * sizes.stream_tokens
     kept = []
-    for name, in_kernel in (("attention", attention), ("the MLP", experts if moe else dense)):
+    for name, apart in zip(("attention", "the MLP"), training.norms_of(moe), strict=True):
+        in_kernel = training.fused_connections and apart
         kept.append(Kept(f"output of {name}", "frac", sizes.stream))
         kept.append(Kept(f"beta of {name}", "frac", beta))
         if not in_kernel and not training.recompute.frac:

@@ -18,6 +18,7 @@ class Device:
         nvlink_domain: GPUs that NVLink joins.
         network_gb_per_second: that one GPU sends to other domains, by the adapters of the usual machine.
         gpus_per_node: of the usual machine.
+        capability: CUDA's compute capability.
         source: data sheets.
     """
 
@@ -30,6 +31,7 @@ class Device:
     nvlink_domain: int
     network_gb_per_second: float
     gpus_per_node: int
+    capability: tuple[int, int]
     source: str
 
     @property
@@ -52,23 +54,23 @@ class Device:
 # One adapter of 200 Gb/s per GPU in DGX A100, of 400 Gb/s in the others.
 DEVICES = {
     "a100": Device(
-        "A100 80GB SXM", 312, None, 80, 2039, 300, 8, 25, 8,
+        "A100 80GB SXM", 312, None, 80, 2039, 300, 8, 25, 8, (8, 0),
         "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet",
     ),
     "h100": Device(
-        "H100 SXM", 989.5, 1979, 80, 3350, 450, 8, 50, 8,
+        "H100 SXM", 989.5, 1979, 80, 3350, 450, 8, 50, 8, (9, 0),
         "NVIDIA H100 Tensor Core GPU data sheet; DGX H100 data sheet",
     ),
     "h200": Device(
-        "H200 SXM", 989.5, 1979, 141, 4800, 450, 8, 50, 8,
+        "H200 SXM", 989.5, 1979, 141, 4800, 450, 8, 50, 8, (9, 0),
         "NVIDIA H200 Tensor Core GPU data sheet; DGX H200 data sheet",
     ),
     "b200": Device(
-        "B200", 2250, 4500, 180, 8000, 900, 8, 50, 8,
+        "B200", 2250, 4500, 180, 8000, 900, 8, 50, 8, (10, 0),
         "NVIDIA Blackwell architecture technical brief (HGX B200); DGX B200 data sheet",
     ),
     "gb200": Device(
-        "GB200 NVL72", 2500, 5000, 186, 8000, 900, 72, 50, 4,
+        "GB200 NVL72", 2500, 5000, 186, 8000, 900, 72, 50, 4, (10, 0),
         "NVIDIA GB200 NVL72 data sheet",
     ),
 }  # fmt: skip

@@ -11,7 +11,8 @@ class Flops:
 
     Attributes:
         attention, scores: projections; products of queries, keys and values, of which causality leaves half.
-        mlp, router: k of E experts and the shared one where there are experts. Megatron's count has no router.
+        mlp, router: k of E experts and the shared one where there are experts; router and the shared one's gate, which
+            Megatron's count leaves out.
         head: output layer.
         frac: Frac-Connections.
     """
@@ -42,7 +43,7 @@ def layer(shape: Shape, moe: bool) -> Flops:
         attention=2 * d * (queries + 2 * shape.key_width) + 2 * queries * d,
         scores=2 * shape.sequence * queries,
         mlp=2 * d * shape.matrices * ffn,
-        router=2 * d * shape.experts if moe else 0,
+        router=2 * d * (shape.experts + shape.shared_gate) if moe else 0,
         frac=2 * site(shape),
     )
 
@@ -96,7 +97,7 @@ def layer_again(shape: Shape, training: Training, moe: bool) -> Flops:
     """What selective recompute, or that of the Frac-Connections, runs again in a layer."""
     once, freed = layer(shape, moe), training.recompute.freed
     whole_mlp = ("moe" if moe else "mlp") in freed
-    width = once.frac - 2 * depth(shape) if training.recompute.frac or "layernorm" in freed else 0.0
+    width = (once.frac - 2 * depth(shape)) * (training.recompute.frac + ("layernorm" in freed))
     return Flops(
         scores=once.scores if "core_attn" in freed else 0.0,
         mlp=once.mlp if whole_mlp else 0.0,

@@ -15,10 +15,15 @@ _POINT_TO_POINT = ("all_to_all", "send")
 
 
 def on_domains(layout: Layout, gpu: Device) -> Layout:
-    """The same world with NVLink domains for nodes: as many GPUs of a domain as divide the world evenly."""
-    reach = max(layout.gpus_per_node, gpu.nvlink_domain)
-    steps = range(layout.gpus_per_node, min(reach, layout.world) + 1, layout.gpus_per_node)
-    size = max((size for size in steps if layout.world % size == 0), default=layout.gpus_per_node)
+    """The same world with NVLink domains for nodes: as many GPUs of a domain as divide the world evenly.
+
+    A domain spans nodes only where the GPU's usual one does; elsewhere it ends with the node.
+    """
+    node = layout.gpus_per_node
+    reach = gpu.nvlink_domain if gpu.nvlink_domain > gpu.gpus_per_node else min(gpu.nvlink_domain, node)
+    # A domain is some whole nodes or an even part of one.
+    sizes = (size for size in range(1, min(reach, layout.world) + 1) if size % node == 0 or node % size == 0)
+    size = max(size for size in sizes if layout.world % size == 0)
     return replace(layout, nodes=layout.world // size, gpus_per_node=size)
 
 

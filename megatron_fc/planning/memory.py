@@ -1,12 +1,14 @@
 """Bytes of a rank: weights, gradients, optimizer, activations; which pipeline stage needs most."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_fc.layout import Layout
 from megatron_fc.planning import activations, parameters
+from megatron_fc.planning.activations import Kept, Part
 from megatron_fc.planning.parameters import Parameters
-from megatron_fc.planning.shape import Shape, Training
+from megatron_fc.planning.shape import Recompute, Shape, Training
 
 _FP32 = 4
 
@@ -19,7 +21,7 @@ class Memory:
         stage: rank in the pipeline.
         weights, gradients, optimizer: as Megatron's DDP and its optimizer hold them.
         activations: kept for backward, of all micro-batches in flight; frac_activations: of them by Frac-Connections.
-        temporary: the largest that lives for a moment: logits, or the gradients inside an MLP and a recomputed layer.
+        temporary: the largest that lives for a moment: logits, or gradients inside a sub-layer and what is recomputed.
     """
 
     stage: int
@@ -88,20 +90,26 @@ def checkpoint_bytes(shape: Shape, training: Training) -> tuple[float, float]:
     return weights, weights + (_FP32 + training.moment_bytes) * whole.total
 
 
-def in_flight(layout: Layout, stage: int) -> list[int]:
+def in_flight(training: Training, layout: Layout, stage: int) -> list[int]:
     """Micro-batches whose activations a stage keeps at its peak, by model chunk.
 
     Megatron's 1F1B: as many forward passes as there are stages behind it, and one; interleaved: twice as many, and a
-    round of all stages for every chunk but the last (`get_pp_rank_microbatches` of `schedules.py`).
+    group of micro-batches for every chunk but the last; where the experts' communication overlaps, one more
+    (`get_pp_rank_microbatches` and `get_schedule_table` of `schedules.py`, `combined_1f1b.py`).
     """
-    ranks, chunks, micro_batches = layout.pipeline, layout.virtual_pipeline, layout.accumulation_steps
+    chunks, micro_batches = layout.virtual_pipeline, layout.accumulation_steps
+    behind, ahead = layout.pipeline - stage - 1, 1 + training.overlap_experts
     if chunks == 1:
-        return [min(ranks - stage, micro_batches)]
-    passes = min((ranks - stage - 1) * 2 + (chunks - 1) * ranks + 1, micro_batches * chunks)
-    counts = [0] * chunks
-    for number in range(passes):
-        counts[number // ranks % chunks] += 1
-    return counts
+        return [min(behind + ahead, micro_batches)]
+    group = training.group or layout.pipeline
+    order = [
+        chunk
+        for first in range(0, micro_batches, group)
+        for chunk in range(chunks)
+        for _ in range(first, min(first + group, micro_batches))
+    ]
+    passes = Counter(order[: 2 * behind + (chunks - 1) * group + ahead])
+    return [passes[chunk] for chunk in range(chunks)]
 
 
 class _Held(NamedTuple):
@@ -116,7 +124,7 @@ def _activations(shape: Shape, training: Training, layout: Layout, stage: int) -
     """Of all micro-batches in flight on a rank of a stage."""
     kept = frac = temporary = 0.0
     chunks = parameters.chunk_layers(shape.layers, layout, stage)
-    for number, (layers, copies) in enumerate(zip(chunks, in_flight(layout, stage), strict=True)):
+    for number, (layers, copies) in enumerate(zip(chunks, in_flight(training, layout, stage), strict=True)):
         is_first = stage == number == 0
         is_last = stage == layout.pipeline - 1 and number == layout.virtual_pipeline - 1
         held = _of_chunk(shape, training, layout, layers, is_first, is_last)
@@ -137,8 +145,7 @@ def _of_chunk(shape: Shape, training: Training, layout: Layout, layers: range, i
         if index not in again:
             kept += activations.total(of_layer, recompute.freed)
             frac += activations.total((t for t in of_layer if t.part == "frac"), recompute.freed)
-        # The gradients inside an MLP are about as large as what it keeps.
-        temporary = max(temporary, activations.total(t for t in of_layer if t.part == "mlp"))
+        temporary = max(temporary, *(_in_backward(of_layer, part, recompute) for part in ("attention", "mlp")))
     temporary += max((sum(activations.total(tensors[shape.moe_layers[i]]) for i in span) for span in spans), default=0)
     if is_first:
         kept += activations.total(activations.first(shape, training, layout))
@@ -146,3 +153,9 @@ def _of_chunk(shape: Shape, training: Training, layout: Layout, layers: range, i
         kept += activations.total(activations.last(shape, training, layout))
         temporary = max(temporary, activations.logits(shape, training, layout))
     return _Held(kept, frac, temporary)
+
+
+def _in_backward(of_layer: list[Kept], part: Part, recompute: Recompute) -> float:
+    """Of a sub-layer while it runs backward: its gradients, about as large as what it keeps, and what it recomputed."""
+    whole = [tensor for tensor in of_layer if tensor.part == part]
+    return 2 * activations.total(whole) - activations.total(whole, recompute.freed)

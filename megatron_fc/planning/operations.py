@@ -9,7 +9,18 @@ from typing import NamedTuple
 
 from megatron_fc.layout import Layout
 from megatron_fc.planning.shape import Shape, Training
-from megatron_fc.traffic.streams import Moves, Stream, frac_boundary, fused_residual, norm, residual
+from megatron_fc.traffic.streams import (
+    Moves,
+    Stream,
+    Traffic,
+    frac_boundary,
+    frac_pure,
+    frac_two_operations,
+    fused_residual,
+    norm,
+    residual,
+    width_norm,
+)
 from megatron_fc.traffic.streams_eager import frac_torch
 
 _FP32 = 4
@@ -102,6 +113,7 @@ def _product(
 
 
 def _attention(shape: Shape, training: Training, layout: Layout, tokens: float) -> list[Operation]:
+    """Flash attention keeps no scores, and so multiplies queries and keys once more in backward: 5 products for 2."""
     e, t = training.element_bytes, layout.tensor
     queries, keys = shape.query_width // t, shape.key_width // t
     row = e * tokens * (queries + keys)
@@ -113,7 +125,12 @@ def _attention(shape: Shape, training: Training, layout: Layout, tokens: float) 
     return [
         _product("attention's projections", tokens, shape.width, queries + 2 * keys, training),
         Operation("rotation, norms of queries and keys", Pass(0, passes * row), Pass(0, 1.5 * passes * row)),
-        Operation("attention", Pass(scores, moved), Pass(2 * scores, 2 * moved), again_with=("core_attn",)),
+        Operation(
+            "attention",
+            Pass(scores, moved),
+            Pass((2.5 if training.flash else 2) * scores, 2 * moved),
+            again_with=("core_attn",),
+        ),
         _product("attention's projections", tokens, queries, shape.width, training),
     ]
 
@@ -166,12 +183,23 @@ def _connections(shape: Shape, training: Training, layout: Layout, tokens: int, 
 
 
 def connection_moves(shape: Shape, training: Training, moe: bool) -> Moves:
-    """Bytes of a layer's residual or Frac-Connections and norms; a norm outside of the kernels comes on top."""
-    stream = Stream(shape.width, training.element_bytes, shape.norm_vectors)
-    if shape.frac is None:
-        return fused_residual(stream) if training.fused_residual else residual(stream)
+    """Bytes of a layer's residual or Frac-Connections and norms; backward includes what it recomputes of them."""
+    stream, apart = Stream(shape.width, training.element_bytes, shape.norm_vectors), sum(training.norms_of(moe))
+    frac, freed = shape.frac, "layernorm" in training.recompute.freed
+    if frac is None:
+        moves = fused_residual(stream) if training.fused_residual else residual(stream)
+        return moves + _again(norm(stream)) * (freed * apart)
+    times = freed + training.recompute.frac
     if not training.fused_connections:
-        return frac_torch(stream, shape.frac)
-    attention, dense, experts = training.norms_in_width
-    outside = (not attention) + (not (experts if moe else dense))
-    return frac_boundary(stream, shape.frac) + norm(stream) * outside
+        moves = frac_torch(stream, frac)
+        return moves + _again(moves) * (times / 2)  # width connections and norms are about half of it
+    if freed:  # the norm slot's tensors, and with them what the depth connection would take over
+        moves = frac_pure(stream, frac)
+    else:
+        moves = (frac_two_operations if training.recompute.frac else frac_boundary)(stream, frac)
+    return moves + norm(stream) * (2 - apart) + _again(width_norm(stream, frac)) * (2 * times)
+
+
+def _again(moves: Moves) -> Moves:
+    """The forward pass alone, run in backward."""
+    return Moves(Traffic(), moves.forward)

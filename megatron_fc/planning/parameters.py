@@ -54,7 +54,7 @@ def layer(shape: Shape, moe: bool) -> Parameters:
     if shape.linear_bias and dense_ffn:
         split, whole = split + gates * dense_ffn, whole + d
     if moe:
-        whole += shape.experts * d
+        whole += (shape.experts + shape.shared_gate) * d
         experts = shape.experts * shape.matrices * d * shape.expert_ffn
     frac = 2 * shape.frac.parameter_count(d) if shape.frac else 0
     return Parameters(split, whole, experts, frac)

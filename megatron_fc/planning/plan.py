@@ -27,6 +27,7 @@ class Plan:
         network: 1e9 bytes per second that a GPU sends to other NVLink domains.
         assumed: shares of the peaks.
         notes: what could not be checked, in words.
+        pipeline_settings: those of the config that suit its own pipeline alone, by Megatron's names.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Plan:
     network: float
     assumed: Assumptions
     notes: tuple[str, ...] = ()
+    pipeline_settings: tuple[str, ...] = ()
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -99,6 +101,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         weights, checkpoint = self.checkpoint_bytes
+        seconds = asdict(self.step) | {"total": self.step.total}
+        moved, sent = seconds.pop("hbm_bytes"), seconds.pop("network_bytes")
         return {
             "run": self.name,
             "gpu": asdict(self.gpu),
@@ -113,7 +117,8 @@ class Plan:
             },
             "memory_bytes": asdict(self.memory) | {"total": self.memory.total, "usable": self.usable_bytes},
             "fits": self.fits,
-            "step_seconds": asdict(self.step) | {"total": self.step.total},
+            "step_seconds": seconds,
+            "step_bytes": {"hbm": moved, "network": sent},
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "target_tokens": self.training.target_tokens,

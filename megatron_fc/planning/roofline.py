@@ -1,9 +1,6 @@
 """Time of a step by a roofline: every operation takes as long as its FLOPs or its bytes, whichever takes longer.
 
-What runs beside what, as Megatron's options say: data-parallel sums beside the last micro-batch's backward pass and
-gathers beside the first one's forward pass (`overlap_grad_reduce`, `overlap_param_gather`); the context-parallel ring
-beside attention; sends between stages beside computation with virtual stages; tensor-parallel and expert collectives
-beside computation only with `tp_comm_overlap` and `overlap_moe_expert_parallel_comm`. All else waits.
+What its collectives add to that says `megatron_fc.planning.overlap`.
 """
 
 from collections.abc import Iterable
@@ -14,6 +11,7 @@ from megatron_fc.layout import Layout
 from megatron_fc.planning import links, memory, operations, parameters
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.operations import Operation, Pass
+from megatron_fc.planning.overlap import Computed, beside_computation
 from megatron_fc.planning.parameters import Parameters
 from megatron_fc.planning.shape import Shape, Training
 
@@ -48,7 +46,7 @@ class StepTime:
         compute: operations that take as long as their FLOPs.
         memory: operations that take as long as their bytes.
         network: collectives that wait.
-        bubble: of the pipeline.
+        bubble: of the pipeline, without what waits once a step.
         optimizer: the update.
         hidden_network: collectives that run beside computation; no part of the total.
         hbm_bytes, network_bytes: that a rank moves and sends in a step.
@@ -121,21 +119,14 @@ class _Sum:
         self._rates = rates
         self.compute = self.memory = self.attention = self.bytes = 0.0
 
-    def forward(self, listed: Iterable[Operation]) -> None:
-        for operation in listed:
-            self._add(operation, operation.forward)
-
-    def backward(self, listed: Iterable[Operation]) -> None:
-        for operation in listed:
-            self._add(operation, operation.backward)
-
-    def _add(self, operation: Operation, one: Pass) -> None:
-        by_flops, by_bytes = self._rates.limits(one, operation.is_linear)
-        self.compute += by_flops
-        self.memory += by_bytes
-        self.bytes += one.bytes
-        if operation.name == "attention":
-            self.attention += by_flops + by_bytes
+    def add(self, passes: Iterable[tuple[Operation, Pass]]) -> None:
+        for operation, one in passes:
+            by_flops, by_bytes = self._rates.limits(one, operation.is_linear)
+            self.compute += by_flops
+            self.memory += by_bytes
+            self.bytes += one.bytes
+            if operation.name == "attention":
+                self.attention += by_flops + by_bytes
 
     @property
     def seconds(self) -> float:
@@ -153,71 +144,39 @@ def _of_stage(
 ) -> StepTime:
     forward, backward = _Sum(rates), _Sum(rates)
     for layers in parameters.chunk_layers(shape.layers, layout, stage):
-        again = {index for span in training.recompute.spans(layers) for index in span}
+        recomputed = {index for span in training.recompute.spans(layers) for index in span}
         for index in layers:
             listed = by_kind[shape.moe_layers[index]]
-            forward.forward(listed)
-            backward.backward(listed)
-            backward.forward(listed if index in again else operations.again(listed, training))
+            again = listed if index in recomputed else operations.again(listed, training)
+            forward.add((operation, operation.forward) for operation in listed)
+            backward.add((operation, operation.backward) for operation in listed)
+            backward.add((operation, operation.forward) for operation in again)
     if stage == layout.pipeline - 1:
         listed = operations.head(shape, training, layout)
-        forward.forward(listed)
-        backward.backward(listed)
+        forward.add((operation, operation.forward) for operation in listed)
+        backward.add((operation, operation.backward) for operation in listed)
 
-    micro_batches = layout.accumulation_steps
     counts = links.sent(shape, training, domains, stage)
-    waits, hidden = _exposed(
-        links.seconds(counts, domains, rates.gpu, rates.network),
-        _room(training, layout, forward, backward),
-        rates.share,
+    at_full_speed = links.seconds(counts, domains, rates.gpu, rates.network)
+    network = beside_computation(
+        {key: seconds / rates.share for key, seconds in at_full_speed.items()},
+        Computed(forward.seconds, forward.attention),
+        Computed(backward.seconds, backward.attention),
+        training,
+        layout,
     )
-    update = _update_bytes(shape, training, layout, stage)
-    per_micro_batch = forward.seconds + backward.seconds + waits / micro_batches
+    micro_batches, update = layout.accumulation_steps, _update_bytes(shape, training, layout, stage)
+    per_micro_batch = forward.seconds + backward.seconds + network.repeated / micro_batches
     return StepTime(
         compute=micro_batches * (forward.compute + backward.compute),
         memory=micro_batches * (forward.memory + backward.memory),
-        network=waits,
+        network=network.waits,
         bubble=(layout.pipeline - 1) / layout.virtual_pipeline * per_micro_batch,
         optimizer=update / rates.memory,
-        hidden_network=hidden,
+        hidden_network=network.hidden,
         hbm_bytes=micro_batches * (forward.bytes + backward.bytes) + update,
         network_bytes=sum(count.intra_node_bytes + count.inter_node_bytes for count in counts.values()),
     )
-
-
-def _room(training: Training, layout: Layout, forward: _Sum, backward: _Sum) -> dict[tuple[str, str], float]:
-    """Seconds of computation that a phase's collectives of one kind may run beside."""
-    micro_batches = layout.accumulation_steps
-    all_passes = micro_batches * (forward.seconds + backward.seconds)
-    room = {
-        ("forward", "dp"): forward.seconds if training.overlap_param_gather else 0.0,
-        ("backward", "dp"): backward.seconds if training.overlap_grad_reduce else 0.0,
-        ("optimizer", "pp"): all_passes if layout.virtual_pipeline > 1 else 0.0,
-    }
-    for phase, passes in (("forward", forward), ("recompute", forward), ("backward", backward)):
-        room[phase, "cp"] = micro_batches * passes.attention
-        room[phase, "tp"] = micro_batches * passes.seconds if training.overlap_tensor else 0.0
-        room[phase, "ep"] = micro_batches * passes.seconds if training.overlap_experts else 0.0
-    return room
-
-
-def _exposed(
-    times: dict[tuple[str, str], float], room: dict[tuple[str, str], float], share: float
-) -> tuple[float, float]:
-    """Seconds of collectives that wait, and of those that run beside computation."""
-    waits = hidden = 0.0
-    for (phase, group), at_full_speed in times.items():
-        seconds = at_full_speed / share
-        beside = min(seconds, room.get((phase, _kind(group)), 0.0))
-        hidden, waits = hidden + beside, waits + seconds - beside
-    return waits, hidden
-
-
-def _kind(group: str) -> str:
-    """What a group is for, say dp of dp-cp and expert_dp."""
-    if "dp" in group:
-        return "dp"
-    return next((kind for kind in ("ep", "tp", "cp", "pp") if kind in group), group)
 
 
 def _update_bytes(shape: Shape, training: Training, layout: Layout, stage: int) -> float:

@@ -14,7 +14,8 @@ class Shape:
         width: d, of the residual stream.
         heads, groups, head_size: of attention; groups are the key-value heads.
         ffn: f, of a dense layer's MLP.
-        experts, top_k, expert_ffn: E, k and f of the routed experts; shared_ffn is that of the shared one, 0 for none.
+        experts, top_k, expert_ffn: E, k and f of the routed experts; shared_ffn is that of the shared one, 0 for none;
+            shared_gate: a product of width d with one number weighs what the shared one returns.
         vocabulary: V, padded.
         sequence: s, tokens of a sequence.
         gated: the MLP has a gate, as SwiGLU has.
@@ -38,6 +39,7 @@ class Shape:
     top_k: int = 0
     expert_ffn: int = 0
     shared_ffn: int = 0
+    shared_gate: bool = False
     gated: bool = True
     tied: bool = False
     norm_vectors: int = 1
@@ -115,11 +117,13 @@ class Training:
         sequence_parallel: norms and residual stream are divided among tensor-parallel ranks.
         fp8: products of linear layers run in FP8.
         flash: attention keeps no scores; False is Megatron's unfused one.
-        norms_in_width: which sub-layers' norms the width connection's kernel applies: of attention, dense MLP, MoE.
-        fused_connections: Frac-Connections run as fused kernels; fused_residual: plain residuals use Megatron's
-            `fused_residual_rmsnorm`.
+        norms_apart: which sub-layers' norms are modules of their own, and not Transformer Engine's part of the product
+            behind them: of attention, dense MLP, MoE.
+        fused_connections: Frac-Connections run as fused kernels, which apply the norms apart in the same pass;
+            fused_residual: plain residuals use Megatron's `fused_residual_rmsnorm`.
         overlap_grad_reduce, overlap_param_gather, overlap_tensor, overlap_experts: which communication Megatron lets
             run beside computation: data-parallel, tensor-parallel, the experts' all-to-all.
+        group: micro-batches that a pipeline rank runs through one chunk before the next, None for as many as stages.
         target_tokens: of the run.
     """
 
@@ -132,11 +136,17 @@ class Training:
     recompute: Recompute = Recompute()
     fp8: bool = False
     flash: bool = True
-    norms_in_width: tuple[bool, bool, bool] = (False, False, True)
+    norms_apart: tuple[bool, bool, bool] = (False, False, True)
     fused_connections: bool = True
     fused_residual: bool = False
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     overlap_tensor: bool = False
     overlap_experts: bool = False
+    group: int | None = None
     target_tokens: int = 0
+
+    def norms_of(self, moe: bool) -> tuple[bool, bool]:
+        """Whether the norms of a layer are modules of their own: attention's, its MLP's or experts'."""
+        attention, dense, experts = self.norms_apart
+        return attention, experts if moe else dense

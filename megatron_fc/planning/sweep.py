@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_fc.layout import Layout
 from megatron_fc.planning.plan import Plan
-from megatron_fc.planning.shape import Recompute
+from megatron_fc.planning.shape import Recompute, Shape, Training
 
 _MICRO_BATCHES = (1, 2, 4, 8)
 _VIRTUAL = (1, 2, 4)
@@ -54,14 +54,20 @@ def sweep(plan: Plan) -> Sweep:
     impossible: dict[str, tuple[int, str]] = {}
     recomputes = _recomputes(plan)
     for layout in _layouts(plan):
-        problem = layout.problem() or _indivisible(plan, layout)
+        problem = layout.problem() or _indivisible(plan.shape, layout) or _refused(plan.training, layout)
         if problem is not None:
             rule = problem.split("=")[0]
             impossible[rule] = impossible.get(rule, (0, ""))[0] + 1, problem
             continue
         divided = plan.training.sequence_parallel or layout.tensor > 1
         for recompute in recomputes:
-            training = replace(plan.training, recompute=recompute, sequence_parallel=divided)
+            training = replace(
+                plan.training,
+                recompute=recompute,
+                sequence_parallel=divided,
+                overlap_tensor=plan.training.overlap_tensor and layout.tensor > 1,
+                group=plan.training.group if layout == plan.layout else None,
+            )
             tried = replace(plan, layout=layout, training=training)
             if tried.fits:
                 fitting.append(tried)  # with more recompute it would be slower
@@ -79,7 +85,7 @@ def sweep(plan: Plan) -> Sweep:
 def overrides(plan: Plan, base: Plan) -> list[str]:
     """What to add to the command line of `base` to train as `plan` does."""
     new, old = plan.layout, base.layout
-    settings = {
+    settings: dict[str, tuple[object, object]] = {
         "tensor_model_parallel_size": (new.tensor, old.tensor),
         "pipeline_model_parallel_size": (new.pipeline, old.pipeline),
         "num_virtual_stages_per_pipeline_rank": (new.virtual_pipeline, old.virtual_pipeline),
@@ -87,28 +93,29 @@ def overrides(plan: Plan, base: Plan) -> list[str]:
         "expert_model_parallel_size": (new.expert, old.expert),
         "micro_batch_size": (new.micro_batch, old.micro_batch),
         "sequence_parallel": (plan.training.sequence_parallel, base.training.sequence_parallel),
+        "tp_comm_overlap": (plan.training.overlap_tensor, base.training.overlap_tensor),
     }
+    if new.tensor != old.tensor:  # what Megatron derives from TP stays as it is, and so the model
+        settings["padded_vocab_size"] = plan.shape.vocabulary, None
+        if new.experts:
+            settings["expert_tensor_parallel_size"] = new.expert_tensor, None
+    if base.pipeline_settings and new != old:
+        settings["num_virtual_stages_per_pipeline_rank"] = new.virtual_pipeline, None
     words = [f"{name}={str(mine).lower()}" for name, (mine, theirs) in settings.items() if mine != theirs]
-    if new.tensor != old.tensor:
-        # Of the padded vocabulary's divisors the largest usual one: the model stays the same on every layout.
-        words.append(f"make_vocab_size_divisible_by={_padding(plan.shape.vocabulary, new.tensor)}")
+    if new != old:
+        words += [f"{name}=null" for name in base.pipeline_settings]
     if plan.training.recompute != base.training.recompute:
-        words += _recompute_words(plan.training.recompute)
+        words += _recompute_words(plan.training.recompute, base.training.recompute)
     return words
 
 
-def _padding(vocabulary: int, tensor: int) -> int:
-    size = 128
-    while vocabulary % (size * tensor):
-        size //= 2
-    return size
-
-
-def _recompute_words(recompute: Recompute) -> list[str]:
+def _recompute_words(recompute: Recompute, base: Recompute) -> list[str]:
+    without = ["recompute_method=null", "recompute_num_layers=null"] if base.granularity == "full" else []
     if recompute.granularity == "none":
-        return ["recompute_granularity=null"]
+        return ["recompute_granularity=null", *without]
     if recompute.granularity == "selective":
-        return ["recompute_granularity=selective", f"recompute_modules=[{','.join(recompute.modules)}]"]
+        modules = ",".join(recompute.modules)
+        return ["recompute_granularity=selective", f"recompute_modules=[{modules}]", *without]
     return [
         "recompute_granularity=full",
         f"recompute_method={recompute.method}",
@@ -117,8 +124,13 @@ def _recompute_words(recompute: Recompute) -> list[str]:
 
 
 def _recomputes(plan: Plan) -> list[Recompute]:
-    """From the fastest on: none, the MLP or the experts, whole layers."""
+    """From the fastest on: none, the MLP or the experts, whole layers.
+
+    Neither experts nor whole layers run again where the experts' communication overlaps.
+    """
     frac, kinds = plan.training.recompute.frac, sorted({"moe" if moe else "mlp" for moe in plan.shape.moe_layers})
+    if plan.training.overlap_experts:
+        return [Recompute(frac=frac)]
     return [
         Recompute(frac=frac),
         Recompute("selective", modules=tuple(kinds), frac=frac),
@@ -153,13 +165,32 @@ def _powers_of_two(limit: int) -> list[int]:
     return [1 << power for power in range(limit.bit_length()) if 1 << power <= limit]
 
 
-def _indivisible(plan: Plan, layout: Layout) -> str | None:
+def _indivisible(shape: Shape, layout: Layout) -> str | None:
     """What a layout alone does not know: sizes of the model that tensor parallelism divides."""
-    for name, size in (
-        ("num_query_groups", plan.shape.groups),
-        ("padded_vocab_size", plan.shape.vocabulary),
-        ("ffn_hidden_size", plan.shape.ffn),
+    tensor, experts = "tensor_model_parallel_size", "expert_tensor_parallel_size"
+    for name, size, by, parts in (
+        ("num_query_groups", shape.groups, tensor, layout.tensor),
+        ("padded_vocab_size", shape.vocabulary, tensor, layout.tensor),
+        ("ffn_hidden_size", 0 if all(shape.moe_layers) else shape.ffn, tensor, layout.tensor),
+        ("moe_shared_expert_intermediate_size", shape.shared_ffn, tensor, layout.tensor),
+        ("moe_ffn_hidden_size", shape.expert_ffn, experts, layout.expert_tensor),
     ):
-        if size % layout.tensor:
-            return f"{name}={size} is not divided by tensor_model_parallel_size={layout.tensor}"
+        if size % parts:
+            return f"{name}={size} is not divided by {by}={parts}"
+    return None
+
+
+def _refused(training: Training, layout: Layout) -> str | None:
+    """What a layout alone does not know: rules of Megatron's schedules."""
+    if layout.virtual_pipeline > 1 and layout.accumulation_steps % layout.pipeline:
+        return (
+            f"global_batch_size={layout.global_batch} gives each rank {layout.accumulation_steps} micro-batches, which "
+            f"virtual stages want to be a multiple of pipeline_model_parallel_size={layout.pipeline}"
+        )
+    if training.overlap_experts and layout.expert == 1:
+        return "expert_model_parallel_size=1 has nothing for overlap_moe_expert_parallel_comm"
+    if training.overlap_experts and layout.pipeline > layout.virtual_pipeline == 1:
+        return (
+            f"pipeline_model_parallel_size={layout.pipeline} needs virtual stages for overlap_moe_expert_parallel_comm"
+        )
     return None

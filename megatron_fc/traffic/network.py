@@ -241,12 +241,13 @@ class _Step:
     def data_parallel(self) -> None:
         """DistributedDataParallel sums gradients once a step; the distributed optimizer divides them and the weights.
 
-        Experts that are spread over ranks (EP above 1) are summed over those that hold the same ones, all else over
-        data- and context-parallel ranks. Frac-Connections keep fp32 weights. Megatron pads the divided buffers: each
-        parameter starts at a multiple of 64 elements, a bucket ends at a multiple of DP and 128; left out here.
+        Experts that lie on other ranks than all else (EP above 1, or ETP not TP) are summed over those that hold the
+        same ones, all else over data- and context-parallel ranks. Frac-Connections keep fp32 weights. Megatron pads
+        the divided buffers: each parameter starts at a multiple of 64 elements, a bucket ends at a multiple of DP and
+        128; left out here.
         """
         own, element_bytes = self.parameters, self.training.element_bytes
-        has_own_group = self.layout.expert > 1
+        has_own_group = self.layout.expert > 1 or self.layout.expert_tensor != self.layout.tensor
         dense = own.split + own.whole + (0 if has_own_group else own.experts)
         self._gradients("dp-cp", dense, element_bytes)
         self._gradients("dp-cp", own.frac, _FP32_BYTES)
