@@ -21,11 +21,15 @@ PLAN = Plan("test", SHAPE, Training(target_tokens=10**12), LAYOUT, DEVICES["h100
 
 def test_microbatches_in_flight_follow_1f1b_and_its_interleaved_form() -> None:
     four = replace(LAYOUT, pipeline=4)
-    assert [memory.in_flight(four, stage) for stage in range(4)] == [[4], [3], [2], [1]]
-    assert memory.in_flight(replace(four, global_batch=8), 0) == [2]  # there are no more of them
+    assert [memory.in_flight(Training(), four, stage) for stage in range(4)] == [[4], [3], [2], [1]]
+    assert memory.in_flight(Training(), replace(four, global_batch=8), 0) == [2]  # there are no more of them
     interleaved = replace(four, virtual_pipeline=2)
-    assert memory.in_flight(interleaved, 0) == [7, 4]
-    assert memory.in_flight(interleaved, 3) == [4, 1]
+    assert memory.in_flight(Training(), interleaved, 0) == [7, 4]
+    assert memory.in_flight(Training(), interleaved, 3) == [4, 1]
+    assert memory.in_flight(Training(group=8), interleaved, 3) == [8, 1]
+    ahead = Training(overlap_experts=True)
+    assert memory.in_flight(ahead, interleaved, 3) == [4, 2]
+    assert memory.in_flight(ahead, LAYOUT, 0) == [2]
 
 
 def test_layers_are_dealt_out_stage_by_stage_then_chunk_by_chunk() -> None:
@@ -53,9 +57,7 @@ def test_frac_connections_by_the_papers_formulas() -> None:
     static = replace(SHAPE, frac=FracConfig(rate=4, dynamic=False))
     assert flops.site(static) == 4 * m * d + 2 * d
     of_frac = [
-        t.bytes
-        for t in activations.layer(shape, Training(norms_in_width=(True,) * 3), LAYOUT, False)
-        if t.part == "frac"
+        t.bytes for t in activations.layer(shape, Training(norms_apart=(True,) * 3), LAYOUT, False) if t.part == "frac"
     ]
     assert sum(of_frac) == 2 * 2048 * (2 * d + 4 * m)  # o and beta
 
@@ -64,6 +66,10 @@ def test_a_domain_is_as_much_of_nvlink_as_divides_the_world() -> None:
     rack = links.on_domains(replace(LAYOUT, nodes=64, gpus_per_node=4), DEVICES["gb200"])
     assert (rack.nodes, rack.gpus_per_node, rack.world) == (4, 64, 256)
     assert links.on_domains(LAYOUT, DEVICES["h100"]) == LAYOUT
+    # Two machines of four GPUs are no NVLink domain of eight, and one of sixteen is two.
+    halves = replace(LAYOUT, nodes=4, gpus_per_node=4)
+    assert links.on_domains(halves, DEVICES["h100"]) == halves
+    assert links.on_domains(replace(LAYOUT, nodes=1, gpus_per_node=16), DEVICES["h100"]) == LAYOUT
 
 
 def test_more_of_anything_is_never_slower() -> None:
@@ -80,14 +86,59 @@ def test_no_estimate_beats_the_assumed_share_of_the_peak() -> None:
         assert tried.mfu < PLAN.assumed.compute
 
 
+def test_recompute_frees_a_norm_that_is_a_module_and_not_a_part_of_a_product() -> None:
+    rows = 2048 * (1024 * 2 + 4)  # a norm's output and statistics
+
+    def kept(modules: tuple[str, ...], norms_apart: tuple[bool, bool, bool]) -> float:
+        training = Training(recompute=Recompute("selective", modules), norms_apart=norms_apart)
+        return memory.of_stage(SHAPE, training, LAYOUT, 0).activations
+
+    plain = kept((), (False, False, True))
+    assert kept(("layernorm",), (False, False, True)) == plain
+    assert kept(("layernorm",), (True, True, True)) == plain - 8 * 2 * rows
+    inside = 8 * 2048 * 3 * 4096 * 2  # input and output of the activation function
+    assert kept(("mlp",), (True, True, True)) == plain - inside
+    assert kept(("mlp",), (False, False, True)) == plain - inside - 8 * rows
+
+
+def test_recomputed_scores_are_there_for_a_moment() -> None:
+    scores = 2048 * 8 * 2048 * (4 + 2)
+    unfused = Training(flash=False)
+    again = replace(unfused, recompute=Recompute("selective", ("core_attn",)))
+    kept = {tensor.what: tensor.bytes for tensor in activations.layer(SHAPE, unfused, LAYOUT, False)}
+    assert kept["attention scores"] == scores
+    plain, recomputed = (memory.of_stage(SHAPE, training, LAYOUT, 0) for training in (unfused, again))
+    assert recomputed.activations == plain.activations - 8 * scores
+    assert recomputed.temporary == plain.temporary + scores > 2 * scores
+
+
+def test_recompute_of_connections_takes_time() -> None:
+    frac = replace(PLAN, shape=replace(SHAPE, frac=FracConfig(rate=4)))
+    times = [
+        replace(frac, training=replace(PLAN.training, recompute=recompute)).step.total
+        for recompute in (Recompute(), Recompute(frac=True), Recompute("selective", ("layernorm",)))
+    ]
+    assert times == sorted(set(times))
+
+
 def test_a_sweep_says_how_to_train_so_and_why_the_rest_does_not() -> None:
     found = sweep(PLAN)
     assert overrides(PLAN, PLAN) == []
     tensor = next(tried for tried in found.fitting if tried.layout.tensor == 2)
-    assert {"tensor_model_parallel_size=2", "make_vocab_size_divisible_by=128"} <= set(overrides(tensor, PLAN))
+    assert {"tensor_model_parallel_size=2", "padded_vocab_size=32768"} <= set(overrides(tensor, PLAN))
     small = replace(PLAN, assumed=Assumptions(reserve=0.999))
     assert not sweep(small).fitting
     assert sweep(small).too_large
+
+
+def test_a_sweep_divides_what_the_model_has() -> None:
+    """No dense layer, no rule for its MLP; experts and the shared one are divided too."""
+    moe = replace(SHAPE, moe_layers=(True,) * 8, ffn=1001, experts=8, top_k=2, expert_ffn=1024, shared_ffn=1022)
+    plan = replace(PLAN, shape=moe, layout=replace(LAYOUT, experts=8))
+    assert {tried.layout.tensor for tried in sweep(plan).fitting} == {1, 2}
+    assert "moe_shared_expert_intermediate_size" in sweep(plan).impossible
+    dense = sweep(replace(PLAN, shape=replace(SHAPE, ffn=1001)))
+    assert {tried.layout.tensor for tried in dense.fitting} == {1}
 
 
 def test_an_unknown_gpu_lists_those_that_are_known() -> None:
