@@ -28,6 +28,7 @@ _LEFT_OUT = (
     "fine_grained_activation_offloading",
     "optimizer_cpu_offload",
     "distribute_saved_activations",
+    "moe_layer_recompute",
     "first_last_layers_bf16",
     "fp8_param_gather",
     "fp4",

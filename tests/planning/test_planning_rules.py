@@ -72,6 +72,16 @@ def test_a_domain_is_as_much_of_nvlink_as_divides_the_world() -> None:
     assert links.on_domains(replace(LAYOUT, nodes=1, gpus_per_node=16), DEVICES["h100"]) == LAYOUT
 
 
+def test_experts_that_lie_on_other_ranks_are_summed_apart() -> None:
+    """Megatron's layers choose the experts' groups where EP is above 1 or ETP is not TP."""
+    moe = replace(SHAPE, moe_layers=(True,) * 8, experts=8, top_k=2, expert_ffn=1024)
+    layout = replace(LAYOUT, tensor=2, experts=8)
+    for expert, expert_tensor, apart in ((1, 1, True), (1, 2, False), (2, 2, True)):
+        divided = replace(layout, expert=expert, expert_tensor=expert_tensor)
+        groups = {key.group for key in links.sent(moe, Training(), divided, 0)}
+        assert ("expert_dp" in groups, "dp" in groups) == (apart, True)
+
+
 def test_more_of_anything_is_never_slower() -> None:
     step = PLAN.step.total
     assert replace(PLAN, network=500).step.total <= step
