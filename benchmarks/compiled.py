@@ -38,6 +38,7 @@ _NORM = launch.Weights(STREAM, None)  # type: ignore[arg-type]
 _PARTIAL = launch.Partial(FP32, FP32, FP32, FP32, FP32, None)  # type: ignore[arg-type]
 _BEFORE = launch.Before(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type]
 _BACK = _BEFORE._replace(h=None, alpha=None, g_o=STREAM, g_beta=FP32)  # type: ignore[arg-type]
+_BIAS_DROPOUT = {"bias": STREAM, "seed": "*i64", "dropout": 0.1}
 _FORWARD = {"h": STREAM, "p": _P, "norm": _NORM, "x": STREAM, "beta": FP32, "alpha": FP32}
 _GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "g_other": None, "h": STREAM, "p": _P, "norm": _NORM}
 _BACKWARD = {**_GRADIENTS, "g_h": STREAM, "partial": _PARTIAL}
@@ -48,6 +49,9 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "depth backward": (depth_backward_kernel, {"g": STREAM, "pre": _BACK}),
     "boundary forward": (width_forward_kernel, {**_FORWARD, "pre": _BEFORE}),
     "boundary backward": (width_backward_kernel, {**_BACKWARD, "pre": _BACK}),
+    # With the bias and dropout of Megatron's slot.
+    "boundary forward, b+d": (width_forward_kernel, {**_FORWARD, "pre": _BEFORE._replace(**_BIAS_DROPOUT)}),
+    "boundary backward, b+d": (width_backward_kernel, {**_BACKWARD, "pre": _BACK._replace(**_BIAS_DROPOUT)}),
 }
 
 

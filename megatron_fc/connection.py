@@ -209,4 +209,6 @@ class FracConnection(nn.Module):
 
 def dropout_seed(h: Tensor, dropout: float) -> Tensor | None:
     """Draw a seed from the device's generator: without waiting for it, and again where its state is restored."""
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout}: give a probability from 0 to below 1")
     return torch.randint(2**31 - 1, (1,), device=h.device) if dropout > 0 else None

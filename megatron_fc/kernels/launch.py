@@ -4,6 +4,7 @@ Streams are [tokens, d] with d = m*c, rows contiguous. No function looks at a te
 """
 
 import functools
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ _ROWS = 16  # of a tile: what a tensor core's product needs
 _WARPS = 8
 # Columns of a warp in a chunk. Chosen so that the compiler keeps everything in registers, twice as many in forward.
 _COLUMNS, _COLUMNS_BACKWARD = 32, 16
-_PROGRAMS_PER_SM = 2
+# Programs for each of a GPU's processors. The registers of width and boundary backward leave room for one.
+_PROGRAMS, _PROGRAMS_BACKWARD = 2, 1
 
 
 class Before(NamedTuple):
@@ -155,9 +157,10 @@ def _width_backward(
 ) -> WidthGradients:
     norm = norm if g_x is not None else None
     site, g_h = site_of(h, config, norm, backward=True), torch.empty_like(h)
-    partial = _partial(programs(h.shape[0] * config.rate, h.device), h, site, norm)
+    partial = _partial(programs(h.shape[0] * config.rate, h.device, _PROGRAMS_BACKWARD), h, site, norm)
     gradients, weights = (g_x, g_beta, g_mixed, g_other), _weights(norm)
-    _launch(width_backward_kernel, site, h.shape[0], h.device, *gradients, h, before, p, weights, g_h, partial)
+    arguments = (*gradients, h, before, p, weights, g_h, partial)
+    _launch(width_backward_kernel, site, h.shape[0], h.device, *arguments, per_processor=_PROGRAMS_BACKWARD)
     parameters = _parameter_gradients(partial, p, config)
     weight, bias = (None if part is None else part.sum(0) for part in (partial.weight, partial.bias))
     return WidthGradients(g_h, parameters, weight, bias)
@@ -237,17 +240,23 @@ def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None, backward: b
     )
 
 
-def _launch(kernel: Any, site: Site, tokens: int, device: torch.device, *arguments: Any) -> None:
-    if tokens:
-        # Loops are unrolled over what the compiler knows to be constant; the interpreter wants plain values.
-        constants = site if INTERPRETED else Site(*map(tl.constexpr, site))
-        count = tokens * site.M
-        kernel[(programs(count, device),)](*arguments, count, S=constants, num_warps=site.W, num_stages=1)
+def _launch(
+    kernel: Any, site: Site, tokens: int, device: torch.device, *arguments: Any, per_processor: int = _PROGRAMS
+) -> None:
+    if not tokens:
+        return
+    # Loops are unrolled over what the compiler knows to be constant; the interpreter wants plain values.
+    constants = site if INTERPRETED else Site(*map(tl.constexpr, site))
+    count = tokens * site.M
+    grid = (programs(count, device, per_processor),)
+    # Triton launches on the current device, whichever has the tensors.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*arguments, count, S=constants, num_warps=site.W, num_stages=1)
 
 
-def programs(count: int, device: torch.device) -> int:
+def programs(count: int, device: torch.device, per_processor: int) -> int:
     """Programs for so many rows: they go on to the next tile until none is left."""
-    return min(-(-count // _ROWS), _PROGRAMS_PER_SM * _processors(device))
+    return min(-(-count // _ROWS), per_processor * _processors(device))
 
 
 @functools.cache

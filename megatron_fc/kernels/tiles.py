@@ -7,8 +7,8 @@ coefficients need are products of rows with rows; both run on tensor cores.
 A tile is read in chunks [W, R, K]: W warps with K columns each. Products keep the first axis, so that a warp holds only
 its own columns, and what they say of whole rows is summed over the warps once per tile.
 
-Coefficients are tables [R, KP], a row per fraction: beta, gamma_1..m, alpha_1..m, padding. They are never rounded below
-fp32: a product with rows of 16 bits is taken with two 16-bit halves of the coefficients.
+Coefficients are tables [R, KP], a row per fraction: beta, gamma_1..m, alpha_1..m, padding. A product with rows of 16
+bits is taken with two 16-bit halves of them, which in bf16 keep 16 of fp32's 24 bits: far more than the rows have.
 """
 
 from typing import NamedTuple
@@ -145,7 +145,7 @@ def each_warp(table, S: tl.constexpr):
 
 @triton.jit
 def table_by_rows(table, b, S: tl.constexpr):
-    """table b for a table [N, R] in fp32 and a chunk [W, R, K], to fp32 accuracy of the table: [W, N, K]."""
+    """table b for a table [N, R] in fp32, as two halves, and a chunk [W, R, K]: [W, N, K] in fp32."""
     if S.EXACT:
         return tl.dot(each_warp(table, S), b.to(tl.float32), input_precision="tf32x3")
     high = table.to(b.dtype)
@@ -221,13 +221,16 @@ def tanh(z):
 
 @triton.jit
 def moments(sums, squares, NORM: tl.constexpr, EPS: tl.constexpr, width: tl.constexpr):
-    """Mean and reciprocal deviation from sums and sums of squares over `width` values, as a norm uses them."""
+    """Mean and reciprocal deviation from sums and sums of squares over `width` values, as a norm uses them.
+
+    What rounding leaves of a variance is not negative; its error is that of the mean square, 1e-7 of it.
+    """
     mean, deviation = tl.zeros_like(squares), tl.zeros_like(squares) + 1.0
     if NORM == "layernorm":
         mean = sums / width
-        deviation = tl.rsqrt(squares / width - mean * mean + EPS)
+        deviation = tl.rsqrt(tl.maximum(squares / width - mean * mean, 0.0) + EPS)
     elif NORM == "rmsnorm":
-        deviation = tl.rsqrt(squares / width + EPS)
+        deviation = tl.rsqrt(tl.maximum(squares / width, 0.0) + EPS)
     return mean, deviation
 
 

@@ -11,8 +11,8 @@ Per token there are also, in fp32, beta (m values) and alpha (m*m) in forward an
 Parameters are read and sums for their gradients written once per program; from tile to tile both stay in cache.
 
 Two passes over a tile: the first takes all inner products of rows, the second, which finds the rows in cache, makes the
-result. Between them everything is algebra on tables: the statistics of x follow from the products of the rows of h, so
-that x need not exist for them.
+result. It goes backwards: of a tile that does not fit, what was read last is still there. Between them everything is
+algebra on tables: the statistics of x follow from the products of the rows of h, so that x need not exist for them.
 """
 
 import triton
@@ -161,7 +161,8 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
             gamma = from_table(table, 1, S)
             if S.SUB_NORM != "none":
                 mean, deviation, _ = input_moments(gamma, products, S)
-            for n in tl.range(CHUNKS, disable_licm=True):
+            for back in tl.range(CHUNKS, disable_licm=True):
+                n = CHUNKS - 1 - back
                 out = table_by_rows(tl.trans(gamma), load_chunk(h, first, count, n, S), S)
                 if S.SUB_NORM != "none":
                     out = less(out, mean[None, :, None], S.SUB_NORM) * deviation[None, :, None]
@@ -274,7 +275,8 @@ def width_backward_kernel(g_x, g_beta, g_mixed, g_other, h, pre, p, norm, g_h, p
 
         if pre.o is not None:
             pre_beta, d_pre_beta = beta_rows(pre.beta, first, count, S), tl.zeros([S.W, S.R], tl.float32)
-        for n in tl.range(CHUNKS, disable_licm=True):
+        for back in tl.range(CHUNKS, disable_licm=True):
+            n = CHUNKS - 1 - back
             rows = load_chunk(h, first, count, n, S)
             g = tl.zeros([S.W, S.R, S.K], tl.float32)
             if g_x is not None:

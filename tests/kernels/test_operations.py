@@ -1,13 +1,16 @@
 """Forward and every gradient of the kernels against float64 autograd of the reference."""
 
 import itertools
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import reference
 import torch
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, FracConnection, ops
 from megatron_fc.kernels import launch
+from megatron_fc.norm import NormWeights
 
 # Sums of up to 4096 terms in fp32, and norms whose statistics come from products of rows; measured 9e-6, in a gradient
 # of one element.
@@ -26,6 +29,14 @@ CONFIGS = [
         for norm, tanh, scale in itertools.product(NORMS, (True, False), (True, False))
         if (norm, tanh, scale) != ("rmsnorm", True, True)
     ),
+    *(FracConfig(rate=rate, norm=norm) for rate in (4, 8) for norm in ("layernorm", "none")),
+]
+# Of 16 bits: the norms, of fractions and of the sub-layer's input.
+HALF_CONFIGS = [
+    (FracConfig(rate=4), "rmsnorm"),
+    (FracConfig(rate=8, dynamic=False), "rmsnorm"),
+    (FracConfig(rate=2, norm="layernorm"), "layernorm"),
+    (FracConfig(rate=4, norm="none", tanh=False, scale=False), None),
 ]
 
 
@@ -84,17 +95,21 @@ def test_norm_weight_stored_less_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("config", [FracConfig(rate=4), FracConfig(rate=8, dynamic=False)], ids=name)
-def test_half_precision(config: FracConfig, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("config", "kind"), HALF_CONFIGS)
+def test_half_precision(config: FracConfig, kind: str | None, dtype: torch.dtype) -> None:
     """In fp16 coefficients are split into two halves, as on a GPU; bf16 products are wrong in the interpreter."""
-    check(reference.make(config, 64 * config.rate, 17, dtype, "rmsnorm"), HALF[dtype])
+    check(reference.make(config, 64 * config.rate, 17, dtype, kind), HALF[dtype])
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["c=80", "c=512"])  # where chunks of the two differ in columns
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "bias and dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_boundary_equals_depth_and_width_to_the_bit(dtype: torch.dtype) -> None:
+def test_boundary_equals_depth_and_width_to_the_bit(dtype: torch.dtype, dropout: bool, wide: bool) -> None:
     config = FracConfig(rate=4)
-    case = reference.make(config, 320, 17, dtype, "rmsnorm")
+    case = reference.make(config, 2048 if wide else 320, 17, dtype, "rmsnorm")
     before = launch.Before(case.o, case.h, *case.coefficients)
+    if dropout:
+        before = before._replace(bias=case.g_mixed[0].clone(), seed=torch.tensor([7]), dropout=0.25)
     h, *following = launch.boundary_forward(before, case.p, config, case.norm)
     assert torch.equal(h, launch.depth_forward(before, config))
     for one, expected in zip(following, launch.width_forward(h, case.p, config, case.norm), strict=True):
@@ -104,11 +119,87 @@ def test_boundary_equals_depth_and_width_to_the_bit(dtype: torch.dtype) -> None:
     width, g_o, g_beta = launch.boundary_backward(None, *incoming, h, before, case.p, config, case.norm)
     alone = launch.width_backward(*incoming, h, case.p, config, case.norm)
     assert torch.equal(width.h, alone.h)
-    for one, expected in zip(launch.depth_backward(alone.h, before, config), (g_o, g_beta), strict=True):
-        assert torch.equal(one, expected)
+    expected_g_o, expected_g_beta = launch.depth_backward(alone.h, before, config)
+    assert torch.equal(g_o, expected_g_o)
+    torch.testing.assert_close(g_beta, expected_g_beta, rtol=1e-5, atol=1e-4)  # sums of c terms in another order
     for one, expected in zip(width.parameters, alone.parameters, strict=True):
         assert (one is None) == (expected is None)
         assert one is None or torch.equal(one, expected)
+
+
+def test_what_else_the_gradient_of_the_stream_has_goes_through_the_boundary() -> None:
+    case = reference.make(FracConfig(rate=4), 320, 17, torch.float32, "rmsnorm")
+    before = launch.Before(case.o, case.h, *case.coefficients)
+    h = launch.depth_forward(before, case.config)
+    site, incoming = (case.p, case.config, case.norm), (case.g_x, case.g_beta, case.g_mixed)
+    other = case.g_x.flip(0)
+    width, g_o, g_beta = launch.boundary_backward(other, *incoming, h, before, *site)
+    whole = launch.width_backward(*incoming, h, *site).h + other
+    torch.testing.assert_close(width.h, whole)
+    for one, expected in zip((g_o, g_beta), launch.depth_backward(whole, before, case.config), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("mean", "tolerance"), [(1, FP32), (30, 2e-2), (3000, None)])
+def test_rows_far_from_zero(mean: float, tolerance: float | None) -> None:
+    """Variances come from sums of squares: digits are lost as the mean grows beyond the deviation, never all to NaN."""
+    case = reference.make(FracConfig(rate=4, norm="layernorm"), 256, 5, torch.float32, "layernorm")
+    case = replace(case, h=case.h + mean)
+    (x, *_), _ = reference.width_and_gradients(case)
+    found, _, _ = launch.width_forward(case.h, case.p, case.config, case.norm)
+    assert found is not None
+    assert found.isfinite().all()
+    assert tolerance is None or reference.error(found, x) < tolerance
+
+
+def test_strides_of_streams_and_gradients_do_not_matter() -> None:
+    """A site under autograd, as a user calls it."""
+    site = FracConnection(256, FracConfig(rate=4, backend="triton"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in site.parameters():
+            parameter.normal_(generator=generator)
+    h, o = torch.randn(2, 7, 3, 256, generator=generator)
+    weights = torch.randn(256, generator=generator)
+
+    def gradients(lay_out: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        stream, output = (lay_out(t).requires_grad_() for t in (h, o))
+        x, handover = site(stream, hand_over=True)
+        out = site.depth(output, stream, handover)
+        incoming = lay_out(weights.expand_as(h))
+        return [x, out, *torch.autograd.grad([x, out], [stream, output, *site.parameters()], [incoming, incoming])]
+
+    def transposed(t: torch.Tensor) -> torch.Tensor:
+        return t.transpose(0, 1).contiguous().transpose(0, 1).detach()
+
+    assert not transposed(h).is_contiguous()
+    pairs = zip(gradients(torch.Tensor.contiguous), gradients(transposed), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    pairs = zip(gradients(torch.Tensor.contiguous), gradients(torch.Tensor.detach), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs), "a gradient that is one row, expanded"
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_custom_ops_pass_opcheck(dynamic: bool) -> None:
+    config = FracConfig(rate=4, dynamic=dynamic)
+    p = FracConnection(64, config).site_parameters()
+    norm = NormWeights("layernorm", torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True), 1e-5)
+    h, o, bias = torch.randn(5, 64), torch.randn(5, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    site = (*ops._site_words(p, config), *ops._norm_words(norm))
+    torch.library.opcheck(ops._width, (h.clone().requires_grad_(), *site, True, "triton"))
+    _, (beta, alpha, mixed) = ops.frac_width(h, p, config, norm, "triton")
+    depth = (
+        o,
+        h,
+        beta.detach().requires_grad_(),
+        alpha,
+        mixed.detach().requires_grad_(),
+        bias,
+        torch.tensor([7]),
+        0.25,
+    )
+    torch.library.opcheck(ops._depth, (*depth, "triton"))
+    torch.library.opcheck(ops._boundary, (*depth, *site))
 
 
 def test_absent_gradients_are_zero() -> None:
@@ -126,8 +217,6 @@ def test_absent_gradients_are_zero() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # the interpreter cuts bf16 off, it does not round
 def test_identity_at_the_initial_values(dtype: torch.dtype) -> None:
     """x is h to the bit, and h' what Megatron's own sum gives."""
-    from megatron_fc import FracConnection
-
     case = reference.make(FracConfig(rate=4), 256, 17, dtype, None)
     p = FracConnection(256, case.config).site_parameters()
     x, beta, alpha = launch.width_forward(case.h, p, case.config)

@@ -17,12 +17,13 @@ from triton.runtime import interpreter
 from megatron_fc import FracConfig
 from megatron_fc.kernels import launch
 
-TOKENS, WIDTH, CONFIG = 32, 1024, FracConfig(rate=4)
-# Per token in fp32: beta and its gradient (m values each), alpha (m*m). Named in the headers.
-BETA, ALPHA = 4 * CONFIG.rate, 4 * CONFIG.rate**2
 SECTOR = 32  # bytes that a GPU moves at once
-# The share of a program in the second-level cache of an H100: 50 MB, two programs on each of 132 processors.
+# Half of a processor's share in the second-level cache of an H100, 50 MB for 132: for forward, of which a processor
+# runs two programs, and for backward, since how much of the cache holds for one processor is not known.
 CACHE = 50_000_000 // 264 // SECTOR
+# (m, d): OLMoE-7B's, and what else keeps its tile in that cache. docs/kernels.md has the other shapes.
+SHAPES = pytest.mark.parametrize(("rate", "width"), [(4, 1024), (4, 2048), (8, 2048)])
+TILES = 4  # two for a program of the width connection's backward pass
 
 
 class Cache:
@@ -83,49 +84,64 @@ def of(moved: Counter[int], *tensors: torch.Tensor | None) -> int:
 
 
 def rows(moved: Counter[int], *tensors: torch.Tensor | None) -> float:
-    """Bytes moved, in rows of d 16-bit elements per token."""
-    return of(moved, *tensors) / (TOKENS * WIDTH * 2)
+    """Bytes moved, in rows: the size of a stream."""
+    assert tensors[0] is not None
+    return of(moved, *tensors) / tensors[0].nbytes
 
 
-@pytest.fixture
-def case() -> reference.Case:
-    return reference.make(CONFIG, WIDTH, TOKENS, torch.bfloat16, "rmsnorm")
+def make(rate: int, width: int) -> reference.Case:
+    return reference.make(FracConfig(rate=rate), width, TILES * 16 // rate, torch.bfloat16, "rmsnorm")
 
 
-def test_width(case: reference.Case) -> None:
+def coefficient_bytes(case: reference.Case) -> tuple[int, int]:
+    """Of beta or its gradient, and of alpha, in fp32."""
+    return len(case.h) * 4 * case.config.rate, len(case.h) * 4 * case.config.rate**2
+
+
+@SHAPES
+def test_width(rate: int, width: int) -> None:
+    case = make(rate, width)
+    site, (beta_bytes, alpha_bytes) = (case.p, case.config, case.norm), coefficient_bytes(case)
     with counted() as moved:
-        x, beta, alpha = launch.width_forward(case.h, case.p, CONFIG, case.norm)
+        x, beta, alpha = launch.width_forward(case.h, *site)
     assert rows(moved, case.h, x) == 2
-    assert of(moved, beta, alpha) == TOKENS * (BETA + ALPHA)
+    assert of(moved, beta, alpha) == beta_bytes + alpha_bytes
     with counted() as moved:
-        back = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, case.p, CONFIG, case.norm)
+        back = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, *site)
     assert rows(moved, case.g_x, case.g_mixed, case.h, back.h) == 4
-    assert of(moved, case.g_beta) == TOKENS * BETA
+    assert of(moved, case.g_beta) == beta_bytes
     rest = moved.total() - of(moved, case.g_x, case.g_mixed, case.h, back.h, case.g_beta)
     # Parameters are read once per program and sums written once per program, neither once per tile.
-    c, k = WIDTH // CONFIG.rate, 2 * CONFIG.rate + 1
-    small = 4096  # static parameters and tables of coefficients
-    assert rest <= launch.programs(TOKENS * CONFIG.rate, case.h.device) * (2 * 4 * k * c + 4 * c + 6 * WIDTH + small)
+    c, k = width // rate, 2 * rate + 1
+    small = 4096 + 16 * 4 * 32  # static parameters and tables of coefficients
+    programs = launch.programs(TILES * 16, case.h.device, per_processor=1)
+    assert rest <= programs * (2 * 4 * k * c + 4 * c + 6 * width + small)
 
 
-def test_depth(case: reference.Case) -> None:
+@SHAPES
+def test_depth(rate: int, width: int) -> None:
+    case = make(rate, width)
+    config, (beta_bytes, alpha_bytes) = case.config, coefficient_bytes(case)
     before = launch.Before(case.o, case.h, *case.coefficients)
     with counted() as moved:
-        out = launch.depth_forward(before, CONFIG)
+        out = launch.depth_forward(before, config)
     assert rows(moved, case.o, case.h, out) == 3
-    assert of(moved, before.beta, before.alpha) == TOKENS * (BETA + ALPHA)
+    assert of(moved, before.beta, before.alpha) == beta_bytes + alpha_bytes
     with counted() as moved:
-        g_o, g_beta = launch.depth_backward(case.g_x, before, CONFIG)
+        g_o, g_beta = launch.depth_backward(case.g_x, before, config)
     assert rows(moved, case.g_x, case.o, g_o) == 3
-    assert of(moved, before.beta, g_beta) == TOKENS * 2 * BETA
+    assert of(moved, before.beta, g_beta) == 2 * beta_bytes
 
 
-def test_boundary(case: reference.Case) -> None:
+@SHAPES
+def test_boundary(rate: int, width: int) -> None:
+    case = make(rate, width)
+    site = (case.p, case.config, case.norm)
     before = launch.Before(case.o, case.h, *case.coefficients)
     with counted() as moved:
-        h, x, _, _ = launch.boundary_forward(before, case.p, CONFIG, case.norm)
+        h, x, _, _ = launch.boundary_forward(before, *site)
     assert rows(moved, case.o, case.h, h, x) == 4
     incoming = (None, case.g_x, case.g_beta, case.g_mixed)
     with counted() as moved:
-        width, g_o, _ = launch.boundary_backward(*incoming, h, before, case.p, CONFIG, case.norm)
-    assert rows(moved, case.g_x, case.g_mixed, h, case.o, width.h, g_o) == 6
+        back, g_o, _ = launch.boundary_backward(*incoming, h, before, *site)
+    assert rows(moved, case.g_x, case.g_mixed, h, case.o, back.h, g_o) == 6
