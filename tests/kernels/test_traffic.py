@@ -21,8 +21,7 @@ SECTOR = 32  # bytes that a GPU moves at once
 # Half of a processor's share in the second-level cache of an H100, 50 MB for 132: for forward, of which a processor
 # runs two programs, and for backward, since how much of the cache holds for one processor is not known.
 CACHE = 50_000_000 // 264 // SECTOR
-# (m, d): OLMoE-7B's, and what else keeps its tile in that cache. docs/kernels.md has the other shapes.
-SHAPES = pytest.mark.parametrize(("rate", "width"), [(4, 1024), (4, 2048), (8, 2048)])
+RATE, WIDTH = 4, 2048  # OLMoE-7B's; docs/kernels.md has other shapes
 TILES = 4  # two for a program of the width connection's backward pass
 
 
@@ -89,8 +88,9 @@ def rows(moved: Counter[int], *tensors: torch.Tensor | None) -> float:
     return of(moved, *tensors) / tensors[0].nbytes
 
 
-def make(rate: int, width: int) -> reference.Case:
-    return reference.make(FracConfig(rate=rate), width, TILES * 16 // rate, torch.bfloat16, "rmsnorm")
+@pytest.fixture
+def case() -> reference.Case:
+    return reference.make(FracConfig(rate=RATE), WIDTH, TILES * 16 // RATE, torch.bfloat16, "rmsnorm")
 
 
 def coefficient_bytes(case: reference.Case) -> tuple[int, int]:
@@ -98,9 +98,7 @@ def coefficient_bytes(case: reference.Case) -> tuple[int, int]:
     return len(case.h) * 4 * case.config.rate, len(case.h) * 4 * case.config.rate**2
 
 
-@SHAPES
-def test_width(rate: int, width: int) -> None:
-    case = make(rate, width)
+def test_width(case: reference.Case) -> None:
     site, (beta_bytes, alpha_bytes) = (case.p, case.config, case.norm), coefficient_bytes(case)
     with counted() as moved:
         x, beta, alpha = launch.width_forward(case.h, *site)
@@ -112,15 +110,13 @@ def test_width(rate: int, width: int) -> None:
     assert of(moved, case.g_beta) == beta_bytes
     rest = moved.total() - of(moved, case.g_x, case.g_mixed, case.h, back.h, case.g_beta)
     # Parameters are read once per program and sums written once per program, neither once per tile.
-    c, k = width // rate, 2 * rate + 1
+    c, k = WIDTH // RATE, 2 * RATE + 1
     small = 4096 + 16 * 4 * 32  # static parameters and tables of coefficients
     programs = launch.programs(TILES * 16, case.h.device, per_processor=1)
-    assert rest <= programs * (2 * 4 * k * c + 4 * c + 6 * width + small)
+    assert rest <= programs * (2 * 4 * k * c + 4 * c + 6 * WIDTH + small)
 
 
-@SHAPES
-def test_depth(rate: int, width: int) -> None:
-    case = make(rate, width)
+def test_depth(case: reference.Case) -> None:
     config, (beta_bytes, alpha_bytes) = case.config, coefficient_bytes(case)
     before = launch.Before(case.o, case.h, *case.coefficients)
     with counted() as moved:
@@ -133,9 +129,7 @@ def test_depth(rate: int, width: int) -> None:
     assert of(moved, before.beta, g_beta) == 2 * beta_bytes
 
 
-@SHAPES
-def test_boundary(rate: int, width: int) -> None:
-    case = make(rate, width)
+def test_boundary(case: reference.Case) -> None:
     site = (case.p, case.config, case.norm)
     before = launch.Before(case.o, case.h, *case.coefficients)
     with counted() as moved:
