@@ -14,7 +14,7 @@ from megatron_fc.megatron.checkpoint import find_checkpoint, refuse_existing
 from megatron_fc.megatron.compress.state import refuse_state
 from megatron_fc.megatron.integrity import refuse_corrupt
 from megatron_fc.megatron.recipe import Recipe
-from megatron_fc.megatron.setup import join_world, model_config, parse
+from megatron_fc.megatron.setup import build, join_world, parse
 from megatron_fc.megatron.upcycle import refuse_connected, to_residual, upcycle
 
 _QUANTIZE_LAST = "convert the checkpoint that it was made of, and quantise the result"
@@ -28,7 +28,6 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
     Raises:
         UserError: the checkpoint is not that of this model without connections, or `target` exists.
     """
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
     from megatron.training.global_vars import set_global_variables
 
@@ -45,12 +44,8 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
     with silence():
         set_global_variables(args)
         training.initialize_megatron()
-        config = model_config(args, recipe)
         refuse_corrupt(checkpoint)
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        # The plain modules: wrappers and the optimizer are not needed to know what they keep.
-        chunks = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
-        return upcycle(chunks, checkpoint, target, recipe.frac, with_optimizer=not args.no_load_optim)
+        return upcycle(build(args, recipe), checkpoint, target, recipe.frac, with_optimizer=not args.no_load_optim)
 
 
 def residual_checkpoint(source: Path, target: Path) -> str:

@@ -38,8 +38,12 @@ def device_capability() -> tuple[int, int] | None:
     return None if cpu.needed() else torch.cuda.get_device_capability()
 
 
-def adaptations() -> list[Adaptation]:
-    """Return what this machine needs; a run's own settings take precedence over each of them."""
+def adaptations(transformer_impl: str | None = None) -> list[Adaptation]:
+    """Return what this machine needs; a run's own settings take precedence over each of them.
+
+    Args:
+        transformer_impl: as the run sets it, None where it does not.
+    """
     found = []
     if cpu.needed():
         found.append(
@@ -63,6 +67,13 @@ def adaptations() -> list[Adaptation]:
             Adaptation(
                 "no Transformer Engine: Megatron's local layers, no FP8",
                 {"transformer_impl": "local", "no_persist_layer_norm": True},
+            )
+        )
+    elif transformer_impl == "local":
+        found.append(
+            Adaptation(
+                "transformer_impl=local: torch's norms, which have no persistent kernel",
+                {"no_persist_layer_norm": True},
             )
         )
     if importlib.util.find_spec("apex") is not None and not has_apex():

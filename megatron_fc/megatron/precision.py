@@ -88,7 +88,7 @@ def refuse_on_device(args: Any, capability: Capability | None) -> None:
     Raises:
         UserError: it cannot; names the devices that can.
     """
-    what = _name(args)
+    what = low_precision(args)
     if what is None:
         return
     if capability is None:
@@ -108,7 +108,7 @@ def refuse_impossible(args: Namespace) -> None:
     Raises:
         UserError: options exclude one another, or a size is no multiple of what the products ask for.
     """
-    what, recipe = _name(args), getattr(args, "fp8_recipe", None)
+    what, recipe = low_precision(args), getattr(args, "fp8_recipe", None)
     if args.fp8 and args.fp4:
         raise UserError(f"fp8_format={args.fp8} and fp4_format={args.fp4} exclude one another: drop one")
     for option, on in (("fp8_param_gather", args.fp8), ("fp4_param_gather", args.fp4)):
@@ -170,7 +170,7 @@ def _sizes(args: Namespace) -> Iterator[tuple[str, int]]:
         groups = args.num_query_groups if args.group_query_attention else heads
         yield "heads x kv_channels / TP", heads * head // tensor
         yield "query, key and value channels / TP", (heads + 2 * groups) * head // tensor
-    if args.ffn_hidden_size and _has_dense_mlp(args):
+    if args.ffn_hidden_size and has_dense_mlp(args):
         yield "ffn_hidden_size / TP", args.ffn_hidden_size // tensor
     if args.num_experts and args.moe_ffn_hidden_size:
         yield "moe_ffn_hidden_size / ETP", args.moe_ffn_hidden_size // (args.expert_tensor_parallel_size or tensor)
@@ -178,15 +178,16 @@ def _sizes(args: Namespace) -> Iterator[tuple[str, int]]:
         yield "moe_shared_expert_intermediate_size / TP", args.moe_shared_expert_intermediate_size // tensor
 
 
-def _has_dense_mlp(args: Namespace) -> bool:
+def has_dense_mlp(args: Namespace) -> bool:
+    """Whether a layer has an MLP without experts, `ffn_hidden_size` wide."""
     if args.hybrid_layer_pattern:
         return "-" in args.hybrid_layer_pattern
     frequency = args.moe_layer_freq
     return not args.num_experts or (frequency != 1 if isinstance(frequency, int) else 0 in frequency)
 
 
-def _name(args: Any) -> str | None:
-    """A low precision as a sentence names it, None where it is off."""
+def low_precision(args: Any) -> str | None:
+    """Return a low precision as a sentence names it, None where it is off."""
     if args.fp8:
         return f"fp8_recipe={args.fp8_recipe}"
     return f"fp4_recipe={args.fp4_recipe}" if args.fp4 else None

@@ -25,7 +25,13 @@ from megatron_fc.megatron.checkpoint import (
     refuse_other_connection,
 )
 from megatron_fc.megatron.companion import Companion
-from megatron_fc.megatron.compress.state import has_state, require_modelopt, restore_state, state_in_checkpoints
+from megatron_fc.megatron.compress.state import (
+    has_state,
+    refuse_unquantizable,
+    require_modelopt,
+    restore_state,
+    state_in_checkpoints,
+)
 from megatron_fc.megatron.integrity import refuse_corrupt
 from megatron_fc.megatron.parameters import ParameterCount, count_parameters
 from megatron_fc.megatron.recipe import Recipe
@@ -87,6 +93,7 @@ def train(recipe: Recipe, companion: Companion | None = None) -> Trained:
     is_changed = checkpoint is not None and has_state(checkpoint)
     if is_changed:
         require_modelopt(f"the checkpoint {checkpoint}, which is quantised,")
+        refuse_unquantizable(args)
 
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None

@@ -303,7 +303,7 @@ def _refuse_missing_te(settings: dict[str, Any]) -> None:
 
 def _adapt_to_machine(settings: dict[str, Any]) -> list[str]:
     notes = []
-    for adaptation in adaptations():
+    for adaptation in adaptations(settings.get("transformer_impl")):
         notes.append(adaptation.reason)
         for name, value in adaptation.settings.items():
             settings.setdefault(name, value)

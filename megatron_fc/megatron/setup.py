@@ -80,6 +80,26 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
     return model
 
 
+def build(args: Namespace, recipe: Recipe, *, in_wrapper: bool = True) -> list[Any]:
+    """Build this rank's chunks of a recipe's model in Megatron's world, without optimizer and its wrapper.
+
+    Args:
+        args: Megatron's, validated.
+        recipe: the run.
+        in_wrapper: put a half-precision model into Megatron's wrapper, which casts what goes in and comes out.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.module import Float16Module
+
+    config = model_config(args, recipe)
+    chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        wrap_with_ddp=False,
+        mixed_precision_wrapper=Float16Module if in_wrapper else None,
+    )
+    return chunks
+
+
 def _gpt_spec(args: Namespace, frac: FracConfig) -> Any:
     from megatron_fc.megatron.specs import gpt_spec
 

@@ -1,6 +1,7 @@
 """`megatron-fc quantize`, and training that goes on from its checkpoints, with the real ModelOpt."""
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from commands import run
 from runs import config, tensors, trained  # noqa: F401  (fixtures)
 
+from megatron_fc.errors import UserError
 from megatron_fc.megatron.checkpoint import latest_checkpoint
+from megatron_fc.megatron.recipe import load_recipe
 from megatron_fc.report.metrics import read_metrics
 
 RECIPES = {"fp8": 40, "int8": 40, "int4_awq": 20}  # quantizers: 20 linear layers, of int4_awq the weights alone
@@ -76,6 +79,31 @@ def test_quantization_aware_training_learns_and_resumes(config: Path, quantized:
 
 
 @pytest.mark.parametrize("quantized", ["fp8"], indirect=True)
+def test_runs_in_fp8_are_refused(config: Path, trained: Path, quantized: tuple[str, Path, str]) -> None:  # noqa: F811
+    """With the recipe of a machine with a GPU, which this one would refuse before."""
+    from megatron_fc.megatron.compress.quantize import quantize
+    from megatron_fc.megatron.pretrain import train
+
+    _, source, _ = quantized
+    options = ["precision=fp8_tensorwise", f"load={source}", "finetune=true", f"run_dir={config.parent / 'never'}"]
+    recipe = load_recipe(config, options, elsewhere=True)
+    for action in (lambda: quantize(recipe, trained, config.parent / "never", "fp8", 1), lambda: train(recipe)):
+        with pytest.raises(UserError, match="add precision=bf16 fp8_param_gather=false"):
+            action()
+    assert not (config.parent / "never").exists()
+
+
+def test_experts_and_tensors_split_at_once_are_refused() -> None:
+    from megatron_fc.megatron.compress.state import refuse_unquantizable
+
+    layout = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "fp8": None, "fp4": None}
+    refuse_unquantizable(Namespace(**layout, moe_grouped_gemm=True, transformer_impl="transformer_engine"))
+    for options in ({"moe_grouped_gemm": False}, {"moe_grouped_gemm": True, "transformer_impl": "local"}):
+        with pytest.raises(UserError, match="tensor_model_parallel_size=2 with expert_model_parallel_size=2"):
+            refuse_unquantizable(Namespace(**layout, **({"transformer_impl": "transformer_engine"} | options)))
+
+
+@pytest.mark.parametrize("quantized", ["fp8"], indirect=True)
 def test_refusals(config: Path, trained: Path, quantized: tuple[str, Path, str]) -> None:  # noqa: F811
     _, source, _ = quantized
 
@@ -89,6 +117,7 @@ def test_refusals(config: Path, trained: Path, quantized: tuple[str, Path, str])
     assert "is quantised" in refusal("quantize", source, config, "--recipe", "fp8", *to)
     assert "never overwritten" in refusal("quantize", trained, config, "--recipe", "fp8", "--to", source)
     assert "at least one" in refusal("quantize", trained, config, "--recipe", "fp8", *to, "--calibration-iters", "0")
+    assert "iter_0000010" in refusal("quantize", trained, config, "ckpt_step=10", "--recipe", "fp8", *to)
     assert "plain residual" in refusal("quantize", trained, config, "connection=residual", "--recipe", "fp8", *to)
     assert "holds no optimizer state" in refusal("train", config, f"load={source}", f"run_dir={config.parent / 'r'}")
     assert "is quantised" in refusal("upcycle", "--to-residual", "--from", source, *to)

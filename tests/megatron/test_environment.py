@@ -70,6 +70,14 @@ def test_whole_apex_leaves_the_fusion_on(install) -> None:
     assert "Apex" not in notes()
 
 
+def test_local_layers_beside_transformer_engine_have_torchs_norms(install) -> None:
+    """Which assert that nobody asks for Apex's persistent kernel."""
+    install("transformer_engine/__init__.py")
+    assert not any("no_persist_layer_norm" in found.settings for found in adaptations())
+    (local,) = (found for found in adaptations("local") if "no_persist_layer_norm" in found.settings)
+    assert local.settings == {"no_persist_layer_norm": True}
+
+
 @pytest.mark.parametrize("files", [(), IMPOSTOR, APEX, (*APEX, FUSED)], ids=["none", "impostor", "apex", "whole apex"])
 def test_a_run_gets_the_flag_and_says_so(files: tuple[str, ...], install, tmp_path: Path) -> None:
     for name in ("train.bin", "train.idx"):

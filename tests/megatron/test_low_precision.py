@@ -8,6 +8,7 @@ import pytest
 
 from megatron_fc import UserError
 from megatron_fc.cli import main
+from megatron_fc.megatron.compress.state import refuse_unquantizable
 from megatron_fc.megatron.precision import PRECISIONS, refuse_impossible, refuse_on_device
 from megatron_fc.megatron.recipe import _MegatronArguments, load_recipe
 
@@ -150,6 +151,14 @@ def test_transformer_engine_missing_is_exit_2_and_one_sentence(
     error = capsys.readouterr().err
     assert "needs Transformer Engine, which is not installed: install it" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_quantizers_of_modelopt_do_not_go_with_it(precision: str) -> None:
+    refuse_unquantizable(args("bf16"))
+    with pytest.raises(UserError, match=r"_recipe=\w+ is Transformer Engine's .* add precision=bf16 fp8_param_gather="):
+        refuse_unquantizable(args(precision))
+    args(precision, "precision=bf16", "fp8_param_gather=false")
 
 
 def test_a_recipe_of_ones_own_is_left_to_megatron() -> None:

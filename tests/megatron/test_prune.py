@@ -2,17 +2,18 @@
 
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_pretrain as runs
 import tiny
 import torch
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, UserError
 from megatron_fc.cli import main
 from megatron_fc.megatron.checkpoint import latest_checkpoint, stored_structure
 from megatron_fc.megatron.compress.importance import Importance
-from megatron_fc.megatron.compress.prune import _Kept
+from megatron_fc.megatron.compress.prune import _Kept, _refuse_layout
 from megatron_fc.megatron.parameters import is_frac_parameter
 
 DFC = FracConfig(rate=4)
@@ -149,6 +150,21 @@ def test_connections_are_kept_with_their_layers() -> None:
         assert torch.equal(small.state_dict()[name], old[name])
 
 
+def test_what_transformer_engine_keeps_in_a_projection_stays() -> None:
+    """The norm before it, and the state of FP8."""
+    model = tiny.build("mixed", DFC)
+    kept = _Kept(scored(model), arguments(), arguments(ffn_hidden_size=64, moe_ffn_hidden_size=32))
+    for name in (
+        "decoder.layers.0.mlp.linear_fc1.layer_norm_weight",
+        "decoder.layers.0.mlp.linear_fc1.layer_norm_bias",
+        "decoder.layers.0.mlp.linear_fc1._extra_state",
+        "decoder.layers.0.mlp.linear_fc2._extra_state",
+        "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1._extra_state",
+    ):
+        tensor = torch.randn(tiny.WIDTH)
+        assert kept.cut({name: tensor}, name) is tensor
+
+
 def run(*words: object) -> str:
     import subprocess
     import sys
@@ -174,6 +190,29 @@ def test_pruned_checkpoint_trains(config: Path, finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size=2: pruning reads the whole model"),
+        ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size=2"),
+        ({"expert_model_parallel_size": 2}, "expert_model_parallel_size=2"),
+        ({"expert_tensor_parallel_size": 2}, "expert_tensor_parallel_size=2"),
+        ({"mtp_num_layers": 1}, "without multi-token prediction"),
+        ({"multi_latent_attention": True}, "num_attention_heads of multi-latent attention"),
+        ({"moe_layer_freq": [0, 1]}, "prune depth where all layers are alike"),
+    ],
+)
+def test_models_that_are_refused(options: dict[str, Any], said: str) -> None:
+    sizes = {"num_attention_heads": 2, "num_layers": 1}
+    values = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
+    values |= {"expert_tensor_parallel_size": 1, "mtp_num_layers": None, "multi_latent_attention": False}
+    values |= {"num_experts": 4, "moe_grouped_gemm": False, "moe_layer_freq": 1}
+    recipe = Namespace(family="gpt")
+    _refuse_layout(Namespace(**values), recipe, sizes)
+    with pytest.raises(UserError, match=said):
+        _refuse_layout(Namespace(**(values | options)), recipe, sizes)
+
+
+@pytest.mark.parametrize(
     ("export", "overrides", "said"),
     [
         ("hidden_size=16", [], "would cut through the fractions"),
@@ -183,6 +222,10 @@ def test_pruned_checkpoint_trains(config: Path, finished: Path) -> None:
         ("num_experts=1", [], "a token goes to 2 experts"),
         ("num_experts=2", ["family=hybrid"], "family=gpt"),
         ("num_attention_heads=1", ["group_query_attention=true", "num_query_groups=2"], "multiple of num_query_groups"),
+        ("ffn_hidden_size=16", [], "all layers of this model have experts, which are moe_ffn_hidden_size=32 wide"),
+        ("num_experts=2", ["ckpt_step=10"], "iter_0000010"),
+        ("num_experts=2", ["eval_iters=0"], "need at least one validation iteration, set eval_iters=8"),
+        ("num_experts=2", ["moe_grouped_gemm=true"], "moe_grouped_gemm keeps all experts in one layer"),
     ],
 )
 def test_refusals(

@@ -20,7 +20,7 @@ from megatron_fc.megatron.companion import Companion
 from megatron_fc.megatron.compress.state import refuse_state, require_modelopt
 from megatron_fc.megatron.parameters import ParameterCount
 from megatron_fc.megatron.recipe import Recipe, load_recipe
-from megatron_fc.megatron.setup import join_world, model_config, parse
+from megatron_fc.megatron.setup import build, join_world, parse
 
 # Both run on the same ranks and give logits over the same vocabulary.
 _SHARED = (
@@ -118,15 +118,10 @@ class Distillation(Companion):
     def _load_teacher(self) -> Any:
         """The teacher with its weights, on this rank, not wrapped."""
         from megatron.core import dist_checkpointing, mpu
-        from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.training import get_args
 
         self._args.padded_vocab_size = get_args().padded_vocab_size
-        config = model_config(self._args, self._recipe)
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        (teacher,) = config.get_builder_cls()(config).build_distributed_models(
-            groups, wrap_with_ddp=False, mixed_precision_wrapper=None
-        )
+        (teacher,) = build(self._args, self._recipe, in_wrapper=False)
         folder = str(self._checkpoint)
         metadata = {
             **(dist_checkpointing.load_content_metadata(folder) or {}),

@@ -10,7 +10,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +19,20 @@ from megatron_fc.megatron.checkpoint import find_checkpoint, refuse_existing
 from megatron_fc.megatron.compress.importance import Importance
 from megatron_fc.megatron.compress.session import Session, session
 from megatron_fc.megatron.compress.state import refuse_state
+from megatron_fc.megatron.precision import has_dense_mlp
 from megatron_fc.megatron.recipe import Recipe, load_recipe
-from megatron_fc.megatron.setup import join_world, model_config, parse
+from megatron_fc.megatron.setup import build, join_world, parse
 from megatron_fc.suggest import unknown
 
 PRUNABLE = ("num_layers", "num_attention_heads", "num_experts", "ffn_hidden_size", "moe_ffn_hidden_size")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
-_ONE_RANK = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+_ONE_RANK = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,7 @@ def prune(
     small = load_recipe(config, [*overrides, *settings])
     small_args = parse(small)
     with session(recipe, checkpoint) as run:
-        losses = run.args.eval_iters
-        run.prepare_validation(calibration_iters + losses)
+        losses = run.prepare_validation(calibration_iters)
         with Importance(run.model) as importance:
             run.validate(0, calibration_iters)
         original = run.validate(calibration_iters, losses)
@@ -121,6 +125,11 @@ def _refuse_layout(args: Namespace, recipe: Recipe, sizes: dict[str, int]) -> No
 
 
 def _refuse_sizes(args: Namespace, sizes: dict[str, int]) -> None:
+    if "ffn_hidden_size" in sizes and not has_dense_mlp(args):
+        raise UserError(
+            f"--export ffn_hidden_size={sizes['ffn_hidden_size']}: all layers of this model have experts, which are "
+            f"moe_ffn_hidden_size={args.moe_ffn_hidden_size} wide: prune that"
+        )
     for name, value in sizes.items():
         now = getattr(args, name)
         if now is None:
@@ -195,11 +204,13 @@ class _Kept:
         return parts[torch.arange(self._groups)[:, None], rows].flatten(0, 2)
 
     def _cut_mlp(self, tensor: Tensor, name: str, site: tuple[int, int | None], size: int) -> Tensor:
-        neurons = _best(self._importance.neurons[site], size)
-        if name.startswith("linear_fc1."):
+        scores = self._importance.neurons[site]
+        if name in ("linear_fc1.weight", "linear_fc1.bias"):
             # With a gate, its rows come first and the values' behind them.
-            return tensor.unflatten(0, (-1, len(self._importance.neurons[site])))[:, neurons].flatten(0, 1)
-        return tensor[:, neurons] if name == "linear_fc2.weight" else tensor
+            return tensor.unflatten(0, (-1, len(scores)))[:, _best(scores, size)].flatten(0, 1)
+        if name == "linear_fc2.weight":
+            return tensor[:, _best(scores, size)]
+        return tensor  # Transformer Engine's norm inside linear_fc1 and its FP8 state have no neurons
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
@@ -209,13 +220,10 @@ def _best(scores: Tensor, count: int) -> Tensor:
 
 def _replace(run: Session, kept: _Kept, small: Recipe, small_args: Namespace) -> None:
     """Put the small model in the place of the session's."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model
 
     small_args.padded_vocab_size = run.args.padded_vocab_size
-    config = model_config(small_args, small)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
+    chunks = build(small_args, small)
     old = {name: tensor for name, tensor in run.model.state_dict().items() if isinstance(tensor, Tensor)}
     model = unwrap_model(chunks)[0]
     wanted = [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)]

@@ -14,7 +14,12 @@ from megatron_fc.megatron.compress.recipes import (
     refuse_unavailable,
 )
 from megatron_fc.megatron.compress.session import Session, session
-from megatron_fc.megatron.compress.state import refuse_state, require_modelopt, state_in_checkpoints
+from megatron_fc.megatron.compress.state import (
+    refuse_state,
+    refuse_unquantizable,
+    require_modelopt,
+    state_in_checkpoints,
+)
 from megatron_fc.megatron.recipe import Recipe
 from megatron_fc.report.runlog import is_log_rank, real_stdout
 
@@ -59,13 +64,10 @@ def quantize(recipe: Recipe, source: Path, target: Path, name: str, calibration_
     checkpoint = find_checkpoint(source)
     refuse_state(checkpoint, "quantise the checkpoint that it was made of")
     refuse_existing(target)
-    with session(recipe, checkpoint) as run:
+    with session(recipe, checkpoint, refuse_unquantizable) as run:
         import modelopt.torch.quantization as mtq
 
-        losses = run.args.eval_iters
-        if losses < 1:
-            raise UserError(f"eval_iters={losses}: the table needs at least one validation iteration, set eval_iters=8")
-        run.prepare_validation(calibration_iters + losses)
+        losses = run.prepare_validation(calibration_iters)
 
         def calibrate(_: object) -> None:
             _validate(run, "calibration", 0, calibration_iters)

@@ -18,7 +18,7 @@ from megatron_fc.megatron.compress.state import refuse_virtual_stages
 from megatron_fc.megatron.conversion import silence
 from megatron_fc.megatron.integrity import refuse_corrupt, step_of
 from megatron_fc.megatron.recipe import Recipe
-from megatron_fc.megatron.setup import join_world, model_config, parse
+from megatron_fc.megatron.setup import build, join_world, parse
 
 
 class Session:
@@ -32,6 +32,7 @@ class Session:
     def __init__(self, args: Namespace, chunks: list[Any], operations: float) -> None:
         self.args, self.chunks, self._operations = args, chunks, operations
         self._loader: Any = None
+        self._consumed = args.consumed_valid_samples
 
     @property
     def model(self) -> Any:
@@ -40,15 +41,22 @@ class Session:
 
         return unwrap_model(self.chunks)[0]
 
-    def prepare_validation(self, iterations: int) -> None:
-        """Build the data for so many validation iterations, of `eval_global_batch_size` samples each."""
+    def prepare_validation(self, calibration_iters: int) -> int:
+        """Build the data of so many validation iterations, of `eval_global_batch_size` samples each, and of more.
+
+        Returns:
+            The number of iterations behind them, `eval_iters`.
+        """
         from megatron.training import training
 
         from megatron_fc.megatron.batches import datasets
 
-        self.args.eval_iters = iterations
+        losses: int = self.args.eval_iters
+        self.args.eval_iters = calibration_iters + losses
         loaders = training.build_train_valid_test_data_loaders(datasets)[1]
         self._loader = loaders[0] if loaders else None
+        self.args.eval_iters = losses
+        return losses
 
     def validate(self, start: int, iterations: int, step: Callable[[], None] = lambda: None) -> float:
         """Run the model on validation iterations `start ... start + iterations - 1` of those prepared.
@@ -91,6 +99,7 @@ class Session:
             shutil.rmtree(staging, ignore_errors=True)
         torch.distributed.barrier()
         self.args.save = str(staging)
+        self.args.consumed_valid_samples = self._consumed  # what is validated here is none of the run's progress
         try:
             with checkpoint_errors_named(self.args):
                 save_checkpoint(self.args.iteration, self.chunks, None, None, self._operations)
@@ -104,13 +113,17 @@ class Session:
 
 
 @contextmanager
-def session(recipe: Recipe, checkpoint: Path) -> Iterator[Session]:
+def session(recipe: Recipe, checkpoint: Path, check: Callable[[Namespace], None] = lambda _: None) -> Iterator[Session]:
     """Build the recipe's model, load a checkpoint into it, and end Megatron's world afterwards; every rank calls it.
+
+    Args:
+        recipe: of the run that wrote the checkpoint.
+        checkpoint: one of its folders.
+        check: called with Megatron's arguments before it validates them.
 
     Raises:
         UserError: the checkpoint is corrupt or not that of the recipe, or the recipe cannot be run so.
     """
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.global_vars import set_global_variables
@@ -118,10 +131,22 @@ def session(recipe: Recipe, checkpoint: Path) -> Iterator[Session]:
     def settle(args: Namespace) -> None:
         if args.full_validation or args.multiple_validation_sets:
             raise UserError("full_validation and multiple_validation_sets: unset them, eval_iters says how much is run")
-        args.load, args.ckpt_step = str(checkpoint.parent), None
+        if not args.eval_iters or args.eval_iters < 1:
+            raise UserError(
+                f"eval_iters={args.eval_iters}: the losses need at least one validation iteration, set eval_iters=8"
+            )
+        if args.ckpt_step is not None:
+            raise UserError(
+                f"ckpt_step={args.ckpt_step}: drop it, and give the checkpoint itself in place of its folder, "
+                f"{checkpoint.parent}/iter_{args.ckpt_step:07d}"
+            )
+        check(args)
+        args.load = str(checkpoint.parent)
         if checkpoint.name != "release":
             args.ckpt_step = step_of(checkpoint)
         args.no_load_optim = args.no_load_rng = args.no_save_optim = args.no_save_rng = True
+        # Cyclic data go on where the last pass over them ended, and the losses are to be of the same batches.
+        args.dataloader_type = "single"
         args.skip_train, args.async_save, args.tensorboard_dir, args.wandb_project = True, False, None, ""
 
     join_world()
@@ -133,9 +158,7 @@ def session(recipe: Recipe, checkpoint: Path) -> Iterator[Session]:
             cpu.fork_checkpoint_helper()
         training.initialize_megatron()
         refuse_corrupt(checkpoint)
-        config = model_config(args, recipe)
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        chunks = config.get_builder_cls()(config).build_distributed_models(groups, wrap_with_ddp=False)
+        chunks = build(args, recipe)
         refuse_virtual_stages(chunks)
         with checkpoint_errors_named(args):
             args.iteration, operations = load_checkpoint(chunks, None, None)

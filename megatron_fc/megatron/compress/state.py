@@ -5,12 +5,14 @@ code off: without the record a quantised checkpoint could not be loaded again.
 """
 
 import contextlib
+from argparse import Namespace
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.precision import low_precision
 
 _STATE = "modelopt_state"
 
@@ -41,6 +43,29 @@ def refuse_state(checkpoint: Path, remedy: str) -> None:
     """
     if has_state(checkpoint):
         raise UserError(f"the checkpoint {checkpoint} is quantised: {remedy}")
+
+
+def refuse_unquantizable(args: Namespace) -> None:
+    """Check that ModelOpt's quantised layers can compute in a run.
+
+    Args:
+        args: Megatron's, validated or not.
+
+    Raises:
+        UserError: it runs in FP8 or FP4, or splits experts and the tensors of other layers at once.
+    """
+    if what := low_precision(args):
+        raise UserError(
+            f"{what} is Transformer Engine's and does not go with ModelOpt's quantizers: add precision=bf16 "
+            f"fp8_param_gather=false"
+        )
+    tensor, expert = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    one_by_one = not args.moe_grouped_gemm or args.transformer_impl == "local"
+    if tensor > 1 and expert > 1 and one_by_one:
+        raise UserError(
+            f"tensor_model_parallel_size={tensor} with expert_model_parallel_size={expert}: ModelOpt quantises single "
+            f"experts under one of the two only, set the other to 1"
+        )
 
 
 def restore_state(chunks: list[Any], checkpoint: Path) -> list[Any]:
