@@ -165,7 +165,16 @@ def _sizes(args: Namespace) -> Iterator[tuple[str, int]]:
         return
     yield "hidden_size", args.hidden_size
     heads = args.num_attention_heads
-    if heads and not args.multi_latent_attention:
+    if heads and args.multi_latent_attention:
+        query, rope = args.qk_head_dim, args.qk_pos_emb_head_dim
+        if args.q_lora_rank:
+            yield "q_lora_rank", args.q_lora_rank
+        yield "kv_lora_rank", args.kv_lora_rank
+        yield "kv_lora_rank + qk_pos_emb_head_dim", args.kv_lora_rank + rope
+        yield "heads x (qk_head_dim + qk_pos_emb_head_dim) / TP", heads * (query + rope) // tensor
+        yield "heads x (qk_head_dim + v_head_dim) / TP", heads * (query + args.v_head_dim) // tensor
+        yield "heads x v_head_dim / TP", heads * args.v_head_dim // tensor
+    elif heads:
         head = args.kv_channels or args.hidden_size // heads
         groups = args.num_query_groups if args.group_query_attention else heads
         yield "heads x kv_channels / TP", heads * head // tensor

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import socket
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +33,12 @@ class Done:
     printed: str
 
 
-def run(folder: Path, *words: object, timeout: float = 200.0) -> Done:
-    """Run a command with its output in a file below `folder`; after `timeout` seconds its code is None."""
+def run(folder: Path, *words: object, ranks: int = 1, timeout: float = 200.0) -> Done:
+    """Run a command on some ranks, their output in one file below `folder`.
+
+    Returns:
+        With the first code that is not 0, None after `timeout` seconds.
+    """
     output = folder / f"output{len(list(folder.glob('output*')))}"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["commands"])
@@ -42,22 +48,40 @@ def run(folder: Path, *words: object, timeout: float = 200.0) -> Done:
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
-    # No daemon: Megatron's checkpoint writer is its child.
-    process = context.Process(target=_entry, args=(output, [str(word) for word in words]))
-    process.start()
-    process.join(timeout)
-    if process.exitcode is None:
+    arguments = output, [str(word) for word in words]
+    # No daemons: Megatron's checkpoint writer is their child.
+    processes = [context.Process(target=_entry, args=(*arguments, place)) for place in _places(ranks)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+        if process.exitcode != 0:  # the others wait for it
+            break
+    code = process.exitcode
+    for process in processes:
         process.kill()
-        return Done(None, output.read_text())
-    return Done(process.exitcode, output.read_text())
+    return Done(code, output.read_text())
 
 
-def _entry(output: Path, words: Sequence[str]) -> None:
+def _places(ranks: int) -> list[dict[str, str]]:
+    """What a launcher sets for each rank; nothing for a lone one."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
+    places = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
+    return [{name: str(value) for name, value in place.items()} for place in places]
+
+
+def _entry(output: Path, words: Sequence[str], place: dict[str, str]) -> None:
     import traceback
 
     from megatron_fc.cli import main
 
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.environ.update(place)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     code = 1

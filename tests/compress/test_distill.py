@@ -1,13 +1,26 @@
 """`megatron-fc distill` with the real ModelOpt: what the student learns, and what is refused."""
 
 import re
+import warnings
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from commands import Done, run
 from runs import config, plain, tensors, trained  # noqa: F401  (fixtures)
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron_fc.megatron import cpu
+
+    cpu.install()
+    import rank
+    import tiny
+
+from megatron_fc import FracConfig
 from megatron_fc.megatron.checkpoint import latest_checkpoint
 
 _DIVERGENCE = re.compile(r"\| distillation loss: (\S+) \|")
@@ -56,6 +69,54 @@ def test_student_of_another_shape_with_both_losses(config: Path, plain: Path) ->
     done, divergence = distill(config, "other", "--teacher", plain, *words, "--lm-loss-weight", "0.5")
     assert done.code == 0, done.printed
     assert len(divergence) == 4
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    with rank.one_rank():
+        yield
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_loss_is_the_divergence_at_the_temperature_and_its_share_of_the_next_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.training import global_vars
+
+    from megatron_fc.megatron.compress.distill import Distillation
+
+    teacher, student = (tiny.build("dense", frac, seed) for seed, frac in enumerate((None, FracConfig(rate=4))))
+    t = tiny.tokens(3)
+    mask = torch.ones(t[:, 1:].shape)
+    mask[:, ::3] = 0
+    with torch.no_grad():
+        scaled = [(tiny.logits(model, t) / 2).log_softmax(-1) for model in (teacher, student)]
+        divergence = (F.kl_div(scaled[1], scaled[0], reduction="none", log_target=True).sum(-1) * mask).sum()
+        next_token = (F.cross_entropy(tiny.logits(student, t).transpose(1, 2), t[:, 1:], reduction="none") * mask).sum()
+
+    distillation = Distillation.__new__(Distillation)
+    distillation._temperature, distillation._lm_loss_weight = 2.0, 0.5
+    monkeypatch.setattr(distillation, "_load_teacher", lambda: teacher)
+    (student,) = distillation.model_is_built(Namespace(), [student], None)
+    checks = Namespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False)
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", checks)
+    loss, tokens, report = distillation._loss(student, mask, student(*tiny.inputs(t), labels=t[:, 1:]))
+    assert divergence > 1e-3
+    assert tokens == mask.sum()
+    assert report["distillation loss"][0].item() == pytest.approx(divergence.item(), rel=1e-4)
+    assert report["lm loss"][0].item() == pytest.approx(next_token.item(), rel=1e-4)
+    assert loss.item() == pytest.approx((divergence + 0.5 * next_token).item(), rel=1e-4)
+
+
+def test_teacher_of_another_file_shares_the_layout(config: Path, plain: Path) -> None:  # noqa: F811
+    from megatron_fc.megatron.compress.distill import teacher_recipe
+
+    overrides = ["data.seq_length=16", "bf16=true", "num_layers=1", "model.hidden_size=64"]
+    words = teacher_recipe(config, overrides, config, plain).argv
+    assert words[words.index("--seq-length") + 1] == "16"
+    assert "--bf16" in words
+    assert words[words.index("--num-layers") + 1] == "2"
+    assert words[words.index("--hidden-size") + 1] == "32"
 
 
 def test_refusals(config: Path, plain: Path) -> None:  # noqa: F811

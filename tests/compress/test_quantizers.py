@@ -1,5 +1,6 @@
 """What ModelOpt does to the tiny models, and that Frac-Connections and norms are not among it."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def quantize(model: torch.nn.Module, config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
-@pytest.mark.parametrize("recipe", ["fp8", "int8"])
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "int4_awq"])
 def test_quantized_model_trains_every_parameter(kind: str, options: dict[str, Any], recipe: str) -> None:
     model = build(kind, options)
     original = tiny.loss(model, tiny.tokens(9)).item()
@@ -68,6 +69,48 @@ def test_quantized_model_trains_every_parameter(kind: str, options: dict[str, An
         assert parameter.grad.isfinite().all(), name
     connections = [module.connection for module in model.modules() if isinstance(module, FracNorm)]
     assert all(p.grad.any() for site in connections for p in site.parameters())
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int8", "int4_awq"])
+def test_quantizers_change_what_the_model_computes(recipe: str) -> None:
+    model = build("moe", {})
+    before = tiny.logits(model, tiny.tokens(9))
+    quantize(model, quantization_config(recipe))
+    assert (tiny.logits(model, tiny.tokens(9)) - before).abs().max() > 1e-4
+
+
+def test_scales_are_the_maxima_of_the_calibration_data() -> None:
+    model = build("moe", {})
+    projection = unwrap_model(model).decoder.layers[0].self_attention.linear_proj
+    seen: list[torch.Tensor] = []
+    watch = projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().abs().max()))
+    for seed in range(2):
+        tiny.loss(model, tiny.tokens(seed))
+    watch.remove()
+    quantize(model, quantization_config("fp8"))
+    assert seen[0] != seen[1]
+    assert projection.input_quantizer.amax.item() == max(seen).item()
+    assert projection.weight_quantizer.amax.item() == projection.weight.abs().max().item()
+
+
+def test_virtual_stages_are_refused(tmp_path: Path) -> None:
+    chunks = [torch.nn.Identity(), torch.nn.Identity()]
+    with pytest.raises(UserError, match="leave num_layers_per_virtual_pipeline_stage"):
+        restore_state(chunks, tmp_path)
+
+
+def test_hugging_face_export_ends_before_it_drops_a_connection(tmp_path: Path) -> None:
+    """ModelOpt's exporter asks a norm slot for a weight, which the norm inside has; the plain model is the control."""
+    from modelopt.torch.export import export_mcore_gpt_to_hf
+
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tiny.VOCABULARY}
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    plain, connected = tmp_path / "plain", tmp_path / "connected"
+    export_mcore_gpt_to_hf(tiny.build("dense", None), str(tmp_path), export_dir=str(plain))
+    assert list(plain.glob("*.safetensors"))
+    with pytest.raises(KeyError, match="weight"):
+        export_mcore_gpt_to_hf(build("dense", {}), str(tmp_path), export_dir=str(connected))
+    assert not connected.exists()
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)

@@ -5,19 +5,16 @@ In bf16 and in FP8, whose scaling history and parameters are in the checkpoint t
 Not run yet: it needs a card. What the CPU lane shows of these checkpoints is in `tests/megatron/test_order.py`.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import command, environment
+from launched import losses
 
 # The fixture; pytest finds it by its name here.
 from test_pretrain import config as config
 
 from megatron_fc.megatron.environment import has_apex, has_transformer_engine
-from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.gpu
 
@@ -35,14 +32,10 @@ PRECISIONS = {
 CLOSE = {name: 5e-3 if name == "bf16" else 2e-2 for name in PRECISIONS}
 
 
-def losses(config: Path, run_dir: Path, ranks: int, *overrides: str) -> torch.Tensor:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    arguments = command(config, f"run_dir={run_dir}", *OPTIONS, *overrides)
-    done = subprocess.run(
-        [*launcher, *arguments[1:]], env=environment(), capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.tensor(list(read_metrics(run_dir).loss.values()))
+def run(config: Path, run_dir: Path, ranks: int, *overrides: str) -> torch.Tensor:
+    # Megatron asks for it with tensor parallelism before Blackwell.
+    connections = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    return losses(config, run_dir, ranks, *OPTIONS, *overrides, variables=connections)
 
 
 def skip_unless_possible(ranks: int, precision: str) -> None:
@@ -66,10 +59,10 @@ def test_resumed_run_has_the_losses_of_the_straight_one(
 ) -> None:
     skip_unless_possible(ranks, precision)
     chosen, close = (f"family={family}", *PRECISIONS[precision]), CLOSE[precision]
-    straight = losses(config, tmp_path / "straight", ranks, *chosen, f"train_iters={ALL}")
+    straight = run(config, tmp_path / "straight", ranks, *chosen, f"train_iters={ALL}")
     assert len(straight) == ALL
-    losses(config, tmp_path / "run", ranks, *chosen, f"train_iters={HALF}")
-    resumed = losses(config, tmp_path / "run", ranks, *chosen, f"train_iters={ALL}")
+    run(config, tmp_path / "run", ranks, *chosen, f"train_iters={HALF}")
+    resumed = run(config, tmp_path / "run", ranks, *chosen, f"train_iters={ALL}")
     torch.testing.assert_close(resumed, straight, rtol=0, atol=close)
 
 
@@ -77,9 +70,9 @@ def test_an_optimizer_that_begins_anew_shows(config: Path, tmp_path: Path) -> No
     """The control: else the losses above would be the same whatever is loaded."""
     skip_unless_possible(1, "bf16")
     chosen = PRECISIONS["bf16"]
-    straight = losses(config, tmp_path / "straight", 1, *chosen, f"train_iters={ALL}")
-    losses(config, tmp_path / "fresh", 1, *chosen, f"train_iters={HALF}")
-    fresh = losses(config, tmp_path / "fresh", 1, *chosen, f"train_iters={ALL}", "no_load_optim=true")
+    straight = run(config, tmp_path / "straight", 1, *chosen, f"train_iters={ALL}")
+    run(config, tmp_path / "fresh", 1, *chosen, f"train_iters={HALF}")
+    fresh = run(config, tmp_path / "fresh", 1, *chosen, f"train_iters={ALL}", "no_load_optim=true")
     assert (fresh - straight)[HALF + 1 :].abs().max() > 2 * max(CLOSE.values())
 
 
@@ -91,7 +84,7 @@ def test_a_checkpoint_of_one_rank_goes_on_on_two(
     skip_unless_possible(2, precision)
     # Optimizer states that any layout can read.
     chosen = (*PRECISIONS[precision], "dist_ckpt_optim_fully_reshardable=true")
-    straight = losses(config, tmp_path / "straight", 1, *chosen, f"train_iters={ALL}")
-    losses(config, tmp_path / "run", 1, *chosen, f"train_iters={HALF}")
-    resumed = losses(config, tmp_path / "run", 2, *chosen, *layout, f"train_iters={ALL}")
+    straight = run(config, tmp_path / "straight", 1, *chosen, f"train_iters={ALL}")
+    run(config, tmp_path / "run", 1, *chosen, f"train_iters={HALF}")
+    resumed = run(config, tmp_path / "run", 2, *chosen, *layout, f"train_iters={ALL}")
     torch.testing.assert_close(resumed, straight, rtol=0, atol=2 * CLOSE[precision])

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 import pytest
+import rank
 import tiny
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.engines import StaticInferenceEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
@@ -21,13 +22,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def one_card() -> Iterator[None]:
-    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    yield
-    InferenceMode.unset_active()
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    with rank.one_rank():
+        tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+        yield
+        InferenceMode.unset_active()
 
 
 @pytest.mark.usefixtures("one_card")

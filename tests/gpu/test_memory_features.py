@@ -4,19 +4,15 @@ Each feature trains the tiny model of `tests/megatron/test_pretrain.py` and must
 None of these has been run yet: docs/memory.md says what is known from reading Megatron's code.
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from test_pretrain import command, environment
+from launched import losses
 
 # The fixture; pytest finds it by its name here.
 from test_pretrain import config as config
-
-from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.gpu
 
@@ -57,7 +53,9 @@ FEATURES = {
         ("cuda_graph_impl=full_iteration", "no_check_for_nan_in_loss_and_grad=true"), model=DENSE, needs=TE
     ),
     "offload": Feature(
-        ("fine_grained_activation_offloading=true", "offload_modules=[core_attn,attn_proj,qkv_linear]"), needs=TE
+        ("fine_grained_activation_offloading=true", "offload_modules=[core_attn,attn_proj,qkv_linear]"),
+        needs=TE,
+        environment={"NVTE_CPU_OFFLOAD_V1": "1"},  # Megatron asks for it from Transformer Engine 2.10 on
     ),
     "Megatron-FSDP": Feature(
         ("use_megatron_fsdp=true", "data_parallel_sharding_strategy=optim_grads_params", "ckpt_format=fsdp_dtensor"),
@@ -83,19 +81,9 @@ FEATURES = {
 }
 
 
-def losses(config: Path, run_dir: Path, feature: Feature, overrides: tuple[str, ...]) -> torch.Tensor:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={feature.ranks}"]
-    arguments = command(config, f"run_dir={run_dir}", *BASE, *feature.model, *overrides)
-    done = subprocess.run(
-        [*launcher, *arguments[1:]],
-        env={**environment(), **feature.environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.tensor(list(read_metrics(run_dir).scalars["lm loss"].values()))
+def run(config: Path, run_dir: Path, feature: Feature, overrides: tuple[str, ...]) -> torch.Tensor:
+    chosen = (*BASE, *feature.model, *overrides)
+    return losses(config, run_dir, feature.ranks, *chosen, variables=feature.environment)
 
 
 @pytest.mark.parametrize("connection", ["dfc", "sfc"])
@@ -107,9 +95,9 @@ def test_losses_are_those_without(name: str, connection: str, config: Path, tmp_
     if torch.cuda.device_count() < feature.ranks:
         pytest.skip(f"needs {feature.ranks} CUDA devices")
     chosen = (f"connection={connection}",)
-    plain = losses(config, tmp_path / "plain", feature, chosen)
-    with_feature = losses(config, tmp_path / "feature", feature, (*chosen, *feature.overrides))
+    plain = run(config, tmp_path / "plain", feature, chosen)
+    with_feature = run(config, tmp_path / "feature", feature, (*chosen, *feature.overrides))
     assert len(plain) == 12
     torch.testing.assert_close(with_feature, plain, **CLOSE)
-    residual = losses(config, tmp_path / "residual", feature, ("connection=residual",))
+    residual = run(config, tmp_path / "residual", feature, ("connection=residual",))
     assert (residual - plain).abs().max() > 2 * CLOSE["atol"], "the connections have not moved: nothing was compared"

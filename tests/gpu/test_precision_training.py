@@ -3,7 +3,10 @@
 Not run yet: it needs a card. Four batches are seen again and again, so that the model learns within fifty steps.
 """
 
+import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,13 +57,20 @@ def losses(frac: FracConfig | None, precision: str, steps: int = STEPS) -> torch
     return torch.tensor(trainee.losses)
 
 
+def keep_curves(name: str, curves: dict[str, list[float]]) -> None:
+    """Write losses by step into the folder that the environment variable LOSS_CURVES names, if it does."""
+    if folder := os.environ.get("LOSS_CURVES"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / f"{name}.json").write_text(json.dumps(curves))
+
+
 @pytest.mark.parametrize("input_norm", NORMS)
 @pytest.mark.parametrize("precision", LOW)
 def test_losses_follow_those_of_bf16(precision: str, input_norm: str) -> None:
     skip_unless_it_runs_here(precision)
     frac = FracConfig(rate=4, input_norm=input_norm)
     expected, found = losses(frac, "bf16"), losses(frac, precision)
-    print(f"{precision}: {found.tolist()}\nbf16: {expected.tolist()}")
+    keep_curves(f"{precision}-{input_norm}", {"bf16": expected.tolist(), precision: found.tolist()})
     assert expected[-LAST:].mean() < expected[:BATCHES].mean() - 4 * TOLERANCE, "nothing was learned"
     assert not torch.equal(expected, found), "the same arithmetic twice"
     assert (expected[-LAST:].mean() - found[-LAST:].mean()).abs() < TOLERANCE

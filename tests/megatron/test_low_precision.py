@@ -14,6 +14,8 @@ from megatron_fc.megatron.recipe import _MegatronArguments, load_recipe
 
 CONFIG = Path(__file__).parents[2] / "configs" / "olmoe_7b.yaml"
 ADA, HOPPER, BLACKWELL, GEFORCE_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
+MLA = ("multi_latent_attention=true", "group_query_attention=false", "q_lora_rank=1536", "kv_lora_rank=512")
+MLA = (*MLA, "qk_head_dim=128", "qk_pos_emb_head_dim=64", "v_head_dim=128")
 LOW = [name for name in PRECISIONS if name != "bf16"]
 
 
@@ -121,6 +123,13 @@ def test_the_cpu_lane_has_none_of_them(precision: str) -> None:
             ["precision=fp8_tensorwise", "ffn_hidden_size=1000", "family=hybrid", "moe_layer_freq=2"],
             "and ffn_hidden_size / TP is 1000",
         ),
+        (["precision=fp8_tensorwise", *MLA, "q_lora_rank=1000"], "and q_lora_rank is 1000"),
+        (["precision=fp8_tensorwise", *MLA, "kv_lora_rank=520"], "and kv_lora_rank is 520"),
+        (["precision=mxfp8", *MLA, "qk_pos_emb_head_dim=16"], r"and kv_lora_rank \+ qk_pos_emb_head_dim is 528"),
+        (
+            ["precision=fp8_tensorwise", *MLA, "v_head_dim=8", "tensor_model_parallel_size=16"],
+            "and heads x .qk_head_dim . v_head_dim. / TP is 136",
+        ),
         (
             ["precision=fp8_tensorwise", "tensor_model_parallel_size=16", "kv_channels=8"],
             "and heads x kv_channels / TP is 8",
@@ -130,6 +139,10 @@ def test_the_cpu_lane_has_none_of_them(precision: str) -> None:
 def test_refused_before_anything_is_built(overrides: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         load_recipe(CONFIG, overrides, elsewhere=True)
+
+
+def test_deepseeks_latent_attention_divides() -> None:
+    load_recipe(CONFIG, ["precision=mxfp8", *MLA], elsewhere=True)
 
 
 def test_a_width_that_no_layer_uses_does_not_count() -> None:

@@ -18,6 +18,7 @@ from megatron_fc.megatron.batches import forward_step, next_token_loss
 from megatron_fc.megatron.checkpoint import cause_of, find_checkpoint, refuse_other_connection, stored_structure
 from megatron_fc.megatron.companion import Companion
 from megatron_fc.megatron.compress.state import refuse_state, require_modelopt
+from megatron_fc.megatron.integrity import refuse_corrupt
 from megatron_fc.megatron.parameters import ParameterCount
 from megatron_fc.megatron.recipe import Recipe, load_recipe
 from megatron_fc.megatron.setup import build, join_world, parse
@@ -30,6 +31,8 @@ _SHARED = (
     "context_parallel_size",
     "sequence_parallel",
     "seq_length",
+    "bf16",
+    "fp16",
     "tokenizer_type",
     "tokenizer_model",
     "vocab_size",
@@ -120,6 +123,7 @@ class Distillation(Companion):
         from megatron.core import dist_checkpointing, mpu
         from megatron.training import get_args
 
+        refuse_corrupt(self._checkpoint)
         self._args.padded_vocab_size = get_args().padded_vocab_size
         (teacher,) = build(self._args, self._recipe, in_wrapper=False)
         folder = str(self._checkpoint)
@@ -143,7 +147,7 @@ def teacher_recipe(config: Path, overrides: Sequence[str], teacher_config: Path 
 
     Args:
         config: the student's file.
-        overrides: of the student.
+        overrides: of the student; to a file of the teacher's own apply those of what both models have alike.
         teacher_config: the teacher's file, None if it differs in nothing or in having plain residuals.
         checkpoint: the teacher's.
 
@@ -151,7 +155,10 @@ def teacher_recipe(config: Path, overrides: Sequence[str], teacher_config: Path 
         UserError: as `load_recipe` and `find_checkpoint`.
     """
     if teacher_config is not None:
-        return load_recipe(teacher_config)
+        # Without their sections: the teacher's file may have them in others.
+        named = {name.rpartition(".")[2]: value for name, _, value in (word.partition("=") for word in overrides)}
+        alike = [f"{name}={value}" for name, value in named.items() if name in (*_SHARED, "precision")]
+        return load_recipe(teacher_config, alike)
     plain = not stored_structure(find_checkpoint(checkpoint))
     return load_recipe(config, [*overrides, *(["connection=residual"] if plain else [])])
 
