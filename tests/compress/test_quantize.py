@@ -82,6 +82,23 @@ def test_quantization_aware_training_learns_and_resumes(config: Path, quantized:
 
 
 @pytest.mark.parametrize("quantized", ["fp8"], indirect=True)
+def test_quantised_student_learns_from_a_teacher(config: Path, trained: Path, quantized: tuple[str, Path, str]) -> None:  # noqa: F811
+    _, source, _ = quantized
+    run_dir = config.parent / "quantised_student"
+    options = [f"load={source}", "finetune=true", f"run_dir={run_dir}", "train_iters=2", "save_interval=2"]
+    done = run(config.parent, "distill", config, *options, "--teacher", trained)
+    assert done.code == 0, done.printed
+    log = (run_dir / "logs" / "rank0.log").read_text()
+    first = float(re.search(r"\| distillation loss: (\S+) \|", log)[1])
+    assert 0 < first < 1e-2  # what quantisation has changed
+    # What comes of it is a quantised checkpoint like the one before.
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    assert tensors(checkpoint).keys() == tensors(latest_checkpoint(source)).keys()
+    done = run(config.parent, "train", config, f"run_dir={run_dir}", "train_iters=3", "save_interval=3")
+    assert done.code == 0, done.printed
+
+
+@pytest.mark.parametrize("quantized", ["fp8"], indirect=True)
 def test_runs_in_fp8_are_refused(config: Path, trained: Path, quantized: tuple[str, Path, str]) -> None:  # noqa: F811
     """With the recipe of a machine with a GPU, which this one would refuse before."""
     from megatron_fc.megatron.compress.quantize import quantize

@@ -1,5 +1,6 @@
 """Pruning: what does nothing is dropped without a change of the logits; the whole command; every refusal."""
 
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import test_pretrain as runs
 import tiny
 import torch
+from megatron.core import dist_checkpointing
 
 from megatron_fc import FracConfig, UserError
 from megatron_fc.cli import main
@@ -187,6 +189,21 @@ def test_pruned_checkpoint_trains(config: Path, finished: Path) -> None:
     run_dir = config.parent / "small_run"
     summary = runs.train(config, run_dir, *settings.split(), "train_iters=10", "lr_warmup_iters=0")
     assert summary["last_loss"] < summary["first_loss"]
+
+
+@pytest.mark.slow
+def test_both_losses_are_of_the_same_batches(config: Path, finished: Path) -> None:
+    """A model that loses nothing, on data that go on where the last pass over them ended."""
+    target = config.parent / "as_large"
+    words = ["prune", finished / "checkpoints", config, "dataloader_type=cyclic", "--export", "num_layers=2"]
+    printed = run(*words, "--to", target, "--calibration-iters", "2")
+    original, pruned = re.findall(r"│ +(\d+\.\d{4}) │", printed)
+    assert original == pruned
+    kept = [
+        dist_checkpointing.load_common_state_dict(str(latest_checkpoint(folder)))["args"].consumed_valid_samples
+        for folder in (finished / "checkpoints", target)
+    ]
+    assert kept[0] == kept[1]
 
 
 @pytest.mark.parametrize(
