@@ -16,6 +16,8 @@ from megatron_fc.traffic.phase import Whereabouts
 class DeviceCounter(TorchDispatchMode):
     """Counts within its context, on CPU, meta and CUDA tensors alike, without changing a result.
 
+    While such a mode is active torch runs what is under `torch.compile` uncompiled, and so it counts.
+
     It sees what passes torch's dispatcher, backward and recompute included: operations of torch and custom operations
     of any library. `megatron_fc::frac_*` count as their fused kernels move bytes; with the torch backend, as the torch
     operations that they consist of. Kernels that a library launches past the dispatcher are not seen (Transformer
@@ -26,15 +28,16 @@ class DeviceCounter(TorchDispatchMode):
 
     Args:
         whereabouts: entered before the counter, left after it.
+        device: type of the device whose memory counts, say "cuda" where some tensors are on the host; None for all.
 
     Attributes:
         counts: so far; what moves nothing has no entry.
     """
 
-    def __init__(self, whereabouts: Whereabouts) -> None:
+    def __init__(self, whereabouts: Whereabouts, device: str | None = None) -> None:
         super().__init__()
         self.counts: DeviceCounts = {}
-        self._whereabouts = whereabouts
+        self._whereabouts, self._device = whereabouts, device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -43,7 +46,7 @@ class DeviceCounter(TorchDispatchMode):
             with self:
                 return inside(*args, **kwargs)
         out = func(*args, **kwargs)
-        read, written = moved(func, args, kwargs, out)
+        read, written = moved(func, args, kwargs, out, self._device)
         if read or written:
             key = DeviceKey(*self._whereabouts.now(), str(getattr(func, "overloadpacket", func)))
             self.counts.setdefault(key, DeviceCount()).add(DeviceCount(1, read, written))

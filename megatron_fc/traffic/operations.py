@@ -28,24 +28,29 @@ class Moved(NamedTuple):
 NOTHING = Moved(0, 0)
 
 
-def moved(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Moved:
+def moved(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, device: str | None = None) -> Moved:
     """Bytes that a call of `op` has moved.
 
     Args:
         op: operator overload, as a TorchDispatchMode gets it.
         args, kwargs: of the call.
         out: its result.
+        device: type of the device whose memory counts, say "cuda"; None for all.
     """
     how = _how(op)
     if how.nothing:
         return NOTHING
     if how.formula is not None:
-        return how.formula(args, kwargs, out)
-    read = _tensors(value for place, value in _by_place(args, kwargs) if place not in how.unread)
-    changed = _tensors(value for place, value in _by_place(args, kwargs) if place in how.changed)
+        return how.formula(args, kwargs, out) if device in (None, args[0].device.type) else NOTHING
+
+    def here(values: Iterable[Any]) -> list[Tensor]:
+        return [tensor for tensor in _tensors(values) if device in (None, tensor.device.type)]
+
+    read = here(value for place, value in _by_place(args, kwargs) if place not in how.unread)
+    changed = here(value for place, value in _by_place(args, kwargs) if place in how.changed)
     if how.changed:
         return Moved(nbytes(read), nbytes(changed))
-    results = _tensors([out])
+    results = here([out])
     inputs = {tensor.untyped_storage()._cdata for tensor in read}
     fresh = [tensor for tensor in results if tensor.untyped_storage()._cdata not in inputs]
     return NOTHING if results and not fresh else Moved(nbytes(read), nbytes(fresh))
@@ -82,6 +87,7 @@ _Formula = Callable[[tuple[Any, ...], dict[str, Any], Any], Moved]
 # In place, of values that do not depend on those before.
 _OVERWRITE = frozenset({"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_"})
 _ALLOCATE = ("empty", "new_empty")
+_NOTES = frozenset({"record_stream"})  # for the allocator, though its schema says that it writes the tensor
 # Of other than these: communication is counted elsewhere, a profiler's marks are none of the step's.
 _NOT_MEMORY = frozenset({"c10d", "_c10d_functional", "profiler", "prim"})
 
@@ -93,7 +99,7 @@ def _how(op: Any) -> _How:
         return _How(False)
     name = schema.name.split("::")[1]
     views = op.is_view or torch.Tag.inplace_view in op.tags
-    if views or op.namespace in _NOT_MEMORY or name.startswith(_ALLOCATE):
+    if views or op.namespace in _NOT_MEMORY or name.startswith(_ALLOCATE) or name in _NOTES:
         return _How(True)
     unread: set[int | str] = set()
     changed: set[int | str] = set()
@@ -145,13 +151,34 @@ def _scatter(args: tuple[Any, ...], kwargs: dict[str, Any], _: Any, adds: bool, 
     """Writes as many elements as the source has, after reading them where it adds; `source` is its position."""
     table, values = args[0], args[source] if len(args) > source else kwargs.get("src", kwargs.get("source"))
     count = values.numel() if isinstance(values, Tensor) else args[source - 1].numel()
+    return _touched(count, table, [args[1:], kwargs], adds)
+
+
+def _touched(count: int, table: Tensor, others: list[Any], adds: bool) -> Moved:
+    """Writes `count` elements of a table, after reading them where it adds, and reads the other tensors."""
     touched = min(nbytes([table]), count * table.dtype.itemsize)
-    return Moved(nbytes(_tensors([args[1:], kwargs])) + (touched if adds else 0), touched)
+    return Moved(nbytes(_tensors(others)) + (touched if adds else 0), touched)
 
 
-def _index_put(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Moved:
+def _index_put(args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> Moved:
+    """Writes the elements that are indexed; a number behind a mask is `masked_fill_` to torch, which goes over all."""
+    table, indices, values = args[:3]
     accumulates = bool(args[3] if len(args) > 3 else kwargs.get("accumulate", False))
-    return _scatter(args, kwargs, out, adds=accumulates, source=2)
+    there = _tensors(indices)
+    if values.numel() == 1 and not accumulates and [index.dtype for index in there] == [torch.bool]:
+        return Moved(nbytes([table, *there]), nbytes([table]))
+    count, sizes = prod(torch.broadcast_shapes(*map(_places, there))), list(table.shape)
+    for index in indices:
+        taken = [sizes.pop(0) for _ in range(index.ndim if index is not None and index.dtype == torch.bool else 1)]
+        count *= taken[0] if index is None else 1  # a slice among the indices
+    return _touched(count * prod(sizes), table, [args[1:], kwargs], accumulates)
+
+
+def _places(index: Tensor) -> tuple[int, ...]:
+    """Shape of the places that an index names; a mask without data could name any."""
+    if index.dtype != torch.bool:
+        return tuple(index.shape)
+    return (index.numel() if index.is_meta else int(index.count_nonzero()),)
 
 
 _FORMULAS: dict[Any, _Formula] = {

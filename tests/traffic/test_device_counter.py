@@ -4,6 +4,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from operator import setitem
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from megatron_fc import FracConfig
 from megatron_fc.traffic.counts import DeviceCounts, total_device
 from megatron_fc.traffic.device_counter import DeviceCounter
+from megatron_fc.traffic.operations import NOTHING, moved
 from megatron_fc.traffic.phase import Whereabouts
 
 with warnings.catch_warnings():
@@ -73,6 +75,10 @@ RULES: list[tuple[float, float, Callable[[Tensor, Tensor, Tensor], Any]]] = [
     (9, 4, lambda a, b, i: a.index_add_(0, i, b)),
     (5, 4, lambda a, b, i: a.index_put_((i,), b)),
     (9, 4, lambda a, b, i: a.index_put_((i,), b, accumulate=True)),
+    (0.875, 3, lambda a, b, i: a.index_put_((i[:3],), b[0, 0])),  # a number for all that is indexed
+    (1.5, 2, lambda a, b, i: a.index_put_((i[:2],), b[0])),
+    (1.5, 0.5, lambda a, b, i: a.index_put_((i, i), b[0, :4])),
+    (5.125, 4.125, lambda a, b, i: a.index_put_((i < 2,), b[0, 0])),  # to torch masked_fill_; i < 2 is (1, 0.125)
     (2, 0.5, lambda a, b, i: a.view(-1).scatter_add_(0, i, b[0, :4])),
     (5, 2, lambda a, b, i: F.embedding_bag(i, a, i[:2], mode="sum")),
     (8, 4.5, lambda a, b, i: ATTENTION(*(t.view(1, 1, 4, 8) for t in (a, b, a)))),  # and a number per row
@@ -85,6 +91,34 @@ def test_rules(device: str, read: float, written: float, run: Callable[..., obje
     a, b = torch.ones(4, 8, device=device), torch.ones(4, 8, device=device)
     numbers = torch.arange(4, device=device)
     assert rows(lambda: run(a, b, numbers)) == (read, written)
+
+
+def test_a_mask_writes_where_it_is_true() -> None:
+    a, row, mask = torch.ones(4, 8), torch.ones(8), torch.tensor([True, False, True, True])
+    assert rows(lambda: a.index_put_((mask,), row)) == (1 + 4 / ROW, 3)
+    columns, values = torch.arange(8) < 2, torch.ones(4, 2)
+    assert rows(lambda: setitem(a, (slice(None), columns), values)) == (1 + 8 / ROW, 1)
+
+
+def test_a_note_to_the_allocator_moves_nothing() -> None:
+    a = torch.ones(4, 8)
+    assert moved(torch.ops.aten.record_stream.default, (a, None), {}, None, "cpu") == NOTHING
+
+
+def test_memory_of_other_devices_does_not_count() -> None:
+    """The host's in a run on CUDA; here the meta device is the run's."""
+    host, here = torch.ones(4, 8), torch.ones(4, 8, device="meta")
+
+    def counted(run: Callable[[], object]) -> tuple[float, float]:
+        with Whereabouts(nn.Identity()) as whereabouts, DeviceCounter(whereabouts, "meta") as counter:
+            run()
+        total = total_device(counter.counts.values())
+        return total.read_bytes / ROW, total.written_bytes / ROW
+
+    assert counted(lambda: here + here) == (4, 4)
+    assert counted(lambda: host.add_(host)) == (0, 0)
+    assert counted(lambda: host[torch.arange(2)]) == (0, 0)
+    assert counted(lambda: here.copy_(host)) == counted(lambda: host.to("meta")) == (0, 4)
 
 
 def training(frac: FracConfig | None, counter: Any, **options: Any) -> tuple[list[float], Any]:
