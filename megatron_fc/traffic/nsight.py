@@ -27,7 +27,9 @@ READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 _RANGES = "Push/Pop_Range"  # the column's whole name also lists the fields of a range
 # With base units a figure is in bytes; without, the prefixes are decimal.
 _UNITS = {"byte": 1, "Kbyte": 10**3, "Mbyte": 10**6, "Gbyte": 10**9, "Tbyte": 10**12}
+_NO_MODULE = "-"
 _RANGE = re.compile(rf":(?P<phase>{'|'.join(get_args(Phase))}) (?P<module>[^:\"]*)")
+_RANK = "${RANK:-${SLURM_PROCID:-${OMPI_COMM_WORLD_RANK:-${PMI_RANK:-0}}}}"
 
 
 class NsightRanges(TorchDispatchMode):
@@ -59,8 +61,8 @@ class NsightRanges(TorchDispatchMode):
 
 
 def range_name(place: Place) -> str:
-    """Name of the NVTX range of a place, e.g. `backward decoder.layers.0.mlp.router`."""
-    return f"{place.phase} {place.module}"
+    """Name of the NVTX range of a place: `backward decoder.layers.0.mlp.router`, or `optimizer -` for no module."""
+    return f"{place.phase} {place.module or _NO_MODULE}"
 
 
 def command_lines(command: Sequence[str], out: Path) -> list[str]:
@@ -68,16 +70,23 @@ def command_lines(command: Sequence[str], out: Path) -> list[str]:
 
     Args:
         command: the words of `megatron-fc traffic run ...`, without the program's name.
-        out: folder for what they write; every rank writes a file of its own.
+        out: folder for what they write; every rank writes a file of its own. A shell names it by the rank that
+            torchrun, SLURM or MPI set, 0 for a plain call: `ncu` documents no macros for the name of its log.
     """
     program = ["python", "-m", "megatron_fc", *command, "--nvtx"]
+    file = f"{shlex.quote(str(out))}/rank-{_RANK}"
     nsys = ["nsys", "profile", "--trace=cuda,nvtx", "--capture-range=cudaProfilerApi", "--capture-range-end=stop"]
     ncu = ["ncu", "--profile-from-start=off", "--nvtx", f"--metrics={READ},{WRITTEN}", "--csv", "--page=raw"]
     ncu += ["--print-units=base", "--replay-mode=kernel"]
     return [
-        shlex.join([*nsys, f"--output={out}/rank-%q{{RANK}}", *program]),
-        shlex.join([*ncu, f"--log-file={out}/rank-%q{{RANK}}.csv", *program]),
+        _of_every_rank(f"{shlex.join(nsys)} --output={file} {shlex.join(program)}"),
+        _of_every_rank(f"{shlex.join(ncu)} --log-file={file}.csv {shlex.join(program)}"),
     ]
+
+
+def _of_every_rank(line: str) -> str:
+    """Have a shell on the rank expand the line, not the one that starts srun or mpirun."""
+    return shlex.join(["sh", "-c", f"exec {line}"])
 
 
 @dataclass
@@ -94,10 +103,8 @@ class DramCount:
     written_bytes: int = 0
 
 
-def read_dram(path: Path) -> dict[Place, DramCount]:
-    """Read the CSV that `ncu --csv --page raw` wrote, summed by the innermost range of ours.
-
-    Kernels outside of such a range are left out.
+def read_dram(path: Path) -> dict[Place | None, DramCount]:
+    """Read the CSV that `ncu --csv --page raw` wrote, summed by the innermost range of ours; None is outside of these.
 
     Raises:
         UserError: the file is none of that kind, or lacks a metric or the ranges.
@@ -112,15 +119,22 @@ def read_dram(path: Path) -> dict[Place, DramCount]:
     ranges = next((at for at, name in enumerate(names) if _RANGES in name), None)
     if ranges is None:
         raise UserError(f"{path} has no column {_RANGES}: profile with --nvtx")
-    counts: dict[Place, DramCount] = {}
+    counts: dict[Place | None, DramCount] = {}
     for row in table:
-        if found := list(_RANGE.finditer(row[ranges])):
-            phase: Phase = found[-1]["phase"]  # type: ignore[assignment]  # the expression knows the phases
-            count = counts.setdefault(Place(phase, found[-1]["module"]), DramCount())
-            count.kernels += 1
-            count.read_bytes += _bytes(path, row[read], units[read])
-            count.written_bytes += _bytes(path, row[written], units[written])
+        count = counts.setdefault(_place(row[ranges]), DramCount())
+        count.kernels += 1
+        count.read_bytes += _bytes(path, row[read], units[read])
+        count.written_bytes += _bytes(path, row[written], units[written])
     return counts
+
+
+def _place(ranges: str) -> Place | None:
+    found = list(_RANGE.finditer(ranges))
+    if not found:
+        return None
+    phase: Phase = found[-1]["phase"]  # type: ignore[assignment]  # the expression knows the phases
+    module = found[-1]["module"]
+    return Place(phase, "" if module == _NO_MODULE else module)
 
 
 def _column(path: Path, names: Sequence[str], metric: str) -> int:
@@ -136,15 +150,15 @@ def _bytes(path: Path, figure: str, unit: str) -> int:
         raise UserError(f"{path} has {figure!r} {unit!r} for bytes: profile with --print-units base") from None
 
 
-def dram_table(measured: dict[Place, DramCount], part: Part) -> Table:
+def dram_table(measured: dict[Place | None, DramCount], part: Part) -> Table:
     """What `ncu` measured in DRAM beside what was counted, by phase and module of one rank, the busiest first.
 
     Caches make the measured bytes fewer, working memory of a kernel makes them more.
     """
     counted: dict[Place, int] = {}
     for key, count in part.device.items():
-        place = Place(key.phase, key.module)
-        counted[place] = counted.get(place, 0) + count.read_bytes + count.written_bytes
+        at = Place(key.phase, key.module)
+        counted[at] = counted.get(at, 0) + count.read_bytes + count.written_bytes
     table = Table(title=f"DRAM of rank {part.rank.rank}, {part.run.connection}, all profiled steps")
     for name in ("phase", "module"):
         table.add_column(name)
@@ -152,8 +166,8 @@ def dram_table(measured: dict[Place, DramCount], part: Part) -> Table:
         table.add_column(name, justify="right")
     for place, dram in sorted(measured.items(), key=lambda item: -(item[1].read_bytes + item[1].written_bytes)):
         figures = [show_count(dram.kernels), show_bytes(dram.read_bytes), show_bytes(dram.written_bytes)]
-        if place in counted:
+        if place is not None and place in counted:
             ratio = (dram.read_bytes + dram.written_bytes) / counted[place]
             figures += [show_bytes(counted[place]), f"{ratio:.2f}"]
-        table.add_row(*place, *figures)
+        table.add_row(*(place or ("-", "outside of our ranges")), *figures)
     return table

@@ -7,6 +7,7 @@ hand to record one.
 """
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ def test_dram_bytes_by_phase_and_module() -> None:
         Place("forward", "decoder.layers.0.mlp.router"): DramCount(2, 1_048_576 + 4_096, 262_144 + 8_192),
         Place("forward", "decoder.layers.0.input_layernorm.connection"): DramCount(1, 2_097_152, 1_048_576),
         Place("optimizer", ""): DramCount(1, 512, 0),
+        None: DramCount(1, 64, 64),  # NCCL's kernel
     }
 
 
@@ -62,11 +64,12 @@ def test_names_of_ranges_are_read_back() -> None:
     """What one half of this file writes the other one reads."""
     place = Place("backward", "decoder.layers.12.self_attention.linear_qkv")
     assert range_name(place) == "backward decoder.layers.12.self_attention.linear_qkv"
+    assert range_name(Place("optimizer", "")) == "optimizer -", "no space at the end, which a tool may drop"
 
 
 def test_command_lines_profile_the_same_steps(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     run = ["traffic", "run", "configs/olmoe_7b.yaml", "run_dir=a b", "--from-step", "20", "--steps", "1"]
-    nsys, ncu = map(shlex.split, command_lines(run, tmp_path))
+    nsys, ncu = map(_words, command_lines(run, tmp_path))
     for words in (nsys, ncu):
         assert words[-len(run) - 4 :] == ["python", "-m", "megatron_fc", *run, "--nvtx"]
     assert nsys[0] == "nsys"
@@ -77,9 +80,39 @@ def test_command_lines_profile_the_same_steps(capsys: pytest.CaptureFixture[str]
 
     assert main([*run, "--nsight", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["nsys", "ncu"]
-    assert f"--log-file={tmp_path}/rank-%q{{RANK}}.csv" in shlex.split(printed[1])
-    assert shlex.split(printed[1])[-len(run) - 3 :] == [*run, "--out", str(tmp_path), "--nvtx"]
+    assert [_words(line)[0] for line in printed] == ["nsys", "ncu"]
+    assert _words(printed[1])[-len(run) - 3 :] == [*run, "--out", str(tmp_path), "--nvtx"]
+
+
+def _words(line: str) -> list[str]:
+    """Of the program that a shell is to become."""
+    shell, option, script = shlex.split(line)
+    assert (shell, option) == ("sh", "-c")
+    return shlex.split(script)[1:]
+
+
+@pytest.mark.parametrize(
+    ("variables", "rank"),
+    [
+        ({}, 0),
+        ({"SLURM_PROCID": "3"}, 3),
+        ({"OMPI_COMM_WORLD_RANK": "4"}, 4),
+        ({"PMI_RANK": "5"}, 5),
+        ({"RANK": "6", "SLURM_PROCID": "0"}, 6),
+    ],
+)
+def test_every_rank_writes_a_file_of_its_own(variables: dict[str, str], rank: int, tmp_path: Path) -> None:
+    """However it is started; programs that print their arguments stand for Nsight's."""
+    out = tmp_path / "a folder"
+    for name in ("nsys", "ncu"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    files = []
+    for line in command_lines(["traffic", "run", "a.yaml"], out):
+        environment = variables | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, check=True)
+        files += [word.partition("=")[2] for word in done.stdout.splitlines() if word.startswith(("--out", "--log"))]
+    assert files == [f"{out}/rank-{rank}", f"{out}/rank-{rank}.csv"]
 
 
 def test_measured_beside_counted(
@@ -88,7 +121,9 @@ def test_measured_beside_counted(
     monkeypatch.setenv("COLUMNS", "160")
     file = write_part(tmp_path, part(0))
     assert main(["traffic", "dram", str(SAMPLE), str(file)]) == 0
-    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "router" in line]
-    assert [cell.strip() for cell in rows[0][1:-1]] == [
+    printed = capsys.readouterr().out
+    rows = {line.split("│")[2].strip(): line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")}
+    assert [cell.strip() for cell in rows["decoder.layers.0.mlp.router"]] == [
         "forward", "decoder.layers.0.mlp.router", "2", "1.05 MB", "270 kB", "6.14 kB", "215.33",
     ]  # fmt: skip
+    assert [cell.strip() for cell in rows["outside of our ranges"]][2:] == ["1", "64 B", "64 B", "", ""]
