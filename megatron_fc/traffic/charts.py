@@ -36,14 +36,9 @@ class Row(NamedTuple):
     is_computed: bool = False
 
 
-def bars(rows: Sequence[Row], full: float | None = None) -> str:
-    """Stacked horizontal bars.
-
-    Args:
-        rows: from top to bottom.
-        full: value at the right edge; by default that of the longest bar.
-    """
-    full = full or max((sum(s.value for s in row.segments) for row in rows), default=0.0) or 1.0
+def bars(rows: Sequence[Row]) -> str:
+    """Stacked horizontal bars, from top to bottom; the longest one fills the width."""
+    full = max((sum(s.value for s in row.segments) for row in rows), default=0.0) or 1.0
     return f'<div class="bars">{"".join(_bar(row, full) for row in rows)}</div>'
 
 

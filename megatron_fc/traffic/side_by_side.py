@@ -83,6 +83,19 @@ def _computed(label: str, moves: Moves, run: Run) -> StreamBytes:
     copies = 1 if is_shared else tp
     forward, backward = (copies * t.total_bytes(tokens) / tokens for t in (moves.forward, moves.backward))
     phases: dict[Phase, float] = {"forward": forward, "backward": backward}
-    if run.model.get("recompute_granularity") == "full":
-        phases["recompute"] = forward
+    if again := _recomputed(run):
+        phases["recompute"] = again * forward
     return StreamBytes(label, phases, is_computed=True)
+
+
+def _recomputed(run: Run) -> float:
+    """Share of the layers whose forward pass full recompute runs again.
+
+    The uniform method recomputes all, the block method the first `recompute_num_layers` of every model chunk.
+    """
+    model, layout = run.model, run.layout
+    if model.get("recompute_granularity") != "full":
+        return 0.0
+    if model.get("recompute_method") != "block":
+        return 1.0
+    return min(1.0, model["recompute_num_layers"] * layout["pp"] * layout["vpp"] / model["num_layers"])

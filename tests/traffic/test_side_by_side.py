@@ -59,7 +59,11 @@ def test_fused_kernels_are_computed_where_they_did_not_run() -> None:
 
 def test_full_recompute_runs_forward_again() -> None:
     run = replace(RUN, model={**RUN.model, "recompute_granularity": "full"})
-    assert _of("HC n=2, ideal", run).phases["recompute"] == _of("HC n=2, ideal", RUN).phases["forward"]
+    forward = _of("HC n=2, ideal", RUN).phases["forward"]
+    assert _of("HC n=2, ideal", run).phases["recompute"] == forward
+    for number, share in ((1, 0.5), (5, 1)):  # of two stages with two layers each
+        block = {**run.model, "recompute_method": "block", "recompute_num_layers": number}
+        assert _of("HC n=2, ideal", replace(run, model=block)).phases["recompute"] == share * forward
 
 
 def _of(label: str, run: object) -> StreamBytes:
