@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "dram":
         Console().print(nsight.dram_table(nsight.read_dram(args.csv), files.read_part(args.part)))
         return 0
-    against = [files.read_report(path) for path in args.against]
+    against = [compare.read_whole(path) for path in args.against]
     if args.action == "merge":
         return _publish(publish.merge(args.folder), args.folder, against)
     given = [word.partition("=")[2] for word in args.overrides if word.startswith("run_dir=")]

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_fc.errors import UserError
-from megatron_fc.traffic.files import read_report
+from megatron_fc.traffic.files import read_report, report_file
 from megatron_fc.traffic.kinds import KINDS
 from megatron_fc.traffic.records import Report
 from megatron_fc.traffic.units import show_bytes, show_seconds
@@ -21,22 +21,29 @@ def read_comparable(paths: Sequence[Path]) -> dict[str, Report]:
     """Read reports that can be compared, each by its label: its connection, and its folder where that is the same.
 
     Raises:
-        UserError: one cannot be read or lacks ranks, or two differ in more than their connections.
+        UserError: one cannot be read, lacks ranks or is given twice, or two differ in more than their connections.
     """
-    reports = [read_report(path) for path in paths]
-    for path, report in zip(paths, reports, strict=True):
-        lost = [*report.missing, *(rank.rank for rank in report.incomplete)]
-        if lost:
-            raise UserError(
-                f"{path} lacks {'rank' if len(lost) == 1 else 'ranks'} {', '.join(map(str, lost))}, wholly or in part, "
-                f"and so cannot be compared: profile again"
-            )
+    files = [report_file(path).resolve() for path in paths]
+    if repeated := next((path for path, file in zip(paths, files, strict=True) if files.count(file) > 1), None):
+        raise UserError(f"{repeated} is given twice: give each report once")
+    reports = [read_whole(path) for path in paths]
     check_same_but_connections(list(zip(map(str, paths), reports, strict=True)))
     connections = [report.run.connection for report in reports]
     return {
         connection if connections.count(connection) == 1 else f"{connection} ({path})": report
         for connection, path, report in zip(connections, paths, reports, strict=True)
     }
+
+
+def read_whole(path: Path) -> Report:
+    """Read a report that can stand beside others.
+
+    Raises:
+        UserError: it cannot be read or lacks ranks.
+    """
+    report = read_report(path)
+    report.refuse_lost_ranks(str(path))
+    return report
 
 
 def check_same_but_connections(reports: Sequence[tuple[str, Report]]) -> None:
@@ -57,12 +64,11 @@ def check_same_but_connections(reports: Sequence[tuple[str, Report]]) -> None:
 
 
 def _differences(first: Report, other: Report) -> list[str]:
-    found = []
-    for mine, theirs in ((first.run.model, other.run.model), (first.run.layout, other.run.layout)):
-        for field in [*mine, *(field for field in theirs if field not in mine)]:
-            if mine.get(field) != theirs.get(field):
-                found.append(f"{field} ({mine.get(field)}, {theirs.get(field)})")
-    return found
+    mine, theirs = ({**run.model, **run.layout, "device": run.device} for run in (first.run, other.run))
+    fields = [*mine, *(field for field in theirs if field not in mine)]
+    return [
+        f"{field} ({mine.get(field)}, {theirs.get(field)})" for field in fields if mine.get(field) != theirs.get(field)
+    ]
 
 
 def comparison_table(reports: dict[str, Report]) -> Table:

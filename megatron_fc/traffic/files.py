@@ -83,13 +83,18 @@ def read_report(path: Path) -> Report:
     Raises:
         UserError: there is none, it is cut off, or another version of megatron_fc wrote it.
     """
-    file = path / REPORT if path.is_dir() or path.suffix != ".json" else path
+    file = report_file(path)
     content = _parse(_read(file), "report", file)
     try:
         ranks = [_rank_from_json(rank) for rank in content["ranks"]]
-        return Report(Run(**content["run"]), ranks, content["missing"], _device_counts(content["device"]))
+        return Report(Run(**content["run"]), ranks, list(content["missing"]), _device_counts(content["device"]))
     except (KeyError, TypeError, ValueError) as error:
         raise _misfit(file, error) from None
+
+
+def report_file(path: Path) -> Path:
+    """The JSON file of a report that is given by it or by its folder."""
+    return path / REPORT if path.is_dir() or path.suffix != ".json" else path
 
 
 def write_atomically(file: Path, text: str) -> Path:
@@ -133,9 +138,9 @@ def _parse(text: str, what: str, origin: Path | str) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or content.get("megatron_fc_traffic") != what:
         raise UserError(f"{origin} is no {what} of `megatron-fc traffic`: give a {REPORT}")
-    if content["schema"] != SCHEMA:
+    if (schema := content.get("schema")) != SCHEMA:
         raise UserError(
-            f"{origin} has schema {content['schema']}, this megatron_fc reads schema {SCHEMA}: make it anew with this "
+            f"{origin} has schema {schema}, this megatron_fc reads schema {SCHEMA}: make it anew with this "
             f"version, or read it with the one that wrote it"
         )
     return content

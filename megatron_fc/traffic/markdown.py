@@ -37,7 +37,7 @@ def markdown(report: Report, streams: Sequence[StreamBytes]) -> str:
     )
     lines += ["", "Residual stream, bytes per token and layer:", ""]
     lines += _table(
-        ["", "", *phases, "all", "to residual"],
+        ["", "", *phases, "all", "to residual", "a step, all layers"],
         (
             [
                 stream.label,
@@ -45,6 +45,7 @@ def markdown(report: Report, streams: Sequence[StreamBytes]) -> str:
                 *(_cell(stream.phases.get(phase)) for phase in phases),
                 _cell(stream.total),
                 "-" if stream.ratio is None else f"{stream.ratio:.2f}x",
+                show_bytes(stream.total * run.layers * run.tokens_per_step),
             ]
             for stream in streams
         ),

@@ -1,8 +1,9 @@
 """The report as one HTML page that needs no network and no script."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from typing import Any
 
 from megatron_fc.traffic import figures
 from megatron_fc.traffic.records import Report
@@ -45,7 +46,7 @@ def _subtitle(report: Report) -> str:
     return " · ".join(
         [
             f"{show_count(run.parameters)} parameters in {run.layers} layers",
-            f"{show_number(run.layout['world_size'], 'rank')} on {show_number(len(report.hosts), 'node')}",
+            f"{show_number(run.layout['world_size'], 'rank')} on {show_number(run.layout['nodes'], 'node')}",
             *([sizes] if sizes else []),
             run.device,
             f"{window}, {run.tokens_per_step:,} tokens each",
@@ -77,8 +78,12 @@ def _provenance(report: Report) -> str:
         "date": run.date,
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items() if version),
         "commit": run.git_commit or "-",
-        "model": ", ".join(f"{name}={value}" for name, value in run.model.items()),
-        "layout": ", ".join(f"{name}={value}" for name, value in run.layout.items()),
+        "layout": _listed(run.layout),
     }
     items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
-    return f'<section class="provenance"><h2>How it was made</h2><dl>{items}</dl></section>'
+    model = f"<details><summary>All of the model's arguments</summary><p>{escape(_listed(run.model))}</p></details>"
+    return f'<section class="provenance"><h2>How it was made</h2><dl>{items}</dl>{model}</section>'
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())

@@ -9,7 +9,7 @@ from megatron_fc.traffic.files import REPORT, read_parts, write_atomically, writ
 from megatron_fc.traffic.markdown import markdown
 from megatron_fc.traffic.page import page
 from megatron_fc.traffic.records import Report, report_of
-from megatron_fc.traffic.side_by_side import side_by_side
+from megatron_fc.traffic.side_by_side import StreamBytes, side_by_side
 
 
 def publish(folder: Path, report: Report, against: Sequence[Report] = ()) -> list[Path]:
@@ -21,10 +21,20 @@ def publish(folder: Path, report: Report, against: Sequence[Report] = ()) -> lis
         against: reports of runs with other connections, to stand beside it.
 
     Raises:
-        UserError: one of these is of a run that differs in more, or the files cannot be written.
+        UserError: the files cannot be written; or the report cannot stand beside one of these, because the run lost
+            ranks or differs in more than connections: it has then been written without them.
     """
-    check_same_but_connections([("this run", report), *((f"`{other.run.command}`", other) for other in against)])
-    streams = side_by_side(report, against)
+    try:
+        if against:
+            report.refuse_lost_ranks("this run, whose report is written without --against,")
+        check_same_but_connections([("this run", report), *((f"`{other.run.command}`", other) for other in against)])
+    except UserError:
+        _write(folder, report, side_by_side(report))
+        raise
+    return _write(folder, report, side_by_side(report, against))
+
+
+def _write(folder: Path, report: Report, streams: Sequence[StreamBytes]) -> list[Path]:
     return [
         write_report(folder, report),
         write_atomically(folder / REPORT.replace(".json", ".md"), markdown(report, streams)),

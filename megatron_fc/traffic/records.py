@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_fc.errors import UserError
 from megatron_fc.traffic.counts import DeviceCount, DeviceCounts, NetworkCounts, Phase, total_device, total_network
 from megatron_fc.traffic.kinds import KindCounts, KindKey
 from megatron_fc.traffic.units import show_bytes, show_number
@@ -131,8 +132,23 @@ class Report:
         """Ranks that were lost in the window: they counted fewer steps."""
         return [rank for rank in self.ranks if len(rank.step_seconds) < self.run.steps]
 
+    def refuse_lost_ranks(self, name: str) -> None:
+        """Refuse to compare sums that are without some ranks.
+
+        Args:
+            name: of this report, for the message.
+
+        Raises:
+            UserError: ranks are missing, wholly or for some steps.
+        """
+        if lost := sorted([*self.missing, *(rank.rank for rank in self.incomplete)]):
+            raise UserError(
+                f"{name} lacks {'rank' if len(lost) == 1 else 'ranks'} {', '.join(map(str, lost))}, wholly or in part, "
+                f"and so cannot be compared: profile again"
+            )
+
     def warnings(self) -> list[str]:
-        """What the report lacks, one sentence each."""
+        """What the report lacks, and where it is not as training is, one sentence each."""
         said = []
         if self.missing:
             what = "rank" if len(self.missing) == 1 else "ranks"
@@ -141,6 +157,11 @@ class Report:
             said.append(f"Nothing is known of {what} {numbers}: every sum is without {pronoun}.")
         if self.run.model.get("transformer_impl") == "transformer_engine":
             said.append("Transformer Engine starts kernels past torch's dispatcher: their bytes are not in any sum.")
+        if self.run.device != "cpu":
+            said.append(
+                "Counted without torch.compile: what Megatron fuses with it, SwiGLU and bias-dropout-add among them, "
+                "moves fewer bytes in training."
+            )
         said += [
             f"Rank {rank.rank} on {rank.host} counted {len(rank.step_seconds)} of {self.run.steps} steps, then the run "
             f"broke off."

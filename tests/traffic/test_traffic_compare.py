@@ -58,6 +58,10 @@ def _more_experts(run: Run) -> Run:
     return replace(run, model={**run.model, "num_experts": 8})
 
 
+def _other_device(run: Run) -> Run:
+    return replace(run, device="NVIDIA H100")
+
+
 def _other_layout(run: Run) -> Run:
     return replace(run, layout={**run.layout, "tp": 1, "dp": 4})
 
@@ -67,6 +71,7 @@ def _other_layout(run: Run) -> Run:
     [
         (_other_width, "hidden_size (64, 128)"),
         (_more_experts, "num_experts (None, 8)"),
+        (_other_device, "device (cpu, NVIDIA H100)"),
         (_other_layout, "tp (2, 1); dp (2, 4)"),
     ],
 )
@@ -84,9 +89,15 @@ def test_other_configs_are_refused(
 def test_reports_without_all_ranks_are_refused(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     write_report(folders[1], report_of([part(rank, steps=1 if rank == 2 else 2) for rank in range(7)]))
     assert main(["traffic", "compare", *map(str, folders)]) == 2
-    assert f"{folders[1]} lacks ranks 7, 2, wholly or in part, and so cannot be compared" in capsys.readouterr().err
+    assert f"{folders[1]} lacks ranks 2, 7, wholly or in part, and so cannot be compared" in capsys.readouterr().err
 
 
 def test_a_plot_that_cannot_be_written_is_one_sentence(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["traffic", "compare", *map(str, folders), "--plot", "/dev/null/x/y.png"]) == 2
     assert "/dev/null/x/y.png cannot be written, Not a directory: give another --plot" in capsys.readouterr().err
+
+
+def test_a_report_that_is_given_twice_is_refused(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = folders
+    assert main(["traffic", "compare", str(first), str(second), str(first / "traffic.json")]) == 2
+    assert f"{first} is given twice: give each report once" in capsys.readouterr().err

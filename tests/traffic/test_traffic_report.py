@@ -10,7 +10,16 @@ from example_report import RUN, device_counts, part, parts
 from megatron_fc.cli import main
 from megatron_fc.errors import UserError
 from megatron_fc.traffic.counts import DeviceCount, DeviceKey, total_device
-from megatron_fc.traffic.files import clear, dump_part, parse_part, read_part, read_parts, read_report, write_part
+from megatron_fc.traffic.files import (
+    clear,
+    dump_part,
+    parse_part,
+    read_part,
+    read_parts,
+    read_report,
+    write_part,
+    write_report,
+)
 from megatron_fc.traffic.kinds import KindKey, LayerKinds, by_kind
 from megatron_fc.traffic.publish import merge, publish
 from megatron_fc.traffic.records import report_of
@@ -60,6 +69,8 @@ def test_what_no_counter_sees_is_said() -> None:
     run = replace(RUN, model={**RUN.model, "transformer_impl": "transformer_engine"})
     (warning,) = report_of([replace(each, run=run) for each in parts()]).warnings()
     assert warning.startswith("Transformer Engine starts kernels past torch's dispatcher")
+    (warning,) = report_of([replace(each, run=replace(RUN, device="NVIDIA H100")) for each in parts()]).warnings()
+    assert warning.startswith("Counted without torch.compile: ")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +110,8 @@ def test_markdown_has_the_figures(folder: Path) -> None:
     assert f"| pp | 0 B | {show_bytes(report.by_group()['pp'][1])} |" in text
     assert f"| 7 | node1 | {show_bytes(report.ranks[7].device_bytes_per_step)} |" in text
     assert "| residual stream |" in text
+    step = sum(report.stream_bytes_per_token_and_layer().values()) * RUN.layers * RUN.tokens_per_step
+    assert f"| - | {show_bytes(step)} |" in text
 
 
 def test_merge_reports_without_the_missing_rank(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +134,28 @@ def test_a_part_of_another_run_is_refused(folder: Path) -> None:
     write_part(folder, replace(part(5), run=replace(RUN, date="2020-01-01T00:00:00+00:00")))
     with pytest.raises(UserError, match=f"parts of several runs, of {RUN.date[:10]}.* and 2020-01-01"):
         merge(folder)
+
+
+def test_a_report_without_ranks_stands_beside_none(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither what is given by --against, before anything starts, nor what it is given to."""
+    lossy = tmp_path_factory.mktemp("lossy")
+    write_report(lossy, report_of(parts("residual")[:7]))
+    assert main(["traffic", "run", "/no/config.yaml", "--against", str(lossy)]) == 2
+    assert (
+        f"{lossy} lacks rank 7, wholly or in part, and so cannot be compared: profile again" in capsys.readouterr().err
+    )
+    assert main(["traffic", "merge", str(folder), "--against", str(lossy)]) == 2
+    assert f"{lossy} lacks rank 7" in capsys.readouterr().err
+
+    write_report(lossy, report_of(parts("residual")))
+    (folder / "parts" / "rank-00005.json").unlink()
+    assert main(["traffic", "merge", str(folder), "--against", str(lossy)]) == 2
+    said = "this run, whose report is written without --against, lacks rank 5, wholly or in part"
+    assert said in capsys.readouterr().err
+    assert read_report(folder).missing == [5]
+    assert "| residual | counted" not in (folder / "traffic.md").read_text()
 
 
 def test_reports_beside_each_other_are_of_the_same_model(folder: Path) -> None:
@@ -147,6 +182,16 @@ def _without_ranks(file: Path) -> None:
     file.write_text(json.dumps(content))
 
 
+def _without_schema(file: Path) -> None:
+    content = json.loads(file.read_text())
+    del content["schema"]
+    file.write_text(json.dumps(content))
+
+
+def _missing_nothing(file: Path) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), "missing": None}))
+
+
 def _binary(file: Path) -> None:
     file.write_bytes(b"\x80\x00")
 
@@ -156,6 +201,8 @@ def _binary(file: Path) -> None:
     [
         (_cut_off, "{file} is not whole, "),
         (_other_schema, "{file} has schema 7, this megatron_fc reads schema 1: "),
+        (_without_schema, "{file} has schema None, this megatron_fc reads schema 1: "),
+        (_missing_nothing, "{file} lacks a field or has a wrong one, 'NoneType' object is not iterable: "),
         (_no_report, "{file} is no report of `megatron-fc traffic`: "),
         (_without_ranks, "{file} lacks a field or has a wrong one, 'ranks': "),
         (_binary, "{file} is no text: "),
