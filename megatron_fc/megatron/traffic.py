@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import cpu
@@ -69,7 +70,9 @@ def profile(
         raise UserError("--nvtx is for nsys and ncu, which need a CUDA device: torch sees none")
     recipe = load_recipe(config, [*_DEFAULTS, *overrides, f"run_dir={out}"])
     profiler = _Profiler(recipe, first, steps, out, shlex.join(["megatron-fc", *command]), nvtx)
-    train(recipe, profiler)
+    # While dispatch modes are active torch runs no compiled function: so that all steps are alike, none does.
+    with torch._dynamo.config.patch(disable=True):
+        train(recipe, profiler)
     return profiler.report
 
 
@@ -131,7 +134,7 @@ class _Profiler(Companion):
         if self._nvtx:
             enter(NsightRanges(whereabouts, self._global_path))
         self._network = enter(NetworkCounter(whereabouts, group_names(), self._hosts))
-        self._device = enter(DeviceCounter(whereabouts))
+        self._device = enter(DeviceCounter(whereabouts, "cpu" if cpu.needed() else "cuda"))
 
     def step_done(self) -> None:
         write_part(self._out, self._part())

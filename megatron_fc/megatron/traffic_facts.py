@@ -3,45 +3,40 @@
 import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from enum import Enum
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-# What decides the bytes of a step, but for the connection.
-_MODEL = (
-    "num_layers",
-    "hybrid_layer_pattern",
-    "mtp_num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "multi_latent_attention",
-    "num_experts",
-    "moe_layer_freq",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_token_dispatcher_type",
+# What decides the bytes of a step beside the fields of Megatron's configuration of a transformer, or has another name
+# among the arguments.
+_BESIDE = (
     "seq_length",
     "padded_vocab_size",
     "untie_embeddings_and_output_weights",
-    "normalization",
-    "qk_layernorm",
+    "position_embedding_type",
     "micro_batch_size",
     "global_batch_size",
     "params_dtype",
-    "fp8",
-    "fp32_residual_connection",
-    "hidden_dropout",
-    "attention_dropout",
-    "transformer_impl",
-    "recompute_granularity",
-    "recompute_method",
-    "recompute_num_layers",
-    "recompute_modules",
+    "num_experts",
+    "swiglu",
+    "squared_relu",
+    "quick_geglu",
+    "bias_swiglu_fusion",
+    "bias_gelu_fusion",
+    "hybrid_layer_pattern",
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "fp8_param_gather",
     "optimizer",
+    "optimizer_cpu_offload",
+    "use_precision_aware_optimizer",
+    "accumulate_allreduce_grads_in_fp32",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
 )
 _LAYOUT = {
     "tp": "tensor_model_parallel_size",
@@ -53,17 +48,25 @@ _LAYOUT = {
     "dp": "data_parallel_size",
     "sequence_parallel": "sequence_parallel",
     "distributed_optimizer": "use_distributed_optimizer",
+    "distributed_optimizer_instances": "num_distributed_optimizer_instances",
 }
 
 
 def model_facts(args: Namespace) -> dict[str, Any]:
-    """What decides the bytes of a step, but for the connection, as JSON knows it; what is not set is left out."""
-    values = {name: getattr(args, name, None) for name in _MODEL}
-    return {
-        name: value if isinstance(value, (int, float, str, list)) else str(value)
-        for name, value in values.items()
-        if value is not None
-    }
+    """What decides the bytes of a step, but for connection and layout, as JSON knows it; what is not set is left out.
+
+    That is every field of Megatron's configuration that is an argument, functions and objects left out, and `_BESIDE`.
+    """
+    names = [*_BESIDE, *(field.name for field in fields(MLATransformerConfig))]
+    values = {name: getattr(args, name, None) for name in names if name not in _LAYOUT.values()}
+    plain = (int, float, str, list, torch.dtype, Enum)
+    return {name: _for_json(value) for name, value in values.items() if isinstance(value, plain)}
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_for_json(item) for item in value]
+    return str(value) if isinstance(value, (torch.dtype, Enum)) else value
 
 
 def layout(args: Namespace, hosts: Sequence[str]) -> dict[str, Any]:

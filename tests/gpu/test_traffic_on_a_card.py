@@ -36,6 +36,7 @@ def test_kernels_have_times_and_speeds_below_a_copys(config: Path, tmp_path: Pat
     assert total.seconds is not None
     assert 0 < total.seconds < sum(rank.step_seconds)
     assert (total.read_bytes + total.written_bytes) / total.seconds < 2 * rank.copy_bytes_per_second
+    assert any(warning.startswith("Counted without torch.compile") for warning in report.warnings())
     assert "of a copy&#x27;s" in (tmp_path / "traffic.html").read_text()
 
 
@@ -49,5 +50,6 @@ def test_ncu_measures_the_same_window(config: Path, tmp_path: Path) -> None:
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29431"}
     subprocess.run(lines.splitlines()[1], shell=True, env=variables, check=True, timeout=1800)
     measured = read_dram(tmp_path / "rank-0.csv")
-    assert {place.phase for place in measured} >= {"forward", "backward", "optimizer"}
-    assert any("connection" in place.module for place in measured)
+    places = [place for place in measured if place is not None]
+    assert {place.phase for place in places} == {"forward", "backward", "optimizer"}
+    assert any("connection" in place.module for place in places)

@@ -1,10 +1,12 @@
 """`megatron-fc traffic run` as a user calls it: real training of a tiny recipe, on one rank and on two."""
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_pretrain import config as config  # the fixture that makes a tiny config and its data
@@ -12,7 +14,9 @@ from test_pretrain import environment
 from torch import nn
 
 from megatron_fc.cli import main
-from megatron_fc.megatron.traffic_facts import paths_in_whole_model
+from megatron_fc.megatron.recipe import load_recipe
+from megatron_fc.megatron.setup import parse
+from megatron_fc.megatron.traffic_facts import layout, model_facts, paths_in_whole_model
 from megatron_fc.report.metrics import read_metrics
 from megatron_fc.traffic.counts import total_device
 from megatron_fc.traffic.files import read_parts, read_report
@@ -25,9 +29,9 @@ MPIRUN = ("mpirun", "-n", "2", "--oversubscribe", "--host", "localhost:2", sys.e
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
-def megatron_fc(*words: str, launcher: Sequence[str] = (sys.executable, "-m", "megatron_fc")) -> str:
-    """Run the command in processes of its own; returns what it printed."""
-    variables = environment() | AS_ROOT | {"OMP_NUM_THREADS": "1"}
+def megatron_fc(*words: str, launcher: Sequence[str] = (sys.executable, "-m", "megatron_fc"), **more: str) -> str:
+    """Run the command in processes of its own, with more environment; returns what it printed."""
+    variables = environment() | AS_ROOT | {"OMP_NUM_THREADS": "1"} | more
     done = subprocess.run([*launcher, *words], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done.stdout
@@ -57,6 +61,44 @@ def test_counting_changes_no_loss_and_no_gradient(config: Path, profiled: Path) 
     for tag in ("lm loss", "grad-norm", "load_balancing_loss"):
         assert list(counted[tag].values()) == list(expected[tag].values()), tag
         assert len(counted[tag]) == LOSSES
+
+
+def test_functions_under_torch_compile_run_uncompiled_in_all_steps(config: Path, profiled: Path) -> None:
+    """As the dispatch modes of the counted ones force them to. The CPU lane turns torch.compile off by itself, unless
+    it is told not to; with that compiler it would fail."""
+    out = config.parent / "not-compiled"
+    megatron_fc("traffic", "run", str(config), "--out", str(out), TORCHDYNAMO_DISABLE="0", CXX="/bin/false")
+    assert read_metrics(out).scalars["lm loss"] == read_metrics(profiled).scalars["lm loss"]
+
+
+def facts(config: Path, *overrides: str) -> dict[str, Any]:
+    args = parse(load_recipe(config, overrides))
+    return model_facts(args) | layout(args, ["node"])
+
+
+def test_runs_of_one_recipe_differ_in_connections_alone(config: Path) -> None:
+    plain = facts(config, "connection=residual")
+    assert plain == facts(config, "connection=dfc") == facts(config, "connection=sfc", "frac.recompute=true")
+    assert json.loads(json.dumps(plain)) == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "differing"),
+    [
+        ("swiglu=false", {"swiglu"}),
+        ("position_embedding_type=none", {"position_embedding_type"}),
+        ("disable_bias_linear=false", {"add_bias_linear", "add_qkv_bias"}),
+        ("fused_residual_rmsnorm=true", {"fused_residual_rmsnorm"}),
+        ("fp8_recipe=tensorwise", {"fp8_recipe"}),
+        ("attention_backend=flash", {"attention_backend"}),
+        ("moe_expert_capacity_factor=1.5", {"moe_expert_capacity_factor"}),
+        ("moe_grouped_gemm=true", {"moe_grouped_gemm"}),
+        ("cp_comm_type=a2a", {"cp_comm_type"}),
+    ],
+)
+def test_what_differs_in_the_model_is_seen(override: str, differing: set[str], config: Path) -> None:
+    plain, other = facts(config, "connection=residual"), facts(config, "connection=residual", override)
+    assert {name for name in {**plain, **other} if plain.get(name) != other.get(name)} == differing
 
 
 def test_the_report_of_one_rank(profiled: Path) -> None:
