@@ -130,13 +130,13 @@ def clean() -> None:
     torch.cuda.empty_cache()
 
 
-def fitting_layers(entrants: list[tuple[Row, Build]], setting: Setting) -> int:
+def fitting_layers(entrants: list[tuple[Row, Build]], setting: Setting, budget: options.Budget) -> int:
     """As many layers as the free memory holds, by the peaks of one and of two layers; of the hungriest contestant."""
     clean()
     free, _ = torch.cuda.mem_get_info()
     short = replace(setting, tokens=setting.tokens[:1])  # micro-batches follow one another
     fitting = setting.size.layers
-    for row, build in entrants:
+    for row, build in within(budget, entrants):
         try:
             one, two = (turn(build, layers, short, steps=1)[2] for layers in (1, 2))
         except Exception as error:
@@ -150,25 +150,44 @@ def fitting_layers(entrants: list[tuple[Row, Build]], setting: Setting) -> int:
     return max(1, fitting)
 
 
-def compete(entrants: list[tuple[Row, Build]], layers: int, setting: Setting, number: int) -> None:
-    """One round: a turn of everyone who has not failed, into the rows."""
+def within(budget: options.Budget, entrants: list[tuple[Row, Build]]) -> Iterator[tuple[Row, Build]]:
+    """Those for whom the budget has time left, if each takes as long as the longest so far."""
+    longest = 0.0
+    for row, build in entrants:
+        if budget.left <= longest:
+            print(f"not begun, the budget of {budget.seconds:.0f} s would not do: {row.contestant}", flush=True)
+            return
+        before = budget.spent
+        yield row, build
+        longest = max(longest, budget.spent - before)
+
+
+def compete(
+    entrants: list[tuple[Row, Build]], layers: int, setting: Setting, number: int, budget: options.Budget
+) -> Iterator[Row]:
+    """One round: a turn of everyone who has not failed, into the rows; yields each that is over."""
     running = [(row, build) for row, build in entrants if not row.error]
     first = number % len(running) if running else 0
-    for row, build in running[first:] + running[:first]:
+    for row, build in within(budget, running[first:] + running[:first]):
         try:
             whole, gradients, peak, losses = turn(build, layers, setting, setting.steps)
         except Exception as error:
             row.error = said(error)
+            yield row
             continue
         row.step_ms.append(whole)
         row.gradients_ms.append(gradients)
         row.losses = row.losses or losses
         row.peak_bytes = max(row.peak_bytes, peak)
         print(f"round {number + 1}, {row.contestant}, {row.precision}: {whole:,.0f} ms a step", flush=True)
+        yield row
 
 
 def conclude(rows: list[Row], tokens: int) -> None:
-    """Throughput, and ratios to the residual model of the same precision, and of bf16, in the same round."""
+    """Throughput, and ratios to the residual model of the same precision, and of bf16, in the same round.
+
+    While a round is under way, or where the budget has cut the last one, only some rows have its value.
+    """
     residuals = {row.precision: row for row in rows if row.contestant == RESIDUAL}
     in_bf16 = residuals.get("bf16")
     for row in rows:
@@ -176,12 +195,12 @@ def conclude(rows: list[Row], tokens: int) -> None:
         if row.error or not row.step_ms:
             continue
         row.tokens_per_s = 1000 * tokens / statistics.median(row.step_ms)
-        if not residual.error:
-            pairs = zip(residual.step_ms, row.step_ms, strict=True)
+        if residual.step_ms and not residual.error:
+            pairs = zip(residual.step_ms, row.step_ms, strict=False)
             row.throughput_against_residual = statistics.median(a / b for a, b in pairs)
             row.peak_against_residual = row.peak_bytes / residual.peak_bytes if residual.peak_bytes else None
-        if in_bf16 is not None and not in_bf16.error:
-            pairs = zip(in_bf16.step_ms, row.step_ms, strict=True)
+        if in_bf16 is not None and in_bf16.step_ms and not in_bf16.error:
+            pairs = zip(in_bf16.step_ms, row.step_ms, strict=False)
             row.throughput_against_bf16 = statistics.median(a / b for a, b in pairs)
 
 
@@ -262,24 +281,25 @@ def main() -> int:
         "tokens_per_step": args.micro_batches * args.sequences * size.sequence,
         "micro_batches": args.micro_batches,
         "steps": args.steps,
+        "rounds": 0,
     }
     with one_rank():
         everyone = list(contestants(frac, size, args.device, args.precision, args.input_norms))
         entrants = [(row, build) for row, build in everyone if not row.absent]
-        layers = args.layers or (size.layers if args.device == "cpu" else fitting_layers(entrants, setting))
+        layers = args.layers or (size.layers if args.device == "cpu" else fitting_layers(entrants, setting, budget))
         result["layers"], rows, longest = layers, [row for row, _ in everyone], 0.0
         for number in range(args.rounds):
             if number and budget.left < longest:
                 print(f"no round {number + 1}: it would exceed the budget of {args.budget:.0f} s", flush=True)
                 break
             before = budget.spent
-            compete(entrants, layers, setting, number)
+            for _ in compete(entrants, layers, setting, number, budget):
+                conclude(rows, result["tokens_per_step"])
+                result["rounds"] = number + 1
+                if args.output:  # now, in case that the run is ended from outside
+                    stored = result | {"rows": [asdict(row) for row in rows]}
+                    record.write(args.output, "step", stored, report(result, rows))
             longest = max(longest, budget.spent - before)
-            conclude(rows, result["tokens_per_step"])
-            result["rounds"] = number + 1
-            if args.output:  # now, in case that the run is ended from outside
-                stored = result | {"rows": [asdict(row) for row in rows]}
-                record.write(args.output, "step", stored, report(result, rows))
         clean()
     print(report(result, rows))
     for row in rows:

@@ -123,6 +123,35 @@ def test_training_step(tmp_path: Path) -> None:
     assert rows["residual"]["throughput_against_residual"] == 1
 
 
+BUDGET = """
+import options, step, olmoe, rank, torch
+from megatron_fc import FracConfig
+
+with rank.one_rank():
+    everyone = list(step.contestants(FracConfig(rate=4, backend="torch"), olmoe.TINY, "cpu", ["bf16"], False))
+    entrants = [entrant for entrant in everyone if not entrant[0].absent]
+    setting = step.Setting(olmoe.TINY, torch.randint(128, (1, 1, olmoe.TINY.sequence + 1)), 1)
+    budget = options.Budget(1e9)
+    for number in range(2):
+        for row in step.compete(entrants, 1, setting, number, budget):
+            step.conclude([row for row, _ in everyone], 1)
+            if number == 1:
+                budget.seconds = 0.0
+for row, _ in everyone:
+    print("values:", len(row.step_ms), row.throughput_against_residual is not None)
+"""
+
+
+@pytest.mark.slow
+def test_nothing_is_begun_after_the_budget() -> None:
+    """Of the second round one turn, not that of the residual model; figures are there after every turn."""
+    printed = run("-c", BUDGET)
+    values = [line.removeprefix("values: ") for line in printed.splitlines() if line.startswith("values:")]
+    assert sorted(values) == ["0 False", "1 True", "1 True", "2 True"]
+    assert printed.count("not begun, the budget of 0 s would not do") == 1
+    assert "not measured" in run("step.py", "--device", "cpu", "--budget", "0")
+
+
 MODEL_AFTER_MODEL = """
 import gc, torch, olmoe, rank
 from megatron_fc import FracConfig
