@@ -37,6 +37,8 @@ _JOIN_SECONDS = 30.0
 # answer does so within it.
 _VERDICT_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
+# A file system that is dead may be why all end: notes and advice wait for it this long, the rank itself that long.
+_FILES_SECONDS, _EXIT_SECONDS = 10.0, 15.0
 # A machine without power closes nothing: probes notice after 15 + 3 * 5 seconds.
 _PROBES = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 _BYE, _WHERE = "bye", "where?"
@@ -48,7 +50,8 @@ class RankWatch:
 
     Args:
         standstill: of this rank.
-        on_end: told why they end, and whether this rank is the one to note it; returns what to do.
+        on_end: told why they end, and whether this rank is the one to note it; returns what to do. It may raise,
+            or never return.
     """
 
     def __init__(self, standstill: Standstill, on_end: Callable[[str, bool], str]) -> None:
@@ -156,19 +159,39 @@ class RankWatch:
         self._end(f"{what}: {describe(places)}")
 
     def _end(self, reason: str, is_told: bool = False) -> None:
-        self._say(reason)
-        notes = self._is_first or (not is_told and is_log_rank())  # the last one, where the first is gone
-        message = f"megatron-fc: {reason}, so this rank ends: {self._on_end(reason, notes)}\n"
-        for stream in {sys.stderr, sys.__stderr__}:  # the rank's log and the terminal
-            if stream is not None:
-                stream.write(message)
-                stream.flush()
-        if reason.startswith(_HANG):
-            faulthandler.dump_traceback(sys.stderr)
-        for child in multiprocessing.active_children():
-            child.kill()
-        # The main thread may wait in a collective for ever.
-        os._exit(LOST_RANK_EXIT_CODE)
+        last = threading.Timer(_EXIT_SECONDS, os._exit, [LOST_RANK_EXIT_CODE])
+        last.daemon = True
+        last.start()
+        try:
+            self._say(reason)
+            for child in multiprocessing.active_children():
+                child.kill()
+            notes = self._is_first or (not is_told and is_log_rank())  # the last one, where the first is gone
+            message = f"megatron-fc: {reason}, so this rank ends: {self._advice(reason, notes)}\n"
+            for stream in dict.fromkeys((sys.__stderr__, sys.stderr)):  # the terminal, then the rank's log, a file
+                if stream is not None:
+                    stream.write(message)
+                    stream.flush()
+            if reason.startswith(_HANG):
+                faulthandler.dump_traceback(sys.stderr)
+        finally:
+            # The main thread may wait in a collective for ever.
+            os._exit(LOST_RANK_EXIT_CODE)
+
+    def _advice(self, reason: str, notes: bool) -> str:
+        """What to do, which rests on the run's files: they may be damaged, or never answer."""
+        advice = [f"its files do not answer within {_FILES_SECONDS:.0f} s, repair that, start the same command again"]
+
+        def ask() -> None:
+            try:
+                advice.append(self._on_end(reason, notes))
+            except Exception as error:
+                advice.append(str(error) or repr(error))
+
+        asking = threading.Thread(target=ask, daemon=True, name="last note")
+        asking.start()
+        asking.join(_FILES_SECONDS)
+        return advice[-1]
 
     def _say(self, text: str) -> None:
         for peer in list(self._peers):

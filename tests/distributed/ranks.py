@@ -1,5 +1,6 @@
 """What runs on the ranks; imported once by the fork server."""
 
+import contextlib
 import datetime
 import logging
 import math
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -42,6 +43,7 @@ with warnings.catch_warnings():
     from megatron_fc import functional
     from megatron_fc.cli import main
     from megatron_fc.errors import UserError
+    from megatron_fc.megatron import watch
     from megatron_fc.megatron.groups import group_names
     from megatron_fc.megatron.integrity import refuse_corrupt
     from megatron_fc.megatron.parameters import is_frac_parameter
@@ -128,18 +130,31 @@ def command_line(words: Sequence[str]) -> int:
     return main(words)
 
 
-def hang(how: str, rank: int) -> None:
-    """One rank sleeps or is stopped while the others wait for it in a collective."""
+def hang(how: str, rank: int, files: str = "answer") -> None:
+    """One rank sleeps or is stopped while the others wait for it in a collective.
+
+    Args:
+        how: "sleep", or "stop" for SIGSTOP.
+        rank: the one that does.
+        files: what those of the run do then: "answer"; "fail" or "block" where notes are written, "block the log".
+    """
     mine, folder = torch.distributed.get_rank(), Path(sys.stderr.name).parent
+    watch._FILES_SECONDS, watch._EXIT_SECONDS = 1.0, 2.0
 
     def on_end(_: str, notes: bool) -> str:
+        if files == "fail":
+            raise UserError("the tracker is torn")
+        if files == "block":
+            time.sleep(3600)
         if notes:
             (folder / f"noted{mine}").touch()
         return "do so"
 
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    with RankWatch(_standstill(seconds=4), on_end) as watch:
-        watch.join()
+    with RankWatch(_standstill(seconds=4), on_end) as ranks:
+        ranks.join()
+        if files == "block the log":
+            sys.__stderr__, sys.stderr = sys.stderr, _full_pipe()  # type: ignore[misc]
         if mine != rank:
             torch.distributed.barrier()
         elif how == "stop":
@@ -148,12 +163,23 @@ def hang(how: str, rank: int) -> None:
             time.sleep(60)
 
 
+def _full_pipe() -> TextIO:
+    """A file that never takes what is written to it."""
+    _, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writing, bytes(1 << 16)):
+            pass
+    os.set_blocking(writing, True)
+    return os.fdopen(writing, "w")
+
+
 def step_slowly() -> None:
     """For longer than the limit."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     standstill = _standstill(seconds=2)
-    with RankWatch(standstill, lambda *_: "do so") as watch:
-        watch.join()
+    with RankWatch(standstill, lambda *_: "do so") as ranks:
+        ranks.join()
         step = standstill.count(lambda: time.sleep(0.5))
         for _ in range(8):
             step()

@@ -33,6 +33,23 @@ def test_a_rank_that_hangs_is_named_and_the_others_end(how: str, rank: int, said
     assert [path.name for path in sorted(tmp_path.glob("noted*"))] == [f"noted{noted}"]
 
 
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        ("fail", "the tracker is torn"),
+        ("block", "its files do not answer within 1 s, repair that, start the same command again"),
+        ("block the log", "do so"),
+    ],
+)
+def test_files_that_fail_or_never_answer_keep_no_rank(files: str, advice: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as failure:
+        harness.run("hang", 2, tmp_path, "sleep", 1, files, timeout=60)
+    for rank in (0, 1):
+        assert f"rank {rank}, exit code 75" in str(failure.value)
+        log = (tmp_path / f"rank{rank}.log").read_text()
+        assert re.search(f"^megatron-fc: no step for .*, so this rank ends: {advice}$", log, re.MULTILINE), log
+
+
 def test_steps_are_no_hang(tmp_path: Path) -> None:
     assert harness.run("step_slowly", 2, tmp_path) == [None, None]
 
