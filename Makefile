@@ -51,6 +51,8 @@ compat: .venv/.installed  ## run the quick tests with every supported megatron-c
 lint: .venv/.installed  ## check style and formatting
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	.venv/bin/shellcheck -x launch/*.sh .ci/run $(filter-out %.py,$(wildcard scripts/*))
+	.venv/bin/hadolint docker/Dockerfile*
 
 types: .venv/.installed  ## check types
 	.venv/bin/mypy megatron_fc
