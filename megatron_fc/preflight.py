@@ -1,4 +1,4 @@
-"""What must hold before nodes are taken for days, checked by all ranks in a minute.
+"""What must hold before nodes are taken for days, checked by all ranks in a minute once they have started.
 
 All ranks meet; rank 0 reads the config; every node shows its devices, its clock and what it sees of the files; the
 ranks add their numbers over the networks that the training uses.
@@ -9,7 +9,6 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,25 +16,44 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from megatron_fc.errors import UserError
+from megatron_fc.meeting import Meeting, NodeError
 
-MEETING = timedelta(seconds=60)
+MEETING = timedelta(seconds=300)  # a rank's first start reads Python's packages from a file system that all ranks share
+CHECK = timedelta(seconds=60)
 SKEW_SECONDS = 5.0  # logs of nodes can no longer be compared, and munge refuses far more
 _ELEMENTS = 1 << 22  # of the all-reduce: 16 MiB
 
 
-class NodeError(Exception):
-    """A node or the network is at fault: the same may work elsewhere or later.
+@dataclass(frozen=True)
+class Room:
+    """What a run will write.
 
     Attributes:
-        seen_by_all: all ranks raise it, with the same words.
+        folder: of its checkpoints; it need not exist yet.
+        checkpoint_bytes: size of one, of the last or estimated; None where neither can be.
+        checkpoints: how many are written before one is deleted.
     """
 
-    def __init__(self, text: str, seen_by_all: bool = False) -> None:
-        super().__init__(text)
-        self.seen_by_all = seen_by_all
+    folder: Path
+    checkpoint_bytes: int | None
+    checkpoints: int
+
+    def check(self) -> str:
+        """Return in words what is free, and needed.
+
+        Raises:
+            UserError: that is more.
+        """
+        free = shutil.disk_usage(_existing(self.folder)).free
+        if self.checkpoint_bytes is None:
+            return f"{_size(free)} free, what a checkpoint needs is not known"
+        needed = self.checkpoint_bytes * self.checkpoints
+        need = f"{self.checkpoints} more checkpoint{'s need' if self.checkpoints > 1 else ' needs'} {_size(needed)}"
+        if free < needed:
+            raise UserError(f"{self.folder} has {_size(free)} free, {need}: make room or choose another run_dir")
+        return f"{_size(free)} free, {need}"
 
 
 @dataclass(frozen=True)
@@ -45,16 +63,16 @@ class Plan:
     Attributes:
         run_dir: where it writes.
         files: that it reads, on every node, with the setting that names each.
+        indexes: folders where its first rank will write indexes of the data, which all read, with the way out.
         on_devices: it trains on CUDA devices, one per rank.
-        checkpoint_bytes: size of a checkpoint, of the last one or estimated; None where neither can be.
-        checkpoints: how many lie there at once.
+        room: for checkpoints; None if it saves none.
     """
 
     run_dir: Path
     files: dict[Path, str]
+    indexes: dict[Path, str]
     on_devices: bool
-    checkpoint_bytes: int | None
-    checkpoints: int
+    room: Room | None
 
 
 @dataclass(frozen=True)
@@ -83,65 +101,18 @@ def preflight(make_plan: Callable[[], Plan]) -> str:
     if "RANK" not in os.environ:
         raise UserError("preflight is for all ranks of a job: start it with srun, mpirun or torchrun, as launch/ does")
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    _meet(rank, ranks)
-    plan = _plan_of_all(make_plan, rank)
-    seen: list[Any] = [None] * ranks
-    dist.barrier()  # clocks are read at the same time
-    dist.all_gather_object(seen, _look(plan))
-    for node in seen:
-        if node.problem:
-            raise UserError(f"{node.host}: {node.problem}")
-    found = [_devices(seen, plan), _clocks(seen), _room(plan), _add_up(rank, ranks, plan.on_devices)]
-    dist.destroy_process_group()
+    with Meeting(rank, ranks, MEETING) as meeting:
+        meeting.come(MEETING)
+        plan: Plan = meeting.from_first("plan", make_plan, MEETING)
+        # All hear of the plan at the same time, and read their clocks.
+        seen = meeting.gather("look at its files", _look(plan), CHECK)
+        for node in seen:
+            if node.problem:
+                raise UserError(f"{node.host}: {node.problem}")
+        room = meeting.from_first("room", plan.room.check, CHECK) if plan.room else "no checkpoints are saved"
+        found = [_devices(seen, plan), _clocks(seen), room, _add_up(rank, ranks, plan.on_devices, meeting.store)]
     hosts = len({s.host for s in seen})
     return f"{ranks} ranks on {hosts} node{'s' * (hosts > 1)}; {'; '.join(found)}"
-
-
-def _meet(rank: int, ranks: int) -> None:
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        store = TCPStore(address, port, ranks, rank == 0, MEETING, wait_for_workers=False)
-        store.set(f"host{rank}", socket.gethostname())
-        if rank == 0:
-            _await_all(store, ranks)
-            store.set("all are there", "")
-        store.wait(["all are there"], MEETING + timedelta(seconds=10))  # rank 0 knows better who is missing
-    except NodeError:
-        raise
-    except (RuntimeError, ValueError) as error:
-        said = str(error).splitlines()[0]
-        raise NodeError(
-            f"rank {rank} on {socket.gethostname()} does not reach the first rank at {address}:{port}, {said}: check "
-            f"the network between the nodes and NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
-        ) from None
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=MEETING)
-
-
-def _await_all(store: TCPStore, ranks: int) -> None:
-    with suppress(RuntimeError):
-        store.wait([f"host{rank}" for rank in range(ranks)], MEETING)
-        return
-    missing = [rank for rank in range(ranks) if not store.check([f"host{rank}"])]
-    per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE", "0") or 0)
-    where = f", node {missing[0] // per_node} of the list" if per_node else ""
-    raise NodeError(
-        f"rank {missing[0]}{where} did not come within {MEETING.seconds} s, {len(missing)} of {ranks} are missing"
-    )
-
-
-def _plan_of_all(make_plan: Callable[[], Plan], rank: int) -> Plan:
-    outcome: list[Any] = [None]
-    if rank == 0:
-        try:
-            outcome = [make_plan()]
-        except UserError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    plan: Plan = outcome[0]
-    return plan
 
 
 def _look(plan: Plan) -> _Seen:
@@ -149,14 +120,25 @@ def _look(plan: Plan) -> _Seen:
     for file, setting in plan.files.items():
         if not file.exists():
             problem = f"{setting}: {file} does not exist there: mount it, or correct the config"
-    probe = plan.run_dir / f".preflight-{os.environ['RANK']}"
+    if os.environ["RANK"] == "0":
+        for folder, remedy in plan.indexes.items():
+            if why := _refusal(_existing(folder)):
+                problem = f"indexes of the data cannot be written to {folder}, {why}: {remedy}"
+    if why := _refusal(plan.run_dir):
+        problem = f"run_dir={plan.run_dir} cannot be written, {why}: mount it, or choose another"
+    return _Seen(socket.gethostname(), torch.cuda.device_count(), clock, problem)
+
+
+def _refusal(folder: Path) -> str | None:
+    """What the system says to a file there."""
+    probe = folder / f".preflight-{os.environ['RANK']}"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        problem = f"run_dir={plan.run_dir} cannot be written, {error.strerror}: mount it, or choose another"
-    return _Seen(socket.gethostname(), torch.cuda.device_count(), clock, problem)
+        return error.strerror
+    return None
 
 
 def _devices(seen: Sequence[_Seen], plan: Plan) -> str:
@@ -179,15 +161,9 @@ def _clocks(seen: Sequence[_Seen]) -> str:
     return f"clocks within {apart:.2f} s"
 
 
-def _room(plan: Plan) -> str:
-    free = shutil.disk_usage(plan.run_dir).free
-    if plan.checkpoint_bytes is None:
-        return f"{_size(free)} free"
-    needed = plan.checkpoint_bytes * plan.checkpoints
-    need = f"{plan.checkpoints} checkpoints need {_size(needed)}"
-    if free < needed:
-        raise UserError(f"{plan.run_dir} has {_size(free)} free, {need}: make room or choose another run_dir")
-    return f"{_size(free)} free, {need}"
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above that exists."""
+    return next(above for above in (path, *path.absolute().parents) if above.exists())
 
 
 def _size(count: float) -> str:
@@ -197,19 +173,24 @@ def _size(count: float) -> str:
     return f"{count:,.1f} {units[0]}"
 
 
-def _add_up(rank: int, ranks: int, on_devices: bool) -> str:
+def _add_up(rank: int, ranks: int, on_devices: bool, store: Any) -> str:
     """All-reduce over the training's network, twice: the first one also connects."""
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else NCCL's watchdog kills the process, where a call could raise
+    backend = "cpu:gloo,cuda:nccl" if on_devices else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_devices else torch.device("cpu")
-    wanted, seconds = float(sum(range(1, ranks + 1))), 0.0
-    for _ in range(2):
-        numbers = torch.full((_ELEMENTS,), float(rank + 1), device=device)
-        start = time.perf_counter()
-        try:
+    wanted, seconds, is_right = float(sum(range(1, ranks + 1))), 0.0, True
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=CHECK)
+        dist.all_reduce(torch.ones(1))  # Megatron speaks over gloo as well
+        for _ in range(2):
+            numbers = torch.full((_ELEMENTS,), float(rank + 1), device=device)
+            start = time.perf_counter()
             dist.all_reduce(numbers)
-        except RuntimeError as error:
-            raise NodeError(f"all-reduce failed on {socket.gethostname()}: {str(error).splitlines()[0]}") from None
-        is_right = bool((numbers == wanted).all())  # waits for the device
-        seconds = time.perf_counter() - start
-        if not is_right:
-            raise NodeError(f"all-reduce gave a wrong sum on {socket.gethostname()}: drain the node")
+            is_right &= bool((numbers == wanted).all())  # waits for the device
+            seconds = time.perf_counter() - start
+    except RuntimeError as error:
+        raise NodeError(f"all-reduce failed on {socket.gethostname()}: {str(error).splitlines()[0]}") from None
+    if not is_right:
+        raise NodeError(f"all-reduce gave a wrong sum on {socket.gethostname()}: drain the node")
+    dist.destroy_process_group()
     return f"all-reduce of 16 MiB over {'NCCL' if on_devices else 'gloo'} right, {seconds * 1e3:.1f} ms"

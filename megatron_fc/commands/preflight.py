@@ -21,7 +21,8 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_fc.preflight import NodeError, Plan, preflight
+    from megatron_fc.meeting import NodeError
+    from megatron_fc.preflight import Plan, preflight
 
     def make_plan() -> Plan:
         from megatron_fc.megatron import cpu

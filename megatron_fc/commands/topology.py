@@ -24,7 +24,9 @@ def add(commands: Commands) -> None:
     topology.add_argument(
         "--peak-tflops", type=float, default=989.0, help="per GPU (default: %(default)s, H100 SXM, dense bf16)"
     )
-    topology.add_argument("--check-files", action="store_true", help="data and tokenizer must be on this machine")
+    topology.add_argument(
+        "--check-files", action="store_true", help="data, tokenizer and room for checkpoints must be on this machine"
+    )
     topology.add_argument("--json", action="store_true", help="machine-readable")
     topology.set_defaults(run=run)
 

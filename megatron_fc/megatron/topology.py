@@ -189,10 +189,11 @@ def validate(
         overrides: as in `load_recipe`.
         nodes: number of nodes.
         gpus_per_node: ranks per node.
-        check_files: data and tokenizer are to be here, as on a login node.
+        check_files: data, tokenizer and room for checkpoints are to be here, as on a login node.
 
     Raises:
-        UserError: the layout is impossible (with the possible ones), a file is missing, or Megatron refuses arguments.
+        UserError: the layout is impossible (with the possible ones), a file or room is missing, or Megatron refuses
+            arguments.
     """
     recipe = load_recipe(config, overrides, elsewhere=True)
     layouts: list[Layout] = []
@@ -200,14 +201,14 @@ def validate(
     def check(args: Namespace) -> None:
         if recipe.frac is not None:
             refuse_unsupported_args(args, on_gpu=True)
-        layouts.append(_layout(args, nodes, gpus_per_node))
+        layouts.append(layout_of(args, nodes, gpus_per_node))
         layouts[0].refuse_impossible()
 
     with _world_of(max(nodes * gpus_per_node, 1)):
         args = parse(recipe, check)
     if check_files:
-        refuse_missing_files(args)
-    _set_padded_vocabulary(args)
+        _refuse_missing(recipe, args)
+    set_padded_vocabulary(args)
     return Validated(recipe, args, layouts[0], _check_model(args, recipe))
 
 
@@ -241,6 +242,14 @@ def topology(
     )
 
 
+def _refuse_missing(recipe: Recipe, args: Namespace) -> None:
+    from megatron_fc.megatron.room import room_of  # which takes a run as it is validated here
+
+    refuse_missing_files(args)
+    if room := room_of(recipe, args):
+        room.check()
+
+
 @contextmanager
 def _world_of(size: int) -> Iterator[None]:
     """Let Megatron take this process for the first rank of a world."""
@@ -257,8 +266,12 @@ def _world_of(size: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _layout(args: Namespace, nodes: int, gpus_per_node: int) -> Layout:
-    """The layout that arguments ask for, before Megatron validates them."""
+def layout_of(args: Namespace, nodes: int, gpus_per_node: int) -> Layout:
+    """Return the layout that arguments ask for, whether Megatron has validated them or not.
+
+    Raises:
+        UserError: something that a layout needs is not set.
+    """
     if args.step_batch_size_schedule is not None:
         raise UserError("step_batch_size_schedule changes the batch: topology needs one global_batch_size instead")
     if not (args.train_samples or args.train_iters):
@@ -297,7 +310,7 @@ def _layout(args: Namespace, nodes: int, gpus_per_node: int) -> Layout:
     )
 
 
-def _set_padded_vocabulary(args: Namespace) -> None:
+def set_padded_vocabulary(args: Namespace) -> None:
     """As Megatron does when it has read the tokenizer, which need not be on this machine."""
     from megatron.training.vocab_utils import calculate_padded_vocab_size
 

@@ -1,12 +1,13 @@
 """Ranks that hang: all others end and say which one it was."""
 
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import harness
 import pytest
 
-from megatron_fc.megatron.standstill import SILENT, describe
+from megatron_fc.megatron.standstill import SILENT, Standstill, describe
 
 NAME = r"rank {} \(process \d+ on \S+\)"
 
@@ -52,6 +53,18 @@ def test_files_that_fail_or_never_answer_keep_no_rank(files: str, advice: str, t
 
 def test_steps_are_no_hang(tmp_path: Path) -> None:
     assert harness.run("step_slowly", 2, tmp_path) == [None, None]
+
+
+def test_the_first_step_may_take_longer() -> None:
+    args = Namespace(distributed_timeout_minutes=60, distributed_timeout_seconds_after_init=600, curr_iteration=100)
+    standstill = Standstill(args)
+    for iteration in (100, 101):
+        args.curr_iteration = iteration
+        standstill.seconds()
+        assert standstill.limit == 0.8 * 3600
+    args.curr_iteration = 102
+    standstill.seconds()
+    assert standstill.limit == 0.8 * 600
 
 
 def test_the_odd_ones_are_named_first() -> None:

@@ -9,7 +9,11 @@ from test_pretrain import config as config
 from test_pretrain import train
 
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.recipe import load_recipe
 from megatron_fc.megatron.retention import Retention
+from megatron_fc.megatron.room import room_of
+from megatron_fc.megatron.setup import parse
+from megatron_fc.preflight import Room
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,34 @@ def test_the_only_complete_checkpoints_stay(kept: Path, tmp_path: Path) -> None:
     assert rule.superseded(folder, newest=12) == [folder / "iter_0000006"], "the newest is damaged"
     (folder / "iter_0000010" / ".metadata").unlink()
     assert rule.superseded(folder, newest=12) == []
+
+
+def room(config: Path, run_dir: Path, *overrides: str) -> Room:
+    recipe = load_recipe(config, [f"run_dir={run_dir}", *overrides])
+    found = room_of(recipe, parse(recipe))
+    assert found is not None
+    return found
+
+
+def test_room_is_asked_for_what_does_not_lie_there_yet(
+    config: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    new = room(config, tmp_path / "new", "keep_last=2", "vocab_size=300")
+    assert (new.folder, new.checkpoints) == (tmp_path / "new/checkpoints", 3)
+    assert room(config, tmp_path / "new").checkpoints == 2
+
+    again = room(config, kept.parent, "keep_last=2")
+    written = sum(file.stat().st_size for file in (kept / "iter_0000012").iterdir())
+    assert (again.checkpoint_bytes, again.checkpoints) == (written, 1)
+    assert room(config, kept.parent, "keep_last=5").checkpoints == 3
+    assert new.checkpoint_bytes is not None
+    assert 0.5 * written < new.checkpoint_bytes < written, "a tiny model's archives have their share"
+
+    folder = Path(shutil.copytree(kept, tmp_path / "damaged" / "checkpoints"))
+    cut(folder / "iter_0000012" / SHARD)
+    assert room(config, folder.parent, "keep_last=5").checkpoints == 4
 
 
 @pytest.mark.parametrize(

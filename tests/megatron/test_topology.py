@@ -5,6 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
+
+# The fixture; pytest finds it by its name here.
+from test_pretrain import config as config
 
 from megatron_fc.cli import main
 from megatron_fc.megatron.environment import has_transformer_engine
@@ -102,3 +106,20 @@ def test_wrong_input_is_one_sentence(
     assert captured.err.startswith("megatron-fc: ")
     assert sentence in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_room_for_the_checkpoints_is_a_file_check(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = yaml.safe_load(config.read_text())["data"]
+    words = [f"{name}={files[name]}" for name in ("train_data_path", "valid_data_path", "tokenizer_model")]
+    words += [f"run_dir={tmp_path}/run", "keep_last=3"]
+    huge = "moe_ffn_hidden_size=16777216"  # a checkpoint of 1.4 petabytes
+    assert ask(*words, huge) == 0
+    assert ask(*words, huge, "--check-files") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"megatron-fc: {tmp_path}/run/checkpoints has ")
+    assert " free, 4 more checkpoints need " in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert ask(*words, "num_layers=1", "moe_ffn_hidden_size=8", "hidden_size=64", "--check-files") == 0
