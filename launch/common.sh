@@ -5,7 +5,8 @@
 # A script runs twice. On the login node it checks everything and hands itself to sbatch (`submit`). In the job it makes
 # an `attempt`, pre-flight checks and training, and has itself requeued if that has not reached the target (`job`).
 #
-# Exit codes: 0 done, or requeued; 2 wrong input; 3 stuck, a human must look; 75 ended early, submit it again.
+# Exit codes: 0 done, requeued, or saved before the time limit where SLURM does not requeue (a chain's next job goes on);
+# 2 wrong input; 3 stuck, a human must look; 75 ended early, submit it again; 143 cancelled.
 
 set -euo pipefail
 
@@ -19,9 +20,9 @@ MAX_STARTS=3
 WAIT=120
 
 # What a task does: its rank comes from SLURM. With SHIFT=1 each rank of a node computes on its neighbour's GPU.
-# USR1 would kill a Python that has not yet set up its handler.
+# A signal would kill a Python that has not yet set up its handlers.
 # shellcheck disable=SC2016  # expanded in the task
-TASK='trap "" USR1; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$(((SLURM_LOCALID + SHIFT) % SLURM_NTASKS_PER_NODE)); exec "$@"'
+TASK='trap "" USR1 TERM; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$(((SLURM_LOCALID + SHIFT) % SLURM_NTASKS_PER_NODE)); exec "$@"'
 
 say() { echo "$(date +'%F %T') launch: $*"; }
 fail() { echo "launch: $*" >&2; exit 2; }
@@ -132,6 +133,11 @@ job() {
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
   export MASTER_ADDR MASTER_PORT
   attempt && exit 0
+  trap '' USR1 TERM # requeueing sends TERM
+  if [[ $SIGNAL == TERM ]]; then
+    say "cancelled, not requeued; where SLURM itself requeues, after a preemption, it does that now"
+    exit 143
+  fi
   local said
   if said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || [[ $said == *pending* ]]; then # SLURM may have been faster
     say "requeued"
@@ -156,9 +162,9 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
   trap 'pass_on TERM' TERM
   step preflight
   [[ $CODE != 0 || $SIGNAL ]] || step "${COMMAND[@]}"
-  trap '' USR1 TERM
   if [[ $CODE == 16 ]]; then echo $((SHIFT + 1)) >"$RUN_DIR/shift"; else rm -f "$RUN_DIR/shift"; fi
-  [[ $SIGNAL != TERM ]] || echo preempted >>"$RUN_DIR/launches" # such a start has not failed
+  # Before a preemption SLURM sends TERM to the ranks alone, which save and end.
+  if [[ $CODE:$SIGNAL == 0: && $(tail -n1 "$RUN_DIR/starts.jsonl" 2>/dev/null) == *'"reason": "signal TERM"'* ]]; then preempted; fi
   case $CODE:$(state) in
     0:done) say "the target is reached"; return 0 ;;
     2:*) stuck "the input is wrong, or a checkpoint cannot be read or written (exit code 2)" ;;
@@ -194,9 +200,22 @@ step() { # step COMMAND ...: one task per GPU; sets CODE, the highest exit code 
   STEP=''
 }
 
-pass_on() { # the ranks save and end; those that do not listen yet are told again
+preempted() { echo preempted >>"$RUN_DIR/launches"; } # such a start has not failed
+
+pass_on() { # the ranks save and end; those that do not listen yet are told again, those that never do are ended
   say "got $1: the ranks save and end"
   SIGNAL=$1
+  [[ $SIGNAL != TERM ]] || preempted # or cancelled
   [[ $STEP ]] || return 0
-  while kill -USR1 "$STEP" 2>/dev/null; do sleep 20; done &
+  local said=USR1 last_call=$((SECONDS + $(time_left) - 60))
+  while kill -"$said" "$STEP" 2>/dev/null; do # srun ends the ranks at TERM
+    sleep 20
+    ((SECONDS < last_call)) || { [[ $said == TERM ]] && said=KILL || said=TERM; }
+  done &
+}
+
+time_left() { # seconds to the job's time limit, or else a year
+  local end
+  end=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/.* EndTime=\([-0-9T:]*\).*/\1/p')
+  if [[ $end ]]; then echo $(($(date -d "$end" +%s) - $(date +%s))); else echo 31536000; fi
 }

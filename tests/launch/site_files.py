@@ -53,9 +53,8 @@ class Site:
         name, *variant = script.split()
         return [str(REPOSITORY / "launch" / name), *variant, f"--output={self.folder}/logs/%x-%j.log", *words]
 
-    def log(self, job: str, name: str = "moe7b") -> str:
-        path = self.folder / "logs" / f"{name}-{job}.log"
-        return path.read_text() if path.exists() else ""
+    def log(self, job: str) -> str:
+        return "".join(path.read_text() for path in (self.folder / "logs").glob(f"*-{job}.log"))
 
 
 # What makes a model of configs/ one for two cores. Megatron resumes its distributed optimizer with TE or Apex only, and

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -72,6 +74,68 @@ def test_a_job_that_never_gets_anywhere_stops(cluster: Cluster, site: Site) -> N
     assert (run_dir / "state").read_text() == "stuck\n"
 
 
+@pytest.fixture
+def stand_in(site: Site, tmp_path: Path) -> Path:
+    """A program in Python's place that waits for TERM, or is deaf, in its first start, and is done in the second.
+
+    What is returned is the folder of its run.
+    """
+    run_dir, program = site.run_dir("stand-in"), tmp_path / "python"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    listens = 'import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit()); open(sys.argv[1], "w"); '
+    program.write_text(
+        f"#!/bin/bash\n[[ $3 != preflight ]] || exit 0\n"
+        f"((SLURM_RESTART_COUNT)) && echo done >{run_dir}/state && exit 0\n"
+        f"[[ ! $LISTENS ]] || exec {sys.executable} -c '{listens}signal.pause()' {run_dir}/waits\n"
+        f"touch {run_dir}/waits\nexec sleep 600\n"
+    )
+    program.chmod(0o755)
+    return run_dir
+
+
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline, f"waited for {file}"
+        time.sleep(0.2)
+
+
+def test_scancel_ends_a_run(cluster: Cluster, site: Site, stand_in: Path, tmp_path: Path) -> None:
+    site.write(more=f"PYTHON={tmp_path}/python\nexport LISTENS=yes\n")
+    (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={stand_in}"))
+    wait_for(stand_in / "waits")
+    cluster.run("scancel", job)
+    ended = cluster.wait(job, *END)
+    assert "launch: cancelled, not requeued" in site.log(job)
+    assert (ended["JobState"], ended.get("Restarts", "0")) == ("CANCELLED", "0"), site.log(job)
+    assert "launch: requeued" not in site.log(job)
+
+
+def test_deaf_ranks_are_killed_before_the_time_limit(
+    cluster: Cluster, site: Site, stand_in: Path, tmp_path: Path
+) -> None:
+    site.write(more=f"PYTHON={tmp_path}/python\n")
+    limit = ("--time=1", "--signal=B:USR1@50")
+    (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, *limit, f"run_dir={stand_in}"))
+    ended = cluster.wait(job, *END, seconds=180)
+    log = site.log(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
+    assert re.search(r"got USR1.*\n(.*\n)*.*launch: ended with code \d+ after USR1, not at the target\n", log), log
+    assert "got TERM" not in log, "the limit itself was not reached"
+
+
+def test_a_preemption_while_the_ranks_still_start_does_not_count(
+    cluster: Cluster, site: Site, stand_in: Path, tmp_path: Path
+) -> None:
+    site.write(partition="hasty", more=f"PYTHON={tmp_path}/python\nMAX_STARTS=1\n")
+    (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={stand_in}"))
+    wait_for(stand_in / "waits")
+    cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    ended = cluster.wait(job, *END)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log(job)
+    assert (stand_in / "launches").read_text() == "0\npreempted\n0\n"
+
+
 def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site: Site) -> None:
     slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
     more = f"export PYTHONPATH=$PYTHONPATH:{disk} SLOW_DISK={slow}\n"
@@ -90,7 +154,7 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
     done = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])["iteration"]
     site.write(*samples(4 * done + 20), "save_interval=100000", more=more)
     assert (first["JobState"], first["ExitCode"]) == ("COMPLETED", "0:0")
-    log = site.log(jobs[0], "moe1b3-dfc_x2")
+    log = site.log(jobs[0])
     told, ended = (
         datetime.fromisoformat(re.findall(rf"^(\S+ \S+) launch: {said}", log, re.MULTILINE)[0])
         for said in ("got USR1", "ended with code 0 after USR1")
@@ -99,8 +163,8 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
 
     for job in jobs[1:]:
         assert cluster.wait(job, *END, seconds=180)["JobState"] == "COMPLETED"
-    assert "launch: the target is reached\n" in site.log(jobs[1], "moe1b3-dfc_x2")
-    assert "launch: the target is reached already" in site.log(jobs[2], "moe1b3-dfc_x2")
+    assert "launch: the target is reached\n" in site.log(jobs[1])
+    assert "launch: the target is reached already" in site.log(jobs[2])
     events = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     assert [event["iteration"] for event in events] == [0, done, done, done + 5]
     assert [event.get("reason") for event in events] == [None, "signal USR1", None, "target"]

@@ -41,7 +41,7 @@ def submit(cluster: Cluster, site: Site, *words: str) -> str:
 def profiled(cluster: Cluster, site: Site, folder: Path, *words: str) -> Report:
     """Let a job profile into a folder, and return what it reports."""
     job = submit(cluster, site, f"run_dir={folder}", *words)
-    assert cluster.wait(job, *END, seconds=600)["JobState"] == "COMPLETED", site.log(job, "profile-olmoe_7b")
+    assert cluster.wait(job, *END, seconds=600)["JobState"] == "COMPLETED", site.log(job)
     return read_report(folder)
 
 
@@ -110,14 +110,14 @@ def test_a_rank_that_is_lost_in_the_window(way: str, cluster: Cluster, site: Sit
     counted = [folder / "parts" / f"rank-{rank:05}.json" for rank in range(4)]
     deadline = time.monotonic() + 300
     while not all(part.exists() and len(read_part(part).rank.step_seconds) >= 2 for part in counted):
-        assert time.monotonic() < deadline, site.log(job, "profile-olmoe_7b")
+        assert time.monotonic() < deadline, site.log(job)
         time.sleep(0.2)
     send("3", folder, signal.SIGKILL if way == "dies" else signal.SIGSTOP)
     if way == "hangs":  # of which SLURM tells the script shortly before the time limit
         cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.wait(job, *END, seconds=300)["JobState"] == "FAILED"
 
-    report, log = read_report(folder), site.log(job, "profile-olmoe_7b")
+    report, log = read_report(folder), site.log(job)
     assert [rank.rank for rank in report.ranks] == [0, 1, 2, 3]
     assert all(len(rank.step_seconds) >= 2 and rank.device_bytes_per_step > 0 for rank in report.ranks)
     for rank in report.ranks:

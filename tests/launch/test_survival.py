@@ -106,6 +106,8 @@ def survive(cluster: Cluster, site: Site) -> Run:
     cluster.wait(urgent.stdout.split()[-1], "COMPLETED", seconds=120)
     from_preemption = run.wait_for_start(3)
     assert from_preemption >= from_limit + 2
+    assert run.starts()[-2]["reason"] == "signal TERM"
+    assert (run.dir / "launches").read_text().split() == ["0", str(from_limit), "preempted", str(from_preemption)]
 
     run.wait_for_iteration(from_preemption + 6)  # behind a checkpoint
     lost = run.starts()[-1]["host"][2]
