@@ -49,6 +49,11 @@ def latest_checkpoint(folder: Path, step: int | None = None) -> Path | None:
     return path
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run has written checkpoints to `folder`, be they damaged."""
+    return (folder / TRACKER).exists() or bool(intact_checkpoints(folder))
+
+
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
     """Return the complete checkpoint that `path` stands for: itself, or one below it as in `latest_checkpoint`.
 
@@ -168,18 +173,23 @@ def refuse_other_connection(checkpoint: Path, frac: FracConfig | None, hidden_si
         )
 
 
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written with its optimizer's state, as far as it says so."""
+    from megatron.core import dist_checkpointing
+
+    if checkpoint.name == "release" or not (checkpoint / INDEX).exists():
+        return True
+    stored: Any = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
+    return not getattr(stored, "no_save_optim", False)
+
+
 def refuse_missing_optimizer(checkpoint: Path, args: Namespace) -> None:
     """Check that a run which expects optimizer state in a checkpoint finds it there.
 
     Raises:
         UserError: it was written without.
     """
-    from megatron.core import dist_checkpointing
-
-    if args.finetune or args.no_load_optim or checkpoint.name == "release" or not (checkpoint / INDEX).exists():
-        return
-    stored: Any = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
-    if getattr(stored, "no_save_optim", False):
+    if not (args.finetune or args.no_load_optim or has_optimizer(checkpoint)):
         raise UserError(
             f"the checkpoint {checkpoint} holds no optimizer state: set finetune=true to start a run at iteration 0 "
             f"from its weights, or no_load_optim=true to go on from its iteration with a fresh optimizer"

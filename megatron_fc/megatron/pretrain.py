@@ -19,6 +19,8 @@ from megatron_fc.megatron.checkpoint import (
     TRACKER,
     checkpoint_errors_named,
     find_checkpoint,
+    has_checkpoints,
+    has_optimizer,
     latest_checkpoint,
     refuse_existing,
     refuse_missing_optimizer,
@@ -175,7 +177,13 @@ def _pretrain(
 
 
 def _continuing(args: Namespace, recipe: Recipe) -> tuple[ModelHook | None, Path | None]:
-    """Choose the checkpoint that the run goes on from; return what checks its content, and it. None to begin anew."""
+    """Choose the checkpoint that the run goes on from; return what checks its content, and it. None to begin anew.
+
+    Where the run has checkpoints of its own it goes on from them: `load` and `finetune` say how it began.
+    """
+    if args.save and Path(args.load) != Path(args.save) and has_checkpoints(Path(args.save)):
+        _note(f"this run goes on from {args.save}; load={args.load} was where it began")
+        args.load, args.ckpt_step = args.save, None
     resumption = Resumption(args, recipe.on_damage, _warn)
     checkpoint = resumption.choose()
     if checkpoint is None:
@@ -183,6 +191,9 @@ def _continuing(args: Namespace, recipe: Recipe) -> tuple[ModelHook | None, Path
             raise UserError(f"load={args.load} holds no checkpoint: give the folder with {TRACKER}, or drop load")
         return None, None
     refuse_other_connection(checkpoint, recipe.frac, args.hidden_size)
+    if args.finetune and args.save and Path(args.load) == Path(args.save) and has_optimizer(checkpoint):
+        _note(f"this run goes on from {checkpoint}; finetune=true was for its beginning")
+        args.finetune = False
     refuse_missing_optimizer(checkpoint, args)
     return _on_all_ranks(resumption.check_content), checkpoint
 
@@ -194,8 +205,16 @@ def _restore(args: Namespace, chunks: list[Any]) -> list[Any]:
 
 
 def _warn(text: str) -> None:
+    _say(f"WARNING: {text}")
+
+
+def _note(text: str) -> None:
+    _say(f"note: {text}")
+
+
+def _say(text: str) -> None:
     if is_log_rank():
-        print(f"WARNING: {text}", file=real_stdout(), flush=True)
+        print(text, file=real_stdout(), flush=True)
 
 
 def _note_start(args: Namespace, record: RunRecord) -> None:
@@ -224,8 +243,7 @@ def _when_all_end(args: Namespace, record: RunRecord, companion: Companion, reas
     saved = latest_checkpoint(Path(args.save))
     if saved is None:
         return "nothing was saved yet, start the same command again"
-    how = "the same command again" if args.load == args.save else f"again with load={args.save}"
-    return f"start {how}, it goes on from {saved}"
+    return f"start the same command again, it goes on from {saved}"
 
 
 def _upcycling(args: Namespace, recipe: Recipe) -> ModelHook | None:
@@ -256,8 +274,7 @@ def _upcycling(args: Namespace, recipe: Recipe) -> ModelHook | None:
             if is_new_run:
                 shutil.rmtree(recipe.run_dir, ignore_errors=True)
             raise
-        if is_log_rank():
-            print(f"from_residual: {said}", file=real_stdout(), flush=True)
+        _say(f"from_residual: {said}")
         return chunks
 
     return write

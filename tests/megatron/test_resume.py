@@ -95,3 +95,21 @@ def test_a_damaged_checkpoint_falls_back_loudly(damage: str, config: Path, finis
     assert end["reason"] == "target"
     assert (folder / TRACKER).read_text() == "12"
     assert figures(run_dir) == figures(finished)
+
+
+def test_the_same_command_goes_on_from_the_runs_own_checkpoints(config: Path, finished: Path) -> None:
+    """`load`, `ckpt_step` and `finetune` say how it began, and are not applied again."""
+    run_dir = config.parent / "fine-tuned"
+    began = (f"load={finished / 'checkpoints'}", "ckpt_step=8", "finetune=true", *ENDLESS[1:])
+    assert "note: " not in train(config, run_dir, *began, "train_iters=4")["printed"]
+    printed = train(config, run_dir, *began, "train_iters=8")["printed"]
+    own = run_dir / "checkpoints"
+    assert f"note: this run goes on from {own}; load={finished / 'checkpoints'} was where it began\n" in printed
+    assert f"note: this run goes on from {own}/iter_0000004; finetune=true was for its beginning\n" in printed
+    starts = [event for event in events(run_dir) if event["event"] == "start"]
+    came_from = [str(finished / "checkpoints/iter_0000008"), str(own / "iter_0000004")]
+    assert [start["checkpoint"] for start in starts] == came_from
+    assert [(start["iteration"], start["consumed_samples"]) for start in starts] == [(0, 0), (4, 16)]
+    losses = read_metrics(run_dir).loss
+    assert list(losses) == list(range(1, 9))
+    assert losses[5] < losses[1]
