@@ -1,5 +1,5 @@
-# What the launch scripts share. They set NAME, CONFIG, OVERRIDES, perhaps VARIANT (words of their own) and COMMAND,
-# source this file and call `launch`.
+# What the launch scripts share. They set NAME and CONFIG, source this file, add to OVERRIDES, perhaps set VARIANT (words
+# of their own) and COMMAND, and call `launch`.
 # shellcheck shell=bash
 #
 # A script runs twice. On the login node it checks everything and hands itself to sbatch (`submit`). In the job it makes
@@ -11,9 +11,11 @@
 set -euo pipefail
 
 COMMAND=(train)
+# Every run has three checkpoints to fall back on.
+OVERRIDES=(on_damage=previous keep_last=3)
 # The site file sets these; launch/site.example.sh describes them.
 SITE=${SITE:-launch/site.sh}
-RUNS=runs PYTHON=python IMAGE='' MOUNTS='' SITE_OVERRIDES=()
+RUNS=runs PYTHON=python IMAGE='' MOUNTS='' CHECK_PYTHON=.venv/bin/python SITE_OVERRIDES=()
 # A run that has started this often from the same checkpoint does not start again; preempted starts do not count.
 MAX_STARTS=3
 # Seconds after which srun kills the ranks that still run when one has ended, e.g. one that hangs.
@@ -32,16 +34,26 @@ launch() {
   read_words "$@"
   START=(srun --label --kill-on-bad-exit=0 --wait="$WAIT" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(option cpus-per-task)}")
   if [[ $IMAGE ]]; then
-    START+=(--container-image="$IMAGE" --container-mounts="$MOUNTS" --container-workdir="$PWD")
+    START+=(--container-image="$IMAGE" ${MOUNTS:+--container-mounts="$MOUNTS"} --container-workdir="$PWD")
   fi
   START+=(bash -c "$TASK" task "$PYTHON" -m megatron_fc)
-  if [[ ${SLURM_JOB_ID:-} ]]; then job; else submit; fi
+  if [[ ! ${SLURM_JOB_ID:-} ]]; then
+    submit
+  else
+    no_options "nothing is submitted inside a job: give options to sbatch, before the script, and --dry-run outside"
+    job
+  fi
 }
 
 read_site() {
   [[ -e $SITE ]] || fail "$SITE is missing: copy launch/site.example.sh to it and fill it in"
   # shellcheck source=launch/site.example.sh
   source "$SITE"
+}
+
+no_options() { # no_options WHY
+  [[ ! $DRY_RUN ]] || fail "--dry-run: $1"
+  ((!${#OPTIONS[@]})) || fail "${OPTIONS[0]}: $1"
 }
 
 read_words() { # sets DRY_RUN, OPTIONS (sbatch's), WORDS (overrides), RUN_DIR, and ARGS (CONFIG and all overrides)
@@ -52,8 +64,12 @@ read_words() { # sets DRY_RUN, OPTIONS (sbatch's), WORDS (overrides), RUN_DIR, a
       --dry-run) DRY_RUN=yes ;;
       --?*) OPTIONS+=("$word") ;;
       -*) fail "$word: write sbatch's options as --name=value, e.g. --nodes=8" ;;
-      save=*) fail "$word: checkpoints lie in run_dir, drop save" ;;
-      run_dir=*) RUN_DIR=${word#*=} ;;
+      save=* | *.save=*) fail "$word: checkpoints lie in run_dir, drop save" ;;
+      ckpt_step=* | *.ckpt_step=*)
+        fail "$word would hold for every start: write ${word#*=} into run_dir's" \
+          "checkpoints/latest_checkpointed_iteration.txt instead"
+        ;;
+      run_dir=* | *.run_dir=*) RUN_DIR=${word#*=} ;;
       *=*) WORDS+=("$word") ;;
       *) fail "'$word' is neither an option of sbatch (--nodes=8) nor an override (key=value)" ;;
     esac
@@ -80,12 +96,17 @@ option() { # option NAME: the value given to sbatch, else that of the script's #
 
 submit() {
   local words said
-  # sbatch itself reads these two; set and empty, they mean the site's default.
-  for said in SBATCH_ACCOUNT SBATCH_PARTITION; do
-    [[ ${!said-CHANGE_ME} != CHANGE_ME ]] || fail "$said is not set: set it in $SITE (empty: the site's default)"
-    [[ ${!said} ]] || unset "$said"
+  for said in SBATCH_ACCOUNT SBATCH_PARTITION; do # which sbatch itself reads
+    [[ ${!said-} != CHANGE_ME ]] || fail "$said is not set: set it in $SITE (empty: the site's default)"
+    [[ ${!said-} ]] || unset "$said"
   done
-  words=(--job-name="$NAME" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
+  [[ $(gpus) == "$(option ntasks-per-node)" ]] ||
+    fail "--gpus-per-node=$(gpus) and --ntasks-per-node=$(option ntasks-per-node) differ: every GPU has a task, give both"
+  [[ ${COMMAND[0]} != train || $(state) != 'done' ]] ||
+    fail "the target is reached already; to train on, remove $RUN_DIR/state"
+  # A chain's jobs wait for each other.
+  [[ $(option dependency) == singleton ]] || refuse_second
+  words=(--job-name="$(basename "$RUN_DIR")" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
   if [[ $DRY_RUN ]]; then
     show sbatch "${words[@]}"
     show "${START[@]}" "${COMMAND[@]}" "${ARGS[@]}"
@@ -96,10 +117,19 @@ submit() {
     [[ $(state) != stuck ]] || rm "$RUN_DIR/state" "$RUN_DIR/launches"
     said=$(sbatch "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
     echo "$said"
+    if [[ $(option dependency) != singleton && $said =~ job\ ([0-9]+) ]]; then
+      echo "${BASH_REMATCH[1]}" >"$RUN_DIR/job"
+    fi
   elif type sbatch >/dev/null 2>&1; then
     said=$(sbatch --test-only "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
     echo "$said"
   fi
+}
+
+gpus() { # per node; sbatch takes --gpus-per-node=h100:8 as well
+  local value
+  value=$(option gpus-per-node)
+  echo "${value##*:}"
 }
 
 check_folders() { # a job whose log cannot be written fails without a word
@@ -117,12 +147,19 @@ can_make() {
 }
 
 check() { # names, values, files and layout, before a node is asked for
-  if ! "$PYTHON" -c 'import megatron_fc' 2>/dev/null; then
-    echo "note: $PYTHON cannot import megatron_fc here, so config and data are checked in the job only" >&2
+  local python=$PYTHON files=(--check-files) mount
+  if [[ $IMAGE ]]; then # its Python is not here
+    python=$CHECK_PYTHON
+    for mount in ${MOUNTS//,/ }; do
+      [[ $mount: == "${mount%%:*}:${mount%%:*}:"* ]] || files=()
+    done
+  fi
+  if ! "$python" -c 'import megatron_fc' 2>/dev/null; then
+    echo "note: $python cannot import megatron_fc here, so config and data are checked in the job only" >&2
     return
   fi
-  "$PYTHON" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option gpus-per-node)" \
-    --check-files
+  ((${#files[@]})) || echo "note: MOUNTS gives folders other names, so data are looked for in the job only" >&2
+  "$python" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(gpus)" "${files[@]}"
 }
 
 # --- in the job ----------------------------------------------------------------------------------------------------
@@ -150,6 +187,8 @@ job() {
 attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it cannot
   CODE=0 STEP='' SIGNAL=''
   mkdir -p "$RUN_DIR"
+  refuse_second
+  [[ ! ${SLURM_JOB_ID:-} ]] || echo "$SLURM_JOB_ID" >"$RUN_DIR/job"
   case $(state) in
     done) say "the target is reached already; to train on, remove $RUN_DIR/state"; return 0 ;;
     stuck) say "stopped earlier as stuck; to try again, remove $RUN_DIR/state and $RUN_DIR/launches"; exit 3 ;;
@@ -175,6 +214,13 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
 }
 
 state() { cat "$RUN_DIR/state" 2>/dev/null || true; } # done, continue or stuck
+
+refuse_second() { # two jobs would write into the same folder
+  local other
+  other=$(cat "$RUN_DIR/job" 2>/dev/null) || return 0
+  [[ $other == "${SLURM_JOB_ID:-}" || ! $(squeue -h -j "$other" -t PENDING,RUNNING,SUSPENDED 2>/dev/null) ]] ||
+    fail "job $other has run_dir=$RUN_DIR: scancel $other, wait for it, or choose another run_dir"
+}
 
 guard() { # stop when the last starts all began where this one would begin
   local from

@@ -25,7 +25,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 
 NAME=dense1b
 CONFIG=configs/olmo2_1b.yaml
-OVERRIDES=(on_damage=previous keep_last=3 keep_every=50000)
 
 source launch/common.sh
+OVERRIDES+=(keep_every=50000)
 launch "$@"

@@ -26,7 +26,6 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 VARIANT=${1:-}
 NAME=moe1b3-$VARIANT
 CONFIG=configs/olmoe_1b3.yaml
-OVERRIDES=(on_damage=previous keep_last=3)
 
 source launch/common.sh
 case $VARIANT in

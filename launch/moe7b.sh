@@ -27,8 +27,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 
 NAME=moe7b
 CONFIG=configs/olmoe_7b.yaml
-# Three checkpoints to fall back on, and one for ever every 25,000 iterations (105B tokens).
-OVERRIDES=(on_damage=previous keep_last=3 keep_every=25000)
 
 source launch/common.sh
+OVERRIDES+=(keep_every=25000) # a checkpoint for ever every 105B tokens
 launch "$@"

@@ -28,8 +28,8 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 
 CONFIG=${1:-}
 NAME=profile-$(basename "$CONFIG" .yaml)
-OVERRIDES=()
 source launch/common.sh
+OVERRIDES=()
 [[ -e $CONFIG ]] || fail "'$CONFIG' is no file: launch/profile.sh CONFIG.yaml [from_step=K] [steps=N] [key=value ...]"
 
 VARIANT=("$CONFIG") COMMAND=(traffic run) TWIN=yes rest=()

@@ -1,9 +1,11 @@
 # What differs from site to site. Copy to launch/site.sh and fill in; every launch script sources it.
 # shellcheck shell=bash disable=SC2034
 
-# Read by sbatch itself. Empty: the site's default.
+# Read by sbatch itself. Empty: the site's default, for which sbatch must not see them.
 export SBATCH_ACCOUNT=CHANGE_ME
 export SBATCH_PARTITION=CHANGE_ME
+[ "$SBATCH_ACCOUNT" ] || unset SBATCH_ACCOUNT
+[ "$SBATCH_PARTITION" ] || unset SBATCH_PARTITION
 
 # Folders of runs go here: a file system that all nodes see, with room for checkpoints.
 RUNS=/scratch/$USER/runs
@@ -14,6 +16,8 @@ PYTHON=$PWD/.venv/bin/python
 # Container through pyxis/enroot: a .sqsh file or registry address; empty for the bare environment.
 IMAGE=
 MOUNTS=$PWD:$PWD,/scratch:/scratch
+# With an image: a Python here with megatron_fc, which checks config and data before a job is submitted; no GPU needed.
+CHECK_PYTHON=$PWD/.venv/bin/python
 
 # Overrides for every run, e.g. where the data are. The command line wins over them.
 SITE_OVERRIDES=(

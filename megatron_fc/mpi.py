@@ -15,6 +15,8 @@ from megatron_fc.errors import UserError
 def join(*, stay: bool = False) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from MPI; every process calls it.
 
+    With SHIFT=1 in the environment each rank of a node computes on its neighbour's GPU.
+
     Args:
         stay: MPI goes on, else it is left.
 
@@ -32,7 +34,8 @@ def join(*, stay: bool = False) -> None:
     with socket.socket() as probe:
         probe.bind(("", 0))
         address, port = world.bcast((socket.gethostname(), probe.getsockname()[1]), root=0)
-    ranks = {"RANK": world.Get_rank(), "WORLD_SIZE": world.Get_size(), "LOCAL_RANK": here.Get_rank()}
+    device = (here.Get_rank() + int(os.environ.get("SHIFT", "0"))) % here.Get_size()
+    ranks = {"RANK": world.Get_rank(), "WORLD_SIZE": world.Get_size(), "LOCAL_RANK": device}
     os.environ.update({name: str(value) for name, value in (ranks | {"MASTER_PORT": port}).items()})
     os.environ.setdefault("MASTER_ADDR", address)
     here.Free()

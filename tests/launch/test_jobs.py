@@ -100,10 +100,22 @@ def wait_for(file: Path) -> None:
         time.sleep(0.2)
 
 
+def refuse_a_second_job(cluster: Cluster, site: Site, run_dir: Path, job: str) -> None:
+    sentence = f"job {job} has run_dir={run_dir}: scancel {job}, wait for it, or choose another run_dir\n"
+    words = site.words("moe7b.sh", *NODES, f"run_dir={run_dir}")
+    done = cluster.run(*words, check=False, **site.variables, CHECK="no")
+    assert (done.returncode, done.stderr) == (2, f"launch: {sentence}")
+    script, *options, run_dir_word = words
+    second = cluster.run("sbatch", *options, script, run_dir_word, **site.variables).stdout.split()[-1]
+    assert cluster.wait(second, *END)["ExitCode"] == "2:0"
+    assert sentence in site.log(second)
+
+
 def test_scancel_ends_a_run(cluster: Cluster, site: Site, stand_in: Path, tmp_path: Path) -> None:
     site.write(more=f"PYTHON={tmp_path}/python\nexport LISTENS=yes\n")
     (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={stand_in}"))
     wait_for(stand_in / "waits")
+    refuse_a_second_job(cluster, site, stand_in, job)
     cluster.run("scancel", job)
     ended = cluster.wait(job, *END)
     assert "launch: cancelled, not requeued" in site.log(job)
@@ -136,6 +148,26 @@ def test_a_preemption_while_the_ranks_still_start_does_not_count(
     assert (stand_in / "launches").read_text() == "0\npreempted\n0\n"
 
 
+def test_ranks_that_pmix_starts_meet(cluster: Cluster, site: Site, tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py", reason="mpi4py not found: pip install 'megatron_fc[mpi]'")
+    if "pmix" not in cluster.run("srun", "--mpi=list").stdout:
+        pytest.skip("this SLURM has no plugin for PMIx")
+    program, run_dir, log = tmp_path / "python", tmp_path / "run", tmp_path / "log"
+    program.write_text(
+        f"#!{sys.executable}\nimport os, sys\nif sys.argv[3] == 'preflight': sys.exit()\n"
+        f"from megatron_fc.mpi import join\njoin()\nopen('{run_dir}/state', 'w').write('done')\n"
+        f"print(*(os.environ[name] for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR')), flush=True)\n"
+    )
+    program.chmod(0o755)
+    site.write(more=f"PYTHON={program}\n")
+    script = f"{REPOSITORY}/launch/mpi.sh srun --mpi=pmix -- configs/olmoe_7b.yaml run_dir={run_dir}"
+    words = ("sbatch", "-N2", "--ntasks-per-node=2", f"--output={log}", f"--wrap={script}")
+    job = cluster.run(*words, **site.variables).stdout.split()[-1]
+    assert cluster.wait(job, *END)["JobState"] == "COMPLETED", log.read_text()
+    lines = sorted(line for line in log.read_text().splitlines() if line[0] in "0123" and " n0" in line)
+    assert lines == ["0 4 0 n0", "1 4 1 n0", "2 4 0 n0", "3 4 1 n0"]
+
+
 def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site: Site) -> None:
     slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
     more = f"export PYTHONPATH=$PYTHONPATH:{disk} SLOW_DISK={slow}\n"
@@ -144,6 +176,7 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
     jobs = submit(cluster, site, str(REPOSITORY / "launch/chain.sh"), "3", *script)
     assert len(jobs) == 3
     run_dir = site.run_dir("moe1b3-dfc_x2")
+    assert {cluster.job(job)["JobName"] for job in jobs} == {"moe1b3-dfc_x2"}
 
     wait_for_iteration(run_dir, 3)
     slow.write_text("40")

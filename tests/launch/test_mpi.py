@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -23,8 +24,8 @@ MPI = ("mpirun", "-n", "2", "--oversubscribe", "--host", "localhost:2")
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
-def launch(site: Site, *words: str) -> subprocess.Popen[str]:
-    line = [str(REPOSITORY / "launch/mpi.sh"), *MPI, "--", *words]
+def launch(site: Site, *words: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    line = [str(REPOSITORY / "launch/mpi.sh"), *before, *MPI, "--", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(line, env=os.environ | AS_ROOT | site.variables, **pipes)
 
@@ -59,13 +60,64 @@ def kill_rank(rank: str, run_dir: Path) -> None:
                 process.kill()
 
 
-def test_usage(site: Site) -> None:
-    done = subprocess.run(
-        [REPOSITORY / "launch/mpi.sh", "mpirun"],
-        env=os.environ | site.variables,
-        capture_output=True,
-        text=True,
-        check=False,
+def python(program: Path, *lines: str) -> str:
+    """Make a program that stands in Python's place and does these lines instead of training; the site's line for it."""
+    text = ["#!" + sys.executable, "import os, signal, sys", 'if sys.argv[3] == "preflight": sys.exit()', *lines]
+    program.write_text("\n".join(text))
+    program.chmod(0o755)
+    return f"PYTHON={program}\n"
+
+
+def test_the_sites_environment_and_the_neighbouring_gpu(site: Site, tmp_path: Path) -> None:
+    """mpirun hands on what it gets, so it gets nothing here, as a remote host would."""
+    pytest.importorskip("mpi4py", reason="mpi4py not found: pip install 'megatron_fc[mpi]'")
+    run_dir = tmp_path / "run"
+    lines = (
+        "from megatron_fc.mpi import join",
+        "join()",
+        'print("rank", os.environ["RANK"], "on GPU", os.environ["LOCAL_RANK"], os.environ["NETWORK"], flush=True)',
+        f'sys.exit(17 if os.path.exists("{run_dir}/shift") else 16)',
     )
-    assert done.returncode == 2
-    assert done.stderr == "launch: usage: launch/mpi.sh mpirun -n 16 ... -- CONFIG.yaml [key=value ...]\n"
+    site.write(more=f"{python(tmp_path / 'python', *lines)}export NETWORK='ib 0'\n")
+    nothing = ("env", "-i", f"PATH={os.environ['PATH']}", *(f"{name}={value}" for name, value in AS_ROOT.items()))
+    script = launch(site, "configs/olmoe_7b.yaml", f"run_dir={run_dir}", before=nothing)
+    printed, _ = script.communicate(timeout=120)
+    assert script.returncode == 3, printed
+    gpus = sorted(line for line in printed.splitlines() if line.startswith("rank "))
+    assert gpus == [f"rank {rank} on GPU {gpu} ib 0" for rank in (0, 1) for gpu in (0, 1)]
+
+
+def test_told_to_end_it_says_that_the_run_is_not_done(site: Site, tmp_path: Path) -> None:
+    lines = (
+        "signal.signal(signal.SIGUSR1, lambda *_: sys.exit())",
+        f'open("{tmp_path}/waits", "w")',
+        "signal.pause()",
+    )
+    site.write(more=python(tmp_path / "python", *lines))
+    script = launch(site, "configs/olmoe_7b.yaml", f"run_dir={tmp_path / 'run'}")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "waits").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)  # the other rank
+    script.terminate()
+    printed, _ = script.communicate(timeout=60)
+    assert "ended with code 0 after TERM, not at the target" in printed
+    assert script.returncode == 75, printed
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "usage: launch/mpi.sh mpirun -n 16 ... -- CONFIG.yaml [key=value ...]"),
+        (
+            ("--", "configs/olmoe_7b.yaml", "--nodes=8"),
+            "--nodes=8: nothing is submitted here, and what starts the ranks stands before --",
+        ),
+    ],
+)
+def test_usage(site: Site, words: tuple[str, ...], sentence: str) -> None:
+    site.write()
+    line = [REPOSITORY / "launch/mpi.sh", "mpirun", *words]
+    done = subprocess.run(line, env=os.environ | site.variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"launch: {sentence}\n")
