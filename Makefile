@@ -18,7 +18,7 @@ soak: .venv/.installed  ## run the long tests that repeat at more length what ot
 
 # PATH: PyTorch looks for the environment's ninja there. Files in the order of their folders: the longest are not last.
 PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
-	-n 2 --dist loadfile --no-loadscope-reorder
+	-n 3 --dist loadfile --no-loadscope-reorder
 
 # Beside the environment and not in it: where ModelOpt can be imported Megatron imports it, which doubles every start.
 test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distillation with NVIDIA ModelOpt
