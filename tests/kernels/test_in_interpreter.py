@@ -19,8 +19,9 @@ def test_in_interpreter(module: str) -> None:
 
 
 @pytest.mark.soak
-def test_more_layouts_in_interpreter() -> None:
-    interpret("test_layouts_with_kernels.py", "soak")
+@pytest.mark.parametrize("module", ["test_operations.py", "test_layouts_with_kernels.py"])
+def test_more_in_interpreter(module: str) -> None:
+    interpret(module, "soak")
 
 
 def interpret(module: str, selected: str) -> None:

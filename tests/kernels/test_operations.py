@@ -84,7 +84,9 @@ def test_token_counts(tokens: int) -> None:
     check(reference.make(FracConfig(rate=4), 64, tokens, torch.float32, "layernorm"), FP32)
 
 
-@pytest.mark.parametrize(("rate", "tokens", "kind"), [(1, 4096, None), (4, 128, "rmsnorm")])
+@pytest.mark.parametrize(
+    ("rate", "tokens", "kind"), [pytest.param(1, 4096, None, marks=pytest.mark.soak), (4, 128, "rmsnorm")]
+)
 def test_many_tokens(rate: int, tokens: int, kind: str | None) -> None:
     """More tiles than programs: sums go on from tile to tile. The interpreter's time is by tiles, so one fraction."""
     check(reference.make(FracConfig(rate=rate), 16 * rate, tokens, torch.float32, kind), FP32)
@@ -101,28 +103,34 @@ def test_half_precision(config: FracConfig, kind: str | None, dtype: torch.dtype
     check(reference.make(config, 64 * config.rate, 17, dtype, kind), HALF[dtype])
 
 
-@pytest.mark.parametrize("wide", [False, True], ids=["c=80", "c=512"])  # where chunks of the two differ in columns
-@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "bias and dropout"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_boundary_equals_depth_and_width_to_the_bit(dtype: torch.dtype, dropout: bool, wide: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "width", "dropout"),
+    [
+        (torch.float32, 320, False),
+        (torch.float16, 320, False),
+        (torch.bfloat16, 320, True),
+        (torch.float32, 2048, True),  # chunks of the boundary and of its parts have other columns
+    ],
+)
+def test_boundary_equals_depth_and_width_to_the_bit(dtype: torch.dtype, width: int, dropout: bool) -> None:
     config = FracConfig(rate=4)
-    case = reference.make(config, 2048 if wide else 320, 17, dtype, "rmsnorm")
+    case = reference.make(config, width, 17, dtype, "rmsnorm")
     before = launch.Before(case.o, case.h, *case.coefficients)
     if dropout:
         before = before._replace(bias=case.g_mixed[0].clone(), seed=torch.tensor([7]), dropout=0.25)
-    h, *following = launch.boundary_forward(before, case.p, config, case.norm)
+    h, *after = launch.boundary_forward(before, case.p, config, case.norm)
     assert torch.equal(h, launch.depth_forward(before, config))
-    for one, expected in zip(following, launch.width_forward(h, case.p, config, case.norm), strict=True):
+    for one, expected in zip(after, launch.width_forward(h, case.p, config, case.norm), strict=True):
         assert expected is not None
         assert torch.equal(one, expected)
     incoming = (case.g_x, case.g_beta, case.g_mixed)
-    width, g_o, g_beta = launch.boundary_backward(None, *incoming, h, before, case.p, config, case.norm)
+    following, g_o, g_beta = launch.boundary_backward(None, *incoming, h, before, case.p, config, case.norm)
     alone = launch.width_backward(*incoming, h, case.p, config, case.norm)
-    assert torch.equal(width.h, alone.h)
+    assert torch.equal(following.h, alone.h)
     expected_g_o, expected_g_beta = launch.depth_backward(alone.h, before, config)
     assert torch.equal(g_o, expected_g_o)
     torch.testing.assert_close(g_beta, expected_g_beta, rtol=1e-5, atol=1e-4)  # sums of c terms in another order
-    for one, expected in zip(width.parameters, alone.parameters, strict=True):
+    for one, expected in zip(following.parameters, alone.parameters, strict=True):
         assert (one is None) == (expected is None)
         assert one is None or torch.equal(one, expected)
 
