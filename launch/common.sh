@@ -167,7 +167,7 @@ check() { # names, values, files and layout, before a node is asked for
 job() {
   say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR"
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-  MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+  MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that outgoing connections take
   export MASTER_ADDR MASTER_PORT
   attempt && exit 0
   trap '' USR1 TERM # requeueing sends TERM

@@ -5,11 +5,27 @@ training itself talks over NCCL or gloo as ever. `traffic run` alone keeps it, t
 """
 
 import os
+import secrets
 import socket
 import sys
+from contextlib import suppress
 
 from megatron_fc.cli import main
 from megatron_fc.errors import UserError
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on, below those that Linux gives outgoing connections (from 32768 on).
+
+    Seconds pass until the first rank listens, and any of these may be taken by then.
+    """
+    ports = list(range(10_000, 20_000))
+    secrets.SystemRandom().shuffle(ports)
+    for port in ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise UserError("ports 10000 to 19999 are all in use on this node: end what listens on them")
 
 
 def join(*, stay: bool = False) -> None:
@@ -31,9 +47,7 @@ def join(*, stay: bool = False) -> None:
         ) from None
     world = MPI.COMM_WORLD
     here = world.Split_type(MPI.COMM_TYPE_SHARED)
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        address, port = world.bcast((socket.gethostname(), probe.getsockname()[1]), root=0)
+    address, port = world.bcast((socket.gethostname(), free_port()), root=0)
     device = (here.Get_rank() + int(os.environ.get("SHIFT", "0"))) % here.Get_size()
     ranks = {"RANK": world.Get_rank(), "WORLD_SIZE": world.Get_size(), "LOCAL_RANK": device}
     os.environ.update({name: str(value) for name, value in (ranks | {"MASTER_PORT": port}).items()})

@@ -17,18 +17,13 @@ from test_pretrain import config as config
 from megatron_fc import meeting, preflight
 from megatron_fc.errors import UserError
 from megatron_fc.meeting import NodeError
+from megatron_fc.mpi import free_port
 from megatron_fc.preflight import Plan, Room
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def run(config: Path, run_dir: Path, *overrides: str) -> list[tuple[int, str]]:
     """Exit code and output of each of two ranks."""
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     words = [sys.executable, "-m", "megatron_fc", "preflight", str(config), f"run_dir={run_dir}", *overrides]
     ranks = [
         subprocess.Popen(
@@ -83,7 +78,7 @@ def test_what_is_wrong_is_said_once(
 
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(preflight, "MEETING", timedelta(seconds=1))
@@ -91,7 +86,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(NodeError, match=r"^rank 1 did not come within 1 s, 7 of 8 are missing"):
         preflight.preflight(lambda: pytest.fail("no plan is made"))
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("MASTER_PORT", free_port())
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(NodeError, match=r"^rank 1 on \S+ does not reach the first rank at 127.0.0.1:"):
         preflight.preflight(lambda: pytest.fail("no plan is made"))
 
@@ -112,7 +107,7 @@ def two_ranks(make_plan: Callable[[], Plan], on_second: dict[str, Callable[..., 
         finally:
             os._exit(0)
 
-    port, fork = free_port(), multiprocessing.get_context("fork")
+    port, fork = str(free_port()), multiprocessing.get_context("fork")
     hears, says = zip(*(fork.Pipe(duplex=False) for _ in range(2)), strict=True)
     ranks = [fork.Process(target=check, args=(rank,)) for rank in range(2)]
     for process in ranks:

@@ -1,7 +1,6 @@
 """From a recipe to what Megatron trains: the world of ranks, its validated arguments, the model's configuration."""
 
 import os
-import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -18,10 +17,8 @@ def join_world() -> None:
     """Become a world of one rank, unless a launcher has set this process's rank."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # Port 0 is whichever is free when the store opens it: one chosen here may be another's by then.
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     os.environ.update({name: str(value) for name, value in alone.items()})
 
 

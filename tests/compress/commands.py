@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 import warnings
@@ -12,6 +11,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+
+from megatron_fc.mpi import free_port
 
 # The fork server imports this file by its name, pytest the test files: all that is heavy is imported in the server.
 if "forkserver" in str(getattr(sys, "orig_argv", "")):
@@ -68,9 +69,7 @@ def _places(ranks: int) -> list[dict[str, str]]:
     """What a launcher sets for each rank; nothing for a lone one."""
     if ranks == 1:
         return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
+    common = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     places = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks)]
     return [{name: str(value) for name, value in place.items()} for place in places]
 

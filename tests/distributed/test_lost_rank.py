@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from test_pretrain import config as config
 
 from megatron_fc.megatron.checkpoint import TRACKER
 from megatron_fc.megatron.watch import LOST_RANK_EXIT_CODE
+from megatron_fc.mpi import free_port
 from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -38,10 +38,7 @@ def words(config: Path, run_dir: Path) -> list[str]:
 @contextmanager
 def ranks(config: Path, run_dir: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """One process per rank, as srun starts them: nobody ends the others."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    world = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with ended(
         [
             start(words(config, run_dir), stderr(run_dir, rank), {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
