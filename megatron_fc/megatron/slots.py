@@ -151,6 +151,14 @@ class FracNorm(MegatronModule):
         # A view, since a tensor that hung on h itself would keep h, and so itself, alive.
         return x, _give(h.view_as(h), _Gift(site, None, handover))
 
+    @property
+    def weight(self) -> Tensor:
+        """Asked for by what exports a norm slot as a norm, as ModelOpt does, and would leave the connection behind."""
+        raise UserError(
+            "this norm slot carries a Frac-Connection, which other formats cannot hold: keep Megatron's checkpoint, or "
+            "export a model trained with plain residuals"
+        )
+
     def _norm_arguments(self, h: Tensor) -> dict[str, Any]:
         """The norm as weights for the kernel, or as the function to call behind the width connection."""
         if choose_backend(self.connection.config, h) == "triton":
