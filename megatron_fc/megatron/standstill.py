@@ -25,7 +25,8 @@ class Standstill:
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
-        self._micro_batches = self._iterations = 0
+        self._micro_batches = 0
+        self._first: int | None = None  # iteration that this process has trained; before it some may be skipped
         self._seen: tuple[int, int | None] | None = None
         self._since = time.monotonic()
 
@@ -35,6 +36,8 @@ class Standstill:
         @functools.wraps(forward_step)
         def counted(*args: Any, **options: Any) -> Any:
             self._micro_batches += 1
+            if self._first is None:
+                self._first = getattr(self._args, "curr_iteration", None)
             return forward_step(*args, **options)
 
         return counted
@@ -44,7 +47,6 @@ class Standstill:
         # With CUDA graphs of whole iterations, Megatron calls `forward_step` for the first ones alone.
         now = self._micro_batches, getattr(self._args, "curr_iteration", None)
         if now != self._seen:
-            self._iterations += self._seen is not None and now[1] != self._seen[1]
             self._seen, self._since = now, time.monotonic()
         return time.monotonic() - self._since
 
@@ -52,7 +54,7 @@ class Standstill:
     def limit(self) -> float:
         """Seconds without a step that are a hang: 80% of what Megatron lets a collective take."""
         later = self._args.distributed_timeout_seconds_after_init  # Megatron sets it after the first iteration
-        if later is not None and self._iterations > 1:
+        if later is not None and self._first is not None and self._args.curr_iteration > self._first:
             return _SHARE * float(later)
         return _SHARE * 60 * float(self._args.distributed_timeout_minutes)
 
