@@ -160,6 +160,8 @@ class Cluster:
         children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
         inner = _wait_for(lambda: children.read_text().split(), f"the first process of {name}")[0]
         link = f"s{self._subnet}n{node}"
+        # The kernel takes its time to do away with the network of a node that was killed.
+        subprocess.run(["ip", "link", "del", link], env=self._variables(), capture_output=True, check=False)
         self._ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", inner)
         self._ip("link", "set", link, "master", self._bridge, "up")
 

@@ -131,7 +131,9 @@ def test_deaf_ranks_are_killed_before_the_time_limit(
     (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, *limit, f"run_dir={stand_in}"))
     ended = cluster.wait(job, *END, seconds=180)
     log = site.log(job)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
+    # SLURM may send the next start, as short, the signal at once.
+    assert ended["JobState"] == "COMPLETED", log
+    assert int(ended["Restarts"]) >= 1, log
     assert re.search(r"got USR1.*\n(.*\n)*.*launch: ended with code \d+ after USR1, not at the target\n", log), log
     assert "got TERM" not in log, "the limit itself was not reached"
 
