@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import harness
@@ -20,7 +21,7 @@ from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-WORLD, ITERATIONS, BATCH = 8, 48, 4
+WORLD, ITERATIONS, BATCH = 8, 64, 4
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
 OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *samples(ITERATIONS * BATCH), "save_interval=5")
 NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@120")
@@ -63,8 +64,7 @@ class Run:
 
 def test_time_limit_preemption_node_loss_and_kill_9(cluster: Cluster, site: Site, tmp_path: Path) -> None:
     """With the plain optimizer: without TE or Apex, Megatron resumes no distributed one."""
-    site.write(*OVERRIDES)
-    run = survive(cluster, site)
+    run = survive(cluster, site, OVERRIDES)
     undisturbed = tmp_path / "undisturbed"
     words = ["train", str(REPOSITORY / "configs/olmoe_7b.yaml"), *site.overrides, f"run_dir={undisturbed}"]
     harness.run("command_line", WORLD, tmp_path / "ranks", words, timeout=300)
@@ -80,16 +80,18 @@ def test_the_same_with_the_distributed_optimizer_on_gpus(site: Site, tmp_path: P
         pytest.skip(f"needs {WORLD} GPUs, and Transformer Engine or Apex for the distributed optimizer")
     undisturbed = tmp_path / "undisturbed"
     with Cluster(tmp_path / "slurm", nodes=5, gpus=2, are_real=True) as cluster:
-        site.write(*OVERRIDES, "use_distributed_optimizer=true", "distributed_backend=nccl")
-        run = survive(cluster, site)
+        run = survive(cluster, site, (*OVERRIDES, "use_distributed_optimizer=true", "distributed_backend=nccl"))
         words = site.words("moe7b.sh", *NODES, "--time=60", f"run_dir={undisturbed}")
         job = cluster.run(*words, **site.variables, CHECK="no").stdout.split()[-1]
         assert cluster.wait(job, "COMPLETED", "FAILED", seconds=600)["JobState"] == "COMPLETED"
     assert figures(run.dir)["lm loss"] == figures(undisturbed)["lm loss"]
 
 
-def survive(cluster: Cluster, site: Site) -> Run:
+def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
     """Submit, disturb in four ways, wait for the end."""
+    slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
+    slow.write_text("10")  # a checkpoint, or the run might end before SLURM looks at its limit, twice a minute
+    site.write(*overrides, more=f"export PYTHONPATH=$PYTHONPATH:{disk} SLOW_DISK={slow}\n")
     run = Run(cluster, site)
 
     run.wait_for_start(1)
@@ -97,6 +99,7 @@ def survive(cluster: Cluster, site: Site) -> Run:
     elapsed = cluster.job(run.job)["RunTime"].split(":")
     run.limit(int(elapsed[-2]) + 2)  # so the signal, two minutes before the limit, comes now, and one is left at least
     cluster.wait(run.job, "PENDING", seconds=120)
+    slow.unlink()
     run.limit(60)
     from_limit = run.wait_for_start(2)
     assert from_limit >= 3
