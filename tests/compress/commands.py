@@ -88,8 +88,9 @@ def _entry(output: Path, words: Sequence[str], place: dict[str, str]) -> None:
         code = main(words)
     except BaseException:
         traceback.print_exc()
+    # Megatron's checkpoint helper may block TERM, as a rank does that saves when it is told to end.
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -99,7 +99,8 @@ def _entry(function: str, rank: int, world: int, folder: Path, args: tuple[Any, 
     except BaseException:
         (folder / f"rank{rank}.error").write_text(traceback.format_exc())
         code = 1
+    # Megatron's checkpoint helper may block TERM, as a rank does that saves when it is told to end.
     for child in multiprocessing.active_children():
-        child.terminate()
+        child.kill()
     # Without the interpreter's shutdown, in which gloo's threads and Megatron's writers may wait for each other.
     os._exit(code)
