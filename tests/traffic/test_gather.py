@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def _rank(rank: int, ranks: int, folder: str, absent: int | None, seconds: float
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     gatherer = make_gatherer(timedelta(seconds=seconds))
     assert isinstance(gatherer, OverTorch)
-    texts = [] if rank == absent else gatherer.gather(f"part {rank}")
+    texts = []
+    if rank == absent:
+        time.sleep(seconds)  # an end at once could meet the others still connecting to it
+    else:
+        texts = gatherer.gather(f"part {rank}")
     Path(folder, f"gathered-{rank}").write_text("\n".join(texts))
     os._exit(0)  # without the others
 
