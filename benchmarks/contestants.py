@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron_fc import FracConnection, functional
 from megatron_fc.backend import triton_obstacle
 from megatron_fc.connection import PendingDepth
+from megatron_fc.handover import Handover
 from megatron_fc.norm import NormWeights
-from megatron_fc.ops import Handover
 from megatron_fc.traffic import streams
 from megatron_fc.traffic.streams import Moves, Stream
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fc import ops
+from megatron_fc import eager_autograd, ops
 from megatron_fc.backend import choose_backend
 from megatron_fc.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.functional import FracParameters
+from megatron_fc.handover import Handover
 from megatron_fc.norm import NormWeights
-from megatron_fc.ops import Handover
 from megatron_fc.recompute import recomputed
 
 
@@ -116,10 +116,9 @@ class FracConnection(nn.Module):
         if isinstance(h, PendingDepth):
             return self._boundary(h, norm)
         self._check("h", h)
-        backend = choose_backend(self.config, h)
 
         def width(h: Tensor) -> tuple[Tensor, Handover]:
-            x, handover = ops.frac_width(h, self.site_parameters(), self.config, norm, backend)
+            x, handover = self._width(h, norm)
             return x if then is None else then(x), handover
 
         x, handover = recomputed(width, h) if self.config.recompute else width(h)
@@ -129,6 +128,11 @@ class FracConnection(nn.Module):
         """The width connection; the same as calling the module."""
         x: Tensor = self(h)
         return x
+
+    def _width(self, h: Tensor, norm: NormWeights | None, want_x: bool = True) -> tuple[Tensor, Handover]:
+        if choose_backend(self.config, h) == "triton":
+            return ops.frac_width(h, self.site_parameters(), self.config, norm, want_x)
+        return eager_autograd.frac_width(h, self.site_parameters(), self.config, want_x)
 
     def _boundary(self, pending: "PendingDepth", norm: NormWeights | None) -> tuple[Tensor, Tensor, Handover]:
         o, h, handover, bias, dropout = pending
@@ -162,15 +166,14 @@ class FracConnection(nn.Module):
         """
         self._check("h", h)
         self._check_output(o, h)
-        backend = choose_backend(self.config, h)
         if handover is None:
-            _, handover = ops.frac_width(h, self.site_parameters(), self.config, None, backend, want_x=False)
-        if backend == "triton":
-            return ops.frac_depth(o, h, handover, backend, bias, dropout_seed(h, dropout), dropout)
+            _, handover = self._width(h, None, want_x=False)
+        if choose_backend(self.config, h) == "triton":
+            return ops.frac_depth(o, h, handover, bias, dropout_seed(h, dropout), dropout)
         if bias is not None or dropout > 0:
             o = o.to(h.dtype) if bias is None else o.to(h.dtype) + bias.to(h.dtype)
             o = F.dropout(o, dropout)
-        return ops.frac_depth(o, h, handover, backend)
+        return eager_autograd.frac_depth(o, h, handover)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, {self.config}"

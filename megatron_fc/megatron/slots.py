@@ -24,9 +24,9 @@ from megatron_fc.backend import choose_backend
 from megatron_fc.config import FracConfig
 from megatron_fc.connection import FracConnection, PendingDepth
 from megatron_fc.errors import UserError
+from megatron_fc.handover import Handover
 from megatron_fc.megatron.norms import hand_out_weights, norm_weights
 from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
-from megatron_fc.ops import Handover
 
 _GIFT = "_frac_gift"
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fc.ops import IMPLEMENTATIONS
 from megatron_fc.traffic.counts import DeviceCount, DeviceCounts, DeviceKey
 from megatron_fc.traffic.operations import moved
 from megatron_fc.traffic.phase import Whereabouts
@@ -19,9 +18,8 @@ class DeviceCounter(TorchDispatchMode):
     While such a mode is active torch runs what is under `torch.compile` uncompiled, and so it counts.
 
     It sees what passes torch's dispatcher, backward and recompute included: operations of torch and custom operations
-    of any library. `megatron_fc::frac_*` count as their fused kernels move bytes; with the torch backend, as the torch
-    operations that they consist of. Kernels that a library launches past the dispatcher are not seen (Transformer
-    Engine, Apex), nor what a CUDA graph replays.
+    of any library; `megatron_fc::frac_*` count as their fused kernels move bytes. Kernels that a library launches past
+    the dispatcher are not seen (Transformer Engine, Apex), nor what a CUDA graph replays.
 
     Every operation costs Python on the host, whatever its size (docs/traffic.md says how much): times under it do not
     count.
@@ -42,7 +40,7 @@ class DeviceCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inside = _inside(func)
-        if inside is not None and (func.namespace == "aten" or args[-1] == "torch"):
+        if inside is not None:
             with self:
                 return inside(*args, **kwargs)
         out = func(*args, **kwargs)
@@ -56,8 +54,6 @@ class DeviceCounter(TorchDispatchMode):
 @cache
 def _inside(func: Any) -> Callable[..., Any] | None:
     """What an operation consists of, where its parts are what moves bytes."""
-    if func in IMPLEMENTATIONS:
-        return IMPLEMENTATIONS[func]
     # Below autograd, torch hands over operations such as `reshape` and `matmul` in one piece.
     kernels = [torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in _COMPOSITE_CPU_CUDA]
     return func.decompose if kernels == [True, False, False] else None

@@ -11,6 +11,7 @@ import torch
 from megatron_fc import FracConfig, FracConnection, ops
 from megatron_fc.kernels import launch
 from megatron_fc.norm import NormWeights
+from megatron_fc.words import site_words
 
 # Sums of up to 4096 terms in fp32, and norms whose statistics come from products of rows; measured 9e-6, in a gradient
 # of one element.
@@ -193,20 +194,12 @@ def test_custom_ops_pass_opcheck(dynamic: bool) -> None:
     p = FracConnection(64, config).site_parameters()
     norm = NormWeights("layernorm", torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True), 1e-5)
     h, o, bias = torch.randn(5, 64), torch.randn(5, 64, requires_grad=True), torch.randn(64, requires_grad=True)
-    site = (*ops._site_words(p, config), *ops._norm_words(norm))
-    torch.library.opcheck(ops._width, (h.clone().requires_grad_(), *site, True, "triton"))
-    _, (beta, alpha, mixed) = ops.frac_width(h, p, config, norm, "triton")
-    depth = (
-        o,
-        h,
-        beta.detach().requires_grad_(),
-        alpha,
-        mixed.detach().requires_grad_(),
-        bias,
-        torch.tensor([7]),
-        0.25,
-    )
-    torch.library.opcheck(ops._depth, (*depth, "triton"))
+    site = (*site_words(p, config), *ops._norm_words(norm))
+    torch.library.opcheck(ops._width, (h.clone().requires_grad_(), *site, True))
+    _, (beta, alpha, mixed) = ops.frac_width(h, p, config, norm)
+    beta, mixed = (t.detach().requires_grad_() for t in (beta, mixed))
+    depth = (o, h, beta, alpha, mixed, bias, torch.tensor([7]), 0.25)
+    torch.library.opcheck(ops._depth, depth)
     torch.library.opcheck(ops._boundary, (*depth, *site))
 
 

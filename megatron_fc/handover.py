@@ -1,0 +1,40 @@
+"""What a width connection leaves for the depth connection of the same site.
+
+The mixed residual A(h)^T h is never in memory. It has a name nevertheless: `mixed`, an output of the width connection
+and an input of the depth connection, of the stream's shape and without storage of its own. Its value is made anew where
+it is needed; its gradient, that of the next residual stream, is real and is what the width connection's backward pass
+takes. So one pass writes the whole gradient of h, and autograd has nothing to add up.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Handover(NamedTuple):
+    """Coefficients and the name of the mixed residual.
+
+    Attributes:
+        beta: [tokens, m] in fp32.
+        alpha: [tokens, m*m] in fp32, without gradient: that comes through `mixed`.
+        mixed: [..., d] without storage, the mixed residual.
+    """
+
+    beta: Tensor
+    alpha: Tensor
+    mixed: Tensor
+
+
+def without_storage(like: Tensor) -> Tensor:
+    """A tensor of the same shape and one element."""
+    return like.new_zeros(1).expand(like.shape)
+
+
+def rows(stream: Tensor) -> Tensor:
+    """[..., d] -> [tokens, d] with contiguous rows."""
+    return stream.reshape(-1, stream.shape[-1]).contiguous()
+
+
+def optional_rows(stream: Tensor | None) -> Tensor | None:
+    """`rows`, of a gradient that may be missing."""
+    return None if stream is None else rows(stream)
