@@ -4,9 +4,13 @@ A layer computes `x = norm(h); o = sub_layer(x); h = bias_dropout_add(o, h)`. `F
 and owns the site; `FracAdd` stands in the bias-dropout-add slot and refers to it.
 
 The norm slot returns x and h, as Megatron's layers allow, and what the depth connection can take over from it hangs on
-that very h. With the fused kernels the depth connection of attention also makes the MLP's input in the same pass, and
-hangs that on the stream that it returns. Both are gifts: whoever finds a tensor without one (recomputed, detached,
-sent, out of a CUDA graph) computes from the tensor itself, with the same result.
+that very h. With the fused kernels the depth connection of a sub-layer also makes the next one's input in the same
+pass, and hangs that on the stream that it returns. Both are gifts: whoever finds a tensor without one (recomputed,
+detached, sent, out of a CUDA graph) computes from the tensor itself, with the same result.
+
+Which sub-layer comes next is known inside a layer when it is built. From one layer to the next it shows when a stream
+arrives as the very object that the layer before returned, in a pass with gradients: so never across the border of a
+pipeline stage, of a recomputed region or of a sharded module, where it is another object.
 """
 
 from collections.abc import Callable
@@ -28,7 +32,7 @@ from megatron_fc.handover import Handover
 from megatron_fc.megatron.norms import hand_out_weights, norm_weights
 from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
 
-_GIFT = "_frac_gift"
+_GIFT, _SENDER = "_frac_gift", "_frac_sender"
 
 
 class _Gift(NamedTuple):
@@ -124,6 +128,8 @@ class FracNorm(MegatronModule):
             matrix.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         self.norm = hand_out_weights(norm(config=config, hidden_size=hidden_size, eps=eps))
         self.paired = False
+        # A layer captured on its own would compute the next one's input in vain: it is no output of the graph.
+        self.learns_sender = config.cuda_graph_impl not in ("local", "transformer_engine")
         # Selective recompute frees the storage of all that the norm slot returns, and h must outlive it.
         self.hands_over = pairing.returns_stream and not (
             config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
@@ -141,7 +147,9 @@ class FracNorm(MegatronModule):
         if isinstance(h, PendingDepth):
             stream, x, handover = site(h, norm=norm_weights(self.norm))
             return _give(stream, _Gift(site, x, handover))
-        gift = _take(h, site)
+        gift, sender = _take(h, site), h.__dict__.pop(_SENDER, None)
+        if sender is not None and self.learns_sender and torch.is_grad_enabled() and h.requires_grad:
+            sender.followed_by(self)
         if gift is not None:
             x, handover = gift.x, gift.handover
         elif not self.hands_over:
@@ -180,8 +188,8 @@ class FracAdd(nn.Module):
         self._following: tuple[FracNorm, ...] = ()
 
     def followed_by(self, norm: FracNorm) -> None:
-        """Called while the layer is built: whose width connection comes next, on the stream that this slot returns."""
-        if norm.hands_over:
+        """Told whose width connection comes next, on the stream that this slot returns."""
+        if norm.hands_over and norm.connection.config == self._site[0].config:
             self._following = (norm,)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
@@ -200,8 +208,11 @@ class FracAdd(nn.Module):
         dropout = dropout if training else 0.0
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(o, h)):
             if handover is not None and self._following and self._in_one_pass(h):
-                return self._following[0](PendingDepth(o, h, handover, bias, dropout))
-            return site.depth(o, h, handover, bias, dropout)
+                stream: Tensor = self._following[0](PendingDepth(o, h, handover, bias, dropout))
+            else:
+                stream = site.depth(o, h, handover, bias, dropout)
+        setattr(stream, _SENDER, self)
+        return stream
 
     def _in_one_pass(self, h: Tensor) -> bool:
         """Whether the kernels can make the next sub-layer's input along with the stream."""

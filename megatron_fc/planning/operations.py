@@ -13,7 +13,7 @@ from megatron_fc.traffic.streams import (
     Moves,
     Stream,
     Traffic,
-    frac_boundary,
+    frac_in_a_row,
     frac_pure,
     frac_two_operations,
     fused_residual,
@@ -174,7 +174,8 @@ def _experts(shape: Shape, training: Training, layout: Layout, tokens: float) ->
 
 def _connections(shape: Shape, training: Training, layout: Layout, tokens: int, moe: bool) -> Operation:
     own = tokens // layout.tensor if training.sequence_parallel else tokens
-    moves = connection_moves(shape, training, moe)
+    in_a_row = shape.layers / (layout.pipeline * layout.virtual_pipeline)
+    moves = connection_moves(shape, training, moe, in_a_row)
     return Operation(
         "connections and norms",
         Pass(0, moves.forward.total_bytes(own)),
@@ -182,8 +183,11 @@ def _connections(shape: Shape, training: Training, layout: Layout, tokens: int, 
     )
 
 
-def connection_moves(shape: Shape, training: Training, moe: bool) -> Moves:
-    """Bytes of a layer's residual or Frac-Connections and norms; backward includes what it recomputes of them."""
+def connection_moves(shape: Shape, training: Training, moe: bool, in_a_row: float = 1) -> Moves:
+    """Bytes of a layer's residual or Frac-Connections and norms; backward includes what it recomputes of them.
+
+    Of so many layers in a row all but the first meet the one before them; layers that full recompute runs again do not.
+    """
     stream, apart = Stream(shape.width, training.element_bytes, shape.norm_vectors), sum(training.norms_of(moe))
     frac, freed = shape.frac, "layernorm" in training.recompute.freed
     if frac is None:
@@ -195,8 +199,10 @@ def connection_moves(shape: Shape, training: Training, moe: bool) -> Moves:
         return moves + _again(moves) * (times / 2)  # width connections and norms are about half of it
     if freed:  # the norm slot's tensors, and with them what the depth connection would take over
         moves = frac_pure(stream, frac)
+    elif training.recompute.frac:
+        moves = frac_two_operations(stream, frac)
     else:
-        moves = (frac_two_operations if training.recompute.frac else frac_boundary)(stream, frac)
+        moves = frac_in_a_row(stream, frac, 1 if training.recompute.granularity == "full" else in_a_row)
     return moves + norm(stream) * (2 - apart) + _again(width_norm(stream, frac)) * (2 * times)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from megatron_fc.config import FracConfig
 from megatron_fc.traffic.counts import Phase
 from megatron_fc.traffic.records import Report, Run
-from megatron_fc.traffic.streams import Moves, Stream, frac_boundary, hyper_ideal, residual
+from megatron_fc.traffic.streams import Moves, Stream, frac_in_a_row, hyper_ideal, residual
 from megatron_fc.traffic.streams_eager import hyper_unfused
 
 _HALF = ("torch.bfloat16", "torch.float16")
@@ -44,7 +44,7 @@ def side_by_side(report: Report, against: Sequence[Report] = ()) -> list[StreamB
     counted = [StreamBytes(_label(r.run), r.stream_bytes_per_token_and_layer()) for r in runs]
     plain = next((c for c, r in zip(counted, runs, strict=True) if r.run.frac is None), None)
     fused = [
-        _computed(f"{r.run.connection}, fused", frac_boundary(stream, FracConfig.from_dict(r.run.frac)), run)
+        _computed(f"{r.run.connection}, fused", _fused(stream, FracConfig.from_dict(r.run.frac), r.run), run)
         for r in runs
         if r.run.frac is not None and r.run.backend == "torch"
     ]
@@ -55,6 +55,12 @@ def side_by_side(report: Report, against: Sequence[Report] = ()) -> list[StreamB
     ]
     plain_computed = _computed("residual", residual(stream), run)
     return [*_with_ratios(counted, plain), *_with_ratios([plain_computed, *fused, *hyper], plain_computed)]
+
+
+def _fused(stream: Stream, frac: FracConfig, run: Run) -> Moves:
+    """Layers that full recompute runs again do not meet the one before them."""
+    in_a_row = run.model["num_layers"] / (run.layout["pp"] * run.layout["vpp"])
+    return frac_in_a_row(stream, frac, 1 if _recomputed(run) else in_a_row)
 
 
 def _with_ratios(streams: Sequence[StreamBytes], base: StreamBytes | None) -> list[StreamBytes]:

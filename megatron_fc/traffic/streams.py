@@ -212,8 +212,18 @@ def boundary(stream: Stream, config: FracConfig) -> Moves:
 
 
 def frac_boundary(stream: Stream, config: FracConfig) -> Moves:
-    """A layer as the kernels run it: width, boundary, depth: 9 + 13 rows."""
+    """A layer alone as the kernels run it: width, boundary, depth: 9 + 13 rows."""
     return width_norm(stream, config) + boundary(stream, config) + depth(stream, config)
+
+
+def frac_across(stream: Stream, config: FracConfig) -> Moves:
+    """A layer after another, with which it meets in a boundary of their own: 8 + 12 rows."""
+    return boundary(stream, config) * 2
+
+
+def frac_in_a_row(stream: Stream, config: FracConfig, layers: float) -> Moves:
+    """The average of so many layers in a row on a device: all but the first meet the one before them."""
+    return frac_boundary(stream, config) * (1 / layers) + frac_across(stream, config) * (1 - 1 / layers)
 
 
 def frac_two_operations(stream: Stream, config: FracConfig) -> Moves:

@@ -25,8 +25,10 @@ with warnings.catch_warnings():
     import rank
     import tiny
     from counted_layers import saved_bytes
+    from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import RegisterFSDPBackwardFunction
 
 TRITON = FracConfig(rate=4, backend="triton")
+TOKENS = tiny.tokens(batch=1)  # the interpreter takes seconds for a step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,12 +37,21 @@ def one_rank() -> Iterator[None]:
         yield
 
 
-def gradients(kind: str, frac: FracConfig, **options: Any) -> dict[str, torch.Tensor]:
+def gradients(kind: str, frac: FracConfig, steps: int = 1, **options: Any) -> list[dict[str, torch.Tensor]]:
+    """Of steps on the same tokens: from the second, layers know which one comes next."""
     model = tiny.build(kind, frac, **options)
     tiny.randomise_connections(model)
-    loss = tiny.loss(model, tiny.tokens())
-    loss.backward()
-    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+    results = []
+    for _ in range(steps):
+        model.zero_grad()
+        loss = tiny.loss(model, TOKENS)
+        loss.backward()
+        results.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    return results
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture
@@ -64,30 +75,64 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize(("kind", "dynamic"), [("dense", True), ("mixed", False), ("hybrid", True)])
-def test_as_the_torch_backend(kind: str, dynamic: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dynamic", "meetings"),
+    [("dense", True, (1, 3)), ("mixed", False, (1, 3)), ("hybrid", True, (0, 3))],
+)
+def test_as_the_torch_backend(kind: str, dynamic: bool, meetings: tuple[int, int], calls: list[str]) -> None:
+    """Of the four sites in a row those of one layer meet, which in a hybrid model has one; then those of two layers.
+
+    A meeting changes no bit.
+    """
     frac = replace(TRITON, dynamic=dynamic)
-    found, expected = gradients(kind, frac), gradients(kind, replace(frac, backend="torch"))
-    assert found.keys() == expected.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+    [expected] = gradients(kind, replace(frac, backend="torch"))
+    first, second = gradients(kind, frac, steps=2)
+    assert calls == launches(meetings[0]) + launches(meetings[1])
+    assert same(first, second)
+    assert first.keys() == expected.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
-def test_attention_and_mlp_of_a_layer_meet_in_one_pass(calls: list[str]) -> None:
-    gradients("dense", TRITON)
-    layer = ["width_forward", "boundary_forward", "depth_forward"]
-    layers = len(calls) // 6
-    assert calls[: 3 * layers] == layer * layers
-    assert calls[3 * layers :] == ["depth_backward", "boundary_backward", "width_backward"] * layers
+def launches(meetings: int) -> list[str]:
+    """Of a step with four sites, where after one that meets none before it so many meet the one before them."""
+    forward = ["width_forward"] + ["boundary_forward"] * meetings + ["depth_forward"]
+    backward = ["depth_backward"] + ["boundary_backward"] * meetings + ["width_backward"]
+    groups = 4 // (meetings + 1)
+    return forward * groups + backward * groups
 
 
-def test_full_recompute_with_dropout_is_exact() -> None:
-    options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    results = []
-    for extra in ({}, options):
-        tiny.seed_dropout(3)
-        results.append(gradients("dense", TRITON, hidden_dropout=0.1, **extra))
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+def test_layers_captured_one_by_one_do_not_meet(calls: list[str]) -> None:
+    """Before the capture they run as others do, and could learn what comes next."""
+    model = tiny.build("dense", TRITON, cuda_graph_impl="transformer_engine")
+    for _ in range(2):
+        tiny.loss(model, TOKENS)
+    assert calls == launches(1)[:6] * 2
+
+
+def test_layers_that_megatron_fsdp_shards_do_not_meet(calls: list[str]) -> None:
+    """What it does to a unit's inputs; whose parameters are gathered later than the layer before runs."""
+    model = tiny.build("dense", TRITON)
+
+    def as_a_unit(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        [stream] = RegisterFSDPBackwardFunction.apply(lambda: None, kwargs["hidden_states"])
+        return args, kwargs | {"hidden_states": stream}
+
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(as_a_unit, with_kwargs=True)
+    for _ in range(2):
+        tiny.loss(model, TOKENS)
+    assert calls == launches(1)[:6] * 2
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_full_recompute_with_dropout_is_exact(layers: int) -> None:
+    """In the second step, too, where the layers of one recomputed region meet."""
+    options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": layers}
+    [plain] = gradients("dense", TRITON, hidden_dropout=0.1)
+    first, second = gradients("dense", TRITON, steps=2, hidden_dropout=0.1, **options)
+    assert same(first, plain)
+    assert same(second, plain)
 
 
 class Streams(torch.utils._python_dispatch.TorchDispatchMode):
@@ -143,3 +188,18 @@ def test_a_layer_moves_what_the_model_says(form: Any, options: dict[str, Any], f
             run()
         assert of(moved, *ours.seen.values()) == 22 * tokens * width * 4
         assert saved_bytes(layer, h) == pytest.approx(tokens * expected.saved_bytes_per_token, rel=0.01)
+
+
+def test_two_layers_that_meet_move_two_rows_less_than_two_alone() -> None:
+    decoder = tiny.build("dense", TRITON).decoder
+    width, tokens = decoder.config.hidden_size, 32
+    mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
+
+    def run() -> None:
+        h = torch.randn(tokens, 1, width, requires_grad=True)
+        decoder(hidden_states=h, attention_mask=mask).sum().backward()
+
+    run()
+    with Streams(tokens * width) as ours, counted() as moved:
+        run()
+    assert of(moved, *ours.seen.values()) == (22 + 20) * tokens * width * 4

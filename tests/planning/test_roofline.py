@@ -84,18 +84,21 @@ TOKEN = 2 * 8  # bytes of a row
 
 
 @pytest.mark.parametrize(
-    ("recompute", "rows"),
+    ("recompute", "in_a_row", "rows"),
     [
-        (Recompute(), (9, 13)),
-        (Recompute(frac=True), (10, 14 + 4)),
-        (Recompute("selective", ("layernorm",)), (12, 24 + 4)),
-        (Recompute("selective", ("core_attn",)), (9, 13)),
+        (Recompute(), 1, (9, 13)),
+        (Recompute(), 5, (8.2, 12.2)),  # all but one of five meet the one before
+        (Recompute("full"), 5, (9, 13)),
+        (Recompute(frac=True), 5, (10, 14 + 4)),
+        (Recompute("selective", ("layernorm",)), 5, (12, 24 + 4)),
+        (Recompute("selective", ("core_attn",)), 1, (9, 13)),
     ],
 )
-def test_rows_of_frac_connections(recompute: Recompute, rows: tuple[int, int]) -> None:
+def test_rows_of_frac_connections(recompute: Recompute, in_a_row: int, rows: tuple[float, float]) -> None:
     """Those of docs/kernels.md: without beta, alpha and parameters, whose share a width of 8,192 makes small."""
     shape = replace(SMALL, width=8192, frac=FracConfig(rate=2))
-    moves = operations.connection_moves(shape, Training(norms_apart=(True,) * 3, recompute=recompute), False)
+    training = Training(norms_apart=(True,) * 3, recompute=recompute)
+    moves = operations.connection_moves(shape, training, False, in_a_row)
     for counted, expected in zip((moves.forward, moves.backward), rows, strict=True):
         per_token = counted.read_bytes_per_token + counted.written_bytes_per_token
         assert round(per_token / (2 * 8192), 1) == expected

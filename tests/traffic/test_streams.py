@@ -107,6 +107,7 @@ ROWS: list[tuple[Callable[..., Moves], tuple[Any, ...], int, int]] = [
     (model.residual, (), 10, 12),
     (model.fused_residual, (), 10, 8),
     (model.frac_boundary, (FracConfig(),), 9, 13),
+    (model.frac_across, (FracConfig(),), 8, 12),
     (model.frac_two_operations, (FracConfig(),), 10, 14),
     (model.frac_pure, (FracConfig(),), 12, 24),
     (model.hyper_ideal, (1,), 8, 12),
