@@ -28,13 +28,3 @@ class Handover(NamedTuple):
 def without_storage(like: Tensor) -> Tensor:
     """A tensor of the same shape and one element."""
     return like.new_zeros(1).expand(like.shape)
-
-
-def rows(stream: Tensor) -> Tensor:
-    """[..., d] -> [tokens, d] with contiguous rows."""
-    return stream.reshape(-1, stream.shape[-1]).contiguous()
-
-
-def optional_rows(stream: Tensor | None) -> Tensor | None:
-    """`rows`, of a gradient that may be missing."""
-    return None if stream is None else rows(stream)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_fc.config import FracConfig
 from megatron_fc.functional import FracParameters
-from megatron_fc.handover import Handover, optional_rows, rows, without_storage
+from megatron_fc.handover import Handover, without_storage
 from megatron_fc.norm import NormWeights
 from megatron_fc.words import N_PARAMETERS, N_SITE, site_of, site_words
 
@@ -86,6 +86,10 @@ def _coefficients_like(h: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
     return h.new_empty(tokens, rate, dtype=dtype), h.new_empty(tokens, rate * rate, dtype=dtype), without_storage(h)
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _apart(gradients: FracParameters) -> list[Tensor]:
     """Gradients of a site in storages of their own: an op may not return slices of one table, as small ones may be."""
     return [g.clone() if g.dim() == 1 else g for g in _present(gradients)]
@@ -101,8 +105,8 @@ def _present(tensors: Any) -> list[Tensor]:
 def _width_impl(h: Tensor, *words: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *words_of_site, want_x = words
     (p, config), norm = site_of(tuple(words_of_site[:N_SITE])), _norm(tuple(words_of_site[N_SITE:]))
-    x, beta, alpha = _kernels().width_forward(rows(h), p, config, norm, want_x)
-    return h.new_empty(0) if x is None else x.view(h.shape), beta, alpha, without_storage(h)
+    x, beta, alpha = _kernels().width_forward(h.contiguous(), p, config, norm, want_x)
+    return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
 
 
 def _width_fake(h: Tensor, *words: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,9 +145,9 @@ def _width_backward_impl(
     g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *words: Any
 ) -> list[Tensor]:
     (p, config), norm = site_of(words[:N_SITE]), _norm(words[N_SITE:])
-    g = _kernels().width_backward(*map(optional_rows, (g_x, g_beta, g_mixed)), rows(h), p, config, norm)
+    g = _kernels().width_backward(*map(_contiguous, (g_x, g_beta, g_mixed)), h.contiguous(), p, config, norm)
     weights = _norm_gradients(norm if g_x is not None else None, g.weight, g.bias)
-    return [g.h.view(h.shape), *_apart(g.parameters), *weights]
+    return [g.h, *_apart(g.parameters), *weights]
 
 
 def _norm_gradients(norm: NormWeights | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
@@ -169,8 +173,8 @@ def _width_backward_fake(
 
 def _depth_impl(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor, mixed: Tensor, *words: Any) -> Tensor:
     launch = _kernels()
-    before = launch.Before(rows(o), rows(h), rows(beta), rows(alpha), *words)
-    return launch.depth_forward(before, FracConfig(rate=beta.shape[-1], dynamic=False)).view(h.shape)
+    before = launch.Before(*map(_contiguous, (o, h, beta, alpha)), *words)
+    return launch.depth_forward(before, FracConfig(rate=beta.shape[-1], dynamic=False))
 
 
 def _depth_fake(o: Tensor, h: Tensor, *_: Any) -> Tensor:
@@ -189,14 +193,13 @@ def _depth_grad(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 def _bias_gradient(g_o: Tensor, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else rows(g_o).sum(0, dtype=torch.float32).to(bias.dtype)
+    return None if bias is None else g_o.reshape(-1, len(bias)).sum(0, dtype=torch.float32).to(bias.dtype)
 
 
 def _depth_backward_impl(g: Tensor, o: Tensor, beta: Tensor, *words: Any) -> tuple[Tensor, Tensor]:
     launch = _kernels()
-    before = launch.Before(rows(o), None, rows(beta), None, *words)
-    g_o, g_beta = launch.depth_backward(rows(g), before, FracConfig(rate=beta.shape[-1], dynamic=False))
-    return g_o.view(o.shape), g_beta.view(beta.shape)
+    before = launch.Before(o.contiguous(), None, beta.contiguous(), None, *words)
+    return launch.depth_backward(g.contiguous(), before, FracConfig(rate=beta.shape[-1], dynamic=False))
 
 
 def _depth_backward_fake(g: Tensor, o: Tensor, beta: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -210,10 +213,8 @@ def _boundary_impl(*words: Any) -> tuple[Tensor, ...]:
     o, h, beta, alpha, _, bias, seed, dropout = words[:_N_DEPTH]
     p, config = site_of(words[_N_DEPTH : _N_DEPTH + N_SITE])
     launch = _kernels()
-    before = launch.Before(rows(o), rows(h), rows(beta), rows(alpha), bias, seed, dropout)
-    out = launch.boundary_forward(before, p, config, _norm(words[_N_DEPTH + N_SITE :]))
-    following = (tensor.view(like.shape) for tensor, like in zip(out, (h, h, beta, alpha), strict=True))
-    return (*following, without_storage(h))
+    before = launch.Before(*map(_contiguous, (o, h, beta, alpha)), bias, seed, dropout)
+    return *launch.boundary_forward(before, p, config, _norm(words[_N_DEPTH + N_SITE :])), without_storage(h)
 
 
 def _boundary_fake(*words: Any) -> tuple[Tensor, ...]:
@@ -246,11 +247,11 @@ def _boundary_backward_impl(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Te
     o, beta, bias, seed, dropout = words[:5]
     (p, config), norm = site_of(words[5 : 5 + N_SITE]), _norm(words[5 + N_SITE :])
     launch = _kernels()
-    before = launch.Before(rows(o), None, rows(beta), None, bias, seed, dropout)
-    incoming = [optional_rows(g) for g in (g_h, g_x, g_beta, g_mixed)]
-    g, g_o, g_before = launch.boundary_backward(*incoming, rows(h), before, p, config, norm)
+    before = launch.Before(o.contiguous(), None, beta.contiguous(), None, bias, seed, dropout)
+    incoming = map(_contiguous, (g_h, g_x, g_beta, g_mixed))
+    g, g_o, g_before = launch.boundary_backward(*incoming, h.contiguous(), before, p, config, norm)
     weights = _norm_gradients(norm if g_x is not None else None, g.weight, g.bias)
-    return [g.h.view(h.shape), g_o.view(o.shape), g_before.view(beta.shape), *_apart(g.parameters), *weights]
+    return [g.h, g_o, g_before, *_apart(g.parameters), *weights]
 
 
 def _boundary_backward_fake(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *words: Any) -> list[Tensor]:

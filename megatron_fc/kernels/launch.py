@@ -65,14 +65,14 @@ class WidthGradients(NamedTuple):
 def width_forward(
     h: Tensor, p: FracParameters, config: FracConfig, norm: NormWeights | None = None, want_x: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """h [T, d] -> x or norm(x) [T, d], beta [T, m] and alpha [T, m*m] in fp32."""
+    """h [..., d] of T tokens -> x or norm(x) [..., d], beta [T, m] and alpha [T, m*m] in fp32."""
     return _width_forward(h, Before(), p, config, norm, want_x)
 
 
 def boundary_forward(
     before: Before, p: FracParameters, config: FracConfig, norm: NormWeights | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Depth connection of one site and width connection of the next: h' [T, d], then as `width_forward` of it."""
+    """Depth connection of one site and width connection of the next: h' [..., d], then as `width_forward` of it."""
     assert before.h is not None
     h = torch.empty_like(before.h)
     x, beta, alpha = _width_forward(h, before, p, config, norm, True)
@@ -110,17 +110,17 @@ def boundary_backward(
 
 
 def depth_forward(before: Before, config: FracConfig) -> Tensor:
-    """h'_j = beta_j o_j + sum_i alpha_ij h_i, [T, d] in the dtype of h."""
+    """h'_j = beta_j o_j + sum_i alpha_ij h_i, [..., d] in the dtype of h."""
     assert before.h is not None
     out = torch.empty_like(before.h)
-    _launch(depth_forward_kernel, site_of(out, config, None), out.shape[0], out.device, before, out)
+    _launch(depth_forward_kernel, site_of(out, config, None), _tokens(out), out.device, before, out)
     return out
 
 
 def depth_backward(g: Tensor, before: Before, config: FracConfig) -> tuple[Tensor, Tensor]:
     """Gradients of o (in its dtype) and of beta [T, m] in fp32; that of the mixed residual is g itself."""
     before, g_o, g_beta = _with_gradients(before)
-    _launch(depth_backward_kernel, site_of(g, config, None), g.shape[0], g.device, g, before)
+    _launch(depth_backward_kernel, site_of(g, config, None), _tokens(g), g.device, g, before)
     return g_o, g_beta
 
 
@@ -135,7 +135,7 @@ def _with_gradients(before: Before) -> tuple[Before, Tensor, Tensor]:
 def _width_forward(
     h: Tensor, before: Before, p: FracParameters, config: FracConfig, norm: NormWeights | None, want_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    tokens, m = h.shape[0], config.rate
+    tokens, m = _tokens(h), config.rate
     x = torch.empty_like(h) if want_x else None
     beta = h.new_empty(tokens, m, dtype=torch.float32)
     alpha = h.new_empty(tokens, m * m, dtype=torch.float32)
@@ -157,10 +157,10 @@ def _width_backward(
 ) -> WidthGradients:
     norm = norm if g_x is not None else None
     site, g_h = site_of(h, config, norm, backward=True), torch.empty_like(h)
-    partial = _partial(programs(h.shape[0] * config.rate, h.device, _PROGRAMS_BACKWARD), h, site, norm)
+    partial = _partial(programs(_tokens(h) * config.rate, h.device, _PROGRAMS_BACKWARD), h, site, norm)
     gradients, weights = (g_x, g_beta, g_mixed, g_other), _weights(norm)
     arguments = (*gradients, h, before, p, weights, g_h, partial)
-    _launch(width_backward_kernel, site, h.shape[0], h.device, *arguments, per_processor=_PROGRAMS_BACKWARD)
+    _launch(width_backward_kernel, site, _tokens(h), h.device, *arguments, per_processor=_PROGRAMS_BACKWARD)
     parameters = _parameter_gradients(partial, p, config)
     weight, bias = (None if part is None else part.sum(0) for part in (partial.weight, partial.bias))
     return WidthGradients(g_h, parameters, weight, bias)
@@ -176,8 +176,8 @@ def _partial(count: int, h: Tensor, site: Site, norm: NormWeights | None) -> Par
         table=of(site.R, site.KP),
         scaled=of(site.KP),
         shift=of(site.KP),
-        weight=of(h.shape[1]) if norm is not None else None,
-        bias=of(h.shape[1]) if norm is not None and norm.bias is not None else None,
+        weight=of(h.shape[-1]) if norm is not None else None,
+        bias=of(h.shape[-1]) if norm is not None and norm.bias is not None else None,
     )
 
 
@@ -214,7 +214,7 @@ def _weights(norm: NormWeights | None) -> Weights:
 
 def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None, backward: bool = False) -> Site:
     """What the kernels are compiled for, from a stream and the options."""
-    m, c = config.rate, h.shape[1] // config.rate
+    m, c = config.rate, h.shape[-1] // config.rate
     covered = max(16, triton.next_power_of_2(c))
     warps = min(_WARPS, covered // 16)
     columns = min(_COLUMNS_BACKWARD if backward else _COLUMNS, covered // warps)
@@ -238,6 +238,10 @@ def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None, backward: b
         # The interpreter's products are wrong in bf16.
         EXACT=h.dtype == torch.float32 or (INTERPRETED and h.dtype == torch.bfloat16),
     )
+
+
+def _tokens(stream: Tensor) -> int:
+    return stream.numel() // stream.shape[-1]
 
 
 def _launch(

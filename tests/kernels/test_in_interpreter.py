@@ -19,7 +19,7 @@ def test_in_interpreter(module: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("module", ["test_operations.py", "test_layouts_with_kernels.py"])
+@pytest.mark.parametrize("module", ["test_operations.py", "test_model.py", "test_layouts_with_kernels.py"])
 def test_more_in_interpreter(module: str) -> None:
     interpret(module, "soak")
 
