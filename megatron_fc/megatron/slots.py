@@ -9,8 +9,8 @@ pass, and hangs that on the stream that it returns. Both are gifts: whoever find
 detached, sent, out of a CUDA graph) computes from the tensor itself, with the same result.
 
 Which sub-layer comes next is known inside a layer when it is built. From one layer to the next it shows when a stream
-arrives as the very object that the layer before returned, in a pass with gradients: so never across the border of a
-pipeline stage, of a recomputed region or of a sharded module, where it is another object.
+arrives as the very object that the layer before returned, both with gradients: so never across the border of a pipeline
+stage, of a recomputed region or of a sharded module, where it is another object or was computed without gradients.
 """
 
 from collections.abc import Callable
@@ -148,9 +148,10 @@ class FracNorm(MegatronModule):
             stream, x, handover = site(h, norm=norm_weights(self.norm))
             return _give(stream, _Gift(site, x, handover))
         gift, sender = _take(h, site), h.__dict__.pop(_SENDER, None)
-        if sender is not None and self.learns_sender and torch.is_grad_enabled() and h.requires_grad:
+        differentiates = torch.is_grad_enabled() and h.requires_grad
+        if sender is not None and self.learns_sender and differentiates:
             sender.followed_by(self)
-        if gift is not None:
+        if gift is not None and gift.x is not None and (gift.x.requires_grad or not differentiates):
             x, handover = gift.x, gift.handover
         elif not self.hands_over:
             return site(h, **self._norm_arguments(h))
@@ -211,7 +212,8 @@ class FracAdd(nn.Module):
                 stream: Tensor = self._following[0](PendingDepth(o, h, handover, bias, dropout))
             else:
                 stream = site.depth(o, h, handover, bias, dropout)
-        setattr(stream, _SENDER, self)
+        if stream.requires_grad:
+            setattr(stream, _SENDER, self)
         return stream
 
     def _in_one_pass(self, h: Tensor) -> bool:

@@ -126,10 +126,12 @@ def test_layers_that_megatron_fsdp_shards_do_not_meet(calls: list[str]) -> None:
     assert calls == launches(1)[:6] * 2
 
 
-@pytest.mark.parametrize("layers", [pytest.param(1, marks=pytest.mark.soak), 2])
-def test_full_recompute_with_dropout_is_exact(layers: int) -> None:
-    """In the second step, too, where the layers of one recomputed region meet."""
-    options = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": layers}
+@pytest.mark.parametrize(
+    ("method", "layers"), [pytest.param("uniform", 1, marks=pytest.mark.soak), ("uniform", 2), ("block", 1)]
+)
+def test_full_recompute_with_dropout_is_exact(method: str, layers: int) -> None:
+    """In the second step, too: the layers of one recomputed region meet, a recomputed and another layer do not."""
+    options = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
     [plain] = gradients("dense", TRITON, hidden_dropout=0.1)
     first, second = gradients("dense", TRITON, steps=2, hidden_dropout=0.1, **options)
     assert same(first, plain)
