@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 from test_pretrain import config as config
 
 from megatron_fc import meeting, preflight
@@ -35,7 +36,7 @@ def run(config: Path, run_dir: Path, *overrides: str) -> list[tuple[int, str]]:
         )
         for rank in range(2)
     ]
-    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    printed = [rank.communicate(PATIENCE)[0] for rank in ranks]
     told = ["".join(line + "\n" for line in text.splitlines() if "socket.cpp" not in line) for text in printed]
     return [(rank.returncode, text) for rank, text in zip(ranks, told, strict=True)]
 

@@ -11,6 +11,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from megatron_fc.mpi import free_port
 
@@ -34,11 +35,11 @@ class Done:
     printed: str
 
 
-def run(folder: Path, *words: object, ranks: int = 1, timeout: float = 200.0) -> Done:
+def run(folder: Path, *words: object, ranks: int = 1) -> Done:
     """Run a command on some ranks, their output in one file below `folder`.
 
     Returns:
-        With the first code that is not 0, None after `timeout` seconds.
+        With the first code that is not 0, None if it hangs.
     """
     output = folder / f"output{len(list(folder.glob('output*')))}"
     context = multiprocessing.get_context("forkserver")
@@ -54,7 +55,7 @@ def run(folder: Path, *words: object, ranks: int = 1, timeout: float = 200.0) ->
     processes = [context.Process(target=_entry, args=(*arguments, place)) for place in _places(ranks)]
     for process in processes:
         process.start()
-    end = time.monotonic() + timeout
+    end = time.monotonic() + PATIENCE
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
         if process.exitcode != 0:  # the others wait for it

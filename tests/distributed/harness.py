@@ -15,25 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 
 _HERE = Path(__file__).parent
 # What the fork server and its ranks import from.
-_PATHS = [str(_HERE), str(_HERE.parent / "megatron"), str(_HERE.parents[1])]
+_PATHS = [str(_HERE), str(_HERE.parent), str(_HERE.parent / "megatron"), str(_HERE.parents[1])]
 sys.path += [path for path in _PATHS if path not in sys.path]  # the ranks take this process's path over
 _GRACE_SECONDS = 5.0
 
 
-def run(function: str, world: int, folder: Path, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run(function: str, world: int, folder: Path, *args: Any) -> list[Any]:
     """Call `ranks.<function>(*args)` on `world` ranks and return their results.
 
     Args:
         function: name of a function in `ranks.py`.
         world: number of ranks.
         folder: an empty or new folder for rendezvous, results and tracebacks.
-        timeout: seconds after which the ranks of this call, and no other process, are killed.
 
     Raises:
-        AssertionError: a rank failed or the time is over; the message holds every rank's traceback.
+        AssertionError: a rank failed or hangs; all ranks of this call are killed. The message holds every rank's
+            traceback.
     """
     folder.mkdir(parents=True, exist_ok=True)
     context = _fork_server()
@@ -44,7 +45,7 @@ def run(function: str, world: int, folder: Path, *args: Any, timeout: float = 12
     ]
     for process in processes:
         process.start()
-    _wait(processes, timeout)
+    _wait(processes)
     failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
     if failed:
         raise AssertionError(_report(function, processes, folder))
@@ -63,9 +64,9 @@ def _fork_server() -> Any:
     return context
 
 
-def _wait(processes: list[Any], timeout: float) -> None:
+def _wait(processes: list[Any]) -> None:
     """Until all ranks have ended; when one has failed the others hang in a collective and get a short grace."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + PATIENCE
     while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         if any(process.exitcode not in (None, 0) for process in processes):
             deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)

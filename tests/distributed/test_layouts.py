@@ -33,7 +33,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(store: Path) -> dict[str, Any]:
     """One rank: writes the starts and gradients that the others read, returns its losses."""
-    return harness.run("train_all", 1, store / "one-rank", ONE_RANK, ALL_MODELS, store / "models", timeout=400)[0]
+    return harness.run("train_all", 1, store / "one-rank", ONE_RANK, ALL_MODELS, store / "models")[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -41,7 +41,7 @@ def test_layout_equals_one_rank(
     layout: Layout, store: Path, reference: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:
     folder = store / layout.name.replace(" ", "-")
-    ranks = harness.run("train_all", layout.world, folder, layout, models_of(layout), store / "models", timeout=400)
+    ranks = harness.run("train_all", layout.world, folder, layout, models_of(layout), store / "models")
     worst: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for model in models_of(layout):
         results = [rank[model.name] for rank in ranks]

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import harness
 import psutil
 import pytest
+from patience import PATIENCE, wait_for_iteration
 from test_pretrain import command, environment, figures
 
 # The fixture; pytest finds it by its name here.
@@ -21,7 +21,6 @@ from test_pretrain import config as config
 from megatron_fc.megatron.checkpoint import TRACKER
 from megatron_fc.megatron.watch import LOST_RANK_EXIT_CODE
 from megatron_fc.mpi import free_port
-from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -83,16 +82,7 @@ def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[subprocess.
 def finish(config: Path, run_dir: Path) -> None:
     """To the end, on forked ranks: they need no time to start."""
     folder = run_dir.with_name(f"{run_dir.name}-finish")
-    assert harness.run("command_line", WORLD, folder, words(config, run_dir)[3:], timeout=300) == [0] * WORLD
-
-
-def wait_for(run_dir: Path, iteration: int, processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + 180
-    while not (progress := read_metrics(run_dir).loss) or max(progress) < iteration:
-        assert all(process.poll() is None for process in processes), "ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.1)  # the ranks need both cores
-    assert max(progress) < iteration + 5, "the next checkpoint is there"
+    assert harness.run("command_line", WORLD, folder, words(config, run_dir)[3:]) == [0] * WORLD
 
 
 def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
@@ -100,11 +90,9 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     finish(config, undisturbed)
 
     with ranks(config, run_dir) as processes:
-        wait_for(run_dir, 6, processes)
+        assert wait_for_iteration(run_dir, 6, *processes) < 11, "the next checkpoint is there"
         processes[2].kill()
-        killed = time.monotonic()
-        codes = [process.wait(timeout=60) for process in processes]
-        assert time.monotonic() - killed < 60
+        codes = [process.wait(PATIENCE) for process in processes]
     assert codes == [LOST_RANK_EXIT_CODE, LOST_RANK_EXIT_CODE, -signal.SIGKILL, LOST_RANK_EXIT_CODE]
     for rank in (0, 1, 3):
         said = stderr(run_dir, rank).read_text()
@@ -116,10 +104,10 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
         ), said
 
     with torchrun(config, run_dir) as launcher:
-        wait_for(run_dir, 11, [launcher])
+        assert wait_for_iteration(run_dir, 11, launcher) < 16, "the next checkpoint is there"
         first = next(p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "0")
         first.kill()
-        assert launcher.wait(timeout=60) != 0
+        assert launcher.wait(PATIENCE) != 0
     said = stderr(run_dir).read_text()
     # torchrun ends the others as soon as it looks, which may be before they can say anything.
     assert re.search(r"lost rank 0 \(process \d+ on \S+\)", said) or "Signal 9 (SIGKILL)" in said, said

@@ -19,11 +19,11 @@ LENGTH = ("train_iters=8", "lr_decay_iters=8", "save_interval=4", "eval_iters=0"
 WRONG = r"found (NaN|Inf) in local forward loss calculation on rank [01]"
 
 
-def train(config: Path, run_dir: Path, *overrides: str, timeout: float = 120) -> dict:
+def train(config: Path, run_dir: Path, *overrides: str) -> dict:
     """Train to the target; returns the last line of starts.jsonl."""
     folder = run_dir.with_name(f"{run_dir.name}-{len(list(run_dir.parent.glob(f'{run_dir.name}-*')))}")
     words = command(config, f"run_dir={run_dir}", *LENGTH, *overrides)[3:]
-    harness.run("command_line", 2, folder, words, timeout=timeout)
+    harness.run("command_line", 2, folder, words)
     return json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])
 
 

@@ -10,11 +10,10 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from patience import PATIENCE, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare")
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -114,11 +113,11 @@ class Cluster:
         try:
             self._configure()
             self._start("munged", *self._munge())
-            _wait_for(lambda: (self.folder / "run" / "munge.socket").exists(), "munged")
+            wait_until((self.folder / "run" / "munge.socket").exists, "munged")
             self._start("slurmctld", "slurmctld", "-D", "-c")
             for node in range(self.nodes):
                 self.start_node(node)
-            _wait_for(lambda: self.states() == {f"n{node}": "idle" for node in range(self.nodes)}, "idle nodes")
+            wait_until(lambda: self.states() == {f"n{node}": "idle" for node in range(self.nodes)}, "idle nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -132,7 +131,7 @@ class Cluster:
     def run(self, *words: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run a command as a user of the cluster would, with its output as text."""
         done = subprocess.run(
-            words, env=self._variables() | variables, capture_output=True, text=True, check=False, timeout=120
+            words, env=self._variables() | variables, capture_output=True, text=True, check=False, timeout=PATIENCE
         )
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done
@@ -147,9 +146,11 @@ class Cluster:
         words = self.run("scontrol", "show", "job", job).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: str, *states: str, seconds: float = 120) -> dict[str, str]:
+    def wait(self, job: str, *states: str) -> dict[str, str]:
         """Wait until a job is in one of these states, and return what SLURM says of it."""
-        return _wait_for(lambda: (said := self.job(job))["JobState"] in states and said, f"{job} {states}", seconds)
+        return wait_until(
+            lambda: (said := self.job(job))["JobState"] in states and said, lambda: f"{states}: {self.job(job)}"
+        )
 
     def start_node(self, node: int) -> None:
         name, address = f"n{node}", f"{self._net}.{10 + node}"
@@ -158,7 +159,7 @@ class Cluster:
         namespaces = ("--mount", "--uts", "--net", "--pid", "--fork", "--mount-proc", "--kill-child")
         outer = self._start(name, "unshare", *namespaces, "bash", "-c", _NODE, "_", name, str(self.folder), address)
         children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
-        inner = _wait_for(lambda: children.read_text().split(), f"the first process of {name}")[0]
+        inner = wait_until(lambda: children.read_text().split(), f"the first process of {name}")[0]
         link = f"s{self._subnet}n{node}"
         # The kernel takes its time to do away with the network of a node that was killed.
         subprocess.run(["ip", "link", "del", link], env=self._variables(), capture_output=True, check=False)
@@ -238,11 +239,3 @@ class Cluster:
         launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
         inherited = {key: value for key, value in os.environ.items() if key not in launcher}
         return inherited | self.environment
-
-
-def _wait_for[T](condition: Callable[[], T], what: str, seconds: float = 30) -> T:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.1)
-    return value

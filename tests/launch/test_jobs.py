@@ -5,17 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, unavailable
+from patience import wait_for_iteration, wait_until
 from site_files import REPOSITORY, Site, samples
 
 from megatron_fc.megatron.integrity import intact_checkpoints
-from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -44,13 +43,6 @@ def submit(cluster: Cluster, site: Site, *words: str) -> list[str]:
     """The jobs' numbers."""
     printed = cluster.run(*words, **site.variables, CHECK="no").stdout
     return [line.split()[-1] for line in printed.splitlines()]
-
-
-def wait_for_iteration(run_dir: Path, iteration: int) -> None:
-    deadline = time.monotonic() + 180
-    while max(read_metrics(run_dir).loss, default=0) < iteration:
-        assert time.monotonic() < deadline, f"waited for iteration {iteration} of {run_dir}"
-        time.sleep(0.5)
 
 
 def test_unknown_partition(cluster: Cluster, site: Site) -> None:
@@ -93,13 +85,6 @@ def stand_in(site: Site, tmp_path: Path) -> Path:
     return run_dir
 
 
-def wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < deadline, f"waited for {file}"
-        time.sleep(0.2)
-
-
 def refuse_a_second_job(cluster: Cluster, site: Site, run_dir: Path, job: str) -> None:
     sentence = f"job {job} has run_dir={run_dir}: scancel {job}, wait for it, or choose another run_dir\n"
     words = site.words("moe7b.sh", *NODES, f"run_dir={run_dir}")
@@ -114,7 +99,7 @@ def refuse_a_second_job(cluster: Cluster, site: Site, run_dir: Path, job: str) -
 def test_scancel_ends_a_run(cluster: Cluster, site: Site, stand_in: Path, tmp_path: Path) -> None:
     site.write(more=f"PYTHON={tmp_path}/python\nexport LISTENS=yes\n")
     (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={stand_in}"))
-    wait_for(stand_in / "waits")
+    wait_until((stand_in / "waits").exists, lambda: site.log(job))
     refuse_a_second_job(cluster, site, stand_in, job)
     cluster.run("scancel", job)
     ended = cluster.wait(job, *END)
@@ -129,7 +114,7 @@ def test_deaf_ranks_are_killed_before_the_time_limit(
     site.write(more=f"PYTHON={tmp_path}/python\n")
     limit = ("--time=1", "--signal=B:USR1@50")
     (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, *limit, f"run_dir={stand_in}"))
-    ended = cluster.wait(job, *END, seconds=180)
+    ended = cluster.wait(job, *END)
     log = site.log(job)
     # SLURM may send the next start, as short, the signal at once.
     assert ended["JobState"] == "COMPLETED", log
@@ -143,7 +128,7 @@ def test_a_preemption_while_the_ranks_still_start_does_not_count(
 ) -> None:
     site.write(partition="hasty", more=f"PYTHON={tmp_path}/python\nMAX_STARTS=1\n")
     (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={stand_in}"))
-    wait_for(stand_in / "waits")
+    wait_until((stand_in / "waits").exists, lambda: site.log(job))
     cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     ended = cluster.wait(job, *END)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), site.log(job)
@@ -186,7 +171,7 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
     elapsed = int(cluster.job(jobs[0])["RunTime"].split(":")[-2])
     # The last of these minutes is not for saving.
     cluster.run("scontrol", "update", f"JobId={jobs[0]}", f"TimeLimit={elapsed + 4}")
-    first = cluster.wait(jobs[0], *END, seconds=360)
+    first = cluster.wait(jobs[0], *END)
     slow.unlink()
     done = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])["iteration"]
     site.write(*samples(4 * done + 20), "save_interval=100000", more=more)
@@ -199,7 +184,7 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
     assert (ended - told).seconds >= 40
 
     for job in jobs[1:]:
-        assert cluster.wait(job, *END, seconds=180)["JobState"] == "COMPLETED"
+        assert cluster.wait(job, *END)["JobState"] == "COMPLETED"
     assert "launch: the target is reached\n" in site.log(jobs[1])
     assert "launch: the target is reached already" in site.log(jobs[2])
     events = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
@@ -212,7 +197,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(cluster: Cluster, small_d
     run_dir = small_disk / "run"
     words = site.words("moe7b.sh", *NODES, f"run_dir={run_dir}")
     (job,) = submit(cluster, site, *words)
-    assert cluster.wait(job, *END, seconds=180)["ExitCode"] == "3:0"
+    assert cluster.wait(job, *END)["ExitCode"] == "3:0"
     before = intact_checkpoints(run_dir / "checkpoints")[0]
     assert f"Megatron cannot write a checkpoint to {run_dir}/checkpoints, No space left on device: " in site.log(job)
     assert f"repair that, start the same command again, it goes on from {before}, which is intact" in site.log(job)
@@ -220,12 +205,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(cluster: Cluster, small_d
     assert (run_dir / "state").read_text() == "stuck\n"
 
     (job,) = submit(cluster, site, *words)
-    assert cluster.wait(job, *END, seconds=180)["ExitCode"] == "3:0"
+    assert cluster.wait(job, *END)["ExitCode"] == "3:0"
     assert re.search(
         rf"{run_dir}/checkpoints has .* free, 1 more checkpoint needs .*: make room or choose another", site.log(job)
     )
 
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
     (job,) = submit(cluster, site, *words)
-    assert cluster.wait(job, *END, seconds=180)["JobState"] == "COMPLETED"
+    assert cluster.wait(job, *END)["JobState"] == "COMPLETED"
     assert (run_dir / "state").read_text() == "done\n"

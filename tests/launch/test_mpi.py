@@ -11,9 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from patience import PATIENCE, wait_for_iteration, wait_until
 from site_files import REPOSITORY, Site, samples
-
-from megatron_fc.report.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,13 +34,9 @@ def test_a_killed_rank_and_the_run_goes_on(site: Site, tmp_path: Path) -> None:
     site.write(*samples(160), "save_interval=5")
     run_dir = tmp_path / "run"
     script = launch(site, "configs/olmoe_7b.yaml", f"run_dir={run_dir}")
-    deadline = time.monotonic() + 180
-    while max(read_metrics(run_dir).loss, default=0) < 7:
-        assert script.poll() is None, script.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for_iteration(run_dir, 7, script)
     kill_rank("1", run_dir)
-    printed, _ = script.communicate(timeout=240)
+    printed, _ = script.communicate(timeout=PATIENCE)
     assert script.returncode == 0, printed
     assert printed.count("preflight: 2 ranks on 1 node; ") == 2
     assert printed.endswith("launch: the target is reached\n")
@@ -81,7 +76,7 @@ def test_the_sites_environment_and_the_neighbouring_gpu(site: Site, tmp_path: Pa
     site.write(more=f"{python(tmp_path / 'python', *lines)}export NETWORK='ib 0'\n")
     nothing = ("env", "-i", f"PATH={os.environ['PATH']}", *(f"{name}={value}" for name, value in AS_ROOT.items()))
     script = launch(site, "configs/olmoe_7b.yaml", f"run_dir={run_dir}", before=nothing)
-    printed, _ = script.communicate(timeout=120)
+    printed, _ = script.communicate(timeout=PATIENCE)
     assert script.returncode == 3, printed
     gpus = sorted(line for line in printed.splitlines() if line.startswith("rank "))
     assert gpus == [f"rank {rank} on GPU {gpu} ib 0" for rank in (0, 1) for gpu in (0, 1)]
@@ -95,13 +90,10 @@ def test_told_to_end_it_says_that_the_run_is_not_done(site: Site, tmp_path: Path
     )
     site.write(more=python(tmp_path / "python", *lines))
     script = launch(site, "configs/olmoe_7b.yaml", f"run_dir={tmp_path / 'run'}")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "waits").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until((tmp_path / "waits").exists, "a rank that waits")
     time.sleep(1)  # the other rank
     script.terminate()
-    printed, _ = script.communicate(timeout=60)
+    printed, _ = script.communicate(timeout=PATIENCE)
     assert "ended with code 0 after TERM, not at the target" in printed
     assert script.returncode == 75, printed
 

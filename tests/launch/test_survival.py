@@ -5,14 +5,14 @@ import itertools
 import json
 import re
 import signal
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import harness
 import pytest
 import torch
 from cluster import Cluster, unavailable
+from patience import wait_until
 from site_files import REPOSITORY, Site, samples
 from test_pretrain import figures
 
@@ -42,21 +42,19 @@ class Run:
 
     def wait_for_start(self, number: int) -> int:
         """Until it trains for the nth time; returns the iteration that it goes on from."""
-        return self._wait(lambda: [e for e in self.starts() if e["event"] == "start"][number - 1 :], number)[0][
-            "iteration"
-        ]
+        return self._wait(lambda: [e for e in self.starts() if e["event"] == "start"][number - 1 :])[0]["iteration"]
 
     def wait_for_iteration(self, iteration: int) -> None:
-        self._wait(lambda: max(read_metrics(self.dir).loss, default=0) >= iteration, iteration)
+        self._wait(lambda: max(read_metrics(self.dir).loss, default=0) >= iteration)
 
-    def _wait(self, condition, what):
-        deadline = time.monotonic() + 300
-        while not (value := condition()):
-            job = self.cluster.job(self.job)
-            assert job["JobState"] not in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"), self.site.log(self.job)
-            assert time.monotonic() < deadline, f"waited for {what}: {job['JobState']} {self.site.log(self.job)}"
-            time.sleep(0.5)  # the ranks need both cores
-        return value
+    def _wait[T](self, condition: Callable[[], T]) -> T:
+        def condition_or_end() -> T:
+            state = self.cluster.job(self.job)["JobState"]
+            value = condition()
+            assert value or state not in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT"), self.site.log(self.job)
+            return value
+
+        return wait_until(condition_or_end, lambda: self.site.log(self.job))
 
     def limit(self, minutes: int) -> None:
         self.cluster.run("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
@@ -67,7 +65,7 @@ def test_time_limit_preemption_node_loss_and_kill_9(cluster: Cluster, site: Site
     run = survive(cluster, site, OVERRIDES)
     undisturbed = tmp_path / "undisturbed"
     words = ["train", str(REPOSITORY / "configs/olmoe_7b.yaml"), *site.overrides, f"run_dir={undisturbed}"]
-    harness.run("command_line", WORLD, tmp_path / "ranks", words, timeout=300)
+    harness.run("command_line", WORLD, tmp_path / "ranks", words)
     assert figures(run.dir) == figures(undisturbed)
 
 
@@ -83,7 +81,7 @@ def test_the_same_with_the_distributed_optimizer_on_gpus(site: Site, tmp_path: P
         run = survive(cluster, site, (*OVERRIDES, "use_distributed_optimizer=true", "distributed_backend=nccl"))
         words = site.words("moe7b.sh", *NODES, "--time=60", f"run_dir={undisturbed}")
         job = cluster.run(*words, **site.variables, CHECK="no").stdout.split()[-1]
-        assert cluster.wait(job, "COMPLETED", "FAILED", seconds=600)["JobState"] == "COMPLETED"
+        assert cluster.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
     assert figures(run.dir)["lm loss"] == figures(undisturbed)["lm loss"]
 
 
@@ -98,7 +96,7 @@ def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
     run.wait_for_iteration(3)
     elapsed = cluster.job(run.job)["RunTime"].split(":")
     run.limit(int(elapsed[-2]) + 2)  # so the signal, two minutes before the limit, comes now, and one is left at least
-    cluster.wait(run.job, "PENDING", seconds=120)
+    cluster.wait(run.job, "PENDING")
     slow.unlink()
     run.limit(60)
     from_limit = run.wait_for_start(2)
@@ -106,7 +104,7 @@ def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
 
     run.wait_for_iteration(from_limit + 2)
     urgent = cluster.run("sbatch", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
-    cluster.wait(urgent.stdout.split()[-1], "COMPLETED", seconds=120)
+    cluster.wait(urgent.stdout.split()[-1], "COMPLETED")
     from_preemption = run.wait_for_start(3)
     assert from_preemption >= from_limit + 2
     assert run.starts()[-2]["reason"] == "signal TERM"
@@ -124,7 +122,7 @@ def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
     from_kill = run.wait_for_start(5)
     assert from_loss < from_kill < ITERATIONS
 
-    done = cluster.wait(run.job, "COMPLETED", "FAILED", seconds=300)
+    done = cluster.wait(run.job, "COMPLETED", "FAILED")
     log = site.log(run.job)
     assert (done["JobState"], done["ExitCode"], done["Restarts"]) == ("COMPLETED", "0:0", "4"), log
     assert (run.dir / "state").read_text() == "done\n"

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import typing
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from patience import wait_for_iteration
 
 from megatron_fc.cli import main
 from megatron_fc.data import build_demo_data
@@ -116,11 +116,8 @@ def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Pa
     victim = subprocess.Popen(
         words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
     # Between the checkpoints of iterations 10 and 20, so that some steps are lost and repeated.
-    while not (progress := read_metrics(run_dir).loss) or max(progress) < 14:
-        assert victim.poll() is None, "ended before it could be killed"
-        assert time.monotonic() < deadline
+    wait_for_iteration(run_dir, 14, victim)
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     assert 14 <= max(read_metrics(run_dir).loss) < ITERATIONS

@@ -5,10 +5,10 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE, wait_for_iteration
 from test_integrity import SHARD, cut, flip
 from test_pretrain import command, environment, figures, train
 from test_pretrain import config as config
@@ -36,13 +36,9 @@ def test_a_signal_to_all_its_processes_lets_a_run_save_and_end(config: Path, num
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while max(read_metrics(run_dir).loss, default=0) < 6:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_for_iteration(run_dir, 6, process)
     os.killpg(process.pid, number)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, printed
     name = number.name.removeprefix("SIG")
     assert printed.endswith(f"dfc_x4  ended early: signal {name}\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.multiprocessing as processes
+from patience import PATIENCE
 
 _A_RANK_OF_MPI = """
 import sys, time
@@ -58,5 +59,7 @@ def test_over_mpi(absent: int, seconds: int, gathered: str) -> None:
     program = [sys.executable, "-c", _A_RANK_OF_MPI, str(seconds), str(absent)]
     command = ["mpirun", "-n", "3", "--oversubscribe", "--host", "localhost:3", *program]
     variables = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        command, env=os.environ | variables, capture_output=True, text=True, check=True, timeout=PATIENCE
+    )
     assert done.stdout.strip() == gathered

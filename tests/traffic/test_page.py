@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from example_report import RUN, part, parts
+from patience import PATIENCE
 
 from megatron_fc.traffic.page import page
 from megatron_fc.traffic.records import Report, report_of
@@ -46,7 +47,7 @@ def browse(html: str, folder: Path, width: int = 1280) -> subprocess.CompletedPr
         "--host-resolver-rules=MAP * ~NOTFOUND",
     ]
     command = [CHROMIUM, *options, *profile, f"file://{file}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
 
 
 def look(html: str, folder: Path, width: int = 1280) -> dict:
