@@ -1,7 +1,9 @@
 """From a recipe to what Megatron trains: the world of ranks, its validated arguments, the model's configuration."""
 
+import linecache
 import os
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -54,10 +56,21 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
     except (AssertionError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"Megatron refuses the arguments: {' '.join(str(error).split()) or repr(error)}") from error
+        raise UserError(
+            f"Megatron refuses the arguments: {' '.join(str(error).split()) or _condition(error)}"
+        ) from error
     finally:
         sys.argv = program
     return args
+
+
+def _condition(error: Exception) -> str:
+    """The line that raised an error without words, as most of Megatron's assertions have none."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    lines = (
+        linecache.getline(frame.filename, number) for number in range(frame.lineno or 0, (frame.end_lineno or 0) + 1)
+    )
+    return f"{' '.join(' '.join(lines).split())} ({frame.filename}:{frame.lineno})"
 
 
 def model_config(args: Namespace, recipe: Recipe) -> Any:
