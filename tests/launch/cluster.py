@@ -73,7 +73,7 @@ MinJobAge=3600
 MessageTimeout=20
 GresTypes=gpu
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 State=UP PriorityTier=1 GraceTime=120
+PartitionName=batch Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 State=UP PriorityTier=1 GraceTime=600
 PartitionName=hasty Nodes=ALL Default=NO MaxTime=60 DefaultTime=10 State=UP PriorityTier=1 GraceTime=5
 PartitionName=urgent Nodes=ALL Default=NO MaxTime=60 DefaultTime=10 State=UP PriorityTier=10 PreemptMode=OFF
 """

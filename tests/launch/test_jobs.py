@@ -160,7 +160,7 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
     slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
     more = f"export PYTHONPATH=$PYTHONPATH:{disk} SLOW_DISK={slow}\n"
     site.write(*samples(400_000), "save_interval=100000", more=more)
-    script = site.words("moe1b3.sh dfc_x2", *NODES, "--signal=B:USR1@180")
+    script = site.words("moe1b3.sh dfc_x2", *NODES, "--signal=B:USR1@600")
     jobs = submit(cluster, site, str(REPOSITORY / "launch/chain.sh"), "3", *script)
     assert len(jobs) == 3
     run_dir = site.run_dir("moe1b3-dfc_x2")
@@ -169,8 +169,7 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
     wait_for_iteration(run_dir, 3)
     slow.write_text("40")
     elapsed = int(cluster.job(jobs[0])["RunTime"].split(":")[-2])
-    # The last of these minutes is not for saving.
-    cluster.run("scontrol", "update", f"JobId={jobs[0]}", f"TimeLimit={elapsed + 4}")
+    cluster.run("scontrol", "update", f"JobId={jobs[0]}", f"TimeLimit={elapsed + 10}")  # the signal comes now
     first = cluster.wait(jobs[0], *END)
     slow.unlink()
     done = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])["iteration"]

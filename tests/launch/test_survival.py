@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 WORLD, ITERATIONS, BATCH = 8, 64, 4
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
 OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *samples(ITERATIONS * BATCH), "save_interval=5")
-NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@120")
+NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@600")
 
 
 class Run:
@@ -95,7 +95,7 @@ def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
     run.wait_for_start(1)
     run.wait_for_iteration(3)
     elapsed = cluster.job(run.job)["RunTime"].split(":")
-    run.limit(int(elapsed[-2]) + 2)  # so the signal, two minutes before the limit, comes now, and one is left at least
+    run.limit(int(elapsed[-2]) + 10)  # so the signal, ten minutes before the limit, comes now, and nine are left
     cluster.wait(run.job, "PENDING")
     slow.unlink()
     run.limit(60)
