@@ -1,0 +1,47 @@
+"""Compiles both connections of a site for every option, in a process in which nothing has turned torch.compile off."""
+
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from megatron_fc import FracConfig, FracConnection
+
+CONFIGS = [
+    FracConfig(),
+    FracConfig(dynamic=False),
+    FracConfig(norm="layernorm"),
+    FracConfig(norm="none", tanh=False, scale=False),
+    FracConfig(recompute=True),
+]
+
+
+def compare(config: FracConfig, dynamic: bool | None) -> None:
+    """Not at the initial values, where gradients of the prediction would be zero."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    site = FracConnection(64, config)
+    for parameter in site.parameters():
+        torch.nn.init.normal_(parameter)
+
+    def step(h: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
+        return site.depth(o + site(h), h)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=dynamic)
+    for tokens in (5, 7, 9):
+        h, o = torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, 64)
+        results = [step(h, o), compiled(h, o)]
+        torch.testing.assert_close(*results)
+        gradients = [torch.autograd.grad(y.square().sum(), [h, *site.parameters()]) for y in results]
+        for expected, found in zip(*gradients, strict=True):
+            assert expected.any()
+            torch.testing.assert_close(found, expected)
+    assert counter.frame_count > 0
+
+
+if __name__ == "__main__":
+    for config in CONFIGS:
+        for dynamic in (False, None, True):
+            if config.recompute and dynamic:
+                continue  # docs/memory.md
+            compare(config, dynamic)
+            print("as without torch.compile:", config, dynamic)
