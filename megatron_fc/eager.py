@@ -52,10 +52,10 @@ def width_forward(
     """
     m = config.rate
     f, p = _fractions(h, m), _in_fp32(p, h)
-    beta, gamma, alpha = _coefficients(_predict(f, p, config), p, len(f)).split((1, m, m))
+    beta, gamma, alpha = _coefficients(_predict(f, p, config), p, f.shape[0]).split((1, m, m))
     x = _mix(gamma.transpose(0, 1), f).view(h.shape).to(h.dtype) if want_x else None
     # A copy, since beta is kept for backward and would keep all coefficients with it.
-    return x, beta[0].clone(), alpha.permute(1, 2, 0).reshape(len(f), m * m)
+    return x, beta[0].clone(), alpha.permute(1, 2, 0).reshape(f.shape[0], m * m)
 
 
 @_as_written
@@ -77,15 +77,15 @@ def width_backward(
     f, p = _fractions(h, m), _in_fp32(p, h)
     # Gamma and alpha act alike on h, so their gradients go side by side: [T, 2m, c].
     halves = [f.new_zeros(f.shape) if g is None else g.reshape(f.shape) for g in (g_x, g_mixed)]
-    g = torch.cat(halves, 1, out=f.new_empty(len(f), 2 * m, f.shape[2]))
-    g_beta = f.new_zeros(len(f), m) if g_beta is None else g_beta
+    g = torch.cat(halves, 1, out=f.new_empty(f.shape[0], 2 * m, f.shape[2]))
+    g_beta = f.new_zeros(f.shape[0], m) if g_beta is None else g_beta
     # That of the weight from h_i is <h_i, g_j>.
     products = f @ g.transpose(1, 2)
     statics = (half.sum(0).flatten() for half in products.split(m, 2))
     gradients: tuple[Tensor | None, ...] = (g_beta.sum(0), *statics)
 
     predicted = _predict(f, p, config)
-    coefficients = _coefficients(predicted, p, len(f))
+    coefficients = _coefficients(predicted, p, f.shape[0])
     g_h = _mix(coefficients[1:].permute(1, 2, 0), g)
     if predicted is not None:
         g_coefficients = torch.cat((g_beta.unsqueeze(0), products.permute(2, 0, 1)))

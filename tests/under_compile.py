@@ -35,7 +35,8 @@ def compare(config: FracConfig, dynamic: bool | None) -> None:
         for expected, found in zip(*gradients, strict=True):
             assert expected.any()
             torch.testing.assert_close(found, expected)
-    assert counter.frame_count > 0
+    # A graph for every shape, or one that is right for the other shapes, after another try.
+    assert counter.frame_count == (3 if dynamic is False else 2), counter.frame_count
 
 
 if __name__ == "__main__":
