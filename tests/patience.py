@@ -24,7 +24,7 @@ def wait_until[T](condition: Callable[[], T], what: Callable[[], str] | str) -> 
             return value
         now = time.monotonic()
         assert now < deadline, f"waited {PATIENCE:.0f} s for {what if isinstance(what, str) else what()}"
-        time.sleep(max(0.2, 4 * (now - asked)))  # what is tested needs the machine
+        time.sleep(min(max(0.2, 4 * (now - asked)), 2.0))  # what is tested needs the machine
 
 
 def wait_for_iteration(run_dir: Path, iteration: int, *processes: subprocess.Popen) -> int:
@@ -37,7 +37,9 @@ def wait_for_iteration(run_dir: Path, iteration: int, *processes: subprocess.Pop
     """
 
     def reached() -> int:
-        assert all(process.poll() is None for process in processes), f"ended before iteration {iteration}"
+        for process in processes:
+            said = process.stdout.read() if process.poll() is not None and process.stdout else ""
+            assert process.poll() is None, f"{process.args} ended before iteration {iteration}: {said}"
         last = max(read_metrics(run_dir).loss, default=0)
         return last if last >= iteration else 0
 

@@ -127,7 +127,10 @@ def train_all(layout: Layout, models: Sequence[Model], folder: Path) -> dict[str
 def command_line(words: Sequence[str]) -> int:
     """`megatron-fc` as a user calls it; returns the exit code."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    return main(words)
+    try:
+        return main(words)
+    except SystemExit as end:  # Megatron's way to end early
+        return end.code
 
 
 def hang(how: str, rank: int, files: str = "answer") -> None:

@@ -21,17 +21,19 @@ from test_pretrain import config as config
 from megatron_fc.megatron.checkpoint import TRACKER
 from megatron_fc.megatron.watch import LOST_RANK_EXIT_CODE
 from megatron_fc.mpi import free_port
+from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
 WORLD = 4
 MARK = "STARTED_BY_TEST_LOST_RANK"  # in the environment of all that a run starts
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
-LENGTH = ("train_iters=20", "lr_decay_iters=20", "save_interval=5")
+SAVE_INTERVAL = 5
+LENGTH = ("train_iters=10000", "lr_decay_iters=20", f"save_interval={SAVE_INTERVAL}")
 
 
-def words(config: Path, run_dir: Path) -> list[str]:
-    return command(config, f"run_dir={run_dir}", *LAYOUT, *LENGTH)
+def words(config: Path, run_dir: Path, *more: str) -> list[str]:
+    return command(config, f"run_dir={run_dir}", *LAYOUT, *LENGTH, *more)
 
 
 @contextmanager
@@ -79,32 +81,35 @@ def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[subprocess.
             child.wait()
 
 
-def finish(config: Path, run_dir: Path) -> None:
-    """To the end, on forked ranks: they need no time to start."""
-    folder = run_dir.with_name(f"{run_dir.name}-finish")
-    assert harness.run("command_line", WORLD, folder, words(config, run_dir)[3:]) == [0] * WORLD
+def finish(config: Path, run_dir: Path, iterations: int) -> None:
+    """Up to an iteration, on forked ranks: they need no time to start."""
+    folder, line = run_dir.with_name(f"{run_dir.name}-finish"), words(config, run_dir, f"exit_interval={iterations}")
+    assert harness.run("command_line", WORLD, folder, line[3:]) == [0] * WORLD
+
+
+def last_checkpoint(run_dir: Path) -> int:
+    return int((run_dir / "checkpoints" / TRACKER).read_text())
 
 
 def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     undisturbed, run_dir = config.parent / "tp2-pp2", config.parent / "tp2-pp2-killed"
-    finish(config, undisturbed)
-
     with ranks(config, run_dir) as processes:
-        assert wait_for_iteration(run_dir, 6, *processes) < 11, "the next checkpoint is there"
+        wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
         processes[2].kill()
         codes = [process.wait(PATIENCE) for process in processes]
     assert codes == [LOST_RANK_EXIT_CODE, LOST_RANK_EXIT_CODE, -signal.SIGKILL, LOST_RANK_EXIT_CODE]
+    saved = last_checkpoint(run_dir)
     for rank in (0, 1, 3):
         said = stderr(run_dir, rank).read_text()
         assert re.search(
             rf"^megatron-fc: lost rank 2 \(process {processes[2].pid} on \S+\), so this rank ends: "
-            rf"start the same command again, it goes on from {run_dir}/checkpoints/iter_0000005$",
+            rf"start the same command again, it goes on from {run_dir}/checkpoints/iter_{saved:07d}$",
             said,
             re.MULTILINE,
         ), said
 
     with torchrun(config, run_dir) as launcher:
-        assert wait_for_iteration(run_dir, 11, launcher) < 16, "the next checkpoint is there"
+        wait_for_iteration(run_dir, max(read_metrics(run_dir).loss) + SAVE_INTERVAL + 1, launcher)
         first = next(p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "0")
         first.kill()
         assert launcher.wait(PATIENCE) != 0
@@ -112,7 +117,10 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     # torchrun ends the others as soon as it looks, which may be before they can say anything.
     assert re.search(r"lost rank 0 \(process \d+ on \S+\)", said) or "Signal 9 (SIGKILL)" in said, said
 
-    finish(config, run_dir)
-    assert (run_dir / "checkpoints" / TRACKER).read_text() == "20"
+    assert last_checkpoint(run_dir) > saved
+    iterations = max(read_metrics(run_dir).loss) + SAVE_INTERVAL
+    for folder in (run_dir, undisturbed):
+        finish(config, folder, iterations)
+    assert last_checkpoint(run_dir) == iterations
     assert len(list((run_dir / "tensorboard").iterdir())) == 3
     assert figures(run_dir) == figures(undisturbed)

@@ -3,10 +3,10 @@
 import json
 import re
 import signal
-from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from disk import SlowDisk
 from patience import wait_for_iteration
 from site_files import Site, samples
 
@@ -17,9 +17,9 @@ NODES = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-ta
 
 @pytest.mark.soak
 def test_a_stopped_rank_and_then_a_disk_that_never_answers(cluster: Cluster, site: Site) -> None:
-    slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
-    slow.write_text("1e6")
-    more = f"WAIT=5 MAX_STARTS=2\nexport PYTHONPATH=$PYTHONPATH:{disk} SLOW_DISK={slow}\n"
+    disk = SlowDisk(site.folder / "seconds")
+    disk.hangs_at(40)
+    more = f"WAIT=5 MAX_STARTS=2\n{disk.exports}"
     timeouts = ("distributed_timeout_minutes=2", "distributed_timeout_seconds_after_init=20")
     site.write(*samples(400), "save_interval=40", *timeouts, more=more)
     run_dir = site.run_dir()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, unavailable
+from disk import SlowDisk
 from patience import wait_for_iteration, wait_until
 from site_files import REPOSITORY, Site, samples
 
@@ -157,9 +158,8 @@ def test_ranks_that_pmix_starts_meet(cluster: Cluster, site: Site, tmp_path: Pat
 
 
 def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site: Site) -> None:
-    slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
-    more = f"export PYTHONPATH=$PYTHONPATH:{disk} SLOW_DISK={slow}\n"
-    site.write(*samples(400_000), "save_interval=100000", more=more)
+    disk = SlowDisk(site.folder / "seconds")
+    site.write(*samples(400_000), "save_interval=100000", more=disk.exports)
     script = site.words("moe1b3.sh dfc_x2", *NODES, "--signal=B:USR1@600")
     jobs = submit(cluster, site, str(REPOSITORY / "launch/chain.sh"), "3", *script)
     assert len(jobs) == 3
@@ -167,13 +167,15 @@ def test_a_chain_whose_first_checkpoint_takes_40_seconds(cluster: Cluster, site:
     assert {cluster.job(job)["JobName"] for job in jobs} == {"moe1b3-dfc_x2"}
 
     wait_for_iteration(run_dir, 3)
-    slow.write_text("40")
+    disk.takes(40)
+    cluster.run("scontrol", "hold", jobs[1])  # until its target is written
     elapsed = int(cluster.job(jobs[0])["RunTime"].split(":")[-2])
     cluster.run("scontrol", "update", f"JobId={jobs[0]}", f"TimeLimit={elapsed + 10}")  # the signal comes now
     first = cluster.wait(jobs[0], *END)
-    slow.unlink()
+    disk.is_well()
     done = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])["iteration"]
-    site.write(*samples(4 * done + 20), "save_interval=100000", more=more)
+    site.write(*samples(4 * done + 20), "save_interval=100000", more=disk.exports)
+    cluster.run("scontrol", "release", jobs[1])
     assert (first["JobState"], first["ExitCode"]) == ("COMPLETED", "0:0")
     log = site.log(jobs[0])
     told, ended = (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from disk import SlowDisk
 from patience import PATIENCE, wait_for_iteration, wait_until
 from site_files import REPOSITORY, Site, samples
 
@@ -31,19 +32,23 @@ def launch(site: Site, *words: str, before: tuple[str, ...] = ()) -> subprocess.
 
 def test_a_killed_rank_and_the_run_goes_on(site: Site, tmp_path: Path) -> None:
     pytest.importorskip("mpi4py", reason="mpi4py not found: pip install 'megatron_fc[mpi]'")
-    site.write(*samples(160), "save_interval=5")
+    disk = SlowDisk(tmp_path / "seconds")
+    disk.hangs_at(10)
+    site.write(*samples(80), "save_interval=5", more=disk.exports)
     run_dir = tmp_path / "run"
     script = launch(site, "configs/olmoe_7b.yaml", f"run_dir={run_dir}")
-    wait_for_iteration(run_dir, 7, script)
+    wait_for_iteration(run_dir, 10, script)
     kill_rank("1", run_dir)
+    disk.is_well()
     printed, _ = script.communicate(timeout=PATIENCE)
     assert script.returncode == 0, printed
     assert printed.count("preflight: 2 ranks on 1 node; ") == 2
     assert printed.endswith("launch: the target is reached\n")
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
-    assert [start["world_size"] for start in starts if start["event"] == "start"] == [2, 2]
+    began = [(start["world_size"], start["iteration"]) for start in starts if start["event"] == "start"]
+    assert began == [(2, 0), (2, 5)]
     assert starts[-1]["reason"] == "target"
-    assert starts[-1]["consumed_samples"] == 160
+    assert starts[-1]["consumed_samples"] == 80
 
 
 def kill_rank(rank: str, run_dir: Path) -> None:

@@ -12,6 +12,7 @@ import harness
 import pytest
 import torch
 from cluster import Cluster, unavailable
+from disk import SlowDisk
 from patience import wait_until
 from site_files import REPOSITORY, Site, samples
 from test_pretrain import figures
@@ -21,9 +22,9 @@ from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-WORLD, ITERATIONS, BATCH = 8, 64, 4
+WORLD, ITERATIONS, BATCH, SAVE_INTERVAL = 8, 64, 4, 5
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
-OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *samples(ITERATIONS * BATCH), "save_interval=5")
+OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *samples(ITERATIONS * BATCH), f"save_interval={SAVE_INTERVAL}")
 NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@600")
 
 
@@ -87,17 +88,16 @@ def test_the_same_with_the_distributed_optimizer_on_gpus(site: Site, tmp_path: P
 
 def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
     """Submit, disturb in four ways, wait for the end."""
-    slow, disk = site.folder / "seconds", Path(__file__).parent / "slow_disk"
-    slow.write_text("10")  # a checkpoint, or the run might end before SLURM looks at its limit, twice a minute
-    site.write(*overrides, more=f"export PYTHONPATH=$PYTHONPATH:{disk} SLOW_DISK={slow}\n")
+    disk = SlowDisk(site.folder / "seconds")
+    disk.takes(10)  # or the run might end before SLURM looks at its limit, twice a minute, or preempts it
+    site.write(*overrides, more=disk.exports)
     run = Run(cluster, site)
 
     run.wait_for_start(1)
     run.wait_for_iteration(3)
     elapsed = cluster.job(run.job)["RunTime"].split(":")
     run.limit(int(elapsed[-2]) + 10)  # so the signal, ten minutes before the limit, comes now, and nine are left
-    cluster.wait(run.job, "PENDING")
-    slow.unlink()
+    wait_until(lambda: cluster.job(run.job)["Restarts"] == "1", lambda: site.log(run.job))
     run.limit(60)
     from_limit = run.wait_for_start(2)
     assert from_limit >= 3
@@ -110,17 +110,21 @@ def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
     assert run.starts()[-2]["reason"] == "signal TERM"
     assert (run.dir / "launches").read_text().split() == ["0", str(from_limit), "preempted", str(from_preemption)]
 
-    run.wait_for_iteration(from_preemption + 6)  # behind a checkpoint
+    last = (from_preemption // SAVE_INTERVAL + 2) * SAVE_INTERVAL
+    disk.hangs_at(last)
+    run.wait_for_iteration(last)
     lost = run.starts()[-1]["host"][2]
     cluster.kill_node(int(lost.removeprefix("n")))
+    disk.hangs_at(last + SAVE_INTERVAL)
     from_loss = run.wait_for_start(4)
-    assert from_loss > from_preemption
+    assert from_loss == last - SAVE_INTERVAL
     assert lost not in run.starts()[-1]["host"]
 
-    run.wait_for_iteration(from_loss + 6)
+    run.wait_for_iteration(last + SAVE_INTERVAL)
     run.cluster.signal_rank(5, run.job, signal.SIGKILL)
+    disk.is_well()
     from_kill = run.wait_for_start(5)
-    assert from_loss < from_kill < ITERATIONS
+    assert from_kill == last < ITERATIONS
 
     done = cluster.wait(run.job, "COMPLETED", "FAILED")
     log = site.log(run.job)
