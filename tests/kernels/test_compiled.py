@@ -17,7 +17,7 @@ def test_the_tables_hold_all_shapes(arch: int) -> None:
     table = read_table(arch)
     assert set(table) == set(itertools.product(KERNELS, WIDTHS, RATES))
     for (name, _, _), compiled in table.items():
-        if arch == 90 and name != "boundary forward, b+d":  # docs/kernels.md has what spills elsewhere
+        if arch == 90:  # docs/kernels.md has what spills elsewhere
             assert (compiled.stack, compiled.spills) == (0, 0)
         assert compiled.shared <= SHARED_MEMORY[arch]
         assert compiled.wide > 0
