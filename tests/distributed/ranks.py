@@ -130,7 +130,7 @@ def command_line(words: Sequence[str]) -> int:
     try:
         return main(words)
     except SystemExit as end:  # Megatron's way to end early
-        return end.code
+        return int(end.code or 0)
 
 
 def hang(how: str, rank: int, files: str = "answer") -> None:

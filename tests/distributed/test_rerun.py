@@ -19,23 +19,16 @@ LENGTH = ("train_iters=8", "lr_decay_iters=8", "save_interval=4", "eval_iters=0"
 WRONG = r"found (NaN|Inf) in local forward loss calculation on rank [01]"
 
 
-def train(config: Path, run_dir: Path, *overrides: str) -> dict:
-    """Train to the target; returns the last line of starts.jsonl."""
+def train(config: Path, run_dir: Path, *overrides: str, code: int = 0) -> dict:
+    """Train to the target, or until both ranks end with a code; returns the last line of starts.jsonl."""
     folder = run_dir.with_name(f"{run_dir.name}-{len(list(run_dir.parent.glob(f'{run_dir.name}-*')))}")
     words = command(config, f"run_dir={run_dir}", *LENGTH, *overrides)[3:]
-    harness.run("command_line", 2, folder, words)
-    return json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])
-
-
-def train_until(code: int, config: Path, run_dir: Path, *overrides: str) -> dict:
-    """Train until Megatron ends both ranks with a code."""
-    with pytest.raises(AssertionError, match=f"(?s)rank 0, .*SystemExit: {code}.*rank 1, .*SystemExit: {code}"):
-        train(config, run_dir, *overrides)
+    assert harness.run("command_line", 2, folder, words) == [code, code]
     return json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])
 
 
 def test_a_transient_error_may_be_started_again(config: Path, tmp_path: Path) -> None:
-    end = train_until(75, config, tmp_path / "run", "error_injection_rate=6")
+    end = train(config, tmp_path / "run", "error_injection_rate=6", code=75)
     number = end["iteration"] + 1  # the step that was wrong is not done
     said = f"iteration {number}: {WRONG}, not when it was repeated: a transient error of the hardware"
     assert re.fullmatch(said, end["reason"]), end["reason"]
@@ -44,13 +37,13 @@ def test_a_transient_error_may_be_started_again(config: Path, tmp_path: Path) ->
 
 def test_an_error_that_repeats_is_saved_for_another_device_and_can_be_skipped(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    end = train_until(16, config, run_dir, "error_injection_rate=6", "error_injection_type=correct_result")
+    end = train(config, run_dir, "error_injection_rate=6", "error_injection_type=correct_result", code=16)
     done, tracker = end["iteration"], run_dir / "checkpoints" / "latest_checkpointed_iteration.txt"
     said = rf"iteration {done + 1}: {WRONG}, also when it was repeated on device cpu of \S+: the next start repeats "
     assert re.match(said, end["reason"]), end["reason"]
     assert tracker.read_text() == str(done)
 
-    again = train_until(16, config, run_dir)
+    again = train(config, run_dir, code=16)
     assert re.search(r"on another device than device cpu of \S+, which this start was given again$", again["reason"])
     assert (again["iteration"], tracker.read_text()) == (done, str(done))
 
@@ -61,7 +54,7 @@ def test_an_error_that_repeats_is_saved_for_another_device_and_can_be_skipped(co
 
 
 def test_a_loss_that_is_nan(config: Path, tmp_path: Path) -> None:
-    end = train_until(16, config, tmp_path / "run", "lr=1e38", "min_lr=0", "clip_grad=0")
+    end = train(config, tmp_path / "run", "lr=1e38", "min_lr=0", "clip_grad=0", code=16)
     assert re.match(
         f"iteration {end['iteration'] + 1}: found NaN in local forward loss calculation on rank [01], also when it was",
         end["reason"],

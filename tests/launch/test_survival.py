@@ -66,7 +66,7 @@ def test_time_limit_preemption_node_loss_and_kill_9(cluster: Cluster, site: Site
     run = survive(cluster, site, OVERRIDES)
     undisturbed = tmp_path / "undisturbed"
     words = ["train", str(REPOSITORY / "configs/olmoe_7b.yaml"), *site.overrides, f"run_dir={undisturbed}"]
-    harness.run("command_line", WORLD, tmp_path / "ranks", words)
+    assert harness.run("command_line", WORLD, tmp_path / "ranks", words) == [0] * WORLD
     assert figures(run.dir) == figures(undisturbed)
 
 
