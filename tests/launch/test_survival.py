@@ -22,19 +22,26 @@ from megatron_fc.report.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
-WORLD, ITERATIONS, BATCH, SAVE_INTERVAL = 8, 64, 4, 5
+ITERATIONS, BATCH, SAVE_INTERVAL = 64, 4, 5
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
-OVERRIDES = (*LAYOUT, "expert_model_parallel_size=2", *samples(ITERATIONS * BATCH), f"save_interval={SAVE_INTERVAL}")
-NODES = ("--nodes=4", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@600")
+EXPERTS = ("expert_model_parallel_size=2", "expert_tensor_parallel_size=1")
+OVERRIDES = (*LAYOUT, *EXPERTS, *samples(ITERATIONS * BATCH), f"save_interval={SAVE_INTERVAL}")
+TASKS = ("--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--signal=B:USR1@600", "--time=60")
+
+
+def submit(cluster: Cluster, site: Site, nodes: int, run_dir: Path) -> str:
+    """The job's number."""
+    words = site.words("moe7b.sh", f"--nodes={nodes}", *TASKS, f"run_dir={run_dir}")
+    return cluster.run(*words, **site.variables, CHECK="no").stdout.split()[-1]
 
 
 class Run:
     """The job, as its user sees it."""
 
-    def __init__(self, cluster: Cluster, site: Site) -> None:
-        self.cluster, self.site, self.dir = cluster, site, site.run_dir()
-        printed = cluster.run(*site.words("moe7b.sh", *NODES, "--time=60"), **site.variables, CHECK="no").stdout
-        self.job = printed.split()[-1]
+    def __init__(self, cluster: Cluster, site: Site, nodes: int) -> None:
+        self.cluster, self.site, self.dir = cluster, site, site.run_dir(f"on-{nodes}-nodes")
+        self.world = 2 * nodes
+        self.job = submit(cluster, site, nodes, self.dir)
 
     def starts(self) -> list[dict]:
         with contextlib.suppress(FileNotFoundError):
@@ -61,12 +68,13 @@ class Run:
         self.cluster.run("scontrol", "update", f"JobId={self.job}", f"TimeLimit={minutes}")
 
 
-def test_time_limit_preemption_node_loss_and_kill_9(cluster: Cluster, site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.soak)])
+def test_time_limit_preemption_node_loss_and_kill_9(nodes: int, cluster: Cluster, site: Site, tmp_path: Path) -> None:
     """With the plain optimizer: without TE or Apex, Megatron resumes no distributed one."""
-    run = survive(cluster, site, OVERRIDES)
+    run = survive(cluster, site, nodes, OVERRIDES)
     undisturbed = tmp_path / "undisturbed"
     words = ["train", str(REPOSITORY / "configs/olmoe_7b.yaml"), *site.overrides, f"run_dir={undisturbed}"]
-    assert harness.run("command_line", WORLD, tmp_path / "ranks", words) == [0] * WORLD
+    assert harness.run("command_line", run.world, tmp_path / "ranks", words) == [0] * run.world
     assert figures(run.dir) == figures(undisturbed)
 
 
@@ -75,23 +83,22 @@ def test_the_same_with_the_distributed_optimizer_on_gpus(site: Site, tmp_path: P
     """On a machine with a GPU for each rank, which become those of the nodes. Not run anywhere yet."""
     if reason := unavailable():
         pytest.skip(reason)
-    if torch.cuda.device_count() < WORLD or not (has_apex() or has_transformer_engine()):
-        pytest.skip(f"needs {WORLD} GPUs, and Transformer Engine or Apex for the distributed optimizer")
+    if torch.cuda.device_count() < 8 or not (has_apex() or has_transformer_engine()):
+        pytest.skip("needs 8 GPUs, and Transformer Engine or Apex for the distributed optimizer")
     undisturbed = tmp_path / "undisturbed"
     with Cluster(tmp_path / "slurm", nodes=5, gpus=2, are_real=True) as cluster:
-        run = survive(cluster, site, (*OVERRIDES, "use_distributed_optimizer=true", "distributed_backend=nccl"))
-        words = site.words("moe7b.sh", *NODES, "--time=60", f"run_dir={undisturbed}")
-        job = cluster.run(*words, **site.variables, CHECK="no").stdout.split()[-1]
+        run = survive(cluster, site, 4, (*OVERRIDES, "use_distributed_optimizer=true", "distributed_backend=nccl"))
+        job = submit(cluster, site, 4, undisturbed)
         assert cluster.wait(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
     assert figures(run.dir)["lm loss"] == figures(undisturbed)["lm loss"]
 
 
-def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
+def survive(cluster: Cluster, site: Site, nodes: int, overrides: Sequence[str]) -> Run:
     """Submit, disturb in four ways, wait for the end."""
     disk = SlowDisk(site.folder / "seconds")
     disk.takes(10)  # or the run might end before SLURM looks at its limit, twice a minute, or preempts it
     site.write(*overrides, more=disk.exports)
-    run = Run(cluster, site)
+    run = Run(cluster, site, nodes)
 
     run.wait_for_start(1)
     run.wait_for_iteration(3)
@@ -103,7 +110,8 @@ def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
     assert from_limit >= 3
 
     run.wait_for_iteration(from_limit + 2)
-    urgent = cluster.run("sbatch", "-p", "urgent", "-N3", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    wanted = f"-N{cluster.nodes - nodes + 1}"  # one more than are free
+    urgent = cluster.run("sbatch", "-p", "urgent", wanted, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     cluster.wait(urgent.stdout.split()[-1], "COMPLETED")
     from_preemption = run.wait_for_start(3)
     assert from_preemption >= from_limit + 2
@@ -113,15 +121,17 @@ def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
     last = (from_preemption // SAVE_INTERVAL + 2) * SAVE_INTERVAL
     disk.hangs_at(last)
     run.wait_for_iteration(last)
-    lost = run.starts()[-1]["host"][2]
+    lost = run.starts()[-1]["host"][nodes // 2]
     cluster.kill_node(int(lost.removeprefix("n")))
     disk.hangs_at(last + SAVE_INTERVAL)
     from_loss = run.wait_for_start(4)
     assert from_loss == last - SAVE_INTERVAL
     assert lost not in run.starts()[-1]["host"]
+    cluster.start_node(int(lost.removeprefix("n")))
 
     run.wait_for_iteration(last + SAVE_INTERVAL)
-    run.cluster.signal_rank(5, run.job, signal.SIGKILL)
+    killed = run.world - 2
+    run.cluster.signal_rank(killed, run.job, signal.SIGKILL)
     disk.is_well()
     from_kill = run.wait_for_start(5)
     assert from_kill == last < ITERATIONS
@@ -131,6 +141,8 @@ def survive(cluster: Cluster, site: Site, overrides: Sequence[str]) -> Run:
     assert (done["JobState"], done["ExitCode"], done["Restarts"]) == ("COMPLETED", "0:0", "4"), log
     assert (run.dir / "state").read_text() == "done\n"
     check_samples(run, from_limit, from_preemption, from_loss, from_kill)
+    assert "signal USR1" in [event.get("reason") for event in run.starts()]
+    assert any(str(event.get("reason")).startswith(f"lost rank {killed} (process ") for event in run.starts())
     return run
 
 
@@ -144,7 +156,8 @@ def check_samples(run: Run, *resumed: int) -> None:
         assert event["checkpoint"] == (
             str(run.dir / "checkpoints" / f"iter_{event['iteration']:07d}") if event["iteration"] else None
         )
-    lines = re.findall(r"iteration +(\d+)/ +\d+ \| consumed samples: +(\d+)", (run.dir / "logs/rank7.log").read_text())
+    last_rank = run.dir / f"logs/rank{run.world - 1}.log"
+    lines = re.findall(r"iteration +(\d+)/ +\d+ \| consumed samples: +(\d+)", last_rank.read_text())
     assert all(int(samples) == int(iteration) * BATCH for iteration, samples in lines)
     assert {int(iteration) for iteration, _ in lines} == set(range(1, ITERATIONS + 1))
     # From start to start, iterations follow each other without a gap.
@@ -154,5 +167,3 @@ def check_samples(run: Run, *resumed: int) -> None:
     end = run.starts()[-1]
     assert (end["event"], end["reason"]) == ("end", "target")
     assert (end["iteration"], end["consumed_samples"]) == (ITERATIONS, ITERATIONS * BATCH)
-    assert "signal USR1" in [event.get("reason") for event in run.starts()]
-    assert any(str(event.get("reason")).startswith("lost rank 5 (process ") for event in run.starts())
