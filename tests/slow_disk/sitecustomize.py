@@ -8,7 +8,7 @@ _fsync = os.fsync
 
 
 def _slow_fsync(file: int) -> None:
-    began, path = time.monotonic(), Path(os.readlink(f"/proc/self/fd/{file}"))
+    began, path = time.monotonic(), Path(os.path.realpath(f"/proc/self/fd/{file}"))
     while path.suffix == ".distcp" and time.monotonic() - began < _seconds(path.parent.name):
         time.sleep(0.1)
     _fsync(file)
