@@ -175,7 +175,10 @@ class Cluster:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 mine = process.environ()
-                if (mine.get("RANK"), mine.get("SLURM_JOB_ID")) == (str(rank), job) and "train" in process.cmdline():
+                # Another cluster at the same time has a job of this number, too.
+                is_here = mine.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                is_rank = (mine.get("RANK"), mine.get("SLURM_JOB_ID")) == (str(rank), job)
+                if is_here and is_rank and "train" in process.cmdline():
                     process.send_signal(number)
 
     def _configure(self) -> None:
