@@ -244,9 +244,10 @@ def test_bias_and_dropout() -> None:
     out = launch.depth_forward(before, case.config)
     kept = out != 0
     assert 0.72 < kept.float().mean() < 0.78
-    for distance in (1, 2, 3, 4):  # 0.75^2 + 0.25^2 = 0.625 where neighbours know nothing of each other
-        alike = (kept[:, distance:] == kept[:, :-distance]).float().mean()
-        assert 0.60 < alike < 0.65
+    # Columns, fractions, tokens of a tile and of two know nothing of each other: 0.75^2 + 0.25^2 = 0.625 are alike.
+    for tokens, columns in [(0, 1), (0, 2), (0, 3), (0, 4), (0, 64), (1, 0), (4, 0)]:
+        alike = kept[tokens:, columns:] == kept[: 64 - tokens, : 256 - columns]
+        assert 0.60 < alike.float().mean() < 0.65
     torch.testing.assert_close(out[kept], ((case.o + bias) / 0.75)[kept])
     g_o, g_beta = launch.depth_backward(case.g_x, before, case.config)
     assert torch.equal(g_o != 0, kept)

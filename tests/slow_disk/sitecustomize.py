@@ -1,4 +1,4 @@
-"""What `slow_disk.SlowDisk` does to every Python process that is told so."""
+"""What `disk.SlowDisk` does to every Python process that is told so."""
 
 import os
 import time
