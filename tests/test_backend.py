@@ -70,10 +70,12 @@ def test_shapes_strides_and_dtypes_that_do_not_fit() -> None:
     assert site.depth(h.bfloat16(), h).dtype == torch.float32
 
 
-def test_under_torch_compile_without_a_graph_break() -> None:
+@pytest.mark.parametrize(("backend", "interpret", "cases"), [("torch", "0", 14), ("triton", "1", 6)])
+def test_under_torch_compile_without_a_graph_break(backend: str, interpret: str, cases: int) -> None:
     """In a process of its own: where the CPU lane is, torch.compile does nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    words = [sys.executable, str(Path(__file__).with_name("under_compile.py"))]
+    environment["TRITON_INTERPRET"] = interpret
+    words = [sys.executable, str(Path(__file__).with_name("under_compile.py")), backend]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("as without torch.compile: ") == 14
+    assert done.stdout.count("as without torch.compile: ") == cases

@@ -1,17 +1,25 @@
-"""Compiles both connections of a site for every option, in a process in which nothing has turned torch.compile off."""
+"""Compiles both connections of a site, in a process in which nothing has turned torch.compile off.
+
+python under_compile.py torch    # or triton, in the interpreter
+"""
+
+import sys
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from megatron_fc import FracConfig, FracConnection
 
-CONFIGS = [
-    FracConfig(),
-    FracConfig(dynamic=False),
-    FracConfig(norm="layernorm"),
-    FracConfig(norm="none", tanh=False, scale=False),
-    FracConfig(recompute=True),
-]
+CONFIGS = {
+    "torch": [
+        FracConfig(backend="torch"),
+        FracConfig(backend="torch", dynamic=False),
+        FracConfig(backend="torch", norm="layernorm"),
+        FracConfig(backend="torch", norm="none", tanh=False, scale=False),
+        FracConfig(backend="torch", recompute=True),
+    ],
+    "triton": [FracConfig(backend="triton"), FracConfig(backend="triton", dynamic=False)],
+}
 
 
 def compare(config: FracConfig, dynamic: bool | None) -> None:
@@ -40,7 +48,7 @@ def compare(config: FracConfig, dynamic: bool | None) -> None:
 
 
 if __name__ == "__main__":
-    for config in CONFIGS:
+    for config in CONFIGS[sys.argv[1]]:
         for dynamic in (False, None, True):
             if config.recompute and dynamic:
                 continue  # docs/memory.md

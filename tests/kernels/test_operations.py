@@ -203,6 +203,22 @@ def test_custom_ops_pass_opcheck(dynamic: bool) -> None:
     torch.library.opcheck(ops._boundary, (*depth, *site))
 
 
+def test_autocast_does_not_reach_inside() -> None:
+    site = FracConnection(64, FracConfig(rate=4, backend="triton"))
+    for parameter in site.parameters():
+        torch.nn.init.normal_(parameter)
+    h, o = torch.randn(7, 64, requires_grad=True), torch.randn(7, 64)
+
+    def results(enabled: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = site.depth(o + site(h), h)
+        return [y, *torch.autograd.grad(y.square().sum(), [h, *site.parameters()])]
+
+    for expected, found in zip(results(False), results(True), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
 def test_absent_gradients_are_zero() -> None:
     case = reference.make(FracConfig(rate=4), 64, 5, torch.float32, "rmsnorm")
     zeros = torch.zeros_like(case.h)
