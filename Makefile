@@ -22,7 +22,7 @@ PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m
 
 # Beside the environment and not in it: where ModelOpt can be imported Megatron imports it, which doubles every start.
 test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distillation with NVIDIA ModelOpt
-	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) tests/compress $(ARGS)
+	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) -m modelopt $(ARGS)
 
 # TE_TORCH_WHEEL: see scripts/setup-te.
 test-te: .venv/.installed  ## run the tests of Transformer Engine's layers, in an environment of its own, without a GPU

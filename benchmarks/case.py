@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fc import FracConfig, FracConnection
-from megatron_fc.norm import NormWeights
+from megatron_fc.connections.norm import NormWeights
 
 EPS = 1e-5
 

@@ -22,12 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_fc import FracConfig
-from megatron_fc.functional import FracParameters
-from megatron_fc.kernels import launch
-from megatron_fc.kernels.depth import depth_backward_kernel, depth_forward_kernel
-from megatron_fc.kernels.tiles import Site
-from megatron_fc.kernels.width import width_backward_kernel, width_forward_kernel
-from megatron_fc.norm import NormWeights
+from megatron_fc.connections.kernels import launch
+from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
+from megatron_fc.connections.kernels.tiles import Site
+from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
+from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.reference import FracParameters
 
 WIDTHS, RATES, ARCHITECTURES = (2048, 4096, 7168), (2, 4, 8), (80, 90, 100)
 RESULTS = Path(__file__).parent / "results"

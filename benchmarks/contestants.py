@@ -7,36 +7,37 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from case import Absent, Case, Program, rms_norm
-from rivals import hyper_connections, liger_mhc, megatron
 from torch import Tensor
 
-from megatron_fc import FracConnection, functional
-from megatron_fc.backend import triton_obstacle
-from megatron_fc.connection import PendingDepth
-from megatron_fc.handover import Handover
-from megatron_fc.norm import NormWeights
-from megatron_fc.traffic import streams
-from megatron_fc.traffic.streams import Moves, Stream
+from case import Absent, Case, Program, rms_norm
+from megatron_fc import FracConnection
+from megatron_fc.connections import reference
+from megatron_fc.connections.backend import triton_obstacle
+from megatron_fc.connections.costs import traffic
+from megatron_fc.connections.costs.traffic import Moves, Stream
+from megatron_fc.connections.frac import PendingDepth
+from megatron_fc.connections.handover import Handover
+from megatron_fc.connections.norm import NormWeights
+from rivals import hyper_connections, liger_mhc, megatron
 
 # What each operation moves: ours, and Megatron's with and without `fused_residual_rmsnorm`.
 OPERATIONS = {
-    "layer": streams.frac_boundary,
-    "boundary": streams.boundary,
-    "width+norm": streams.width_norm,
-    "depth": streams.depth,
-    "width": streams.width,
+    "layer": traffic.frac_boundary,
+    "boundary": traffic.boundary,
+    "width+norm": traffic.width_norm,
+    "depth": traffic.depth,
+    "width": traffic.width,
 }
 STOCK: dict[str, Callable[[Stream], Moves]] = {
-    "layer": streams.residual,
-    "boundary": lambda s: streams.bias_dropout_add(s) + streams.norm(s) + streams.gradient_sum(s),
-    "width+norm": streams.norm,
-    "depth": streams.bias_dropout_add,
+    "layer": traffic.residual,
+    "boundary": lambda s: traffic.bias_dropout_add(s) + traffic.norm(s) + traffic.gradient_sum(s),
+    "width+norm": traffic.norm,
+    "depth": traffic.bias_dropout_add,
 }
 FUSED_RESIDUAL: dict[str, Callable[[Stream], Moves]] = {
-    "layer": streams.fused_residual,
-    "boundary": lambda s: streams.bias_dropout_add(s) + streams.fused_residual_norm(s),
-    "width+norm": streams.fused_residual_norm,
+    "layer": traffic.fused_residual,
+    "boundary": lambda s: traffic.bias_dropout_add(s) + traffic.fused_residual_norm(s),
+    "width+norm": traffic.fused_residual_norm,
 }
 FUSED, EAGER, COMPILED = "fused kernels", "eager reference", "torch.compile of the reference"
 
@@ -56,7 +57,7 @@ def contestants(operation: str, case: Case) -> Iterator[Contestant]:
     if operation == "layer":
         build = partial(_ours, operation, case, "triton", boundary=False)
         yield Contestant(
-            "fused kernels, no boundary", build, partial(streams.frac_two_operations, config=case.config), ours=True
+            "fused kernels, no boundary", build, partial(traffic.frac_two_operations, config=case.config), ours=True
         )
     yield Contestant("torch backend", partial(_ours, operation, case, "torch"), ours=True)
     yield Contestant(EAGER, partial(_reference, operation, case, compiled=False))
@@ -71,7 +72,7 @@ def contestants(operation: str, case: Case) -> Iterator[Contestant]:
         yield Contestant(name, partial(stock, "fused_residual"), FUSED_RESIDUAL[operation])
     if operation == "layer":
         yield Contestant(
-            "Liger mHC, 4 streams: not FC", partial(liger_mhc, case), partial(streams.hyper_ideal, streams=4)
+            "Liger mHC, 4 streams: not FC", partial(liger_mhc, case), partial(traffic.hyper_ideal, streams=4)
         )
         yield Contestant("hyper-connections, num_fracs: not FC", partial(hyper_connections, case))
 
@@ -141,29 +142,29 @@ def _on(backend: str, site: FracConnection) -> FracConnection:
 
 
 def _reference(operation: str, case: Case, compiled: bool) -> Program:
-    """`megatron_fc.functional`. Alone, its depth connection computes the coefficients from h, as it must."""
+    """`megatron_fc.connections.reference`. Alone, its depth connection computes the coefficients from h, as it must."""
     config = case.config
     first, second = (site.site_parameters() for site in case.sites)
     h, (o, o2) = case.h, case.o
     weight, weight2 = case.norms
 
     def width() -> Sequence[Tensor]:
-        return [functional.width(h, first, config)]
+        return [reference.width(h, first, config)]
 
     def normed() -> Sequence[Tensor]:
-        return [rms_norm(functional.width(h, first, config), weight)]
+        return [rms_norm(reference.width(h, first, config), weight)]
 
     def depth() -> Sequence[Tensor]:
-        return [functional.depth(o, h, first, config)]
+        return [reference.depth(o, h, first, config)]
 
     def boundary() -> Sequence[Tensor]:
-        h2 = functional.depth(o, h, first, config)
-        return h2, rms_norm(functional.width(h2, second, config), weight2)
+        h2 = reference.depth(o, h, first, config)
+        return h2, rms_norm(reference.width(h2, second, config), weight2)
 
     def layer() -> Sequence[Tensor]:
-        x = rms_norm(functional.width(h, first, config), weight)
+        x = rms_norm(reference.width(h, first, config), weight)
         h2, x2 = boundary()
-        return x, x2, functional.depth(o2, h2, second, config)
+        return x, x2, reference.depth(o2, h2, second, config)
 
     parameters, parameters2 = ([*site.parameters(), w] for site, w in zip(case.sites, case.norms, strict=True))
     both = [*parameters, *parameters2]

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from megatron_fc.megatron import cpu
+    from megatron_fc.training import cpu_lane
 
-    cpu.install()
+    cpu_lane.install()
     from megatron.core import tensor_parallel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.enums import AttnBackend
@@ -18,11 +18,11 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fc import FracConfig
+from megatron_fc.connections.hyper import HyperConnection
 from megatron_fc.megatron.specs import frac_connect
-from megatron_fc.traffic.counts import DeviceCounts
-from megatron_fc.traffic.device_counter import DeviceCounter
-from megatron_fc.traffic.hyper_connection import HyperConnection
-from megatron_fc.traffic.phase import Whereabouts
+from megatron_fc.planning.counts import DeviceCounts
+from megatron_fc.profiling.counters.device import DeviceCounter
+from megatron_fc.profiling.counters.phase import Whereabouts
 
 _SUB_LAYERS = {"self_attention", "mlp"}
 

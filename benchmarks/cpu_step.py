@@ -16,19 +16,21 @@ import time
 import warnings
 from typing import Any
 
-import record
 import torch
+
+import record
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from megatron_fc.megatron import cpu
+    from megatron_fc.training import cpu_lane
 
-    cpu.install()
+    cpu_lane.install()
     from megatron.core import tensor_parallel
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
+
     from rank import one_rank
 
 from megatron_fc import FracConfig

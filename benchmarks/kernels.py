@@ -18,15 +18,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 import options
 import record
-import torch
 from case import Absent, Case, Program, difference
 from clock import Times, beyond, median, said, take_turns
 from contestants import COMPILED, EAGER, FUSED, OPERATIONS, Contestant, contestants
-
+from megatron_fc.connections.costs.traffic import Stream
 from megatron_fc.errors import UserError
-from megatron_fc.traffic.streams import Stream
 
 DTYPE = torch.bfloat16
 WIDTHS, ELEMENTS = (2048, 4096), 2**26

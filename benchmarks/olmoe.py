@@ -10,9 +10,9 @@ import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from megatron_fc.megatron import cpu
+    from megatron_fc.training import cpu_lane
 
-    cpu.install()
+    cpu_lane.install()
     from megatron.core import tensor_parallel
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -29,9 +29,9 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.environment import has_apex, has_transformer_engine
-from megatron_fc.megatron.precision import config_fields
 from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.training.machine import has_apex, has_transformer_engine
+from megatron_fc.training.precision import config_fields
 
 logging.getLogger("megatron.core").setLevel(logging.ERROR)  # a line for every parameter otherwise
 
@@ -55,14 +55,14 @@ TINY = Size(2, 64, 4, 4, 2, 32, 8, 128)
 
 
 def uses_transformer_engine() -> bool:
-    return has_transformer_engine() and not cpu.needed()
+    return has_transformer_engine() and not cpu_lane.needed()
 
 
 def transformer_config(
     size: Size, layers: int, fused_residual: bool = False, precision: str = "bf16", **options: Any
 ) -> TransformerConfig:
     """OLMoE's architecture and losses; every fusion of Megatron's that is there to be used."""
-    te, on_cpu = uses_transformer_engine(), cpu.needed()
+    te, on_cpu = uses_transformer_engine(), cpu_lane.needed()
     return TransformerConfig(
         num_layers=layers,
         transformer_impl="transformer_engine" if te else "local",
@@ -108,7 +108,7 @@ class Trainee:
         layers: how many.
         frac: None for plain residuals.
         fused_residual: Megatron's `fused_residual_rmsnorm`.
-        precision: a name of `megatron_fc.megatron.precision`.
+        precision: a name of `megatron_fc.training.precision`.
         options: more fields of Megatron's TransformerConfig.
 
     Attributes:

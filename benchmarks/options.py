@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from record import RESULTS
 
 from megatron_fc import FracConfig
+from record import RESULTS
 
 CONNECTIONS = ("dfc_x4", "dfc_x2", "sfc_x4", "sfc_x2")
 

@@ -60,7 +60,7 @@ def installed_version(package: str) -> str:
 
 def _megatron_version() -> str:
     try:
-        from megatron_fc.megatron.compat import megatron_version
+        from megatron_fc.megatron.versions import megatron_version
     except UserError:
         return "not installed"
     return str(megatron_version())

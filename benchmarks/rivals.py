@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from case import EPS, Absent, Case, Program, rms_norm
-from record import installed_version
 from torch import Tensor
 
+from case import EPS, Absent, Case, Program, rms_norm
 from megatron_fc.errors import UserError
+from record import installed_version
 
 STREAMS = 4  # of Liger's mHC
 
@@ -19,7 +19,7 @@ def megatron(operation: str, case: Case, kind: str) -> Program:
     backward passes are one kernel, which adds the residual's gradient.
     """
     try:
-        from megatron_fc.megatron.environment import has_transformer_engine
+        from megatron_fc.training.machine import has_transformer_engine
     except UserError as error:
         raise Absent(str(error)) from None
     if kind != "torch" and not has_transformer_engine():

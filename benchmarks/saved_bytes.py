@@ -17,13 +17,14 @@ import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from megatron_fc.megatron import cpu
+    from megatron_fc.training import cpu_lane
 
-    cpu.install()
+    cpu_lane.install()
     from megatron.core import tensor_parallel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.enums import AttnBackend
     from megatron.core.transformer.transformer_config import TransformerConfig
+
     from rank import one_rank
 
 from megatron_fc import FracConfig

@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
 import olmoe
 import options
 import record
-import torch
 from clock import said
+from megatron_fc import FracConfig
+from megatron_fc.connections.backend import triton_obstacle
+from megatron_fc.errors import UserError
+from megatron_fc.training.machine import device_capability
+from megatron_fc.training.precision import PRECISIONS, refuse_on_device
 from olmoe import OLMOE_7B, TINY, Size, Trainee
 from rank import one_rank
-
-from megatron_fc import FracConfig
-from megatron_fc.backend import triton_obstacle
-from megatron_fc.errors import UserError
-from megatron_fc.megatron.environment import device_capability
-from megatron_fc.megatron.precision import PRECISIONS, refuse_on_device
 
 RESIDUAL, FUSED_RESIDUAL = "residual", "residual, fused_residual_rmsnorm"
 WARM_UP = 2  # the first steps allocate and compile

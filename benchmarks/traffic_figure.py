@@ -18,15 +18,15 @@ os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import matplotlib
 import matplotlib.colors
-import record
 import torch
-from counted_layers import count, hyper_layer, layer
-from rank import one_rank
 from torch import nn
 
+import record
+from counted_layers import count, hyper_layer, layer
 from megatron_fc import FracConfig
-from megatron_fc.traffic.counts import total_device
-from megatron_fc.traffic.streams import Moves, Stream, hyper_ideal
+from megatron_fc.connections.costs.traffic import Moves, Stream, hyper_ideal
+from megatron_fc.planning.counts import total_device
+from rank import one_rank
 
 WIDTH, DTYPE, TOKENS = 2048, torch.bfloat16, 4
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "traffic.png"

@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_fc.config import FracConfig
+from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError
 
 if TYPE_CHECKING:
-    from megatron_fc.connection import FracConnection
+    from megatron_fc.connections.frac import FracConnection
 
 __all__ = ["FracConfig", "FracConnection", "UserError"]
 __version__ = "0.1.0"
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     # torch is loaded by the first use of FracConnection: `megatron-fc doctor` must run where torch does not.
     if name == "FracConnection":
-        from megatron_fc.connection import FracConnection
+        from megatron_fc.connections.frac import FracConnection
 
         return FracConnection
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

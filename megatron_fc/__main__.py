@@ -2,6 +2,6 @@
 
 import sys
 
-from megatron_fc.cli import main
+from megatron_fc.cli.main import main
 
 sys.exit(main())

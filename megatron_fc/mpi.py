@@ -10,7 +10,7 @@ import socket
 import sys
 from contextlib import suppress
 
-from megatron_fc.cli import main
+from megatron_fc.cli.main import main
 from megatron_fc.errors import UserError
 
 

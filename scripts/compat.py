@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from megatron_fc.megatron.compat import NEWEST_TESTED, OLDEST
+from megatron_fc.megatron.versions import NEWEST_TESTED, OLDEST
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".compat"
@@ -58,7 +58,7 @@ def main() -> int:
     PAGE.write_text(page(results, newest, bool(coming)))
     if newest > NEWEST_TESTED:
         print(
-            f"{newest} is newer than NEWEST_TESTED in megatron_fc/megatron/compat.py: set it if the row above is good"
+            f"{newest} is newer than NEWEST_TESTED in megatron_fc/megatron/versions.py: set it if the row above is good"
         )
     return 0 if all(result.works for result in results if result.version in supported) else 1
 

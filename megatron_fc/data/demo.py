@@ -126,7 +126,7 @@ def _write(
     report(f"trained a tokenizer of {bpe.get_vocab_size():,} tokens")
 
     # Here and not above: importing Megatron takes seconds, which neither a reuse nor an error should cost.
-    from megatron_fc.megatron.indexed import write_indexed
+    from megatron_fc.data.indexed import write_indexed
 
     eod = bpe.get_vocab()[tokenizer.EOD]
     splits: dict[str, dict[str, int]] = {}

@@ -1,9 +1,13 @@
-"""The Megatron adapter, the only place that imports Megatron.
+"""The plugin: Frac-Connections in Megatron's layers, by layer spec.
 
-`megatron_fc.megatron.specs.frac_connect` puts Frac-Connections into a layer spec; see its module for the named
-specs of Megatron's `--spec`.
+* `specs`: `frac_connect`, and the names for Megatron's `--spec`
+* `slots`: the modules that stand in a layer's norm slot and bias-dropout-add slot
+* `flags`: `add_frac_args`, FracConfig as Megatron flags
+* `refusals`: Megatron options that do not go with Frac-Connections
+* `parameter_order`: `frac_parameters_first`, for half-precision models under the distributed optimizer
+* `hybrid`, `input_norm`, `norms`, `parameter_count`, `versions`
 """
 
-from megatron_fc.megatron.compat import check_megatron_version
+from megatron_fc.megatron.versions import check_megatron_version
 
 check_megatron_version()

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from megatron_fc.norm import NormKind, NormWeights
+from megatron_fc.connections.norm import NormKind, NormWeights
 
 
 class _HandsOutWeights:

@@ -103,7 +103,7 @@ def _refuse_unwritable_optimizer(args: Namespace) -> None:
     if args.hybrid_layer_pattern and not getattr(args, "frac_parameters_first", False):
         raise UserError(
             "Megatron's distributed optimizer writes fp32 parameters only if they come first, which a hybrid --spec "
-            "cannot arrange: use megatron-fc train with family=hybrid, or add megatron_fc.megatron.order."
+            "cannot arrange: use megatron-fc train with family=hybrid, or add megatron_fc.megatron.parameter_order."
             "frac_parameters_first to the model config's pre_wrap_hooks"
         )
 

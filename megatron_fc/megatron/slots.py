@@ -24,11 +24,11 @@ from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_fc.backend import choose_backend
-from megatron_fc.config import FracConfig
-from megatron_fc.connection import FracConnection, PendingDepth
+from megatron_fc.connections.backend import choose_backend
+from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.frac import FracConnection, PendingDepth
+from megatron_fc.connections.handover import Handover
 from megatron_fc.errors import UserError
-from megatron_fc.handover import Handover
 from megatron_fc.megatron.norms import hand_out_weights, norm_weights
 from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
 

@@ -26,11 +26,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
-from megatron_fc.config import FracConfig
+from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.hybrid import hybrid_stack
 from megatron_fc.megatron.input_norm import take_norm_out
-from megatron_fc.megatron.order import install_order
+from megatron_fc.megatron.parameter_order import install_order
 from megatron_fc.megatron.refusals import training_args
 from megatron_fc.megatron.slots import FracAdd, FracNorm, Pairing
 
@@ -167,7 +167,7 @@ def from_args(model_config: Any, vp_stage: int | None = None) -> Any:
     """`--spec` for an entry point that registers `add_frac_args`: reads the `--frac-*` flags."""
     from megatron.training import get_args
 
-    from megatron_fc.megatron.arguments import frac_config_from_args
+    from megatron_fc.megatron.flags import frac_config_from_args
 
     args = get_args()
     if args.frac_from_residual:

@@ -1,1 +1,9 @@
-"""What a run needs and how long it may take, from plain integers: no Megatron, no GPU, nothing measured."""
+"""What a run needs and how long it may take, from plain integers: no Megatron, no GPU.
+
+* `layout`, `placement`: ranks, and the groups and nodes that they are in
+* `shape`: the model and how it is trained
+* `parameters`, `memory`, `activations`, `flops`: exact counts
+* `counts`, `ring`, `network`: bytes, by where they arise
+* `devices`, `links`, `operations`, `overlap`, `roofline`: time
+* `plan`, `sweep`, `table`: a whole run, other layouts for it, both for people
+"""

@@ -2,7 +2,7 @@
 
 Every function lists what Megatron's layers keep with flash attention, fused SwiGLU and fused norms, for the tokens of
 one micro-batch on one rank. The lists were read off `torch.autograd.graph.saved_tensors_hooks` on real layers, and
-`tests/megatron/test_planning.py` holds them to it. Symbols: T tokens of a rank, d width, t tensor-parallel size,
+`tests/preflight/test_estimate.py` holds them to it. Symbols: T tokens of a rank, d width, t tensor-parallel size,
 e bytes of an element; a stream is T*d*e bytes, divided by t under sequence parallelism. A norm keeps 4 bytes of
 statistics per row, in fp32.
 """
@@ -10,7 +10,7 @@ statistics per row, in fp32.
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from megatron_fc.layout import Layout
+from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Shape, Training
 
 Part = Literal["attention", "mlp", "frac", "head"]

@@ -4,12 +4,12 @@ from collections import defaultdict
 from dataclasses import replace
 from functools import cache
 
-from megatron_fc.layout import Layout
+from megatron_fc.planning.counts import NetworkCount, NetworkCounts, NetworkKey
 from megatron_fc.planning.devices import Device
+from megatron_fc.planning.layout import Layout
+from megatron_fc.planning.network import network_bytes
+from megatron_fc.planning.placement import Placement
 from megatron_fc.planning.shape import Shape, Training
-from megatron_fc.traffic.counts import NetworkCount, NetworkCounts, NetworkKey
-from megatron_fc.traffic.network import network_bytes
-from megatron_fc.traffic.placement import Placement
 
 _POINT_TO_POINT = ("all_to_all", "send")
 

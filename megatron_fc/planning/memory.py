@@ -4,9 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_fc.layout import Layout
 from megatron_fc.planning import activations, parameters
 from megatron_fc.planning.activations import Kept, Part
+from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.parameters import Parameters
 from megatron_fc.planning.shape import Recompute, Shape, Training
 

@@ -1,15 +1,14 @@
 """What a rank computes for a micro-batch, operation by operation: FLOPs and bytes of device memory.
 
 Every operation reads its inputs and writes its outputs once. What connects sub-layers is counted in
-`megatron_fc.traffic.streams`. Left out, as small: embedding, biases, routing of 64 numbers per token.
+`megatron_fc.connections.costs.traffic`. Left out, as small: embedding, biases, routing of 64 numbers per token.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from megatron_fc.layout import Layout
-from megatron_fc.planning.shape import Shape, Training
-from megatron_fc.traffic.streams import (
+from megatron_fc.connections.costs.eager_traffic import frac_torch
+from megatron_fc.connections.costs.traffic import (
     Moves,
     Stream,
     Traffic,
@@ -21,7 +20,8 @@ from megatron_fc.traffic.streams import (
     residual,
     width_norm,
 )
-from megatron_fc.traffic.streams_eager import frac_torch
+from megatron_fc.planning.layout import Layout
+from megatron_fc.planning.shape import Shape, Training
 
 _FP32 = 4
 

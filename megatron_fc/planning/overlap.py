@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from megatron_fc.layout import Layout
+from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Training
 
 _PASSES = {"forward": "forward", "recompute": "backward", "backward": "backward", "optimizer": "optimizer"}

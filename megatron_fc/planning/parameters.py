@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_fc.layout import Layout
+from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Shape
 
 

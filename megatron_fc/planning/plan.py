@@ -4,10 +4,10 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from megatron_fc.layout import Layout
 from megatron_fc.planning import flops, memory, parameters, roofline
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.flops import Flops
+from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.memory import Memory
 from megatron_fc.planning.parameters import Parameters
 from megatron_fc.planning.roofline import Assumptions, StepTime

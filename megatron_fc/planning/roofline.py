@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from megatron_fc.errors import UserError
-from megatron_fc.layout import Layout
 from megatron_fc.planning import links, memory, operations, parameters
 from megatron_fc.planning.devices import Device
+from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.operations import Operation, Pass
 from megatron_fc.planning.overlap import Computed, beside_computation
 from megatron_fc.planning.parameters import Parameters

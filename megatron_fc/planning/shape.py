@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_fc.config import FracConfig
+from megatron_fc.connections.config import FracConfig
 
 
 @dataclass(frozen=True)

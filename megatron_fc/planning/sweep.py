@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from megatron_fc.layout import Layout
+from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.shape import Recompute, Shape, Training
 

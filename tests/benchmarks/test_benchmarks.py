@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import clock
-import options
 import pytest
 import torch
+
+import clock
+import options
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 WIDTH, TOKENS, M = 64, 4, 4

@@ -9,19 +9,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from commands import Done, run
-from runs import config, plain, tensors, trained  # noqa: F401  (fixtures)
+
+from support.compress_commands import Done, run
+from support.compress_runs import config, plain, tensors, trained  # noqa: F401  (fixtures)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from megatron_fc.megatron import cpu
+    from megatron_fc.training import cpu_lane
 
-    cpu.install()
+    cpu_lane.install()
     import rank
-    import tiny
+    from support import tiny
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.checkpoint import latest_checkpoint
+from megatron_fc.checkpoints.location import latest_checkpoint
+
+pytestmark = pytest.mark.modelopt
+
+pytestmark = pytest.mark.modelopt
 
 _DIVERGENCE = re.compile(r"\| distillation loss: (\S+) \|")
 
@@ -83,7 +88,7 @@ def test_loss_is_the_divergence_at_the_temperature_and_its_share_of_the_next_tok
 ) -> None:
     from megatron.training import global_vars
 
-    from megatron_fc.megatron.compress.distill import Distillation
+    from megatron_fc.compress.distill import Distillation
 
     teacher, student = (tiny.build("dense", frac, seed) for seed, frac in enumerate((None, FracConfig(rate=4))))
     t = tiny.tokens(3)
@@ -109,7 +114,7 @@ def test_loss_is_the_divergence_at_the_temperature_and_its_share_of_the_next_tok
 
 
 def test_teacher_of_another_file_shares_the_layout(config: Path, plain: Path) -> None:  # noqa: F811
-    from megatron_fc.megatron.compress.distill import teacher_recipe
+    from megatron_fc.compress.distill import teacher_recipe
 
     overrides = ["data.seq_length=16", "bf16=true", "num_layers=1", "model.hidden_size=64"]
     words = teacher_recipe(config, overrides, config, plain).argv
@@ -135,8 +140,8 @@ def test_refusals(config: Path, plain: Path) -> None:  # noqa: F811
 
 
 def test_settings_that_do_not_go_with_a_teacher() -> None:
+    from megatron_fc.compress.distill import Distillation
     from megatron_fc.errors import UserError
-    from megatron_fc.megatron.compress.distill import Distillation
 
     distillation = Distillation.__new__(Distillation)
     distillation._args = Namespace(seq_length=32)

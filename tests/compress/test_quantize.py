@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run
-from runs import config, tensors, trained  # noqa: F401  (fixtures)
 
+from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.checkpoint import latest_checkpoint
-from megatron_fc.megatron.recipe import load_recipe
-from megatron_fc.report.metrics import read_metrics
+from megatron_fc.runs.metrics import read_metrics
+from megatron_fc.training.recipe import load_recipe
+from support.compress_commands import run
+from support.compress_runs import config, tensors, trained  # noqa: F401  (fixtures)
+
+pytestmark = pytest.mark.modelopt
 
 RECIPES = {"fp8": 40, "int8": 40, "int4_awq": 20}  # quantizers: 20 linear layers, of int4_awq the weights alone
 
@@ -101,8 +103,8 @@ def test_quantised_student_learns_from_a_teacher(config: Path, trained: Path, qu
 @pytest.mark.parametrize("quantized", ["fp8"], indirect=True)
 def test_runs_in_fp8_are_refused(config: Path, trained: Path, quantized: tuple[str, Path, str]) -> None:  # noqa: F811
     """With the recipe of a machine with a GPU, which this one would refuse before."""
-    from megatron_fc.megatron.compress.quantize import quantize
-    from megatron_fc.megatron.pretrain import train
+    from megatron_fc.compress.quantize import quantize
+    from megatron_fc.training.loop import train
 
     _, source, _ = quantized
     options = ["precision=fp8_tensorwise", f"load={source}", "finetune=true", f"run_dir={config.parent / 'never'}"]
@@ -114,7 +116,7 @@ def test_runs_in_fp8_are_refused(config: Path, trained: Path, quantized: tuple[s
 
 
 def test_experts_and_tensors_split_at_once_are_refused() -> None:
-    from megatron_fc.megatron.compress.state import refuse_unquantizable
+    from megatron_fc.training.precision import refuse_unquantizable
 
     layout = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2, "fp8": None, "fp4": None}
     refuse_unquantizable(Namespace(**layout, moe_grouped_gemm=True, transformer_impl="transformer_engine"))

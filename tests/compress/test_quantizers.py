@@ -10,24 +10,22 @@ import pytest
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from megatron_fc.megatron import cpu
+    from megatron_fc.training import cpu_lane
 
-    cpu.install()
+    cpu_lane.install()
     import rank
-    import tiny
+    from support import tiny
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
 from megatron_fc import FracConfig
+from megatron_fc.checkpoints.modelopt_state import enabled_quantizers, refuse_quantized_connections, restore_state
+from megatron_fc.compress.recipes import quantization_config
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.compress.recipes import (
-    enabled_quantizers,
-    quantization_config,
-    refuse_quantized_connections,
-)
-from megatron_fc.megatron.compress.state import restore_state
 from megatron_fc.megatron.slots import FracNorm
+
+pytestmark = pytest.mark.modelopt
 
 BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16}
 LAYERNORM = {"normalization": "LayerNorm"}

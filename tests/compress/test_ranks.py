@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run
-from runs import config, tensors, trained  # noqa: F401  (fixtures)
 
-from megatron_fc.megatron.checkpoint import latest_checkpoint
+from megatron_fc.checkpoints.location import latest_checkpoint
+from support.compress_commands import run
+from support.compress_runs import config, tensors, trained  # noqa: F401  (fixtures)
+
+pytestmark = pytest.mark.modelopt
 
 DENSE = ["num_experts=null", "moe_ffn_hidden_size=null", "moe_router_topk=null", "ffn_hidden_size=64"]
 

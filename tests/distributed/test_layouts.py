@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
-from layouts import ALL_MODELS, BY_NAME, LAYOUTS, ONE_RANK, Layout, Model, model_named, models_of
+
+from support import harness
+from support.layouts import ALL_MODELS, BY_NAME, LAYOUTS, ONE_RANK, Layout, Model, model_named, models_of
 
 pytestmark = pytest.mark.slow
 

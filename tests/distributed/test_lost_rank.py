@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import harness
 import psutil
 import pytest
-from patience import PATIENCE, wait_for_iteration
-from test_pretrain import command, environment, figures
+
+from megatron_fc.checkpoints.location import TRACKER
+from megatron_fc.mpi import free_port
+from megatron_fc.resilience.rank_watch import LOST_RANK_EXIT_CODE
+from megatron_fc.runs.metrics import read_metrics
+from support import harness
+from support.patience import PATIENCE, wait_for_iteration
+from support.training_runs import command, environment, figures
 
 # The fixture; pytest finds it by its name here.
-from test_pretrain import config as config
-
-from megatron_fc.megatron.checkpoint import TRACKER
-from megatron_fc.megatron.watch import LOST_RANK_EXIT_CODE
-from megatron_fc.mpi import free_port
-from megatron_fc.report.metrics import read_metrics
+from support.training_runs import config as config
 
 pytestmark = pytest.mark.slow
 

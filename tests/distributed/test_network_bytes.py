@@ -8,18 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
-import tiny
-from layouts import BY_NAME, LAYOUTS, Layout, Model, models_of
-from ranks import BATCH, MICRO_BATCHES, RECOMPUTE, Counted
 
-from megatron_fc import layout as sizes
+from megatron_fc.planning import layout as sizes
+from megatron_fc.planning.counts import NetworkCounts, NetworkKey
+from megatron_fc.planning.network import network_bytes
+from megatron_fc.planning.placement import Placement
+from megatron_fc.planning.ring import ring_all_gather_bytes, ring_all_reduce_bytes, ring_reduce_scatter_bytes
 from megatron_fc.planning.shape import Recompute, Shape, Training
-from megatron_fc.traffic.counts import NetworkCounts, NetworkKey
-from megatron_fc.traffic.network import network_bytes
-from megatron_fc.traffic.placement import Placement
-from megatron_fc.traffic.ring import ring_all_gather_bytes, ring_all_reduce_bytes, ring_reduce_scatter_bytes
+from support import harness, tiny
+from support.layouts import BY_NAME, LAYOUTS, Layout, Model, models_of
+from support.ranks import BATCH, MICRO_BATCHES, RECOMPUTE, Counted
 
 pytestmark = pytest.mark.slow
 NODES = 2

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import harness
 import pytest
-from layouts import BY_NAME, model_named
+
+from support import harness
+from support.layouts import BY_NAME, model_named
 
 pytestmark = pytest.mark.slow
 MODEL = model_named("mixed2-dfc_x4-random-bf16")

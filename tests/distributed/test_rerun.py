@@ -4,14 +4,14 @@ import json
 import re
 from pathlib import Path
 
-import harness
 import pytest
-from test_pretrain import command
+
+from megatron_fc.runs.metrics import read_metrics
+from support import harness
+from support.training_runs import command
 
 # The fixture; pytest finds it by its name here.
-from test_pretrain import config as config
-
-from megatron_fc.report.metrics import read_metrics
+from support.training_runs import config as config
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
-from layouts import BY_NAME, ONE_RANK, Layout, model_named
+
+from support import harness
+from support.layouts import BY_NAME, ONE_RANK, Layout, model_named
 
 pytestmark = pytest.mark.slow
 MODEL = model_named("mixed4-dfc_x4-random-fp32")

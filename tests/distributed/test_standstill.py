@@ -4,10 +4,10 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-import harness
 import pytest
 
-from megatron_fc.megatron.standstill import SILENT, Standstill, describe
+from megatron_fc.resilience.hang import SILENT, Standstill, describe
+from support import harness
 
 NAME = r"rank {} \(process \d+ on \S+\)"
 

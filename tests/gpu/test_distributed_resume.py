@@ -2,19 +2,19 @@
 
 In bf16 and in FP8, whose scaling history and parameters are in the checkpoint too.
 
-Not run yet: it needs a card. What the CPU lane shows of these checkpoints is in `tests/megatron/test_order.py`.
+Not run yet: it needs a card. `tests/megatron/test_parameter_order.py` has what the CPU lane shows.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
-from launched import losses
+
+from megatron_fc.training.machine import has_apex, has_transformer_engine
+from support.launched import losses
 
 # The fixture; pytest finds it by its name here.
-from test_pretrain import config as config
-
-from megatron_fc.megatron.environment import has_apex, has_transformer_engine
+from support.training_runs import config as config
 
 pytestmark = pytest.mark.gpu
 

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 
 import pytest
-import rank
-import tiny
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -13,9 +11,11 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.inference.utils import InferenceMode
-from test_inference import NEW, PROMPTS, Numbers
 
+import rank
 from megatron_fc import FracConfig
+from support import tiny
+from support.prompts import NEW, PROMPTS, Numbers
 
 pytestmark = pytest.mark.gpu
 

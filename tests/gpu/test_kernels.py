@@ -1,7 +1,7 @@
 """The kernels on a card, where their products are the tensor cores' and not the interpreter's.
 
-Values and gradients against float64 autograd, as `tests/kernels` does on the CPU; and what only a card shows: equal
-bits from run to run, CUDA graphs, torch.compile, autocast. None of these has been run yet.
+Values and gradients against float64 autograd, as in `tests/connections/kernels` on the CPU; and what only a card shows:
+equal bits from run to run, CUDA graphs, torch.compile, autocast. None of these has been run yet.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-import reference
 import torch
-from reference import Case
-from test_operations import CONFIGS, HALF, UNBOUNDED, check, name
 from torch import Tensor
 
 from megatron_fc import FracConfig, FracConnection
+from support import kernel_reference
+from support.kernel_cases import CONFIGS, HALF, UNBOUNDED, check, name
+from support.kernel_reference import Case
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +43,7 @@ def on_card(case: Case) -> Case:
 def test_every_option_in_fp32(config: FracConfig) -> None:
     """Products are three of TF32 there, whose error is some 2^-21 of each term."""
     kind = "rmsnorm" if config.rate > 1 else None
-    check(on_card(reference.make(config, 48 * config.rate, TOKENS, torch.float32, kind)), UNBOUNDED)
+    check(on_card(kernel_reference.make(config, 48 * config.rate, TOKENS, torch.float32, kind)), UNBOUNDED)
 
 
 @pytest.mark.parametrize("kind", [None, "rmsnorm", "layernorm"])
@@ -51,7 +51,7 @@ def test_every_option_in_fp32(config: FracConfig) -> None:
 @pytest.mark.parametrize("width", [2048, 4096, 7168])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_widths_of_real_models(dtype: torch.dtype, width: int, rate: int, kind: str | None) -> None:
-    check(on_card(reference.make(FracConfig(rate=rate), width, 300, dtype, kind)), HALF_TOLERANCE)
+    check(on_card(kernel_reference.make(FracConfig(rate=rate), width, 300, dtype, kind)), HALF_TOLERANCE)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_as_the_torch_backend(site: FracConnection, streams: tuple[Tensor, Tenso
     site.config = replace(site.config, backend="torch")
     for one, expected in zip(found, gradients(step_of(site), site, *streams), strict=True):
         # Both round to bf16 on the way, not at the same places.
-        assert reference.error(one, expected.double()) < HALF_TOLERANCE
+        assert kernel_reference.error(one, expected.double()) < HALF_TOLERANCE
 
 
 def test_a_cuda_graph_replays_it(site: FracConnection, streams: tuple[Tensor, Tensor]) -> None:
@@ -119,7 +119,7 @@ def test_torch_compile_keeps_it_whole(site: FracConnection, streams: tuple[Tenso
     compiled = torch.compile(step_of(site), fullgraph=True)
     expected = gradients(step_of(site), site, *streams)
     for one, other in zip(gradients(compiled, site, *streams), expected, strict=True):
-        assert reference.error(one, other.double()) < HALF_TOLERANCE
+        assert kernel_reference.error(one, other.double()) < HALF_TOLERANCE
 
 
 def test_autocast_does_not_reach_inside(site: FracConnection, streams: tuple[Tensor, Tensor]) -> None:

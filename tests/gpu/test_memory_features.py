@@ -1,6 +1,6 @@
 """Recompute, CUDA graphs, offload, Megatron-FSDP and EP overlap on a card, in Megatron's own training loop.
 
-Each feature trains the tiny model of `tests/megatron/test_pretrain.py` and must give the losses of the run without it.
+Each feature trains the tiny model of `tests/training/test_loop.py` and must give the losses of the run without it.
 None of these has been run yet: docs/memory.md says what is known from reading Megatron's code.
 """
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launched import losses
+
+from support.launched import losses
 
 # The fixture; pytest finds it by its name here.
-from test_pretrain import config as config
+from support.training_runs import config as config
 
 pytestmark = pytest.mark.gpu
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import rank
-import tiny
 import torch
-from olmoe import Size, Trainee
 
+import rank
 from megatron_fc import FracConfig, UserError
-from megatron_fc.megatron.environment import device_capability
-from megatron_fc.megatron.parameters import is_frac_parameter
-from megatron_fc.megatron.precision import PRECISIONS, config_fields, refuse_on_device
+from megatron_fc.megatron.parameter_count import is_frac_parameter
+from megatron_fc.training.machine import device_capability
+from megatron_fc.training.precision import PRECISIONS, config_fields, refuse_on_device
+from olmoe import Size, Trainee
+from support import tiny
 
 pytestmark = pytest.mark.gpu
 

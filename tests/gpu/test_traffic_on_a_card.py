@@ -1,6 +1,6 @@
 """A profile on a card: kernel times beside bytes, and Nsight's command lines where its tools are.
 
-Not run yet: it needs a card. What the CPU lane shows is in `tests/megatron/test_traffic_run.py`.
+Not run yet: it needs a card. What the CPU lane shows is in `tests/profiling/test_profile.py`.
 """
 
 import shutil
@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_pretrain import config as config  # the fixture that makes a tiny config and its data
-from test_pretrain import environment
 
-from megatron_fc.traffic.counts import total_device
-from megatron_fc.traffic.files import read_report
-from megatron_fc.traffic.nsight import read_dram
+from megatron_fc.planning.counts import total_device
+from megatron_fc.profiling.counters.nsight import read_dram
+from megatron_fc.profiling.files import read_report
+from support.training_runs import config as config  # the fixture that makes a tiny config and its data
+from support.training_runs import environment
 
 pytestmark = pytest.mark.gpu
 

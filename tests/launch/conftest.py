@@ -1,16 +1,13 @@
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))  # the harness
-
-from cluster import Cluster, unavailable
-from site_files import Site, make_site
+from support.cluster import Cluster, unavailable
+from support.site_files import Site, make_site
 
 # The fixture that makes a tiny config and its data; pytest finds it by its name here.
-from test_pretrain import config as config
+from support.training_runs import config as config
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ import re
 import signal
 
 import pytest
-from cluster import Cluster
-from disk import SlowDisk
-from patience import wait_for_iteration
-from site_files import Site, samples
+
+from support.cluster import Cluster
+from support.disk import SlowDisk
+from support.patience import wait_for_iteration
+from support.site_files import Site, samples
 
 pytestmark = pytest.mark.slow
 

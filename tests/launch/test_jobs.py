@@ -10,12 +10,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, unavailable
-from disk import SlowDisk
-from patience import wait_for_iteration, wait_until
-from site_files import REPOSITORY, Site, samples
 
-from megatron_fc.megatron.integrity import intact_checkpoints
+from megatron_fc.checkpoints.integrity import intact_checkpoints
+from support.cluster import Cluster, unavailable
+from support.disk import SlowDisk
+from support.patience import wait_for_iteration, wait_until
+from support.site_files import REPOSITORY, Site, samples
 
 pytestmark = pytest.mark.slow
 

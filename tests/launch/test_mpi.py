@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from disk import SlowDisk
-from patience import PATIENCE, wait_for_iteration, wait_until
-from site_files import REPOSITORY, Site, samples
+
+from support.disk import SlowDisk
+from support.patience import PATIENCE, wait_for_iteration, wait_until
+from support.site_files import REPOSITORY, Site, samples
 
 pytestmark = [
     pytest.mark.slow,

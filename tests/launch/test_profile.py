@@ -8,13 +8,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster import Cluster, unavailable
-from patience import wait_until
-from site_files import REPOSITORY, Site, run_on_login_node, samples
 
-from megatron_fc.traffic.counts import total_device, total_network
-from megatron_fc.traffic.files import read_part, read_parts, read_report
-from megatron_fc.traffic.records import Report
+from megatron_fc.planning.counts import total_device, total_network
+from megatron_fc.profiling.files import read_part, read_parts, read_report
+from megatron_fc.profiling.records import Report
+from support.cluster import Cluster, unavailable
+from support.patience import wait_until
+from support.site_files import REPOSITORY, Site, run_on_login_node, samples
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from site_files import REPOSITORY, Site, run_on_login_node
+
+from support.site_files import REPOSITORY, Site, run_on_login_node
 
 SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
 

@@ -8,17 +8,17 @@ import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import harness
 import pytest
 import torch
-from cluster import Cluster, unavailable
-from disk import SlowDisk
-from patience import wait_until
-from site_files import REPOSITORY, Site, samples
-from test_pretrain import figures
 
-from megatron_fc.megatron.environment import has_apex, has_transformer_engine
-from megatron_fc.report.metrics import read_metrics
+from megatron_fc.runs.metrics import read_metrics
+from megatron_fc.training.machine import has_apex, has_transformer_engine
+from support import harness
+from support.cluster import Cluster, unavailable
+from support.disk import SlowDisk
+from support.patience import wait_until
+from support.site_files import REPOSITORY, Site, samples
+from support.training_runs import figures
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
-from site_files import Site, samples
+
+from support.cluster import Cluster
+from support.site_files import Site, samples
 
 pytestmark = pytest.mark.slow
 

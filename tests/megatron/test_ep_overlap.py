@@ -6,13 +6,13 @@ One rank: Megatron's `overlap_moe_expert_parallel_comm` itself wants expert rank
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan as Plan
 from megatron.core.pipeline_parallel import utils as pipeline_utils
 from megatron.core.tensor_parallel import mappings, random
 
 from megatron_fc import FracConfig
+from support import tiny
 
 CONNECTIONS = [None, FracConfig(rate=4), FracConfig(rate=4, dynamic=False), FracConfig(rate=4, recompute=True)]
 NAMES = ["residual", "dfc", "sfc", "dfc-recompute"]

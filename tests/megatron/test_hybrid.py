@@ -1,9 +1,9 @@
 import pytest
-import tiny
 import torch
 
 from megatron_fc import FracConfig, UserError
 from megatron_fc.megatron.hybrid import gpt_key_to_hybrid, hybrid_pattern, hybrid_stack
+from support import tiny
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import warnings
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.inference.engines import StaticInferenceEngine
@@ -18,27 +17,15 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer.enums import AttnBackend
-from saved_bytes import saved_tensors
 
 from megatron_fc import FracConfig
+from saved_bytes import saved_tensors
+from support import tiny
+from support.prompts import NEW, PROMPTS, Numbers
 
-PROMPTS = ([5, 17, 93, 4, 66], [120, 3, 3, 41, 8, 77, 12])  # of two lengths: the engine forces the longer one's rest
-NEW = 6
 GREEDY = SamplingParams(num_tokens_to_generate=NEW, top_k=1, return_log_probs=True)
 # A cached step multiplies matrices of other shapes, hence in another order, than the full pass.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-class Numbers:
-    """A tokenizer whose text is the tokens' numbers."""
-
-    eod, bos, vocab_size = -1, 0, tiny.VOCABULARY
-
-    def tokenize(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
-
-    def detokenize(self, tokens: list[int], **_: Any) -> str:
-        return " ".join(map(str, tokens))
 
 
 class Recorded(GPTInferenceWrapper):

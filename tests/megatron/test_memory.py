@@ -1,9 +1,10 @@
 """What autograd keeps for backward, counted on real Megatron layers (docs/memory.md has the table)."""
 
 import pytest
-import tiny
 import torch
+
 from saved_bytes import CONNECTIONS, DTYPES, WIDTH, Recompute, saved_bytes, saved_tensors, sublayer_output_bytes
+from support import tiny
 
 FRACS = [name for name, frac in CONNECTIONS.items() if frac is not None]
 OURS = Recompute(frac=True)

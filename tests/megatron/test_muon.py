@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
@@ -11,7 +10,8 @@ from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
 from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.parameters import is_frac_parameter
+from megatron_fc.megatron.parameter_count import is_frac_parameter
+from support import tiny
 
 DFC = FracConfig(rate=4)
 

@@ -4,7 +4,6 @@ import sys
 from argparse import Namespace
 
 import pytest
-import tiny
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,8 +13,9 @@ from megatron.training.arguments import parse_args, validate_args
 
 from megatron_fc import FracConfig, FracConnection, UserError
 from megatron_fc.megatron import specs
-from megatron_fc.megatron.arguments import add_frac_args, frac_config_from_args, frac_flags, stored_frac_config
-from megatron_fc.megatron.order import frac_parameters_first
+from megatron_fc.megatron.flags import add_frac_args, frac_config_from_args, frac_flags, stored_frac_config
+from megatron_fc.megatron.parameter_order import frac_parameters_first
+from support import tiny
 
 FLAGS = """--num-layers 3 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 16
 --max-position-embeddings 16 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope

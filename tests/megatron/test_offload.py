@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from megatron.core.extensions import transformer_engine
 from megatron.core.pipeline_parallel.fine_grained_activation_offload import ChunkOffloadHandler
@@ -19,6 +18,7 @@ from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
 
 from megatron_fc import FracConfig
 from megatron_fc.megatron.slots import FracNorm
+from support import tiny
 
 DFC = FracConfig(rate=4)
 

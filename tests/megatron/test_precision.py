@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import tiny
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -10,7 +9,8 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.utils import unwrap_model
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.parameters import is_frac_parameter
+from megatron_fc.megatron.parameter_count import is_frac_parameter
+from support import tiny
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
 STEPS = 100

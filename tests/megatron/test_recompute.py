@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from megatron.core.tensor_parallel import random
 
-from megatron_fc import FracConfig, eager
-from megatron_fc.megatron.parameters import is_frac_parameter
+from megatron_fc import FracConfig
+from megatron_fc.connections import eager
+from megatron_fc.megatron.parameter_count import is_frac_parameter
 from megatron_fc.megatron.slots import FracNorm
+from support import tiny
 
 DFC, SFC = FracConfig(rate=4), FracConfig(rate=4, dynamic=False)
 OURS = {frac: replace(frac, recompute=True) for frac in (DFC, SFC)}

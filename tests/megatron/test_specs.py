@@ -5,7 +5,6 @@ import itertools
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TELayerNormColumnParallelLinear
@@ -20,9 +19,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_fc import FracConfig, FracConnection, UserError
 from megatron_fc.megatron.input_norm import _READERS, _submodules
-from megatron_fc.megatron.parameters import count_parameters, is_frac_parameter
+from megatron_fc.megatron.parameter_count import count_parameters, is_frac_parameter
 from megatron_fc.megatron.slots import FracAdd, FracNorm
 from megatron_fc.megatron.specs import frac_connect
+from support import tiny
 
 DFC, SFC = FracConfig(rate=4), FracConfig(rate=4, dynamic=False)
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}

@@ -6,9 +6,9 @@ import pytest
 
 from megatron_fc import FracConfig
 from megatron_fc.errors import UserError
-from megatron_fc.layout import Layout
 from megatron_fc.planning import activations, flops, links, memory, parameters
 from megatron_fc.planning.devices import DEVICES, device
+from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.roofline import Assumptions
 from megatron_fc.planning.shape import Recompute, Shape, Training

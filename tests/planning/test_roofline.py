@@ -6,9 +6,9 @@ from math import isclose
 import pytest
 
 from megatron_fc import FracConfig
-from megatron_fc.layout import Layout
 from megatron_fc.planning import flops, operations
 from megatron_fc.planning.devices import DEVICES
+from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.operations import Operation
 from megatron_fc.planning.overlap import Computed, Network, beside_computation
 from megatron_fc.planning.parameters import model

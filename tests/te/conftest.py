@@ -13,11 +13,12 @@ import torch
 if find_spec("transformer_engine") is not None:  # else every file here is skipped
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from megatron_fc.megatron import cpu
+        from megatron_fc.training import cpu_lane
 
-        cpu.install()
-        import rank
+        cpu_lane.install()
         import transformer_engine.pytorch  # noqa: F401  before CUDA is pretended: it looks for what is really there
+
+        import rank
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,6 @@ import torch
 
 te = pytest.importorskip("transformer_engine", reason="Transformer Engine is not installed: see `make test-te`")
 
-import tiny  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.extensions.transformer_engine import (  # noqa: E402
     TEColumnParallelLinear,
@@ -16,7 +15,8 @@ from megatron.core.extensions.transformer_engine import (  # noqa: E402
 )
 
 from megatron_fc import FracConfig, FracConnection  # noqa: E402
-from megatron_fc.megatron.parameters import is_frac_parameter  # noqa: E402
+from megatron_fc.megatron.parameter_count import is_frac_parameter  # noqa: E402
+from support import tiny  # noqa: E402
 
 NORMS = ("width", "projection")
 FUSED_MLA = {"mla_down_proj_fusion": True}

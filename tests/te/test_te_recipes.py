@@ -9,11 +9,11 @@ recipes = pytest.importorskip(
     "transformer_engine.common.recipe", reason="Transformer Engine is not installed: see `make test-te`"
 )
 
-import tiny  # noqa: E402
 from megatron.core.fp4_utils import get_fp4_recipe  # noqa: E402
 from megatron.core.fp8_utils import get_fp8_context, get_fp8_recipe  # noqa: E402
 
-from megatron_fc.megatron.precision import config_fields  # noqa: E402
+from megatron_fc.training.precision import config_fields  # noqa: E402
+from support import tiny  # noqa: E402
 
 
 def config(precision: str, **options: Any) -> Any:

@@ -1,0 +1,101 @@
+"""Which checkpoints stay: the newest N and every K-th iteration's.
+
+Megatron's own `save_retain_interval` deletes the one before as soon as the newest is written. If that one turns out to
+be damaged nothing recent is left, so here only what is older than N complete checkpoints goes.
+"""
+
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.checkpoints.integrity import INDEX, is_complete, step_of
+from megatron_fc.checkpoints.location import TRACKER
+from megatron_fc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Retention:
+    """A rule for the checkpoints of a run.
+
+    Attributes:
+        last: how many of the newest stay.
+        every: iterations whose number it divides stay for ever; None for none.
+    """
+
+    last: int
+    every: int | None = None
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "Retention | None":
+        """Take `keep_last` and `keep_every` out of a config's settings; None if all checkpoints stay.
+
+        Raises:
+            UserError: one is no positive number, or Megatron's own rule is set as well.
+        """
+        last, every = settings.pop("keep_last", None), settings.pop("keep_every", None)
+        for name, value in (("keep_last", last), ("keep_every", every)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise UserError(f"{name}={value!r} is no number of checkpoints or iterations: set it to 1 or more")
+        if last is None:
+            if every is not None:
+                raise UserError(f"keep_every={every} says which checkpoints stay for ever: set keep_last as well")
+            return None
+        if settings.get("save_retain_interval") is not None:
+            raise UserError("keep_last and save_retain_interval both delete checkpoints: keep one of them")
+        return cls(last, every)
+
+    def superseded(self, folder: Path, newest: int) -> list[Path]:
+        """Return what may go from a folder of checkpoints.
+
+        Args:
+            folder: with iter_ folders.
+            newest: iteration of the newest finished checkpoint; what is newer may be being written.
+        """
+        checkpoints = sorted((path for path in folder.glob("iter_*") if step_of(path) <= newest), reverse=True)
+        complete = 0
+        for at, checkpoint in enumerate(checkpoints):
+            complete += is_complete(checkpoint)
+            if complete == self.last:
+                return [path for path in checkpoints[at + 1 :] if self.every is None or step_of(path) % self.every]
+        return []
+
+
+class Pruner:
+    """Deletes superseded checkpoints in the background, as a parallel file system takes its time."""
+
+    def __init__(self, retention: Retention, folder: Path) -> None:
+        self._retention, self._folder = retention, folder
+        self._seen: int | None = None
+        self._thread: threading.Thread | None = None
+
+    def look(self) -> None:
+        """Start deleting if there is a new checkpoint and the last deletion is over."""
+        newest = self._newest()
+        if newest is None or newest == self._seen or (self._thread and self._thread.is_alive()):
+            return
+        self._seen = newest
+        self._thread = threading.Thread(target=self._delete, args=(newest,), daemon=True, name="checkpoint pruner")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Delete what the last checkpoint has superseded, now."""
+        if self._thread:
+            self._thread.join()
+        self.look()
+        if self._thread:
+            self._thread.join()
+
+    def _newest(self) -> int | None:
+        """What the tracker says; it may be gone or half written."""
+        try:
+            return int((self._folder / TRACKER).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _delete(self, newest: int) -> None:
+        for checkpoint in self._retention.superseded(self._folder, newest):
+            (checkpoint / INDEX).unlink(missing_ok=True)  # first: what is left of it counts as incomplete
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            print(f"deleted {checkpoint}, {self._retention.last} newer ones are complete")

@@ -1,0 +1,39 @@
+"""The commands of `megatron-fc`, a file each: `add` makes its parser, `run` carries it out and returns the exit code.
+
+They import what they need when they run: `runs` and `doctor` answer without torch and Megatron.
+"""
+
+from megatron_fc.cli import (
+    compare,
+    data,
+    demo,
+    distill,
+    doctor,
+    plan,
+    preflight,
+    prune,
+    quantize,
+    runs,
+    topology,
+    traffic,
+    train,
+    upcycle,
+)
+
+# In the order of `megatron-fc --help`.
+COMMANDS = (
+    train,
+    preflight,
+    topology,
+    plan,
+    upcycle,
+    quantize,
+    distill,
+    prune,
+    data,
+    demo,
+    compare,
+    runs,
+    traffic,
+    doctor,
+)

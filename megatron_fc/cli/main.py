@@ -1,0 +1,65 @@
+"""The command `megatron-fc`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_fc.cli import COMMANDS
+from megatron_fc.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code, 2 for input that the user can correct."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words, extra = _split_at_dashes(words)
+    parser = _parser()
+    # argparse takes the overrides in one piece only; those behind an option are handed back.
+    args, behind = parser.parse_known_args(words)
+    if any(word.startswith("-") for word in behind) or (behind and "overrides" not in args):
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
+    if extra and args.command != "train":
+        parser.error("only `train` takes Megatron flags after --")
+    if behind:
+        args.overrides += behind
+    args.words, args.megatron_flags = words, extra
+    _quieten()
+    try:
+        return int(args.run(args))
+    except UserError as error:
+        print(f"megatron-fc: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatron-fc", description="Frac-Connections (arXiv 2503.14125) for Megatron-LM.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def _quieten() -> None:
+    """Keep import-time warnings off the terminal: that Apex or TE is missing is said once, by our own notes."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b")
+    for talkative in ("torch.utils.cpp_extension", "matplotlib"):
+        logging.getLogger(talkative).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""`megatron-fc preflight`: what a run needs of its nodes."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_fc.cli.parsing import Commands
+from megatron_fc.errors import UserError
+
+
+def add(commands: Commands) -> None:
+    preflight = commands.add_parser(
+        "preflight",
+        help="check nodes, network, clocks, files and room for a run, on all its ranks",
+        allow_abbrev=False,
+    )
+    preflight.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    preflight.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    preflight.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from megatron_fc.preflight.nodes import Plan, preflight
+    from megatron_fc.preflight.rendezvous import NodeError
+
+    def make_plan() -> Plan:
+        from megatron_fc.training import cpu_lane
+
+        cpu_lane.install()
+        from megatron_fc.preflight.requirements import plan_of
+        from megatron_fc.training.recipe import load_recipe
+
+        return plan_of(load_recipe(args.config, args.overrides))
+
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        found = preflight(make_plan)
+    except NodeError as error:
+        if speaks or not error.seen_by_all:
+            print(f"megatron-fc: preflight: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
+    except UserError:
+        if speaks:
+            raise
+        return 2
+    if speaks:
+        print(f"preflight: {found}")
+    return 0

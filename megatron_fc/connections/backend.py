@@ -1,0 +1,46 @@
+"""Which implementation runs: Triton's fused kernels on CUDA devices, hand-written torch elsewhere."""
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from megatron_fc.connections.config import Backend, FracConfig
+from megatron_fc.connections.kernels.availability import triton_obstacle
+from megatron_fc.errors import UserError
+
+
+def choose_backend(config: FracConfig, stream: Tensor) -> str:
+    """Return the backend for a residual stream, triton or torch, and announce it once.
+
+    Raises:
+        UserError: Triton was asked for and cannot run; the message says why.
+    """
+    return _announced(config.backend, config.rate, stream.device.type, stream.dtype)
+
+
+def backend_on(wanted: Backend, rate: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """Return the backend of a site on a type of device, and in a few words why.
+
+    Raises:
+        UserError: Triton was asked for and cannot run; the message says why.
+    """
+    obstacle = None if wanted == "torch" else triton_obstacle(rate, device, dtype)
+    if wanted == "triton" and obstacle:
+        raise UserError(f"backend=triton cannot run: {obstacle}; set backend=auto or backend=torch")
+    if wanted == "torch":
+        return "torch", "as asked for"
+    return ("torch", obstacle) if obstacle else ("triton", "fused kernels")
+
+
+@torch.compiler.assume_constant_result  # which torch.compile need not look into
+def _announced(wanted: Backend, rate: int, device: str, dtype: torch.dtype) -> str:
+    return _announced_once(wanted, rate, device, dtype)
+
+
+@functools.cache
+def _announced_once(wanted: Backend, rate: int, device: str, dtype: torch.dtype) -> str:
+    chosen, reason = backend_on(wanted, rate, device, dtype)
+    logging.getLogger("megatron_fc").info("Frac-Connections run on %s: %s", chosen, reason)
+    return chosen

@@ -1,0 +1,78 @@
+"""The torch backend under autograd: the functions of `megatron_fc.connections.eager` as the two operations of a site.
+
+Functions of autograd, not custom operations, which cost twice the Python: a small model on a CPU waits for that.
+
+For backward are kept: h (width), o and beta (depth); the coefficients gamma and alpha are computed again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fc.connections import eager
+from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.handover import Handover, without_storage
+from megatron_fc.connections.operands import N_PARAMETERS, N_SITE, site_of, site_words
+from megatron_fc.connections.reference import FracParameters
+
+
+def frac_width(h: Tensor, p: FracParameters, config: FracConfig, want_x: bool = True) -> tuple[Tensor, Handover]:
+    """Width connection: x [..., d] (empty without want_x), and what the depth connection takes over."""
+    x, *handover = _width(h, want_x, *site_words(p, config))
+    return x, Handover(*handover)
+
+
+def frac_depth(o: Tensor, h: Tensor, handover: Handover) -> Tensor:
+    """Depth connection: the next residual stream [..., d] in the dtype of h."""
+    return _depth(o, h, *handover)
+
+
+class _Width(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, want_x: bool, *words: Any) -> tuple[Tensor, ...]:
+        x, beta, alpha = eager.width_forward(h, *site_of(words), want_x)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(alpha)
+        ctx.save_for_backward(h, *words[:N_PARAMETERS])
+        ctx.options = words[N_PARAMETERS:]
+        return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
+
+    @staticmethod
+    def backward(
+        ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, _: Tensor | None, g_mixed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        h, *p = ctx.saved_tensors
+        if g_x is not None and not g_x.numel():
+            g_x = None
+        g_h, gradients = eager.width_backward(g_x, g_beta, g_mixed, h, *site_of((*p, *ctx.options)))
+        return g_h, None, *gradients, *[None] * (N_SITE - N_PARAMETERS)
+
+
+class _Depth(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor, mixed: Tensor) -> Tensor:
+        ctx.save_for_backward(o, beta)
+        return eager.depth_forward(o, h, beta, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        o, beta = ctx.saved_tensors
+        g_o, g_beta = eager.depth_backward(g, o, beta)
+        return g_o, None, g_beta, None, g
+
+
+# torch.compile is to leave these whole until it differentiates: in a forward function that it looks into, torch 2.11
+# loses the gradient of what an operation changes in place.
+
+
+@torch.compiler.allow_in_graph
+def _width(*arguments: Any) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = _Width.apply(*arguments)
+    return results
+
+
+@torch.compiler.allow_in_graph
+def _depth(*arguments: Any) -> Tensor:
+    following: Tensor = _Depth.apply(*arguments)
+    return following

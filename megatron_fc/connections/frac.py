@@ -1,0 +1,217 @@
+"""FracConnection: the parameters of one site and its two operations."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_fc.connections import eager_autograd, ops
+from megatron_fc.connections.backend import choose_backend
+from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.handover import Handover
+from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.recompute import recomputed
+from megatron_fc.connections.reference import FracParameters
+from megatron_fc.errors import UserError
+
+
+class PendingDepth(NamedTuple):
+    """A depth connection still to be made, as `FracConnection.depth` takes it."""
+
+    o: Tensor
+    h: Tensor
+    handover: Handover
+    bias: Tensor | None = None
+    dropout: float = 0.0
+
+
+class FracConnection(nn.Module):
+    """One Frac-Connection site: the width connection before a sub-layer, the depth connection after it.
+
+    ::
+
+        x = fc(h)            # the sub-layer's input; fc.width(h) is the same
+        h = fc.depth(o, h)   # the next residual stream, o being the sub-layer's output
+
+    The parameters are those of arXiv 2503.14125 section 3; at their initial values the site is a plain residual
+    connection to the bit. Statics, scales and the norm's weight are one-dimensional and `dynamic_weight` is
+    two-dimensional, which gives them the paper's weight decay under Megatron's rule.
+
+    Args:
+        hidden_size: width d of the residual stream.
+        config: the options.
+
+    Raises:
+        UserError: the rate does not divide the hidden size.
+    """
+
+    def __init__(self, hidden_size: int, config: FracConfig) -> None:
+        super().__init__()
+        m, c = config.rate, config.fraction_size(hidden_size)
+        self.hidden_size = hidden_size
+        self.config = config
+
+        def parameter(*shape: int) -> nn.Parameter:
+            # Explicit, since frameworks build models under a default dtype of bf16.
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32))
+
+        self.static_beta = parameter(m)
+        self.static_gamma = parameter(m * m)
+        self.static_alpha = parameter(m * m)
+        has_scale, has_norm = config.dynamic and config.scale, config.dynamic and config.norm != "none"
+        self.register_parameter("dynamic_weight", parameter(2 * m + 1, c) if config.dynamic else None)
+        self.register_parameter("scale_beta", parameter(1) if has_scale else None)
+        self.register_parameter("scale_alpha", parameter(1) if has_scale else None)
+        self.register_parameter("norm_weight", parameter(c) if has_norm else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the initial values: B = 1, Y = A = I, W = 0, s = initial_scale (eq. 15)."""
+        with torch.no_grad():
+            p = self.site_parameters()
+            identity = torch.eye(self.config.rate, device=p.static_gamma.device).flatten()
+            p.static_beta.fill_(1)
+            p.static_gamma.copy_(identity)
+            p.static_alpha.copy_(identity)
+            for tensor, value in (
+                (p.dynamic_weight, 0.0),
+                (p.scale_beta, self.config.initial_scale),
+                (p.scale_alpha, self.config.initial_scale),
+                (p.norm_weight, 1.0),
+            ):
+                if tensor is not None:
+                    tensor.fill_(value)
+
+    def site_parameters(self) -> FracParameters:
+        """Return the parameters by name, None for those that the configuration does not have."""
+        return FracParameters(**{name: getattr(self, name) for name in FracParameters._fields})
+
+    def forward(
+        self,
+        h: "Tensor | PendingDepth",
+        then: Callable[[Tensor], Tensor] | None = None,
+        norm: NormWeights | None = None,
+        hand_over: bool = False,
+    ) -> Any:
+        """Width connection: residual stream [..., d] -> sub-layer input [..., d], before the sub-layer's norm.
+
+        Frameworks call the module, never `width` alone: hooks on the module (overlapped parameter gathers of
+        data parallelism) have then run before the parameters are read.
+
+        Args:
+            h: the residual stream; or the depth connection that is to make it, in the same pass (Triton).
+            then: applied to the result, say the sub-layer's norm: with `recompute` the result itself is not kept
+                for backward.
+            norm: the sub-layer's norm as weights, applied in the same pass (Triton).
+            hand_over: also return what `depth` can take over instead of looking at h again.
+
+        Returns:
+            x; with `hand_over` (x, handover); for a `PendingDepth` (h, x, handover).
+
+        Raises:
+            UserError: the last dimension is not the hidden size or not contiguous, or the backend cannot run.
+        """
+        if isinstance(h, PendingDepth):
+            return self._boundary(h, norm)
+        self._check("h", h)
+
+        def width(h: Tensor) -> tuple[Tensor, Handover]:
+            x, handover = self._width(h, norm)
+            return x if then is None else then(x), handover
+
+        x, handover = recomputed(width, h) if self.config.recompute else width(h)
+        return (x, handover) if hand_over else x
+
+    def width(self, h: Tensor) -> Tensor:
+        """The width connection; the same as calling the module."""
+        x: Tensor = self(h)
+        return x
+
+    def _width(self, h: Tensor, norm: NormWeights | None, want_x: bool = True) -> tuple[Tensor, Handover]:
+        if choose_backend(self.config, h) == "triton":
+            return ops.frac_width(h, self.site_parameters(), self.config, norm, want_x)
+        return eager_autograd.frac_width(h, self.site_parameters(), self.config, want_x)
+
+    def _boundary(self, pending: "PendingDepth", norm: NormWeights | None) -> tuple[Tensor, Tensor, Handover]:
+        o, h, handover, bias, dropout = pending
+        self._check("h", h)
+        self._check_output(o, h)
+        seed = dropout_seed(h, dropout)
+        return ops.frac_boundary(o, h, handover, bias, seed, dropout, self.site_parameters(), self.config, norm)
+
+    def depth(
+        self,
+        o: Tensor,
+        h: Tensor,
+        handover: Handover | None = None,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Depth connection: sub-layer output and residual stream [..., d] -> next residual stream [..., d].
+
+        Args:
+            o: the sub-layer's output, in the dtype of h or, with an fp32 stream, a lower one.
+            h: the residual stream that went into the width connection.
+            handover: what the width connection handed over for h; without it the coefficients are computed again.
+            bias: [d], added to o; rounded like Megatron's own bias-dropout-add.
+            dropout: probability for an element of o to be dropped.
+
+        Returns:
+            [..., d] in the dtype of h.
+
+        Raises:
+            UserError: shapes or dtypes do not fit, or the backend cannot run.
+        """
+        self._check("h", h)
+        self._check_output(o, h)
+        if handover is None:
+            _, handover = self._width(h, None, want_x=False)
+        if choose_backend(self.config, h) == "triton":
+            return ops.frac_depth(o, h, handover, bias, dropout_seed(h, dropout), dropout)
+        if bias is not None or dropout > 0:
+            o = o.to(h.dtype) if bias is None else o.to(h.dtype) + bias.to(h.dtype)
+            o = F.dropout(o, dropout)
+        return eager_autograd.frac_depth(o, h, handover)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, {self.config}"
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if tensor.shape[-1:] != (self.hidden_size,):
+            raise UserError(
+                f"{name} has shape {tuple(tensor.shape)}: its last dimension must be hidden_size={self.hidden_size}"
+            )
+        if tensor.stride(-1) != 1 and self.hidden_size > 1:
+            raise UserError(f"{name} has strides {tensor.stride()}: its last dimension must be contiguous")
+
+    def _check_output(self, o: Tensor, h: Tensor) -> None:
+        if o.shape != h.shape:
+            raise UserError(f"o has shape {tuple(o.shape)} and h {tuple(h.shape)}: they must be the same")
+        self._check("o", o)
+        if o.dtype != h.dtype and not (h.dtype == torch.float32 and o.dtype in (torch.bfloat16, torch.float16)):
+            raise UserError(f"o is {o.dtype} and h {h.dtype}: they must be the same, or o of 16 bits with h in fp32")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FracConnection":
+        # Megatron's Float16Module casts by module.bfloat16(). Just above 1 bf16 steps by 0.0078, coarser than
+        # what B, Y and A learn, so the parameters never fall below fp32.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            too_coarse = moved.is_floating_point() and moved.dtype.itemsize < torch.float32.itemsize
+            return tensor.to(moved.device) if too_coarse else moved
+
+        # Leaving the meta device makes new parameters, without what frameworks have marked on the old ones: Megatron's
+        # `sequence_parallel`, say, whose loss would leave gradients unreduced.
+        marks = {name: vars(p).copy() for name, p in self._parameters.items() if p is not None}
+        super()._apply(keep_precision, recurse)
+        for name, attributes in marks.items():
+            vars(self._parameters[name]).update(attributes)
+        return self
+
+
+def dropout_seed(h: Tensor, dropout: float) -> Tensor | None:
+    """Draw a seed from the device's generator: without waiting for it, and again where its state is restored."""
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout}: give a probability from 0 to below 1")
+    return torch.randint(2**31 - 1, (1,), device=h.device) if dropout > 0 else None

@@ -1,0 +1,1 @@
+"""Fused Triton kernels of Frac-Connections; only this folder imports Triton."""

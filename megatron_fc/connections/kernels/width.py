@@ -1,0 +1,313 @@
+"""Width connection: x = norm(Y(h)^T h), and with it the coefficients beta and alpha for the depth connection.
+
+| | reads | writes | elements of d per token |
+|---|---|---|---|
+| forward | h | x | 2 |
+| backward | g_x, g_mixed, h | g_h | 4 |
+| boundary, forward | o, h of the depth connection before | its h', x | 4 |
+| boundary, backward | g_x, g_mixed, h', o | gradient of h', g_o | 6 |
+
+Per token there are also, in fp32, beta (m values) and alpha (m*m) in forward and the gradient of beta (m) in backward.
+Parameters are read and sums for their gradients written once per program; from tile to tile both stay in cache.
+
+Two passes over a tile: the first takes all inner products of rows, the second, which finds the rows in cache, makes the
+result. It goes backwards: of a tile that does not fit, what was read last is still there. Between them everything is
+algebra on tables: the statistics of x follow from the products of the rows of h, so that x need not exist for them.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_fc.connections.kernels.depth import alpha_matrix, beta_rows, depth_chunk, depth_gradient_chunk
+from megatron_fc.connections.kernels.tiles import (
+    by_lanes,
+    chunk,
+    columns,
+    diagonal,
+    from_table,
+    inside,
+    less,
+    load_chunk,
+    load_projection,
+    load_weight,
+    moments,
+    rows_by_rows,
+    same_token,
+    scales,
+    spread,
+    static_table,
+    store_chunk,
+    table_by_rows,
+    tanh,
+    to_table,
+    token_sum,
+)
+
+
+@triton.jit
+def weight_chunk(norm, n, S: tl.constexpr):
+    """Chunk n of what the sub-layer's norm multiplies by."""
+    weight = load_weight(norm.weight, n, S)
+    return weight + 1.0 if S.ONE_PLUS else weight
+
+
+@triton.jit
+def between_passes():
+    """The second pass reads rows and weights again, from cache; the compiler would else keep the first pass's reads in
+    registers, and there is no room for them.
+    """
+    tl.debug_barrier()
+
+
+@triton.jit
+def projection_sums(p, like, S: tl.constexpr):
+    """Sum of the columns of each row of the projection, [KP], which a fraction's mean is multiplied by."""
+    CHUNKS: tl.constexpr = S.CHUNKS
+    total = tl.zeros([S.KP], tl.float32)
+    if S.NORM == "layernorm":
+        for n in tl.static_range(CHUNKS):
+            total += tl.sum(tl.sum(load_projection(p, n, like, S).to(tl.float32), axis=2), axis=0)
+    return total
+
+
+@triton.jit
+def no_products(S: tl.constexpr):
+    """Products of a tile's rows, per warp: with W and with themselves, and their sums."""
+    return (
+        tl.zeros([S.W, S.R, S.KP], tl.float32),
+        tl.zeros([S.W, S.R, S.R], tl.float32),
+        tl.zeros([S.W, S.R], tl.float32),
+    )
+
+
+@triton.jit
+def add_products(products, h, p, n, like, S: tl.constexpr):
+    """Add chunk n of h to the products that a width connection needs."""
+    z, gram, sums = products
+    if S.DYNAMIC:
+        z = rows_by_rows(h, load_projection(p, n, like, S), z, S)
+    if S.NORM != "none" or S.SUB_NORM != "none":
+        gram = rows_by_rows(h, h, gram, S)
+    if S.NORM == "layernorm" or S.SUB_NORM == "layernorm":
+        sums += tl.sum(h.to(tl.float32), axis=2)
+    return z, gram, sums
+
+
+@triton.jit
+def over_warps(products):
+    """The products of whole rows: [R, KP], [R, R], [R]."""
+    z, gram, sums = products
+    return tl.sum(z, axis=0), tl.sum(gram, axis=0), tl.sum(sums, axis=0)
+
+
+@triton.jit
+def coefficients(products, p, w_sums, S: tl.constexpr):
+    """Coefficients, z and tanh(z) as tables, mean and reciprocal deviation of each row (eq. 9-14)."""
+    z, gram, sums = products
+    mean, deviation = moments(sums, diagonal(gram, S), S.NORM, S.EPS, S.C)
+    z = deviation[:, None] * less(z, mean[:, None] * w_sums[None, :], S.NORM)
+    t = tanh(z) if S.TANH else z
+    table = static_table(p, S)
+    if S.DYNAMIC:
+        table += scales(p, S)[None, :] * t
+    return table, z, t, mean, deviation
+
+
+@triton.jit
+def input_moments(gamma, products, S: tl.constexpr):
+    """Mean and reciprocal deviation of x = gamma^T h over each token's row, and the products (h_i, x_j)."""
+    _, gram, sums = products
+    gram_gamma = tl.dot(tl.where(same_token(S), gram, 0.0), gamma, input_precision="tf32x3")
+    squares = token_sum(tl.sum(gamma * gram_gamma, axis=1), S)
+    if S.SUB_NORM == "layernorm":
+        sums = token_sum(tl.sum(gamma, axis=1) * sums, S)
+    mean, deviation = moments(sums, squares, S.SUB_NORM, S.SUB_EPS, S.M * S.C)
+    return mean, deviation, gram_gamma
+
+
+@triton.jit
+def store_coefficients(table, beta, alpha, first, count, S: tl.constexpr):
+    rows = first + tl.arange(0, S.R)
+    k = tl.arange(0, S.KP)[None, :]
+    valid = rows < count
+    tl.store(beta + rows, tl.sum(tl.where(k == 0, table, 0.0), axis=1), mask=valid)
+    inside = (k > S.M) & (k < 1 + 2 * S.M)
+    tl.store(alpha + rows[:, None] * S.M + (k - 1 - S.M), table, mask=valid[:, None] & inside)
+
+
+@triton.jit
+def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr):
+    """count: rows of h, that is tokens times M. With `pre.o`, h is made and stored by the depth connection before."""
+    CHUNKS: tl.constexpr = S.CHUNKS
+    w_sums = projection_sums(p, h, S)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, S.R), tl.num_programs(0), disable_licm=True):
+        first = tile * S.R
+        products = no_products(S)
+        if pre.o is not None:
+            pre_beta, pre_alpha = beta_rows(pre.beta, first, count, S), alpha_matrix(pre.alpha, first, count, S)
+        for n in tl.range(CHUNKS, disable_licm=True):
+            if pre.o is not None:
+                rows = depth_chunk(pre, pre_beta, pre_alpha, first, count, n, h, S)
+                store_chunk(h, rows, first, count, n, S)
+            else:
+                rows = load_chunk(h, first, count, n, S)
+            products = add_products(products, rows, p, n, h, S)
+
+        between_passes()
+        products = over_warps(products)
+        table, _, _, _, _ = coefficients(products, p, w_sums, S)
+        store_coefficients(table, beta, alpha, first, count, S)
+        if x is not None:
+            gamma = from_table(table, 1, S)
+            if S.SUB_NORM != "none":
+                mean, deviation, _ = input_moments(gamma, products, S)
+            for back in tl.range(CHUNKS, disable_licm=True):
+                n = CHUNKS - 1 - back
+                out = table_by_rows(tl.trans(gamma), load_chunk(h, first, count, n, S), S)
+                if S.SUB_NORM != "none":
+                    out = less(out, mean[None, :, None], S.SUB_NORM) * deviation[None, :, None]
+                    out *= weight_chunk(norm, n, S)
+                    if norm.bias is not None:
+                        out += load_weight(norm.bias, n, S)
+                store_chunk(x, out, first, count, n, S)
+
+
+@triton.jit
+def add_to(pointer, at, values, mask, started):
+    """Add to a program's own sums in memory; they begin with its first tile.
+
+    They stay in cache. In registers there is no room for them, and other programs do not touch them: the order of
+    additions, and with it the result, is always the same.
+    """
+    tl.store(pointer + at, tl.load(pointer + at, mask=mask & started, other=0.0) + values, mask=mask)
+
+
+@triton.jit
+def add_projection(pointer, dz, h, n, started, S: tl.constexpr):
+    """Add dz^T h of chunk n to a program's sums for the projection [2m+1, c]."""
+    k = by_lanes(S.KP, S)
+    rows: tl.constexpr = 2 * S.M + 1
+    values = spread(table_by_rows(tl.trans(dz), h, S), S)
+    pointer = chunk(pointer, tl.program_id(0) * rows, n, S)
+    add_to(pointer, k * S.C + columns(S), values, (k < rows) & inside(n, S), started)
+
+
+@triton.jit
+def add_weight(pointer, values, n, started, S: tl.constexpr):
+    """Add chunk n, [W, R, K], over its tokens to a program's sums for a weight or bias [d]."""
+    values = tl.sum(tl.reshape(values, [S.W, S.R // S.M, S.M, S.K]), axis=1)
+    i = tl.arange(0, S.M)[:, None, None, None]
+    values = tl.permute(values, 1, 0, 2)[:, :, None, :]
+    add_to(chunk(pointer, tl.program_id(0) * S.M, n, S), i * S.C + columns(S), values, inside(n, S), started)
+
+
+@triton.jit
+def input_gradient_products(gamma, with_x, u_sums, products, S: tl.constexpr):
+    """Backward of the sub-layer's norm between the passes: its statistics, and the products (h_i, g_x_j)."""
+    mean, deviation, gram_gamma = input_moments(gamma, products, S)
+    h_sums = products[2][:, None]
+    total = tl.zeros_like(mean)
+    along = token_sum(tl.sum(gamma * with_x, axis=1), S)
+    if S.SUB_NORM == "layernorm":
+        u_total = token_sum(u_sums, S)
+        along -= mean * u_total
+        total = u_total / (S.M * S.C)
+    along *= deviation / (S.M * S.C)
+    with_normed = deviation[:, None] * less(gram_gamma, mean[:, None] * h_sums, S.SUB_NORM)
+    with_g = deviation[:, None] * (less(with_x, total[:, None] * h_sums, S.SUB_NORM) - along[:, None] * with_normed)
+    return tl.where(same_token(S), with_g, 0.0), (mean, deviation, along, total)
+
+
+@triton.jit
+def width_backward_kernel(g_x, g_beta, g_mixed, g_other, h, pre, p, norm, g_h, partial, count, S: tl.constexpr):
+    """count: rows of h, that is tokens times M. Absent gradients are None.
+
+    g_other is added to the gradient of h. With `pre.o`, it goes on through the depth connection that made h.
+    """
+    CHUNKS: tl.constexpr = S.CHUNKS
+    w_sums = projection_sums(p, h, S)
+    d_table, d_scaled, d_shift = (
+        tl.zeros([S.R, S.KP], tl.float32),
+        tl.zeros([S.KP], tl.float32),
+        tl.zeros([S.KP], tl.float32),
+    )
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, S.R), tl.num_programs(0), disable_licm=True):
+        first = tile * S.R
+        started = tile >= tl.num_programs(0)
+        products = no_products(S)
+        with_x, u_sums = products[1], products[2]
+        with_mixed = with_x
+        for n in tl.range(CHUNKS, disable_licm=True):
+            rows = load_chunk(h, first, count, n, S)
+            products = add_products(products, rows, p, n, h, S)
+            if g_x is not None:
+                u = load_chunk(g_x, first, count, n, S)
+                if S.SUB_NORM != "none":
+                    u = (u * weight_chunk(norm, n, S)).to(rows.dtype)
+                    if S.SUB_NORM == "layernorm":
+                        u_sums += tl.sum(u.to(tl.float32), axis=2)
+                with_x = rows_by_rows(rows, u, with_x, S)
+            if g_mixed is not None:
+                g = load_chunk(g_mixed, first, count, n, S)
+                with_mixed = rows_by_rows(rows, g, with_mixed, S)
+
+        between_passes()
+        products = over_warps(products)
+        table, z, t, mean, deviation = coefficients(products, p, w_sums, S)
+        gamma, alpha = from_table(table, 1, S), from_table(table, 1 + S.M, S)
+        with_x = tl.where(same_token(S), tl.sum(with_x, axis=0), 0.0)
+        if S.SUB_NORM != "none":
+            with_x, sub = input_gradient_products(gamma, with_x, tl.sum(u_sums, axis=0), products, S)
+        d = to_table(with_x, 1, S) + to_table(tl.sum(with_mixed, axis=0), 1 + S.M, S)
+        if g_beta is not None:
+            at = first + tl.arange(0, S.R)
+            d_beta = tl.load(g_beta + at, mask=at < count, other=0.0)
+            d += tl.where((tl.arange(0, S.KP) == 0)[None, :], d_beta[:, None], 0.0)
+        dz = d * scales(p, S)[None, :]
+        if S.TANH:
+            dz *= 1.0 - t * t
+        slope = deviation * deviation * tl.sum(dz * z, axis=1) / S.C
+        dz *= deviation[:, None]
+        shift = tl.sum(dz * w_sums[None, :], axis=1) / S.C
+        d_table += d
+        d_scaled += tl.sum(d * t, axis=0)
+        d_shift += tl.sum(dz * mean[:, None], axis=0)
+
+        if pre.o is not None:
+            pre_beta, d_pre_beta = beta_rows(pre.beta, first, count, S), tl.zeros([S.W, S.R], tl.float32)
+        for back in tl.range(CHUNKS, disable_licm=True):
+            n = CHUNKS - 1 - back
+            rows = load_chunk(h, first, count, n, S)
+            g = tl.zeros([S.W, S.R, S.K], tl.float32)
+            if g_x is not None:
+                u = load_chunk(g_x, first, count, n, S)
+                if S.SUB_NORM != "none":
+                    normed = table_by_rows(tl.trans(gamma), rows, S)
+                    normed = less(normed, sub[0][None, :, None], S.SUB_NORM) * sub[1][None, :, None]
+                    add_weight(partial.weight, u * normed, n, started, S)
+                    if norm.bias is not None:
+                        add_weight(partial.bias, u.to(tl.float32), n, started, S)
+                    u = less(u * weight_chunk(norm, n, S), sub[3][None, :, None], S.SUB_NORM)
+                    u = ((u - normed * sub[2][None, :, None]) * sub[1][None, :, None]).to(rows.dtype)
+                g += table_by_rows(gamma, u, S)
+            if g_mixed is not None:
+                g += table_by_rows(alpha, load_chunk(g_mixed, first, count, n, S), S)
+            if S.DYNAMIC:
+                g += table_by_rows(dz, load_projection(p, n, h, S), S)
+                if S.NORM != "none":
+                    g -= slope[None, :, None] * less(rows.to(tl.float32), mean[None, :, None], S.NORM)
+                    g = less(g, shift[None, :, None], S.NORM)
+                add_projection(partial.projection, dz, rows, n, started, S)
+            if g_other is not None:
+                g += load_chunk(g_other, first, count, n, S).to(tl.float32)
+            store_chunk(g_h, g, first, count, n, S)
+            if pre.o is not None:
+                rounded = g.to(g_h.dtype.element_ty)
+                d_pre_beta += depth_gradient_chunk(rounded, pre, pre_beta, first, count, n, h, S)
+        if pre.o is not None:
+            at = first + tl.arange(0, S.R)
+            tl.store(pre.g_beta + at, tl.sum(d_pre_beta, axis=0), mask=at < count)
+    program, r, k = tl.program_id(0), tl.arange(0, S.R), tl.arange(0, S.KP)
+    tl.store(partial.table + (program * S.R + r)[:, None] * S.KP + k[None, :], d_table)
+    tl.store(partial.scaled + program * S.KP + k, d_scaled)
+    tl.store(partial.shift + program * S.KP + k, d_shift)

@@ -1,0 +1,309 @@
+"""The fused kernels as torch.library custom ops: what torch.compile and autograd see of them.
+
+For backward are kept: h (width), o and beta (depth); the coefficients gamma and alpha are computed again.
+"""
+
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.handover import Handover, without_storage
+from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.operands import N_PARAMETERS, N_SITE, site_of, site_words
+from megatron_fc.connections.reference import FracParameters
+
+_SITE = (
+    "Tensor static_beta, Tensor static_gamma, Tensor static_alpha, Tensor? dynamic_weight, Tensor? scale_beta, "
+    "Tensor? scale_alpha, Tensor? norm_weight, int rate, str norm, bool tanh, float norm_eps"
+)
+_NORM = "Tensor? sub_weight, Tensor? sub_bias, str sub_norm, float sub_eps, bool one_plus"
+_DEPTH = "Tensor o, Tensor h, Tensor beta, Tensor alpha, Tensor mixed, Tensor? bias, Tensor? seed, float dropout"
+_N_NORM, _N_DEPTH = 5, 8
+
+
+def frac_width(
+    h: Tensor, p: FracParameters, config: FracConfig, norm: NormWeights | None, want_x: bool = True
+) -> tuple[Tensor, Handover]:
+    """Width connection: x or norm(x) [..., d] (empty without want_x), and what the depth connection takes over."""
+    x, *handover = _width(h, *site_words(p, config), *_norm_words(norm), want_x)
+    return x, Handover(*handover)
+
+
+def frac_depth(
+    o: Tensor,
+    h: Tensor,
+    handover: Handover,
+    bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Depth connection: the next residual stream [..., d] in the dtype of h."""
+    return _depth(o, h.detach(), *handover, bias, seed, dropout)
+
+
+def frac_boundary(
+    o: Tensor,
+    h: Tensor,
+    handover: Handover,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    p: FracParameters,
+    config: FracConfig,
+    norm: NormWeights | None,
+) -> tuple[Tensor, Tensor, Handover]:
+    """Depth connection of one site and width connection of the next in one pass: h', x and the next handover."""
+    words = (*site_words(p, config), *_norm_words(norm))
+    h, x, *following = _boundary(o, h.detach(), *handover, bias, seed, dropout, *words)
+    return h, x, Handover(*following)
+
+
+def _norm_words(norm: NormWeights | None) -> tuple[Any, ...]:
+    return (
+        (None, None, "none", 1.0, False)
+        if norm is None
+        else (norm.weight, norm.bias, norm.kind, norm.eps, norm.one_plus)
+    )
+
+
+def _norm(words: tuple[Any, ...]) -> NormWeights | None:
+    weight, bias, kind, eps, one_plus = words
+    return None if kind == "none" else NormWeights(kind, weight, bias, eps, one_plus)
+
+
+def _kernels() -> ModuleType:
+    from megatron_fc.connections.kernels import launch
+
+    return launch
+
+
+def _coefficients_like(h: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, dtype = prod(h.shape[:-1]), torch.promote_types(h.dtype, torch.float32)
+    return h.new_empty(tokens, rate, dtype=dtype), h.new_empty(tokens, rate * rate, dtype=dtype), without_storage(h)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _apart(gradients: FracParameters) -> list[Tensor]:
+    """Gradients of a site in storages of their own: an op may not return slices of one table, as small ones may be."""
+    return [g.clone() if g.dim() == 1 else g for g in _present(gradients)]
+
+
+def _present(tensors: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+# Width connection.
+
+
+def _width_impl(h: Tensor, *words: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *words_of_site, want_x = words
+    (p, config), norm = site_of(tuple(words_of_site[:N_SITE])), _norm(tuple(words_of_site[N_SITE:]))
+    x, beta, alpha = _kernels().width_forward(h.contiguous(), p, config, norm, want_x)
+    return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
+
+
+def _width_fake(h: Tensor, *words: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = torch.empty_like(h, memory_format=torch.contiguous_format) if words[-1] else h.new_empty(0)
+    return x, *_coefficients_like(h, words[N_PARAMETERS])
+
+
+def _width_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    h, *words = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+    tensors = (h, *words[:N_PARAMETERS], *words[N_SITE : N_SITE + 2])
+    ctx.save_for_backward(*tensors)
+    ctx.words = (words[N_PARAMETERS:N_SITE], words[N_SITE + 2 : N_SITE + _N_NORM])
+
+
+def _width_grad(ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, _: Any, g_mixed: Tensor | None) -> tuple[Any, ...]:
+    h, *tensors = ctx.saved_tensors
+    site, norm = ctx.words
+    words = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
+    if g_x is not None and not g_x.numel():
+        g_x = None
+    g_h, *gradients = _width_backward(g_x, g_beta, g_mixed, h, *words)
+    return (g_h, *_placed(gradients, tensors, g_x is not None), None)
+
+
+def _placed(gradients: list[Tensor], tensors: list[Any], normed: bool) -> tuple[Any, ...]:
+    """Gradients at the places of the tensors that they belong to, None at the places of other words."""
+    rest = iter(gradients)
+    site = [None if tensor is None else next(rest) for tensor in tensors[:N_PARAMETERS]]
+    norm = [None if tensor is None or not normed else next(rest) for tensor in tensors[N_PARAMETERS:]]
+    return (*site, *[None] * (N_SITE - N_PARAMETERS), *norm, *[None] * (_N_NORM - 2))
+
+
+def _width_backward_impl(
+    g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *words: Any
+) -> list[Tensor]:
+    (p, config), norm = site_of(words[:N_SITE]), _norm(words[N_SITE:])
+    g = _kernels().width_backward(*map(_contiguous, (g_x, g_beta, g_mixed)), h.contiguous(), p, config, norm)
+    weights = _norm_gradients(norm if g_x is not None else None, g.weight, g.bias)
+    return [g.h, *_apart(g.parameters), *weights]
+
+
+def _norm_gradients(norm: NormWeights | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
+    """In the dtypes of the norm's parameters."""
+    if norm is None or weight is None:
+        return []
+    given = [weight.to(norm.weight.dtype)]
+    if norm.bias is not None and bias is not None:
+        given.append(bias.to(norm.bias.dtype))
+    return given
+
+
+def _width_backward_fake(
+    g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *words: Any
+) -> list[Tensor]:
+    norm = words[N_SITE : N_SITE + 2] if g_x is not None else ()
+    stream = torch.empty_like(h, memory_format=torch.contiguous_format)
+    return [stream, *(torch.empty_like(tensor) for tensor in _present((*words[:N_PARAMETERS], *norm)))]
+
+
+# Depth connection.
+
+
+def _depth_impl(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor, mixed: Tensor, *words: Any) -> Tensor:
+    launch = _kernels()
+    before = launch.Before(*map(_contiguous, (o, h, beta, alpha)), *words)
+    return launch.depth_forward(before, FracConfig(rate=beta.shape[-1], dynamic=False))
+
+
+def _depth_fake(o: Tensor, h: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+def _depth_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    o, _, beta, _, _, bias, seed, ctx.dropout = inputs
+    ctx.save_for_backward(o, beta, bias, seed)
+
+
+def _depth_grad(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    o, beta, bias, seed = ctx.saved_tensors
+    g_o, g_beta = _depth_backward(g, o, beta, bias, seed, ctx.dropout)
+    return g_o, None, g_beta, None, g, _bias_gradient(g_o, bias), None, None
+
+
+def _bias_gradient(g_o: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else g_o.reshape(-1, len(bias)).sum(0, dtype=torch.float32).to(bias.dtype)
+
+
+def _depth_backward_impl(g: Tensor, o: Tensor, beta: Tensor, *words: Any) -> tuple[Tensor, Tensor]:
+    launch = _kernels()
+    before = launch.Before(o.contiguous(), None, beta.contiguous(), None, *words)
+    return launch.depth_backward(g.contiguous(), before, FracConfig(rate=beta.shape[-1], dynamic=False))
+
+
+def _depth_backward_fake(g: Tensor, o: Tensor, beta: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (o, beta))  # type: ignore[return-value]
+
+
+# Boundary.
+
+
+def _boundary_impl(*words: Any) -> tuple[Tensor, ...]:
+    o, h, beta, alpha, _, bias, seed, dropout = words[:_N_DEPTH]
+    p, config = site_of(words[_N_DEPTH : _N_DEPTH + N_SITE])
+    launch = _kernels()
+    before = launch.Before(*map(_contiguous, (o, h, beta, alpha)), bias, seed, dropout)
+    return *launch.boundary_forward(before, p, config, _norm(words[_N_DEPTH + N_SITE :])), without_storage(h)
+
+
+def _boundary_fake(*words: Any) -> tuple[Tensor, ...]:
+    stream = torch.empty_like(words[1], memory_format=torch.contiguous_format)
+    return stream, torch.empty_like(stream), *_coefficients_like(stream, words[_N_DEPTH + N_PARAMETERS])
+
+
+def _boundary_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    o, _, beta, _, _, bias, seed, ctx.dropout = inputs[:_N_DEPTH]
+    words = inputs[_N_DEPTH:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(output[0], o, beta, bias, seed, *words[:N_PARAMETERS], *words[N_SITE : N_SITE + 2])
+    ctx.words = (words[N_PARAMETERS:N_SITE], words[N_SITE + 2 :])
+
+
+def _boundary_grad(ctx: Any, g_h: Any, g_x: Any, g_beta: Any, _: Any, g_mixed: Any) -> tuple[Any, ...]:
+    h, o, beta, bias, seed, *tensors = ctx.saved_tensors
+    site, norm = ctx.words
+    words = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
+    g, g_o, g_before, *gradients = _boundary_backward(
+        g_h, g_x, g_beta, g_mixed, h, o, beta, bias, seed, ctx.dropout, *words
+    )
+    # The whole gradient of h' is that of the mixed residual before it.
+    before = (g_o, None, g_before, None, g, _bias_gradient(g_o, bias), None, None)
+    return (*before, *_placed(gradients, tensors, g_x is not None))
+
+
+def _boundary_backward_impl(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *words: Any) -> list[Tensor]:
+    o, beta, bias, seed, dropout = words[:5]
+    (p, config), norm = site_of(words[5 : 5 + N_SITE]), _norm(words[5 + N_SITE :])
+    launch = _kernels()
+    before = launch.Before(o.contiguous(), None, beta.contiguous(), None, bias, seed, dropout)
+    incoming = map(_contiguous, (g_h, g_x, g_beta, g_mixed))
+    g, g_o, g_before = launch.boundary_backward(*incoming, h.contiguous(), before, p, config, norm)
+    weights = _norm_gradients(norm if g_x is not None else None, g.weight, g.bias)
+    return [g.h, g_o, g_before, *_apart(g.parameters), *weights]
+
+
+def _boundary_backward_fake(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *words: Any) -> list[Tensor]:
+    o, beta = words[:2]
+    site = words[5:]
+    norm = site[N_SITE : N_SITE + 2] if g_x is not None else ()
+    streams = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, o, beta)]
+    return [*streams, *(torch.empty_like(tensor) for tensor in _present((*site[:N_PARAMETERS], *norm)))]
+
+
+def _define(name: str, schema: str, implementation: Any, fake: Any, setup: Any = None, backward: Any = None) -> Any:
+    op = torch.library.custom_op(f"megatron_fc::{name}", implementation, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    if backward is not None:
+        op.register_autograd(backward, setup_context=setup)
+    return op
+
+
+_INCOMING = "Tensor? g_x, Tensor? g_beta, Tensor? g_mixed"
+_BEFORE = "Tensor o, Tensor beta, Tensor? bias, Tensor? seed, float dropout"
+_width_backward = _define(
+    "frac_width_backward",
+    f"({_INCOMING}, Tensor h, {_SITE}, {_NORM}) -> Tensor[]",
+    _width_backward_impl,
+    _width_backward_fake,
+)
+_width = _define(
+    "frac_width",
+    f"(Tensor h, {_SITE}, {_NORM}, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)",
+    _width_impl,
+    _width_fake,
+    _width_context,
+    _width_grad,
+)
+_depth_backward = _define(
+    "frac_depth_backward",
+    f"(Tensor g, {_BEFORE}) -> (Tensor, Tensor)",
+    _depth_backward_impl,
+    _depth_backward_fake,
+)
+_depth = _define("frac_depth", f"({_DEPTH}) -> Tensor", _depth_impl, _depth_fake, _depth_context, _depth_grad)
+_boundary_backward = _define(
+    "frac_boundary_backward",
+    f"(Tensor? g_h, {_INCOMING}, Tensor h, {_BEFORE}, {_SITE}, {_NORM}) -> Tensor[]",
+    _boundary_backward_impl,
+    _boundary_backward_fake,
+)
+_boundary = _define(
+    "frac_boundary",
+    f"({_DEPTH}, {_SITE}, {_NORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _boundary_impl,
+    _boundary_fake,
+    _boundary_context,
+    _boundary_grad,
+)

@@ -1,0 +1,1 @@
+"""`run`: the same small MoE with plain residuals and with Frac-Connections, on real text, compared."""

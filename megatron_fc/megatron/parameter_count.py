@@ -1,0 +1,53 @@
+"""How many parameters a distributed model has, each counted once."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from megatron.core import mpu
+from torch import nn
+
+from megatron_fc.connections.reference import FracParameters
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of the whole model, and those among them that Frac-Connections added."""
+
+    total: int
+    frac: int
+
+
+def count_parameters(chunks: Iterable[nn.Module]) -> ParameterCount:
+    """Count over all ranks; every rank calls it.
+
+    Args:
+        chunks: this rank's model chunks.
+    """
+    total = frac = 0.0
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            share = parameter.numel() / _copies(parameter)
+            if getattr(parameter, "shared_embedding", False) and not mpu.is_pipeline_first_stage():
+                continue
+            total += share
+            frac += share if is_frac_parameter(name) else 0
+    counts = torch.tensor([total, frac], dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(counts)
+    return ParameterCount(*(round(value) for value in counts.tolist()))
+
+
+def is_frac_parameter(name: str) -> bool:
+    """True for the name of a Frac-Connection's parameter in a model."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf in FracParameters._fields and owner.endswith("connection")
+
+
+def _copies(parameter: nn.Parameter) -> int:
+    """Ranks that hold the same values."""
+    split = getattr(parameter, "tensor_model_parallel", False)
+    if not getattr(parameter, "allreduce", True):
+        copies = mpu.get_expert_data_parallel_world_size()
+        return copies if split else copies * mpu.get_expert_tensor_parallel_world_size()
+    copies = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    return copies if split else copies * mpu.get_tensor_model_parallel_world_size()

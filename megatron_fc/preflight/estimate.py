@@ -1,0 +1,210 @@
+"""A config as planning sees it: what Megatron's validated arguments say, in plain numbers."""
+
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_fc.connections.kernels.availability import TRITON_RATES
+from megatron_fc.errors import UserError
+from megatron_fc.planning.devices import Device
+from megatron_fc.planning.plan import Plan
+from megatron_fc.planning.roofline import Assumptions
+from megatron_fc.planning.shape import Recompute, Shape, Training
+from megatron_fc.preflight.validation import Validated, validate
+from megatron_fc.training.precision import refuse_on_device
+
+# Change memory, bytes or time, and are refused while nobody has counted how.
+_LEFT_OUT = (
+    "multi_latent_attention",
+    "mtp_num_layers",
+    "experimental_attention_variant",
+    "moe_latent_size",
+    "moe_pad_expert_input_to_capacity",
+    "attention_output_gate",
+    "use_megatron_fsdp",
+    "use_torch_fsdp2",
+    "fp32_residual_connection",
+    "fine_grained_activation_offloading",
+    "optimizer_cpu_offload",
+    "distribute_saved_activations",
+    "moe_layer_recompute",
+    "first_last_layers_bf16",
+    "fp8_param_gather",
+    "fp4",
+)
+# Options that suit one pipeline alone, and Megatron's names of them among its arguments.
+_OF_A_PIPELINE = {
+    "num_layers_per_virtual_pipeline_stage": "num_layers_per_virtual_pipeline_stage",
+    "microbatch_group_size_per_virtual_pipeline_stage": "microbatch_group_size_per_vp_stage",
+}
+_COUNTED_ONLY = {"hidden_dropout": (0.0,), "num_distributed_optimizer_instances": (1,)}
+
+
+def shape_of(run: Validated) -> Shape:
+    """The model of a run.
+
+    Raises:
+        UserError: planning does not count something in it.
+    """
+    args = run.args
+    for problem in _not_counted(run):
+        raise UserError(problem)
+    moe = _moe_layers(args)
+    return Shape(
+        moe_layers=moe,
+        width=args.hidden_size,
+        heads=args.num_attention_heads,
+        groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        head_size=args.kv_channels,
+        ffn=args.ffn_hidden_size,
+        vocabulary=args.padded_vocab_size,
+        sequence=args.seq_length,
+        experts=args.num_experts or 0,
+        top_k=args.moe_router_topk if args.num_experts else 0,
+        expert_ffn=(args.moe_ffn_hidden_size or args.ffn_hidden_size) if args.num_experts else 0,
+        shared_ffn=args.moe_shared_expert_intermediate_size or 0,
+        shared_gate=bool(args.moe_shared_expert_intermediate_size and args.moe_shared_expert_gate),
+        gated=args.swiglu,
+        tied=not args.untie_embeddings_and_output_weights,
+        norm_vectors=1 if args.normalization == "RMSNorm" else 2,
+        qk_norm=args.qk_layernorm,
+        rotary=args.position_embedding_type == "rope",
+        learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
+        linear_bias=args.add_bias_linear,
+        qkv_bias=args.add_qkv_bias,
+        frac=run.recipe.frac,
+    )
+
+
+def training_of(run: Validated) -> Training:
+    """How a run trains its model."""
+    args, frac = run.args, run.recipe.frac
+    half = args.bf16 or args.fp16
+    fused = frac is not None and frac.backend != "torch" and frac.rate in TRITON_RATES
+    apart = not _is_te(args) or (frac is not None and frac.input_norm == "width")
+    return Training(
+        element_bytes=2 if half else 4,
+        gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2,
+        master_bytes=_bytes(args, "main_params_dtype"),
+        moment_bytes=_bytes(args, "exp_avg_dtype") + _bytes(args, "exp_avg_sq_dtype"),
+        distributed_optimizer=args.use_distributed_optimizer,
+        sequence_parallel=args.sequence_parallel,
+        recompute=_recompute(args, frac is not None and frac.recompute),
+        fp8=bool(args.fp8),
+        flash=_is_flash(args),
+        # What may be left to Transformer Engine's projections are the norms before attention and a dense MLP.
+        norms_apart=(apart, apart, True),
+        fused_connections=fused,
+        fused_residual=args.fused_residual_rmsnorm,
+        overlap_grad_reduce=args.overlap_grad_reduce,
+        overlap_param_gather=args.overlap_param_gather,
+        overlap_tensor=args.tp_comm_overlap,
+        overlap_experts=args.overlap_moe_expert_parallel_comm,
+        group=args.microbatch_group_size_per_vp_stage,
+        target_tokens=run.target_tokens,
+    )
+
+
+def _not_counted(run: Validated) -> Iterator[str]:
+    args = run.args
+    if args.padded_vocab_size is None:
+        yield "vocab_size is not set, and plan counts the embedding: set it to the tokenizer's size"
+    if run.recipe.family != "gpt":
+        yield f"family={run.recipe.family} is not counted by plan: family=gpt is the same model where it has no Mamba"
+    if args.optimizer != "adam":
+        yield f"optimizer={args.optimizer} is not counted by plan, which knows adam's states"
+    for name in _LEFT_OUT:
+        if getattr(args, name, None):
+            yield f"{name}={getattr(args, name)} is not counted by plan: drop it to plan without"
+    for name, counted in _COUNTED_ONLY.items():
+        if getattr(args, name) not in counted:
+            yield f"{name}={getattr(args, name)} is not counted by plan: set it to {counted[0]} to plan without"
+    if args.attention_dropout and not _is_flash(args):
+        yield (
+            f"attention_dropout={args.attention_dropout} of unfused attention is not counted by plan: set it to 0 to "
+            f"plan without"
+        )
+    if args.context_parallel_size > 1 and set(args.cp_comm_type) != {"p2p"}:
+        yield f"cp_comm_type={args.cp_comm_type} is not counted by plan, which knows the ring: set it to [p2p]"
+    if args.num_experts and args.add_bias_linear:
+        yield "add_bias_linear with experts is not counted by plan: set disable_bias_linear to plan without biases"
+    if run.layout.layers is None:
+        yield "plan divides layers evenly among pipeline stages: drop the options that do otherwise"
+
+
+def _moe_layers(args: Namespace) -> tuple[bool, ...]:
+    if not args.num_experts:
+        return (False,) * args.num_layers
+    if isinstance(args.moe_layer_freq, int):
+        return tuple(index % args.moe_layer_freq == 0 for index in range(args.num_layers))
+    return tuple(bool(moe) for moe in args.moe_layer_freq)
+
+
+def _bytes(args: Namespace, name: str) -> int:
+    """Of an element of the optimizer's state; Megatron has made torch dtypes of the names."""
+    return int(getattr(args, name).itemsize) if args.use_precision_aware_optimizer else 4
+
+
+def _is_te(args: Namespace) -> bool:
+    return bool(args.transformer_impl == "transformer_engine")
+
+
+def _is_flash(args: Namespace) -> bool:
+    return _is_te(args) and args.attention_backend.name not in ("unfused", "local")
+
+
+def _recompute(args: Namespace, frac: bool) -> Recompute:
+    # Without modules Megatron's TransformerConfig takes attention.
+    modules = tuple(args.recompute_modules or ("core_attn",)) if args.recompute_granularity == "selective" else ()
+    return Recompute(
+        granularity=args.recompute_granularity or "none",
+        modules=modules,
+        method=args.recompute_method or "uniform",
+        layers=args.recompute_num_layers or 1,
+        frac=frac,
+    )
+
+
+def plan_of(
+    config: Path,
+    overrides: Sequence[str],
+    nodes: int,
+    gpu: Device,
+    gpus_per_node: int | None = None,
+    network: float | None = None,
+    nvlink: float | None = None,
+    assumed: Assumptions | None = None,
+) -> Plan:
+    """Plan a config for a number of nodes; needs no GPU.
+
+    Args:
+        config, overrides, nodes: as for `validate`.
+        gpu: of all nodes.
+        gpus_per_node: None for as many as its usual machine has.
+        network: 1e9 bytes per second that a GPU sends to other NVLink domains, None for its usual machine's.
+        nvlink: 1e9 bytes per second that a GPU sends inside its NVLink domain, None for its data sheet's.
+        assumed: shares of the peaks, None for the defaults.
+
+    Raises:
+        UserError: as `validate`, or planning does not count something in the config.
+    """
+    network = gpu.network_gb_per_second if network is None else network
+    nvlink = gpu.nvlink_gb_per_second if nvlink is None else nvlink
+    for name, speed in (("network_gb_per_second", network), ("nvlink_gb_per_second", nvlink)):
+        if not speed > 0:
+            raise UserError(f"{name}={speed} must be greater than 0")
+    run = validate(config, overrides, nodes, gpu.gpus_per_node if gpus_per_node is None else gpus_per_node)
+    shape, training = shape_of(run), training_of(run)
+    refuse_on_device(run.args, gpu.capability)
+    return Plan(
+        name=f"{config.stem} {run.recipe.connection}",
+        shape=shape,
+        training=training,
+        layout=run.layout,
+        gpu=replace(gpu, nvlink_gb_per_second=nvlink),
+        network=network,
+        assumed=assumed or Assumptions(),
+        notes=tuple(run.unchecked),
+        pipeline_settings=tuple(option for option, name in _OF_A_PIPELINE.items() if getattr(run.args, name)),
+    )

@@ -1,0 +1,38 @@
+"""What a recipe needs of the nodes and file systems that it is about to run on."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_fc.preflight.disk_space import room_of
+from megatron_fc.preflight.nodes import Plan
+from megatron_fc.training.recipe import Recipe, data_files
+from megatron_fc.training.setup import parse
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """Let Megatron check the recipe's arguments for this world; return what the run needs.
+
+    Raises:
+        UserError: they are refused.
+    """
+    args = parse(recipe)
+    # Without a CUDA device the recipe adapts itself to the CPU lane; on a cluster only a config that says so means it.
+    asked = {name: value for values in recipe.sections.values() for name, value in values.items()}
+    return Plan(
+        run_dir=recipe.run_dir,
+        files=data_files(args),
+        indexes=_indexes(args),
+        on_devices=asked.get("distributed_backend", "nccl") == "nccl",
+        room=room_of(recipe, args),
+    )
+
+
+def _indexes(args: Namespace) -> dict[Path, str]:
+    """Where Megatron writes indexes of the data at a run's first start; those that are there need only be read."""
+    if args.data_cache_path:
+        folders = {Path(args.data_cache_path): f"correct data_cache_path={args.data_cache_path}"}
+    else:
+        prefixes = [file.with_suffix("") for file in data_files(args) if file.suffix == ".idx"]
+        remedy = "set data_cache_path to a folder that all nodes share"
+        folders = {prefix / "cache" / "GPTDataset_indices": remedy for prefix in prefixes}
+    return {folder: remedy for folder, remedy in folders.items() if not any(folder.glob("*-shuffle_index.npy"))}

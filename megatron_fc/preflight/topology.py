@@ -1,0 +1,190 @@
+"""What a config means on a number of nodes, worked out by Megatron itself on a machine that may have no GPU."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.errors import UserError
+from megatron_fc.planning.layout import Layout
+from megatron_fc.preflight.disk_space import room_of
+from megatron_fc.preflight.validation import Validated, validate
+from megatron_fc.training.recipe import refuse_missing_files
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What an estimate of GPU-hours rests on: a measured speed, or else an assumed share of the peak.
+
+    Attributes:
+        tokens_per_second: per GPU, measured by the user; None assumes `mfu`.
+        mfu: model FLOPs utilisation, the share of the peak that the model's own arithmetic reaches.
+        peak_tflops: per GPU, dense bf16, of a data sheet.
+    """
+
+    tokens_per_second: float | None = None
+    mfu: float = 0.3
+    peak_tflops: float = 989.0  # H100 and H200 SXM
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and not value > 0:
+                raise UserError(f"{name}={value} must be greater than 0")
+
+    def seconds_per_token(self, flops: float | None) -> float | None:
+        """GPU time of one token; None if it rests on FLOPs per token that are not known."""
+        if self.tokens_per_second is not None:
+            return 1 / self.tokens_per_second
+        return None if flops is None else flops / (self.mfu * self.peak_tflops * 1e12)
+
+    def __str__(self) -> str:
+        if self.tokens_per_second is not None:
+            return f"at the given {self.tokens_per_second:,.0f} tokens/s per GPU"
+        return (
+            f"assuming {self.mfu:.0%} of {self.peak_tflops:,.0f} TFLOP/s per GPU, an assumption and no measurement: "
+            f"give --tokens-per-second-per-gpu"
+        )
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A run on its nodes.
+
+    Attributes:
+        layout: sizes of all kinds of parallelism.
+        sequence: tokens per sequence.
+        steps: optimizer steps of the whole run.
+        target_tokens: that the config asks for; Megatron leaves out what does not fill a last batch.
+        flops_per_token: forward and backward, by Megatron's count; None without vocab_size.
+        throughput: basis of the GPU-hours.
+        unchecked: what this machine could not check, in words.
+    """
+
+    layout: Layout
+    sequence: int
+    steps: int
+    target_tokens: int
+    flops_per_token: float | None
+    throughput: Throughput
+    unchecked: list[str]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.layout.global_batch * self.sequence
+
+    @property
+    def tokens(self) -> int:
+        """That are trained in all."""
+        return self.steps * self.tokens_per_step
+
+    @property
+    def gpu_hours(self) -> float | None:
+        seconds = self.throughput.seconds_per_token(self.flops_per_token)
+        return None if seconds is None else self.tokens * seconds / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, sizes under Megatron's names."""
+        layout = self.layout
+        return {
+            "nodes": layout.nodes,
+            "gpus_per_node": layout.gpus_per_node,
+            "world_size": layout.world,
+            "data_parallel_size": layout.data,
+            "tensor_model_parallel_size": layout.tensor,
+            "pipeline_model_parallel_size": layout.pipeline,
+            "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+            "context_parallel_size": layout.context,
+            "expert_model_parallel_size": layout.expert,
+            "expert_tensor_parallel_size": layout.expert_tensor,
+            "expert_data_parallel_size": layout.expert_data,
+            "micro_batch_size": layout.micro_batch,
+            "global_batch_size": layout.global_batch,
+            "gradient_accumulation_steps": layout.accumulation_steps,
+            "seq_length": self.sequence,
+            "tokens_per_step": self.tokens_per_step,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "target_tokens": self.target_tokens,
+            "flops_per_token": self.flops_per_token,
+            "gpu_hours": self.gpu_hours,
+            "gpu_hours_basis": str(self.throughput),
+            "unchecked": self.unchecked,
+        }
+
+    def lines(self) -> list[str]:
+        """Return the same for people."""
+        layout = self.layout
+        stages = f" VPP{layout.virtual_pipeline}" if layout.virtual_pipeline > 1 else ""
+        lines = [
+            f"ranks      {layout.world} = nodes {layout.nodes} x GPUs {layout.gpus_per_node}",
+            f"layout     DP{layout.data} TP{layout.tensor} PP{layout.pipeline}{stages} CP{layout.context}",
+        ]
+        if layout.experts:
+            lines.append(f"experts    EP{layout.expert} ETP{layout.expert_tensor}, expert-DP{layout.expert_data}")
+        lines += [
+            f"batch      {layout.global_batch:,} sequences = micro-batch {layout.micro_batch} x DP{layout.data} x "
+            f"{layout.accumulation_steps} accumulation steps",
+            f"step       {self.tokens_per_step:,} tokens, {self.sequence:,} per sequence",
+            f"run        {self.steps:,} steps, {self.tokens:,} tokens",
+        ]
+        if self.tokens != self.target_tokens:
+            lines[-1] += f" (the target is {self.target_tokens:,}: whole batches only)"
+        if self.flops_per_token is None:
+            lines.append("compute    not known without vocab_size in the config")
+        else:
+            lines.append(
+                f"compute    {self.flops_per_token:.3e} FLOPs per token, forward and backward, by Megatron's count, "
+                f"which leaves out Frac-Connections"
+            )
+        if self.gpu_hours is not None:
+            days = self.gpu_hours / layout.world / 24
+            lines.append(f"GPU-hours  {self.gpu_hours:,.0f} in all, {days:,.1f} days, {self.throughput}")
+        return lines + [f"note: {note}" for note in self.unchecked]
+
+
+def topology(
+    config: Path,
+    overrides: Sequence[str],
+    nodes: int,
+    gpus_per_node: int,
+    throughput: Throughput,
+    *,
+    check_files: bool = False,
+) -> Topology:
+    """Check a config for a number of nodes and work out what it comes to; needs no GPU.
+
+    Args:
+        config, overrides, nodes, gpus_per_node: as in `validate`.
+        throughput: basis of the GPU-hours.
+        check_files: data, tokenizer and disk space for checkpoints are to be here, as on a login node.
+
+    Raises:
+        UserError: as `validate`, or a file or disk space is missing.
+    """
+    run = validate(config, overrides, nodes, gpus_per_node)
+    if check_files:
+        _refuse_missing(run)
+    return Topology(
+        layout=run.layout,
+        sequence=run.args.seq_length,
+        steps=run.steps,
+        target_tokens=run.target_tokens,
+        flops_per_token=_flops_per_token(run.args),
+        throughput=throughput,
+        unchecked=run.unchecked,
+    )
+
+
+def _refuse_missing(run: Validated) -> None:
+    refuse_missing_files(run.args)
+    if room := room_of(run.recipe, run.args):
+        room.check()
+
+
+def _flops_per_token(args: Namespace) -> float | None:
+    from megatron.training.training import num_floating_point_operations
+
+    if args.padded_vocab_size is None:
+        return None
+    return float(num_floating_point_operations(args, 1)) / args.seq_length

@@ -1,0 +1,7 @@
+"""Memory and network traffic of training, counted.
+
+* `profile`: a training run in which every rank counts for some steps
+* `counters`: of device memory, network, kernel times
+* `records`, `files`, `gather`: what each rank counted, on disk and together
+* `report`: tables and pages
+"""

@@ -1,1 +1,0 @@
-"""What a run shows and leaves behind: progress, metrics, summary and curves."""

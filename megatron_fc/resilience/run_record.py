@@ -1,0 +1,130 @@
+"""What a run does when it is told to end, and the record of how it started and ended."""
+
+import contextlib
+import signal
+import socket
+import threading
+from argparse import Namespace
+from multiprocessing import resource_tracker
+from pathlib import Path
+from textwrap import shorten
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from megatron_fc.runs.rank_log import is_log_rank
+from megatron_fc.runs.start_record import REACHED, record_end, record_start
+
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # before a time limit; when the nodes are wanted for another job
+
+
+class RunRecord:
+    """A context that notes a run's start, and what ended it, in `run_dir/starts.jsonl`.
+
+    Args:
+        run_dir: folder of the run.
+        args: Megatron's arguments, which count the samples.
+    """
+
+    def __init__(self, run_dir: Path, args: Namespace) -> None:
+        self._run_dir, self._args = run_dir, args
+        self._signal: str | None = None
+        self._start: int | None = None
+        self._finding: str | None = None
+
+    def listen(self) -> None:
+        """Let USR1 and TERM both mean what Megatron's one `exit_signal` means: save after this step, then end.
+
+        Called when Megatron has set its own handler.
+        """
+        if not self._args.exit_signal_handler:
+            return
+        heeded: Any = signal.getsignal(self._args.exit_signal)
+        signals = {*_SIGNALS, self._args.exit_signal}
+
+        def heed(number: int, frame: FrameType | None = None) -> None:
+            self._signal = signal.Signals(number).name.removeprefix("SIG")
+            heeded(number, frame)
+
+        def wait() -> None:
+            while True:
+                heed(signal.sigwait(signals))
+
+        for number in signals:
+            signal.signal(number, heed)  # for threads that are there already
+        # SLURM may signal every process of a task; those that this one starts inherit the mask and go on writing.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        resource_tracker.ensure_running()  # at its start, multiprocessing unblocks TERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        threading.Thread(target=wait, daemon=True, name="signal listener").start()
+
+    def start(self, checkpoint: Path | None, iteration: int, consumed_samples: int) -> None:
+        """Note the start; all ranks call it, once Megatron has joined them."""
+        hosts: list[str] = [""] * self._args.world_size
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+        self._start = iteration
+        if is_log_rank():
+            record_start(
+                self._run_dir,
+                hosts=hosts,
+                iteration=iteration,
+                consumed_samples=consumed_samples,
+                target_samples=self._target(),
+                checkpoint=str(checkpoint) if checkpoint else None,
+            )
+
+    def end(self, reason: str, step_is_done: bool = False) -> None:
+        """Note the end of a run whose start was noted; the last one counts.
+
+        Args:
+            reason: in words.
+            step_is_done: the step that Megatron began last is finished.
+        """
+        if is_log_rank():
+            self.note(reason, step_is_done)
+
+    def note(self, reason: str, step_is_done: bool = False) -> None:
+        """The same on whichever rank calls it."""
+        if self._start is None:
+            return
+        with contextlib.suppress(OSError):  # a full disk must not hide why the run ends
+            record_end(
+                self._run_dir,
+                iteration=max(self._start, getattr(self._args, "curr_iteration", 0) + step_is_done),
+                consumed_samples=self._args.consumed_train_samples,
+                target_samples=self._target(),
+                reason=reason,
+            )
+
+    def __enter__(self) -> "RunRecord":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.end(REACHED, step_is_done=True)
+        elif isinstance(error, SystemExit):
+            self.end(self.why(error), step_is_done=not error.code)
+        else:
+            self.end(shorten(f"{type(error).__name__}: {error}", 300))
+
+    def explain(self, finding: str) -> None:
+        """Why Megatron is about to end the run, where that is more than a code."""
+        self._finding = finding
+
+    def why(self, end: SystemExit) -> str:
+        """Why Megatron ended the run before its target."""
+        if self._signal and not end.code:
+            return f"signal {self._signal}"
+        return self._finding or f"Megatron ended the run with code {end.code or 0}"
+
+    def _target(self) -> int:
+        batch = self._args.global_batch_size
+        if self._args.train_samples is None:
+            return int(self._args.train_iters * batch)
+        # Megatron trains no part of a batch.
+        return int(
+            self._args.train_samples
+            if self._args.step_batch_size_schedule
+            else self._args.train_samples // batch * batch
+        )

@@ -1,0 +1,12 @@
+"""A training run in Megatron's own loop, from a YAML config.
+
+* `recipe`: the config, checked, as Megatron's command line
+* `setup`: Megatron's validated arguments and the model
+* `loop`: `train`
+* `callbacks`: what goes along with a run
+* `batches`: data sets, micro-batches, the loss
+* `precision`, `machine`: what a run asks for and what the machine has
+* `cpu_lane`: Megatron without a GPU, over gloo
+"""
+
+import megatron_fc.megatron  # noqa: F401  refuses a megatron-core that is missing or too old

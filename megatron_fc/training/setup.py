@@ -1,0 +1,146 @@
+"""From a recipe to what Megatron trains: the world of ranks, its validated arguments, the model's configuration."""
+
+import contextlib
+import linecache
+import logging
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from megatron_fc.connections.config import FracConfig
+from megatron_fc.errors import UserError
+from megatron_fc.megatron.flags import add_frac_args, frac_config_from_args
+from megatron_fc.megatron.parameter_order import install_order
+from megatron_fc.training.recipe import Recipe
+
+
+def join_world() -> None:
+    """Become a world of one rank, unless a launcher has set this process's rank."""
+    if "RANK" in os.environ:
+        return
+    # Port 0 is whichever is free when the store opens it: one chosen here may be another's by then.
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+
+
+def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> Namespace:
+    """Let Megatron parse and validate a recipe's arguments; what its assertions say becomes one sentence.
+
+    Args:
+        recipe: the run.
+        check: called with the arguments before Megatron validates them.
+
+    Raises:
+        UserError: they are refused.
+    """
+    from megatron.training.arguments import parse_args, validate_args
+
+    from megatron_fc.training.batches import refuse_unsupported_data
+
+    # Megatron reads the process's arguments.
+    program, sys.argv = sys.argv, ["megatron-fc", *recipe.argv]
+    try:
+        with open(os.devnull, "w") as nowhere:
+            stdout, sys.stdout = sys.stdout, nowhere
+            try:
+                args = parse_args(extra_args_provider=add_frac_args)
+                args.frac_parameters_first = True  # `model_config` arranges it
+                refuse_unsupported_data(args)
+                frac_config_from_args(args)
+                if check is not None:
+                    check(args)
+                validate_args(args, {})
+            finally:
+                sys.stdout = stdout
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"Megatron refuses the arguments: {' '.join(str(error).split()) or _condition(error)}"
+        ) from error
+    finally:
+        sys.argv = program
+    return args
+
+
+def _condition(error: Exception) -> str:
+    """The line that raised an error without words, as most of Megatron's assertions have none."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    lines = (
+        linecache.getline(frame.filename, number) for number in range(frame.lineno or 0, (frame.end_lineno or 0) + 1)
+    )
+    return f"{' '.join(' '.join(lines).split())} ({frame.filename}:{frame.lineno})"
+
+
+def model_config(args: Namespace, recipe: Recipe) -> Any:
+    """Return Megatron's configuration of the recipe's model, its connections included."""
+    from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+
+    model: Any
+    if recipe.family == "hybrid":
+        model = hybrid_config_from_args(args)
+        model.hybrid_stack_spec = _hybrid_stack(args, recipe.frac)
+    else:
+        model = gpt_config_from_args(args)
+        if recipe.frac is not None:
+            model.transformer_layer_spec = _gpt_spec(args, recipe.frac)
+    if recipe.frac is not None:
+        install_order(model, args)
+    return model
+
+
+def build(args: Namespace, recipe: Recipe, *, in_wrapper: bool = True) -> list[Any]:
+    """Build this rank's chunks of a recipe's model in Megatron's world, without optimizer and its wrapper.
+
+    Args:
+        args: Megatron's, validated.
+        recipe: the run.
+        in_wrapper: put a half-precision model into Megatron's wrapper, which casts what goes in and comes out.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.module import Float16Module
+
+    config = model_config(args, recipe)
+    chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        wrap_with_ddp=False,
+        mixed_precision_wrapper=Float16Module if in_wrapper else None,
+    )
+    return chunks
+
+
+def _gpt_spec(args: Namespace, frac: FracConfig) -> Any:
+    from megatron_fc.megatron.specs import gpt_spec
+
+    if args.mtp_num_layers:
+        raise UserError(
+            "multi-token prediction would keep plain residuals in a GPTModel: set model.family=hybrid with a "
+            "pattern like '*E*E/*E', whose MTP layers are connected too"
+        )
+    return gpt_spec(frac)
+
+
+def _hybrid_stack(args: Namespace, frac: FracConfig | None) -> Any:
+    from megatron_fc.megatron.hybrid import hybrid_stack
+    from megatron_fc.megatron.specs import frac_connect
+
+    stack = hybrid_stack(args.transformer_impl == "transformer_engine", args.qk_layernorm)
+    return stack if frac is None else frac_connect(stack, frac)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Keep Megatron's report of its arguments and steps off the terminal, and end its world."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()

@@ -1,0 +1,82 @@
+"""Which checkpoints of a real run stay."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_fc.checkpoints.retention import Retention
+from megatron_fc.errors import UserError
+from megatron_fc.preflight.disk_space import room_of
+from megatron_fc.preflight.nodes import Room
+from megatron_fc.training.recipe import load_recipe
+from megatron_fc.training.setup import parse
+from support.damage import SHARD, cut
+from support.training_runs import config as config
+from support.training_runs import train
+
+
+@pytest.fixture(scope="module")
+def kept(config: Path) -> Path:
+    """Checkpoints after every second of 12 iterations, of which the last two and each sixth stay."""
+    run_dir = config.parent / "kept"
+    options = ("train_iters=12", "lr_decay_iters=12", "save_interval=2", "eval_iters=0")
+    train(config, run_dir, *options, "keep_last=2", "keep_every=6")
+    return run_dir / "checkpoints"
+
+
+def test_a_run_keeps_its_newest_and_every_kth(kept: Path) -> None:
+    assert sorted(path.name for path in kept.glob("iter_*")) == ["iter_0000006", "iter_0000010", "iter_0000012"]
+
+
+def test_the_only_complete_checkpoints_stay(kept: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(kept, tmp_path / "copy"))
+    rule = Retention(last=1)
+    assert rule.superseded(folder, newest=12) == [folder / "iter_0000010", folder / "iter_0000006"]
+    assert rule.superseded(folder, newest=10) == [folder / "iter_0000006"], "the twelfth is being written"
+    cut(folder / "iter_0000012" / SHARD)
+    assert rule.superseded(folder, newest=12) == [folder / "iter_0000006"], "the newest is damaged"
+    (folder / "iter_0000010" / ".metadata").unlink()
+    assert rule.superseded(folder, newest=12) == []
+
+
+def room(config: Path, run_dir: Path, *overrides: str) -> Room:
+    recipe = load_recipe(config, [f"run_dir={run_dir}", *overrides])
+    found = room_of(recipe, parse(recipe))
+    assert found is not None
+    return found
+
+
+def test_room_is_asked_for_what_does_not_lie_there_yet(
+    config: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    new = room(config, tmp_path / "new", "keep_last=2", "vocab_size=300")
+    assert (new.folder, new.checkpoints) == (tmp_path / "new/checkpoints", 3)
+    assert room(config, tmp_path / "new").checkpoints == 2
+
+    again = room(config, kept.parent, "keep_last=2")
+    written = sum(file.stat().st_size for file in (kept / "iter_0000012").iterdir())
+    assert (again.checkpoint_bytes, again.checkpoints) == (written, 1)
+    assert room(config, kept.parent, "keep_last=5").checkpoints == 3
+    assert new.checkpoint_bytes is not None
+    assert 0.5 * written < new.checkpoint_bytes < written, "a tiny model's archives have their share"
+
+    folder = Path(shutil.copytree(kept, tmp_path / "damaged" / "checkpoints"))
+    cut(folder / "iter_0000012" / SHARD)
+    assert room(config, folder.parent, "keep_last=5").checkpoints == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"keep_last": 0}, "keep_last=0 is no number of checkpoints or iterations"),
+        ({"keep_last": True}, "keep_last=True is no number"),
+        ({"keep_every": 100}, "keep_every=100 says which checkpoints stay for ever: set keep_last as well"),
+        ({"keep_last": 2, "save_retain_interval": 10}, "keep_last and save_retain_interval both delete checkpoints"),
+    ],
+)
+def test_mistakes(settings: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        Retention.from_settings(settings)

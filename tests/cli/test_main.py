@@ -1,0 +1,41 @@
+"""The command line as a whole; `train` has its tests in tests/megatron."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_fc.cli import main, train
+
+
+@pytest.mark.parametrize(
+    "words", [["train", "c.yaml", "a=1", "--dry-run", "b=2"], ["train", "--dry-run", "c.yaml", "a=1", "b=2"]]
+)
+def test_overrides_and_options_in_any_order(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(train, "run", lambda args: seen.append((args.config, args.overrides, args.dry_run)) or 0)
+    assert main.main(words) == 0
+    assert seen == [(Path("c.yaml"), ["a=1", "b=2"], True)]
+
+
+def test_megatron_flags_after_two_dashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(train, "run", lambda args: seen.append((args.overrides, args.megatron_flags)) or 0)
+    assert main.main(["train", "c.yaml", "a=1", "--", "--lr", "1", "--", "x"]) == 0
+    assert seen == [(["a=1"], ["--lr", "1", "--", "x"])]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "c.yaml", "--dry"], "unrecognized arguments: --dry"),
+        (["doctor", "stray"], "unrecognized arguments: stray"),
+        (["doctor", "--", "--lr", "1"], "only `train` takes Megatron flags after --"),
+    ],
+)
+def test_usage_errors(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main.main(words)
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,34 @@
+"""Start the tests of the kernels in a process of their own, where Triton interprets them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+MODULES = ("test_operations.py", "test_traffic.py", "test_model.py", "test_layouts_with_kernels.py")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_in_interpreter(module: str) -> None:
+    interpret(module, "not soak")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("module", ["test_operations.py", "test_model.py", "test_layouts_with_kernels.py"])
+def test_more_in_interpreter(module: str) -> None:
+    interpret(module, "soak")
+
+
+def interpret(module: str, selected: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", selected]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / module)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
+    print(run.stdout)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

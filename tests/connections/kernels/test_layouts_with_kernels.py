@@ -1,0 +1,44 @@
+"""The kernels in every parallel layout: step 0 against the torch backend on one rank."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_fc import FracConfig
+from support import harness
+from support.layouts import LAYOUTS, Layout, Model
+
+# fp32 sums in another order, the interpreter's products included; observed are 4e-6.
+TOLERANCE = 1e-4
+
+
+def model(layout: Layout, backend: str) -> Model:
+    # Megatron refuses to train MoE under tensor without sequence parallelism.
+    kind = "dense" if layout.name == "TP2" else "mixed"
+    return Model(kind, layout.layers, FracConfig(rate=4, backend=backend), "random")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+# Every kind of parallelism once; the others are for `make soak`.
+ALWAYS = ("TP2+SP+PP2", "EP2", "CP2", "DP2 distributed optimizer, overlap")
+CASES = [
+    pytest.param(layout, id=layout.name, marks=() if layout.name in ALWAYS else pytest.mark.soak) for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize("layout", CASES)
+def test_kernels_in_a_layout(layout: Layout, store: Path) -> None:
+    reference = model(layout, "torch")
+    if not (store / "models" / reference.name).exists():
+        harness.run("write_reference", 1, store / f"one-{reference.name}", reference, store / "models")
+    folder = store / layout.name.replace(" ", "-")
+    words = (layout, model(layout, "triton"), store / "models")
+    ranks = harness.run("first_step", layout.world, folder, *words)
+    assert any(not math.isnan(loss) for loss, _ in ranks)
+    for _, differences in ranks:
+        assert max(differences.values()) < TOLERANCE

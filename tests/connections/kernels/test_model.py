@@ -1,0 +1,212 @@
+"""The kernels inside Megatron's layers: as the torch backend, boundary and hand-over included, and their bytes."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_fc import FracConfig
+from megatron_fc.connections.costs import traffic
+from megatron_fc.connections.costs.traffic import Stream
+from megatron_fc.connections.kernels import launch
+from megatron_fc.planning.counts import total_device
+from megatron_fc.profiling.counters.device import DeviceCounter
+from megatron_fc.profiling.counters.phase import Whereabouts
+from support.kernel_traffic import counted, of
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron_fc.training import cpu_lane
+
+    cpu_lane.install()
+    from megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp import RegisterFSDPBackwardFunction
+
+    import rank
+    from counted_layers import saved_bytes
+    from support import tiny
+
+TRITON = FracConfig(rate=4, backend="triton")
+TOKENS = tiny.tokens(batch=1)  # the interpreter takes seconds for a step
+FEW = TOKENS[:, :6]  # two tiles of rows, of which one is not full
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    with rank.one_rank():
+        yield
+
+
+def gradients(
+    kind: str, frac: FracConfig, steps: int = 1, tokens: torch.Tensor = TOKENS, **options: Any
+) -> list[dict[str, torch.Tensor]]:
+    """Of steps on the same tokens: from the second, layers know which one comes next."""
+    model = tiny.build(kind, frac, **options)
+    tiny.randomise_connections(model)
+    results = []
+    for _ in range(steps):
+        model.zero_grad()
+        tiny.seed_dropout(3)
+        loss = tiny.loss(model, tokens)
+        loss.backward()
+        results.append({"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}})
+    return results
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the launches, in order."""
+    made: list[str] = []
+
+    def recorded(name: str) -> Any:
+        function = getattr(launch, name)
+
+        def call(*args: Any) -> Any:
+            made.append(name)
+            return function(*args)
+
+        return call
+
+    for name in ("width_forward", "width_backward", "depth_forward", "depth_backward"):
+        monkeypatch.setattr(launch, name, recorded(name))
+    for name in ("boundary_forward", "boundary_backward"):
+        monkeypatch.setattr(launch, name, recorded(name))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "dynamic", "meetings"),
+    [("dense", True, (1, 3)), ("mixed", False, (1, 3)), ("hybrid", True, (0, 3))],
+)
+def test_as_the_torch_backend(kind: str, dynamic: bool, meetings: tuple[int, int], calls: list[str]) -> None:
+    """Of the four sites in a row those of one layer meet, which in a hybrid model has one; then those of two layers.
+
+    A meeting changes no bit.
+    """
+    frac = replace(TRITON, dynamic=dynamic)
+    [expected] = gradients(kind, replace(frac, backend="torch"))
+    first, second = gradients(kind, frac, steps=2)
+    assert calls == launches(meetings[0]) + launches(meetings[1])
+    assert same(first, second)
+    assert first.keys() == expected.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def launches(meetings: int) -> list[str]:
+    """Of a step with four sites, where after one that meets none before it so many meet the one before them."""
+    forward = ["width_forward"] + ["boundary_forward"] * meetings + ["depth_forward"]
+    backward = ["depth_backward"] + ["boundary_backward"] * meetings + ["width_backward"]
+    groups = 4 // (meetings + 1)
+    return forward * groups + backward * groups
+
+
+def test_layers_captured_one_by_one_do_not_meet(calls: list[str]) -> None:
+    """Before the capture they run as others do, and could learn what comes next."""
+    model = tiny.build("dense", TRITON, cuda_graph_impl="transformer_engine")
+    for _ in range(2):
+        tiny.loss(model, FEW)
+    assert calls == launches(1)[:6] * 2
+
+
+def test_layers_that_megatron_fsdp_shards_do_not_meet(calls: list[str]) -> None:
+    """What it does to a unit's inputs; whose parameters are gathered later than the layer before runs."""
+    model = tiny.build("dense", TRITON)
+
+    def as_a_unit(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        [stream] = RegisterFSDPBackwardFunction.apply(lambda: None, kwargs["hidden_states"])
+        return args, kwargs | {"hidden_states": stream}
+
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(as_a_unit, with_kwargs=True)
+    for _ in range(2):
+        tiny.loss(model, FEW)
+    assert calls == launches(1)[:6] * 2
+
+
+@pytest.mark.parametrize(
+    ("method", "layers"), [pytest.param("uniform", 1, marks=pytest.mark.soak), ("uniform", 2), ("block", 1)]
+)
+def test_full_recompute_with_dropout_is_exact(method: str, layers: int) -> None:
+    """In the second step, too: the layers of one recomputed region meet, a recomputed and another layer do not."""
+    options = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
+    [plain] = gradients("dense", TRITON, tokens=FEW, hidden_dropout=0.1)
+    first, second = gradients("dense", TRITON, steps=2, tokens=FEW, hidden_dropout=0.1, **options)
+    assert same(first, plain)
+    assert same(second, plain)
+
+
+class Streams(torch.utils._python_dispatch.TorchDispatchMode):
+    """Collects the streams that our operations read and write."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.seen: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if op.namespace == "megatron_fc":
+            for tensor in torch.utils._pytree.tree_leaves((args, out)):
+                if isinstance(tensor, torch.Tensor) and tensor.numel() == self.elements and tensor.stride(-1) == 1:
+                    self.seen[tensor.data_ptr()] = tensor
+        return out
+
+
+LAYERNORM_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+
+
+@pytest.mark.parametrize("frac", [TRITON, replace(TRITON, rate=2), replace(TRITON, dynamic=False)])
+@pytest.mark.parametrize(
+    ("form", "options"), [(traffic.frac_boundary, {}), (traffic.frac_pure, LAYERNORM_AGAIN)], ids=["boundary", "pure"]
+)
+def test_a_layer_moves_what_the_model_says(form: Any, options: dict[str, Any], frac: FracConfig) -> None:
+    """All between the sub-layers of a transformer layer."""
+    layer = tiny.build("dense", frac, **options).decoder.layers[0]
+    width, tokens = layer.config.hidden_size, 16
+    h = torch.randn(tokens, 1, width, requires_grad=True)
+    mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
+    incoming = torch.randn_like(h)
+
+    def run() -> None:
+        out, _ = layer(h, attention_mask=mask)
+        out.backward(incoming)
+
+    with Whereabouts(layer) as whereabouts, DeviceCounter(whereabouts) as counter:
+        run()
+    expected = form(Stream(width, element_bytes=4), frac)
+    for phase, moves in (("forward", expected.forward), ("backward", expected.backward)):
+        total = total_device(
+            count
+            for key, count in counter.counts.items()
+            if key.phase == phase and not key.module.startswith(("self_attention", "mlp"))
+        )
+        assert total.read_bytes == pytest.approx(moves.read_bytes(tokens), rel=0.01)
+        assert total.written_bytes == pytest.approx(moves.written_bytes(tokens), rel=0.01)
+    if not options:  # recompute frees streams, whose addresses say nothing then
+        # The loads and stores of the kernels, one by one.
+        with Streams(tokens * width) as ours, counted() as moved:
+            run()
+        assert of(moved, *ours.seen.values()) == 22 * tokens * width * 4
+        assert saved_bytes(layer, h) == pytest.approx(tokens * expected.saved_bytes_per_token, rel=0.01)
+
+
+def test_two_layers_that_meet_move_two_rows_less_than_two_alone() -> None:
+    decoder = tiny.build("dense", TRITON).decoder
+    width, tokens = decoder.config.hidden_size, 16
+    mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
+
+    def run() -> None:
+        h = torch.randn(tokens, 1, width, requires_grad=True)
+        decoder(hidden_states=h, attention_mask=mask).sum().backward()
+
+    run()
+    with Streams(tokens * width) as ours, counted() as moved:
+        run()
+    assert of(moved, *ours.seen.values()) == (22 + 20) * tokens * width * 4

@@ -1,0 +1,241 @@
+"""Forward and every gradient of the kernels against float64 autograd of the reference."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_fc import FracConfig, FracConnection
+from megatron_fc.connections import ops
+from megatron_fc.connections.kernels import launch
+from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.operands import site_words
+from support import kernel_reference
+from support.kernel_cases import CONFIGS, FP32, HALF, UNBOUNDED, check, name
+
+# Of 16 bits: the norms, of fractions and of the sub-layer's input.
+HALF_CONFIGS = [
+    (FracConfig(rate=4), "rmsnorm"),
+    (FracConfig(rate=8, dynamic=False), "rmsnorm"),
+    (FracConfig(rate=2, norm="layernorm"), "layernorm"),
+    (FracConfig(rate=4, norm="none", tanh=False, scale=False), None),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
+def test_every_option_in_fp32(config: FracConfig) -> None:
+    unbounded = config.dynamic and not (config.tanh and config.norm != "none")
+    # With one fraction the norm takes gamma out again: its gradient is what is left of a cancellation.
+    kind = "rmsnorm" if config.rate > 1 else None
+    case = kernel_reference.make(config, 48 * config.rate, 5, torch.float32, kind)
+    check(case, UNBOUNDED if unbounded else FP32)
+
+
+@pytest.mark.parametrize("kind", [None, "rmsnorm", "layernorm"])
+@pytest.mark.parametrize("c", [16, 48, 80, 512])
+def test_widths_and_norms_of_the_sublayer(c: int, kind: str | None) -> None:
+    check(kernel_reference.make(FracConfig(rate=4), 4 * c, 3, torch.float32, kind), FP32)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+def test_token_counts(tokens: int) -> None:
+    check(kernel_reference.make(FracConfig(rate=4), 64, tokens, torch.float32, "layernorm"), FP32)
+
+
+@pytest.mark.parametrize(
+    ("rate", "tokens", "kind"), [pytest.param(1, 4096, None, marks=pytest.mark.soak), (4, 128, "rmsnorm")]
+)
+def test_many_tokens(rate: int, tokens: int, kind: str | None) -> None:
+    """More tiles than programs: sums go on from tile to tile. The interpreter's time is by tiles, so one fraction."""
+    check(kernel_reference.make(FracConfig(rate=rate), 16 * rate, tokens, torch.float32, kind), FP32)
+
+
+def test_norm_weight_stored_less_one() -> None:
+    check(kernel_reference.make(FracConfig(rate=4), 64, 3, torch.float32, "rmsnorm", one_plus=True), FP32)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("config", "kind"), HALF_CONFIGS)
+def test_half_precision(config: FracConfig, kind: str | None, dtype: torch.dtype) -> None:
+    """In fp16 coefficients are split into two halves, as on a GPU; bf16 products are wrong in the interpreter."""
+    check(kernel_reference.make(config, 64 * config.rate, 17, dtype, kind), HALF[dtype])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "dropout"),
+    [
+        (torch.float32, 320, False),
+        (torch.float16, 320, False),
+        (torch.bfloat16, 320, True),
+        (torch.float32, 2048, True),  # chunks of the boundary and of its parts have other columns
+    ],
+)
+def test_boundary_equals_depth_and_width_to_the_bit(dtype: torch.dtype, width: int, dropout: bool) -> None:
+    config = FracConfig(rate=4)
+    case = kernel_reference.make(config, width, 17, dtype, "rmsnorm")
+    before = launch.Before(case.o, case.h, *case.coefficients)
+    if dropout:
+        before = before._replace(bias=case.g_mixed[0].clone(), seed=torch.tensor([7]), dropout=0.25)
+    h, *after = launch.boundary_forward(before, case.p, config, case.norm)
+    assert torch.equal(h, launch.depth_forward(before, config))
+    for one, expected in zip(after, launch.width_forward(h, case.p, config, case.norm), strict=True):
+        assert expected is not None
+        assert torch.equal(one, expected)
+    incoming = (case.g_x, case.g_beta, case.g_mixed)
+    following, g_o, g_beta = launch.boundary_backward(None, *incoming, h, before, case.p, config, case.norm)
+    alone = launch.width_backward(*incoming, h, case.p, config, case.norm)
+    assert torch.equal(following.h, alone.h)
+    expected_g_o, expected_g_beta = launch.depth_backward(alone.h, before, config)
+    assert torch.equal(g_o, expected_g_o)
+    torch.testing.assert_close(g_beta, expected_g_beta, rtol=1e-5, atol=1e-4)  # sums of c terms in another order
+    for one, expected in zip(following.parameters, alone.parameters, strict=True):
+        assert (one is None) == (expected is None)
+        assert one is None or torch.equal(one, expected)
+
+
+def test_what_else_the_gradient_of_the_stream_has_goes_through_the_boundary() -> None:
+    case = kernel_reference.make(FracConfig(rate=4), 320, 17, torch.float32, "rmsnorm")
+    before = launch.Before(case.o, case.h, *case.coefficients)
+    h = launch.depth_forward(before, case.config)
+    site, incoming = (case.p, case.config, case.norm), (case.g_x, case.g_beta, case.g_mixed)
+    other = case.g_x.flip(0)
+    width, g_o, g_beta = launch.boundary_backward(other, *incoming, h, before, *site)
+    whole = launch.width_backward(*incoming, h, *site).h + other
+    torch.testing.assert_close(width.h, whole)
+    for one, expected in zip((g_o, g_beta), launch.depth_backward(whole, before, case.config), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("mean", "tolerance"), [(1, FP32), (30, 2e-2), (3000, None)])
+def test_rows_far_from_zero(mean: float, tolerance: float | None) -> None:
+    """Variances come from sums of squares: digits are lost as the mean grows beyond the deviation, never all to NaN."""
+    case = kernel_reference.make(FracConfig(rate=4, norm="layernorm"), 256, 5, torch.float32, "layernorm")
+    case = replace(case, h=case.h + mean)
+    (x, *_), _ = kernel_reference.width_and_gradients(case)
+    found, _, _ = launch.width_forward(case.h, case.p, case.config, case.norm)
+    assert found is not None
+    assert found.isfinite().all()
+    assert tolerance is None or kernel_reference.error(found, x) < tolerance
+
+
+def test_strides_of_streams_and_gradients_do_not_matter() -> None:
+    """A site under autograd, as a user calls it."""
+    site = FracConnection(256, FracConfig(rate=4, backend="triton"))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in site.parameters():
+            parameter.normal_(generator=generator)
+    h, o = torch.randn(2, 7, 3, 256, generator=generator)
+    weights = torch.randn(256, generator=generator)
+
+    def gradients(lay_out: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        stream, output = (lay_out(t).requires_grad_() for t in (h, o))
+        x, handover = site(stream, hand_over=True)
+        out = site.depth(output, stream, handover)
+        incoming = lay_out(weights.expand_as(h))
+        return [x, out, *torch.autograd.grad([x, out], [stream, output, *site.parameters()], [incoming, incoming])]
+
+    def transposed(t: torch.Tensor) -> torch.Tensor:
+        return t.transpose(0, 1).contiguous().transpose(0, 1).detach()
+
+    assert not transposed(h).is_contiguous()
+    pairs = zip(gradients(torch.Tensor.contiguous), gradients(transposed), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    pairs = zip(gradients(torch.Tensor.contiguous), gradients(torch.Tensor.detach), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs), "a gradient that is one row, expanded"
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_custom_ops_pass_opcheck(dynamic: bool) -> None:
+    config = FracConfig(rate=4, dynamic=dynamic)
+    p = FracConnection(64, config).site_parameters()
+    norm = NormWeights("layernorm", torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True), 1e-5)
+    h, o, bias = torch.randn(5, 64), torch.randn(5, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    site = (*site_words(p, config), *ops._norm_words(norm))
+    torch.library.opcheck(ops._width, (h.clone().requires_grad_(), *site, True))
+    _, (beta, alpha, mixed) = ops.frac_width(h, p, config, norm)
+    beta, mixed = (t.detach().requires_grad_() for t in (beta, mixed))
+    depth = (o, h, beta, alpha, mixed, bias, torch.tensor([7]), 0.25)
+    torch.library.opcheck(ops._depth, depth)
+    torch.library.opcheck(ops._boundary, (*depth, *site))
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    site = FracConnection(64, FracConfig(rate=4, backend="triton"))
+    for parameter in site.parameters():
+        torch.nn.init.normal_(parameter)
+    h, o = torch.randn(7, 64, requires_grad=True), torch.randn(7, 64)
+
+    def results(enabled: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = site.depth(o + site(h), h)
+        return [y, *torch.autograd.grad(y.square().sum(), [h, *site.parameters()])]
+
+    for expected, found in zip(results(False), results(True), strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+def test_absent_gradients_are_zero() -> None:
+    case = kernel_reference.make(FracConfig(rate=4), 64, 5, torch.float32, "rmsnorm")
+    zeros = torch.zeros_like(case.h)
+    pairs = [
+        ((case.g_x, None, None), (case.g_x, torch.zeros_like(case.g_beta), zeros)),
+        ((None, case.g_beta, case.g_mixed), (zeros, case.g_beta, case.g_mixed)),
+    ]
+    for absent, given in pairs:
+        one, other = (launch.width_backward(*g, case.h, case.p, case.config, case.norm) for g in (absent, given))
+        torch.testing.assert_close(one.h, other.h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])  # the interpreter cuts bf16 off, it does not round
+def test_identity_at_the_initial_values(dtype: torch.dtype) -> None:
+    """x is h to the bit, and h' what Megatron's own sum gives."""
+    case = kernel_reference.make(FracConfig(rate=4), 256, 17, dtype, None)
+    p = FracConnection(256, case.config).site_parameters()
+    x, beta, alpha = launch.width_forward(case.h, p, case.config)
+    assert x is not None
+    assert torch.equal(x, case.h)
+    assert torch.equal(launch.depth_forward(launch.Before(case.o, case.h, beta, alpha), case.config), case.o + case.h)
+
+
+def test_fp32_stream_with_a_half_precision_output() -> None:
+    case = kernel_reference.make(FracConfig(rate=4), 64, 5, torch.float32, None)
+    o = case.o.bfloat16()
+    before = launch.Before(o, case.h, *case.coefficients)
+    upcast = before._replace(o=o.float())
+    assert torch.equal(launch.depth_forward(before, case.config), launch.depth_forward(upcast, case.config))
+    assert launch.depth_backward(case.g_x, before, case.config)[0].dtype == torch.bfloat16
+
+
+def test_bias_and_dropout() -> None:
+    """What is dropped is zero in forward and in backward alike; the rest is scaled; the seed decides."""
+    case = kernel_reference.make(FracConfig(rate=4), 256, 64, torch.float32, None)
+    beta, alpha = torch.ones(64, 4), torch.zeros(64, 16)
+    bias, seed = torch.randn(256), torch.tensor([7])
+    before = launch.Before(case.o, case.h, beta, alpha, bias, seed, 0.25)
+    out = launch.depth_forward(before, case.config)
+    kept = out != 0
+    assert 0.72 < kept.float().mean() < 0.78
+    # Columns, fractions, tokens of a tile and of two know nothing of each other: 0.75^2 + 0.25^2 = 0.625 are alike.
+    for tokens, columns in [(0, 1), (0, 2), (0, 3), (0, 4), (0, 64), (1, 0), (4, 0)]:
+        alike = kept[tokens:, columns:] == kept[: 64 - tokens, : 256 - columns]
+        assert 0.60 < alike.float().mean() < 0.65
+    torch.testing.assert_close(out[kept], ((case.o + bias) / 0.75)[kept])
+    g_o, g_beta = launch.depth_backward(case.g_x, before, case.config)
+    assert torch.equal(g_o != 0, kept)
+    torch.testing.assert_close(g_o[kept], (case.g_x / 0.75)[kept])
+    torch.testing.assert_close(g_beta, (case.g_x * out).unflatten(-1, (4, -1)).sum(-1))
+    again = launch.depth_forward(before._replace(seed=torch.tensor([8])), case.config)
+    assert not torch.equal(again != 0, kept)
+
+
+def test_transposed_mixing_would_be_noticed() -> None:
+    """The cases tell source from destination: with gamma transposed the error is of order one."""
+    case = kernel_reference.make(FracConfig(rate=4, dynamic=False), 64, 5, torch.float32, None)
+    (x, _, _), _ = kernel_reference.width_and_gradients(case)
+    swapped = case.p._replace(static_gamma=case.p.static_gamma.view(4, 4).t().flatten())
+    found, _, _ = launch.width_forward(case.h, swapped, case.config)
+    assert found is not None
+    assert kernel_reference.error(found, x) > 0.1

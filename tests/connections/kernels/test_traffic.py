@@ -1,0 +1,73 @@
+"""Bytes that the kernels move between memory and cache, counted in the interpreter, against their headers' tables."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from megatron_fc import FracConfig
+from megatron_fc.connections.kernels import launch
+from support import kernel_reference
+from support.kernel_traffic import counted, of
+
+RATE, WIDTH = 4, 2048  # OLMoE-7B's; docs/kernels.md has other shapes
+TILES = 4  # two for a program of the width connection's backward pass
+
+
+def rows(moved: Counter[int], *tensors: torch.Tensor | None) -> float:
+    """Bytes moved, in rows: the size of a stream."""
+    assert tensors[0] is not None
+    return of(moved, *tensors) / tensors[0].nbytes
+
+
+@pytest.fixture
+def case() -> kernel_reference.Case:
+    return kernel_reference.make(FracConfig(rate=RATE), WIDTH, TILES * 16 // RATE, torch.bfloat16, "rmsnorm")
+
+
+def coefficient_bytes(case: kernel_reference.Case) -> tuple[int, int]:
+    """Of beta or its gradient, and of alpha, in fp32."""
+    return len(case.h) * 4 * case.config.rate, len(case.h) * 4 * case.config.rate**2
+
+
+def test_width(case: kernel_reference.Case) -> None:
+    site, (beta_bytes, alpha_bytes) = (case.p, case.config, case.norm), coefficient_bytes(case)
+    with counted() as moved:
+        x, beta, alpha = launch.width_forward(case.h, *site)
+    assert rows(moved, case.h, x) == 2
+    assert of(moved, beta, alpha) == beta_bytes + alpha_bytes
+    with counted() as moved:
+        back = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, *site)
+    assert rows(moved, case.g_x, case.g_mixed, case.h, back.h) == 4
+    assert of(moved, case.g_beta) == beta_bytes
+    rest = moved.total() - of(moved, case.g_x, case.g_mixed, case.h, back.h, case.g_beta)
+    # Parameters are read once per program and sums written once per program, neither once per tile.
+    c, k = WIDTH // RATE, 2 * RATE + 1
+    small = 4096 + 16 * 4 * 32  # static parameters and tables of coefficients
+    programs = launch.programs(TILES * 16, case.h.device, per_processor=1)
+    assert rest <= programs * (2 * 4 * k * c + 4 * c + 6 * WIDTH + small)
+
+
+def test_depth(case: kernel_reference.Case) -> None:
+    config, (beta_bytes, alpha_bytes) = case.config, coefficient_bytes(case)
+    before = launch.Before(case.o, case.h, *case.coefficients)
+    with counted() as moved:
+        out = launch.depth_forward(before, config)
+    assert rows(moved, case.o, case.h, out) == 3
+    assert of(moved, before.beta, before.alpha) == beta_bytes + alpha_bytes
+    with counted() as moved:
+        g_o, g_beta = launch.depth_backward(case.g_x, before, config)
+    assert rows(moved, case.g_x, case.o, g_o) == 3
+    assert of(moved, before.beta, g_beta) == 2 * beta_bytes
+
+
+def test_boundary(case: kernel_reference.Case) -> None:
+    site = (case.p, case.config, case.norm)
+    before = launch.Before(case.o, case.h, *case.coefficients)
+    with counted() as moved:
+        h, x, _, _ = launch.boundary_forward(before, *site)
+    assert rows(moved, case.o, case.h, h, x) == 4
+    incoming = (None, case.g_x, case.g_beta, case.g_mixed)
+    with counted() as moved:
+        back, g_o, _ = launch.boundary_backward(*incoming, h, before, *site)
+    assert rows(moved, case.g_x, case.g_mixed, h, case.o, back.h, g_o) == 6

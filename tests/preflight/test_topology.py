@@ -1,0 +1,125 @@
+"""`megatron-fc topology`: a cluster's view of a config, on a machine without its GPUs, packages or data."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_fc.cli.main import main
+from megatron_fc.training.machine import has_transformer_engine
+
+# The fixture; pytest finds it by its name here.
+from support.training_runs import config as config
+
+CONFIG = str(Path(__file__).parents[2] / "configs" / "olmoe_7b.yaml")
+
+
+def ask(*words: str, nodes: int = 8) -> int:
+    return main(["topology", CONFIG, *words, "--nodes", str(nodes), "--gpus-per-node", "8"])
+
+
+def test_a_run_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask() == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "ranks      64 = nodes 8 x GPUs 8",
+        "layout     DP64 TP1 PP1 CP1",
+        "experts    EP8 ETP1, expert-DP8",
+        "batch      1,024 sequences = micro-batch 2 x DP64 x 8 accumulation steps",
+        "step       4,194,304 tokens, 4,096 per sequence",
+        "run        715,256 steps, 3,000,001,101,824 tokens",
+        "compute    7.866e+09 FLOPs per token, forward and backward, by Megatron's count, which leaves out "
+        "Frac-Connections",
+        "GPU-hours  22,093 in all, 14.4 days, assuming 30% of 989 TFLOP/s per GPU, an assumption and no measurement: "
+        "give --tokens-per-second-per-gpu",
+    ]
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
+
+
+def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tensor_model_parallel_size=2", "make_vocab_size_divisible_by=64", "pipeline_model_parallel_size=4"]
+    assert ask(*words, "num_virtual_stages_per_pipeline_rank=2", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["world_size"] == 64
+    assert found["data_parallel_size"] == 8
+    assert found["virtual_pipeline_model_parallel_size"] == 2
+    assert found["expert_data_parallel_size"] == 2
+    assert found["gradient_accumulation_steps"] == 64
+    assert found["tokens_per_step"] * found["steps"] == found["tokens"] == found["target_tokens"]
+    assert found["unchecked"] == []
+
+
+def test_a_measured_speed_replaces_the_assumption(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask("train_samples=1024000", "--tokens-per-second-per-gpu", "1000") == 0
+    printed = capsys.readouterr().out
+    assert "GPU-hours  1,165 in all, 0.8 days, at the given 1,000 tokens/s per GPU\n" in printed
+    assert "assum" not in printed
+
+
+def test_whole_batches_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask("train_samples=2000") == 0
+    assert "1 steps, 4,194,304 tokens (the target is 8,192,000: whole batches only)" in capsys.readouterr().out
+
+
+def test_the_clusters_packages_count_not_this_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask("moe_permute_fusion=true") == 0
+    assert "note:" not in capsys.readouterr().out
+    assert ask("precision=fp8_delayed") == 0
+    if not has_transformer_engine():
+        assert (
+            "note: Megatron's model config was not checked to its end, which needs Transformer Engine here: Only"
+            in (capsys.readouterr().out)
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "sentence"),
+    [
+        (
+            ["pipeline_model_parallel_size=2"],
+            3,
+            "expert_model_parallel_size=8 does not fit 3 nodes of 8 GPUs: 24 ranks are no multiple of PP2 x ETP1 x EP8 "
+            "= 16; possible with TP1 PP2 EP8 ETP1: 2, 4, 8,",
+        ),
+        # What only GPU machines are refused has to be refused here too.
+        (["use_distributed_optimizer=false", "overlap_param_gather=false"], 8, "set use_distributed_optimizer"),
+        (["seq_length=4100"], 8, "Megatron refuses the arguments: max_position_embeddings (4096) must be greater"),
+        (["context_parallel_size=4", "seq_length=4092"], 8, "Megatron refuses the arguments: seq-length should be"),
+        (
+            ["moe_router_topk=1", "moe_router_pre_softmax=false"],
+            8,
+            "Megatron refuses the model: Please use --moe-router",
+        ),
+        (["global_batch_size=null"], 8, "global_batch_size is not set: set it"),
+        (["train_samples=null"], 8, "the run has no end: set train_samples or train_iters"),
+        (["num_layer=3"], 8, "unknown key in section model: 'num_layer': did you mean 'num_layers'?"),
+        (["--mfu", "0"], 8, "mfu=0.0 must be greater than 0"),
+    ],
+)
+def test_wrong_input_is_one_sentence(
+    words: list[str], nodes: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask(*words, nodes=nodes) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("megatron-fc: ")
+    assert sentence in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_room_for_the_checkpoints_is_a_file_check(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = yaml.safe_load(config.read_text())["data"]
+    words = [f"{name}={files[name]}" for name in ("train_data_path", "valid_data_path", "tokenizer_model")]
+    words += [f"run_dir={tmp_path}/run", "keep_last=3"]
+    huge = "moe_ffn_hidden_size=16777216"  # a checkpoint of 1.4 petabytes
+    assert ask(*words, huge) == 0
+    assert ask(*words, huge, "--check-files") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"megatron-fc: {tmp_path}/run/checkpoints has ")
+    assert " free, 4 more checkpoints need " in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert ask(*words, "num_layers=1", "moe_ffn_hidden_size=8", "hidden_size=64", "--check-files") == 0

@@ -1,0 +1,53 @@
+"""Options of connections, and tolerances, that the kernels are checked with in the interpreter and on a card."""
+
+import itertools
+
+import torch
+
+from megatron_fc import FracConfig
+from megatron_fc.connections.kernels import launch
+from support import kernel_reference
+
+# Sums of up to 4096 terms in fp32, and norms whose statistics come from products of rows; measured 9e-6, in a gradient
+# of one element.
+FP32 = 2e-5
+# Without tanh or norm z is not bounded, and gradients near cancellation lose digits: measured 2.3e-5.
+UNBOUNDED = 1e-4
+# One rounding of a result to 2^-9 or 2^-12 is 1.7e-3 or 2e-4 on average; gradients of x are rounded on the way, too.
+HALF = {torch.bfloat16: 8e-3, torch.float16: 2e-3}
+
+NORMS = ("rmsnorm", "layernorm", "none")
+CONFIGS = [
+    *(FracConfig(rate=rate) for rate in (1, 2, 4, 8)),
+    *(FracConfig(rate=rate, dynamic=False) for rate in (1, 2, 4, 8)),
+    *(
+        FracConfig(rate=2, norm=norm, tanh=tanh, scale=scale)
+        for norm, tanh, scale in itertools.product(NORMS, (True, False), (True, False))
+        if (norm, tanh, scale) != ("rmsnorm", True, True)
+    ),
+    *(FracConfig(rate=rate, norm=norm) for rate in (4, 8) for norm in ("layernorm", "none")),
+]
+
+
+def name(config: FracConfig) -> str:
+    return f"{config.label}-{config.norm}-{'tanh' if config.tanh else 'linear'}-{'s' if config.scale else '1'}"
+
+
+def check(case: kernel_reference.Case, tolerance: float) -> None:
+    outputs, gradients = kernel_reference.width_and_gradients(case)
+    found = launch.width_forward(case.h, case.p, case.config, case.norm)
+    back = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, case.p, case.config, case.norm)
+    flat = [q for q in (back.h, *back.parameters, back.weight, back.bias) if q is not None]
+    for one, expected in zip(found, outputs, strict=True):
+        assert one is not None
+        assert kernel_reference.error(one, expected) < tolerance
+    for one, expected in zip(flat, gradients, strict=True):
+        assert kernel_reference.error(one, expected) < tolerance
+
+    beta, alpha = case.coefficients
+    before = launch.Before(case.o, case.h, beta, alpha)
+    assert kernel_reference.error(launch.depth_forward(before, case.config), kernel_reference.depth(case)) < tolerance
+    g_o, g_beta = launch.depth_backward(case.g_x, before, case.config)
+    g, o = (t.double().unflatten(-1, (case.config.rate, -1)) for t in (case.g_x, case.o))
+    assert kernel_reference.error(g_o, (beta.double().unsqueeze(-1) * g).flatten(-2)) < tolerance
+    assert kernel_reference.error(g_beta, (g * o).sum(-1)) < tolerance

@@ -1,0 +1,193 @@
+"""`megatron-fc train` as a user runs it: processes of their own, real text, checkpoints, kill -9."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fc.checkpoints.location import latest_checkpoint, stored_structure
+from megatron_fc.cli.main import main
+from megatron_fc.runs.metrics import Metrics, read_metrics
+from megatron_fc.runs.summary import read_summary
+from support.disk import SlowDisk
+from support.patience import wait_for_iteration
+from support.training_runs import ITERATIONS, command, environment, figures, train
+from support.training_runs import config as config
+from support.training_runs import finished as finished
+
+
+def test_a_run_learns_and_leaves_its_figures(finished: Path) -> None:
+    summary = read_summary(finished)
+    assert summary is not None
+    assert summary["connection"] == "dfc_x4"
+    assert summary["iterations"] == ITERATIONS
+    assert summary["tokens"] == 4 * 32 * ITERATIONS
+    assert summary["last_loss"] < summary["first_loss"] - 0.5
+    assert summary["validation_loss"] < summary["first_loss"]
+    sites, fraction = 4, 32 // 4
+    assert summary["frac_parameters"] == sites * (fraction * 10 + 36 + 2)
+    assert summary["versions"]["megatron-core"]
+    assert summary["config"]["frac"]["rate"] == 4
+    assert summary["peak_memory_bytes"] > 2**20
+    scalars = read_metrics(finished).scalars
+    for tag in ("lm loss", "load_balancing_loss", "z_loss", "grad-norm", "learning-rate"):
+        assert list(scalars[tag]) == list(range(1, ITERATIONS + 1)), tag
+
+
+def metrics_of(file: Path) -> Metrics:
+    """The metrics of one event file alone."""
+    alone = file.parents[2] / f"only-{file.name}"
+    (alone / "tensorboard").mkdir(parents=True)
+    (alone / "tensorboard" / file.name).symlink_to(file)
+    return read_metrics(alone)
+
+
+def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Path) -> None:
+    run_dir = config.parent / "killed"
+    words = command(config, f"run_dir={run_dir}")
+    disk = SlowDisk(config.parent / "seconds")
+    disk.hangs_at(20)
+    variables = environment() | disk.variables
+    victim = subprocess.Popen(
+        words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for_iteration(run_dir, 20, victim)  # which is not saved, and repeated with those before
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert latest_checkpoint(run_dir / "checkpoints") == run_dir / "checkpoints/iter_0000010"
+
+    train(config, run_dir)
+    first, second = (metrics_of(file) for file in sorted((run_dir / "tensorboard").iterdir()))
+    assert list(first.loss) == list(range(1, 21))
+    assert list(second.loss) == list(range(11, ITERATIONS + 1))
+    assert figures(run_dir) == figures(finished)
+
+
+def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path) -> None:
+    gpt = read_summary(finished)
+    assert gpt is not None
+    short = ("train_iters=5", "lr_decay_iters=5", "save_interval=null")
+    hybrid = train(config, config.parent / "hybrid", "family=hybrid", *short)
+    assert hybrid["frac_parameters"] == gpt["frac_parameters"]
+    assert hybrid["parameters"] == gpt["parameters"]
+    residual = train(config, config.parent / "residual", "connection=residual", *short)
+    assert residual["frac_parameters"] == 0
+    # All weights are drawn alike, and at the start the connections are identities: the first loss is the same.
+    assert residual["first_loss"] == gpt["first_loss"]
+    assert "note: no CUDA device: CPU lane over gloo" in residual["printed"]
+    assert "iteration 5/5" in residual["printed"]
+
+
+def test_bf16_run_resumes(config: Path) -> None:
+    run_dir = config.parent / "bf16"
+    options = ("bf16=true", "connection=sfc", "rate=2", "lr_decay_iters=12", "save_interval=6")
+    train(config, run_dir, *options, "train_iters=6")
+    resumed = train(config, run_dir, *options, "train_iters=12")
+    straight = train(config, config.parent / "bf16_straight", *options, "train_iters=12")
+    assert resumed["iterations"] == 12
+    for tag in ("lm loss", "grad-norm", "learning-rate"):
+        assert figures(run_dir)[tag] == figures(config.parent / "bf16_straight")[tag]
+    assert resumed["last_loss"] == straight["last_loss"]
+
+
+def test_two_ranks_train_as_one(config: Path, finished: Path) -> None:
+    """torchrun, as `make demo` uses it on several GPUs."""
+    run_dir = config.parent / "two_ranks"
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    words = command(config, f"run_dir={run_dir}", "save_interval=null", "train_iters=5")
+    words[2:2] = launcher
+    subprocess.run(words, env=environment(), check=True, capture_output=True)
+    summary, alone = read_summary(run_dir), read_summary(finished)
+    assert summary is not None
+    assert alone is not None
+    assert summary["world_size"] == 2
+    assert summary["parameters"] == alone["parameters"]
+    # The same global batch in another order of summation.
+    assert summary["first_loss"] == pytest.approx(alone["first_loss"], rel=1e-5)
+    assert (run_dir / "logs" / "rank0.log").exists()
+
+
+def test_checkpoint_knows_its_connections(finished: Path) -> None:
+    checkpoint = latest_checkpoint(finished / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == f"iter_{ITERATIONS:07d}"
+    assert stored_structure(checkpoint) == {
+        "static_beta": 4,
+        "static_gamma": 16,
+        "static_alpha": 16,
+        "dynamic_weight": 8,
+        "scale_beta": 1,
+        "scale_alpha": 1,
+        "norm_weight": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["rate=2"], "has dfc_x4 connections, this run has dfc_x2 connections: give the run another run_dir"),
+        (["connection=sfc"], "has dfc_x4 connections, this run has sfc_x4 connections"),
+        (["connection=residual"], "has dfc_x4 connections, this run has plain residual connections"),
+        (["norm=none"], "has dfc_x4 connections, this run has dfc_x4 connections without norm"),
+        (["tanh=false"], "was trained with FracConfig(rate=4, dynamic=True, norm='rmsnorm', tanh=True"),
+        (
+            ["num_attention_heads=3"],
+            "Megatron refuses the arguments: assert args.hidden_size % args.num_attention_heads == 0 (",
+        ),
+        (["sft=true"], "sft is not supported by megatron-fc train"),
+        (["optimizer.optimizer=muon", "decoupled_lr=0.01"], "optimizer=muon leaves dynamic_weight to Adam"),
+    ],
+)
+def test_what_the_run_cannot_continue_is_refused(
+    config: Path,
+    finished: Path,
+    overrides: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert main(["train", str(config), f"run_dir={finished}", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_mistake_in_a_process_of_its_own(config: Path) -> None:
+    done = subprocess.run(
+        command(config, "num_layer=3"), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "megatron-fc: unknown key in section model: 'num_layer': did you mean 'num_layers'?\n"
+    assert done.stdout == ""
+
+
+def test_asynchronous_checkpoints_are_refused_without_a_cuda_device(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron's worker divides by the number of devices, and the run would wait for it for ever."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = ["async_save=true", "use_persistent_ckpt_worker=true", "async_strategy=mcore"]
+    assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", *words]) == 2
+    assert capsys.readouterr().err == (
+        "megatron-fc: async_save=true, but Megatron's worker for asynchronous checkpoints needs a CUDA device: "
+        "set async_save=false and use_persistent_ckpt_worker=false\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_cpu_lane_is_never_active_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_fc.training import cpu_lane
+
+    monkeypatch.setattr(cpu_lane, "_installed", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    manual_seed = torch.cuda.manual_seed
+    assert cpu_lane.install() is False
+    assert torch.cuda.manual_seed is manual_seed

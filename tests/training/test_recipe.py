@@ -1,0 +1,158 @@
+"""YAML -> Megatron's command line, and every way to get it wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_fc import FracConfig, UserError
+from megatron_fc.cli.main import main
+from megatron_fc.training.machine import has_transformer_engine
+from megatron_fc.training.recipe import Recipe, load_recipe
+
+BASE = {
+    "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 16, "swiglu": True},
+    "frac": {"connection": "dfc", "rate": 4},
+    "optimizer": {"train_iters": 3, "lr": 0.001, "micro_batch_size": 2, "bf16": False},
+    "parallel": {"tensor_model_parallel_size": 2},
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    for name in ("train.bin", "train.idx"):
+        (tmp_path / name).touch()
+    data = {"data_path": [str(tmp_path / "train")], "tokenizer_type": "NullTokenizer", "vocab_size": 128}
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump({**BASE, "data": data, "logging": {"run_dir": str(tmp_path / "run")}}))
+    return path
+
+
+def value(recipe: Recipe, flag: str) -> str:
+    return recipe.argv[recipe.argv.index(flag) + 1]
+
+
+def test_settings_become_megatrons_flags(base: Path) -> None:
+    recipe = load_recipe(base)
+    assert value(recipe, "--num-layers") == "2"
+    assert value(recipe, "--lr") == "0.001"
+    assert value(recipe, "--data-path") == str(base.parent / "train")
+    assert "--swiglu" in recipe.argv
+    assert "--bf16" not in recipe.argv
+    assert recipe.frac == FracConfig(rate=4)
+    assert value(recipe, "--frac-rate") == "4"
+    assert "--save" not in recipe.argv, "no save_interval, nothing to save"
+
+
+def test_overrides_find_their_section(base: Path) -> None:
+    recipe = load_recipe(base, ["lr=2e-2", "optimizer.train_iters=7", "connection=residual", "save_interval=5"])
+    assert value(recipe, "--lr") == "2e-2" or float(value(recipe, "--lr")) == 0.02
+    assert value(recipe, "--train-iters") == "7"
+    assert recipe.frac is None
+    assert "--frac-rate" not in recipe.argv
+    assert recipe.connection == "residual"
+    assert value(recipe, "--save") == value(recipe, "--load") == str(base.parent / "run" / "checkpoints")
+    assert recipe.sections["optimizer"]["train_iters"] == 7
+
+
+def test_connection_kinds_share_one_file(base: Path) -> None:
+    ablation = ["frac.tanh=false", "frac.norm=none"]
+    assert load_recipe(base, ablation).frac == FracConfig(rate=4, tanh=False, norm="none")
+    assert load_recipe(base, [*ablation, "connection=sfc"]).frac == FracConfig(rate=4, dynamic=False)
+
+
+def test_a_runs_own_setting_wins_over_the_machines(base: Path) -> None:
+    assert value(load_recipe(base, ["num_workers=1"]), "--num-workers") == "1"
+
+
+def test_extra_flags_come_last(base: Path) -> None:
+    assert load_recipe(base, (), ["--lr", "0.5"]).argv[-2:] == ["--lr", "0.5"]
+
+
+def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
+    recipe = load_recipe(base, ["family=hybrid"])
+    assert value(recipe, "--hybrid-layer-pattern") == "*-*-"
+    assert "--num-layers" not in recipe.argv
+    moe = load_recipe(base, ["family=hybrid", "num_experts=4", "moe_layer_freq='([0]+[1])'"])
+    assert value(moe, "--hybrid-layer-pattern") == "*-*E"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "extra", "sentence"),
+    [
+        (["num_layer=4"], [], "unknown key in section model: 'num_layer': did you mean 'num_layers'?"),
+        (["frac.rat=2"], [], "unknown key in section frac: 'rat': did you mean 'rate'?"),
+        (["optimizr.lr=1"], [], "unknown section 'optimizr': did you mean 'optimizer'?"),
+        (["connection=dcf"], [], "unknown connection 'dcf': did you mean 'dfc'?"),
+        (["family=mamba"], [], "unknown family 'mamba': valid are gpt, hybrid"),
+        (["lr"], [], "'lr' is no override: write key=value"),
+        (["rate=3"], [], "rate=3 does not divide hidden_size=64: choose a rate that does, for example 1, 2, 4, 8"),
+        (["rate=0"], [], "rate must be a whole number of at least 1, not 0"),
+        (["num_layers=many"], [], "argument --num-layers: invalid int value: 'many'"),
+        (["swiglu=3"], [], "swiglu is a switch: set it to true or false, not 3"),
+        (["num_layers=true"], [], "num_layers takes a value, not true"),
+        (["logging.lr=1"], [], "lr stands in the sections optimizer and logging: keep one"),
+        (["model.run_dir=x"], [], "unknown key in section model: 'run_dir'"),
+        (["data_path=[nowhere/train]"], [], "data_path=nowhere/train: nowhere/train.bin does not exist"),
+        (["data_path=null"], [], "no data: set data_path"),
+        (["tokenizer_model=no/such/dir"], [], "tokenizer_model=no/such/dir: no/such/dir does not exist"),
+        ([], ["--lrr", "1"], "unknown Megatron flag --lrr: did you mean --lr?"),
+        ([], ["stray"], "unexpected argument 'stray' among the Megatron flags"),
+    ],
+)
+def test_wrong_input_is_one_sentence_exit_2_and_nothing_written(
+    base: Path, overrides: list[str], extra: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(base.parent.rglob("*"))
+    code = main(["train", str(base), *overrides, *(["--", *extra] if extra else [])])
+    captured = capsys.readouterr()
+    assert code == 2
+    assert sentence in captured.err
+    assert captured.err.startswith("megatron-fc: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert sorted(base.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("modle: {}", "unknown section in .*: 'modle': did you mean 'model'"),
+        ("- a list", "must hold the sections model, frac"),
+        ("model: 3", "section model of .* must hold `name: value` lines, not 3"),
+        ("model: {a: [", "is not valid YAML"),
+    ],
+)
+def test_malformed_files(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        load_recipe(path)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(UserError, match=r"cannot read the config nowhere\.yaml: No such file"):
+        load_recipe(Path("nowhere.yaml"))
+
+
+@pytest.mark.skipif(has_transformer_engine(), reason="Transformer Engine is installed")
+@pytest.mark.parametrize("override", ["transformer_impl=transformer_engine", "fp8_format=hybrid"])
+def test_transformer_engine_asked_for_and_missing(base: Path, override: str) -> None:
+    with pytest.raises(UserError, match=f"{override}.*Transformer Engine.* not installed: install it"):
+        load_recipe(base, [override])
+
+
+def test_dry_run_prints_a_command_that_parses_back(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(base), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "    --frac-rate 4" in printed
+    assert "--num-layers 2 \\" in printed
+    assert not (base.parent / "run").exists()
+
+
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_resolve(config: Path, base: Path) -> None:
+    prefix = base.parent / "train"
+    files = [f"train_data_path=['{prefix}']", f"valid_data_path=['{prefix}']", f"tokenizer_model={base.parent}"]
+    for connection in ("residual", "sfc", "dfc"):
+        load_recipe(config, [*files, f"connection={connection}"])
