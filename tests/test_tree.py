@@ -17,6 +17,7 @@ ROOMS = (
     "runs",
     "planning",
     "megatron",
+    "callbacks",
     "checkpoints",
     "resilience",
     "training",

@@ -54,6 +54,14 @@ def has_checkpoints(folder: Path) -> bool:
     return (folder / TRACKER).exists() or bool(intact_checkpoints(folder))
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return what the tracker names now, None where it is gone or half written: for a run that writes there."""
+    try:
+        return folder / f"iter_{int((folder / TRACKER).read_text()):07d}"
+    except (OSError, ValueError):
+        return None
+
+
 def find_checkpoint(path: Path, step: int | None = None) -> Path:
     """Return the complete checkpoint that `path` stands for: itself, or one below it as in `latest_checkpoint`.
 
@@ -183,13 +191,13 @@ def has_optimizer(checkpoint: Path) -> bool:
     return not getattr(stored, "no_save_optim", False)
 
 
-def refuse_missing_optimizer(checkpoint: Path, args: Namespace) -> None:
-    """Check that a run which expects optimizer state in a checkpoint finds it there.
+def refuse_missing_optimizer(checkpoint: Path) -> None:
+    """Check that a run which goes on with the optimizer's state finds it in a checkpoint.
 
     Raises:
         UserError: it was written without.
     """
-    if not (args.finetune or args.no_load_optim or has_optimizer(checkpoint)):
+    if not has_optimizer(checkpoint):
         raise UserError(
             f"the checkpoint {checkpoint} holds no optimizer state: set finetune=true to start a run at iteration 0 "
             f"from its weights, or no_load_optim=true to go on from its iteration with a fresh optimizer"

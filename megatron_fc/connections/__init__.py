@@ -1,4 +1,4 @@
-"""What a connection between sub-layers is. torch alone, never Megatron.
+"""Connections between sub-layers: what they compute, hold and cost. torch alone, never Megatron.
 
 Read `config`, `reference` and `frac` first.
 """

@@ -1,4 +1,4 @@
-"""How many parameters a distributed model has, each counted once."""
+"""The number of parameters of a distributed model, each counted once."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What backward needs of the forward pass: bytes that autograd keeps, tensor by tensor.
+"""Activations: the bytes that autograd keeps for backward, tensor by tensor.
 
 Every function lists what Megatron's layers keep with flash attention, fused SwiGLU and fused norms, for the tokens of
 one micro-batch on one rank. The lists were read off `torch.autograd.graph.saved_tensors_hooks` on real layers, and

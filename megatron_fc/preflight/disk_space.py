@@ -1,4 +1,4 @@
-"""How much room a run's checkpoints still need where they lie."""
+"""Disk space that a run's checkpoints still need where they lie."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What must hold before nodes are taken for days, checked by all ranks in a minute once they have started.
+"""The check of a job's nodes before it takes them for days, by all its ranks, within a minute.
 
 All ranks meet; rank 0 reads the config; every node shows its devices, its clock and what it sees of the files; the
 ranks add their numbers over the networks that the training uses.

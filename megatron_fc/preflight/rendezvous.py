@@ -1,4 +1,4 @@
-"""All ranks of a job meet at the first one, tell it what they have, and hear who is missing.
+"""Rendezvous of a job's ranks: all report to the first one, and hear who is missing.
 
 It is the store of the first rank through which they speak: that knows by name who has not come, while in a collective
 every rank knows no more than that it waits.

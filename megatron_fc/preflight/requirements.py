@@ -1,4 +1,4 @@
-"""What a recipe needs of the nodes and file systems that it is about to run on."""
+"""Requirements of a recipe: what it needs of nodes and file systems."""
 
 from argparse import Namespace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a config means on a number of nodes, worked out by Megatron itself on a machine that may have no GPU."""
+"""The topology of a config on a number of nodes: layout, batch, steps, GPU-hours; needs no GPU."""
 
 from argparse import Namespace
 from collections.abc import Sequence

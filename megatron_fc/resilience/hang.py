@@ -1,4 +1,4 @@
-"""How long this rank has made no step, and where it stands: what tells a hang from a step that takes long."""
+"""A clock of steps that tells a hang from a step that takes long, and the place where a rank stands."""
 
 import functools
 import sys

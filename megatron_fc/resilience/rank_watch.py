@@ -1,4 +1,4 @@
-"""All ranks end when one is lost or hangs, and say which one it was.
+"""A watch over ranks: when one is lost or hangs all end, and say which one it was.
 
 By themselves the survivors of a killed rank wait in a collective: with NCCL for its timeout of ten minutes, with gloo
 until a neighbour's connection breaks, which names no rank; under srun nobody else ends them. Here every rank keeps a
@@ -19,14 +19,16 @@ import socket
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_fc.callbacks import Callback, ForwardStep
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.parameter_count import ParameterCount
 from megatron_fc.resilience.hang import SILENT, Standstill, describe, place
 from megatron_fc.runs.rank_log import is_log_rank
 
@@ -45,8 +47,8 @@ _BYE, _WHERE = "bye", "where?"
 _HANG = "no step for"
 
 
-class RankWatch:
-    """A context in which the loss of a rank, or a hang, ends all ranks; errors of this rank's own pass through.
+class RankWatch(Callback):
+    """The loss of a rank, or a hang, ends all ranks; errors of this rank's own pass through.
 
     Args:
         standstill: of this rank.
@@ -59,6 +61,25 @@ class RankWatch:
         self._name, self._is_first = "", True
         self._peers: dict[socket.socket, str] = {}
         self._is_over = False
+
+    def around_forward_step(self, forward_step: ForwardStep) -> ForwardStep:
+        return self._standstill.count(forward_step)
+
+    def model_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
+        self.join()
+        return chunks
+
+    def end(self) -> None:
+        self._leave()
+
+    def failed(self, error: BaseException) -> BaseException:
+        # These the others meet, too, and end by themselves; SystemExit is Megatron's way to end before the target.
+        if isinstance(error, (UserError, CheckpointException, SystemExit)):
+            self._leave()
+        elif self._peers and isinstance(error, Exception):
+            time.sleep(_VERDICT_SECONDS)
+        self._close()
+        return error
 
     def join(self) -> None:
         """Connect the ranks; all of them call it, once Megatron has joined them."""
@@ -81,16 +102,9 @@ class RankWatch:
             self._connect(port, name_of_first, f"{secret} {self._name}")
         torch.distributed.barrier()
 
-    def __enter__(self) -> "RankWatch":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        # These the others meet, too, and end by themselves; SystemExit is Megatron's way to end before the target.
-        if kind is None or issubclass(kind, (UserError, CheckpointException, SystemExit)):
-            self._is_over = True  # before anybody answers to it by closing the connection
-            self._say(_BYE)
-        elif self._peers and issubclass(kind, Exception):
-            time.sleep(_VERDICT_SECONDS)
+    def _leave(self) -> None:
+        self._is_over = True  # before anybody answers to it by closing the connection
+        self._say(_BYE)
         self._close()
 
     def _accept(self, listener: socket.socket, count: int, secret: str) -> None:

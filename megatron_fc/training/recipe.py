@@ -11,13 +11,14 @@ import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
-from megatron_fc.checkpoints.resume import ON_DAMAGE
 from megatron_fc.checkpoints.retention import Retention
+from megatron_fc.checkpoints.start import ON_DAMAGE
 from megatron_fc.connections.backend import backend_on
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError, unknown
@@ -80,14 +81,15 @@ def load_recipe(
     Args:
         path: the YAML file.
         overrides: `section.key=value` or `key=value`, the value in YAML's notation.
-        extra: Megatron flags appended as they are; they win over the file.
+        extra: Megatron flags appended as they are; they win over the file. The connection is no business of theirs.
         elsewhere: the run is for other machines: nothing is adapted to this one, and its files are not looked for.
 
     Raises:
         UserError: a name is unknown (the nearest valid one is given), a value is wrong, a file is missing, or the
             machine lacks what the run asks for. Nothing has been written then.
     """
-    megatron = _MegatronArguments()
+    megatron = _megatron_arguments()
+    megatron.refuse_connection_flags(extra)
     sections = _read(path)
     known = megatron.names() | set(_OWN)
     for section, values in sections.items():
@@ -118,6 +120,11 @@ def load_recipe(
     _set_run_paths(settings, run_dir)
     argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
     args = megatron.parse(argv)
+    if args.spec is not None:
+        raise UserError(
+            f"spec={' '.join(args.spec)} would be a second source of the connection: megatron-fc train builds its "
+            f"layers from frac.connection and model.family, set those"
+        )
     refuse_impossible(args)
     if not elsewhere:
         refuse_on_device(args, device_capability())
@@ -147,6 +154,28 @@ class _MegatronArguments:
 
     def names(self) -> set[str]:
         return {name for name in self._actions if not name.startswith(("frac_", "no_frac_"))}
+
+    def refuse_connection_flags(self, flags: Sequence[str]) -> None:
+        """Check that no flag behind `--` speaks of the connection, which the section frac alone decides.
+
+        Raises:
+            UserError: names the flag, and the setting to write in its place.
+        """
+        for at, word in enumerate(flags):
+            option, equals, value = word.partition("=")
+            action = self._parser._option_string_actions.get(option)
+            if action is None or not action.dest.startswith("frac_"):
+                continue
+            setting = action.dest.removeprefix("frac_")
+            if setting == "dynamic":
+                setting, value = "connection", "sfc" if option.startswith("--no-") else "dfc"
+            elif action.nargs == 0:
+                value = str(not option.startswith("--no-")).lower()
+            elif not equals:
+                value = flags[at + 1] if at + 1 < len(flags) else "..."
+            raise UserError(
+                f"{option} behind -- would be a second source of the connection: write {setting}={value} before the --"
+            )
 
     def flags(self, settings: dict[str, Any]) -> list[str]:
         """Write settings as flags; None and False leave an argument unset, a list becomes several values."""
@@ -180,6 +209,12 @@ class _MegatronArguments:
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r} among the Megatron flags")
         return args
+
+
+@cache
+def _megatron_arguments() -> _MegatronArguments:
+    """A process needs one: to make it takes longer than to use it."""
+    return _MegatronArguments()
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A checkpoint written before modules moved into rooms (commit 822d68f): one layer, DFCx2, 3 iterations, with optimizer."""
+"""A checkpoint of commit 822d68f, before modules moved into rooms: one layer, DFCx2, 3 iterations, with optimizer."""
 
 import json
 import tarfile

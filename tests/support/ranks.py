@@ -154,16 +154,19 @@ def hang(how: str, rank: int, files: str = "answer") -> None:
         return "do so"
 
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    with RankWatch(_standstill(seconds=4), on_end) as ranks:
-        ranks.join()
-        if files == "block the log":
-            sys.__stderr__, sys.stderr = sys.stderr, _full_pipe()  # type: ignore[misc]
+    watch = RankWatch(_standstill(seconds=4), on_end)
+    watch.join()
+    if files == "block the log":
+        sys.__stderr__, sys.stderr = sys.stderr, _full_pipe()  # type: ignore[misc]
+    try:
         if mine != rank:
             torch.distributed.barrier()
         elif how == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:
             time.sleep(60)
+    except Exception as error:
+        raise watch.failed(error) from None
 
 
 def _full_pipe() -> TextIO:
@@ -181,11 +184,12 @@ def step_slowly() -> None:
     """For longer than the limit."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     standstill = _standstill(seconds=2)
-    with RankWatch(standstill, lambda *_: "do so") as ranks:
-        ranks.join()
-        step = standstill.count(lambda: time.sleep(0.5))
-        for _ in range(8):
-            step()
+    watch = RankWatch(standstill, lambda *_: "do so")
+    watch.join()
+    step = watch.around_forward_step(lambda: time.sleep(0.5))
+    for _ in range(8):
+        step()
+    watch.end()
 
 
 def _standstill(seconds: float) -> Standstill:
