@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_fc.errors import UserError
 from megatron_fc.planning.layout import Layout
-from megatron_fc.preflight.disk_space import room_of
+from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.validation import Validated, validate
 from megatron_fc.training.recipe import refuse_missing_files
 
@@ -178,8 +178,8 @@ def topology(
 
 def _refuse_missing(run: Validated) -> None:
     refuse_missing_files(run.args)
-    if room := room_of(run.recipe, run.args):
-        room.check()
+    if space := disk_space_of(run.recipe, run.args):
+        space.check()
 
 
 def _flops_per_token(args: Namespace) -> float | None:

@@ -16,7 +16,7 @@ _SHARE = 0.8
 _NAMED = 3
 
 
-class Standstill:
+class StepClock:
     """Measures how long this rank has begun no micro-batch and no iteration.
 
     Args:

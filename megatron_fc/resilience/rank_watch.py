@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_fc.callbacks import Callback, ForwardStep
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
-from megatron_fc.resilience.hang import SILENT, Standstill, describe, place
+from megatron_fc.resilience.hang import SILENT, StepClock, describe, place
 from megatron_fc.runs.rank_log import is_log_rank
 
 # "Temporary failure" of sysexits.h: a scheduler may start the same again.
@@ -51,19 +51,19 @@ class RankWatch(Callback):
     """The loss of a rank, or a hang, ends all ranks; errors of this rank's own pass through.
 
     Args:
-        standstill: of this rank.
+        clock: of this rank.
         on_end: told why they end, and whether this rank is the one to note it; returns what to do. It may raise,
             or never return.
     """
 
-    def __init__(self, standstill: Standstill, on_end: Callable[[str, bool], str]) -> None:
-        self._standstill, self._on_end = standstill, on_end
+    def __init__(self, clock: StepClock, on_end: Callable[[str, bool], str]) -> None:
+        self._clock, self._on_end = clock, on_end
         self._name, self._is_first = "", True
         self._peers: dict[socket.socket, str] = {}
         self._is_over = False
 
     def around_forward_step(self, forward_step: ForwardStep) -> ForwardStep:
-        return self._standstill.count(forward_step)
+        return self._clock.count(forward_step)
 
     def model_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
         self.join()
@@ -143,8 +143,8 @@ class RankWatch(Callback):
             while not self._is_over:
                 for key, _ in selector.select(_LOOK_SECONDS):
                     self._hear(key.fileobj, selector)
-                if not self._is_over and self._standstill.seconds() > self._standstill.limit:
-                    self._judge(self._standstill.seconds())
+                if not self._is_over and self._clock.seconds() > self._clock.limit:
+                    self._judge(self._clock.seconds())
 
     def _hear(self, peer: Any, selector: selectors.BaseSelector) -> None:
         """A peer says that it has finished, asks, says why all end, or says nothing any more."""
@@ -161,7 +161,7 @@ class RankWatch(Callback):
         """Find out who hangs; the others wait for what the first rank finds."""
         what = f"{_HANG} {seconds:.0f} s"
         if not self._is_first:
-            if seconds > self._standstill.limit + 1.5 * _VERDICT_SECONDS:
+            if seconds > self._clock.limit + 1.5 * _VERDICT_SECONDS:
                 self._end(f"{what}: {', '.join(self._peers.values())} {SILENT}")
             return
         self._say(_WHERE)

@@ -18,7 +18,7 @@ from megatron_fc.checkpoints.retention import Pruner
 from megatron_fc.checkpoints.start import Start, StartCallback, StartOptions, choose_start
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount, count_parameters
-from megatron_fc.resilience.hang import Standstill
+from megatron_fc.resilience.hang import StepClock
 from megatron_fc.resilience.rank_watch import RankWatch
 from megatron_fc.resilience.rejected_results import RejectedResults
 from megatron_fc.resilience.run_record import RunRecord
@@ -114,7 +114,7 @@ def _own(
         own.append(Pruner(recipe.retention, Path(args.save)))
     own += [
         RejectedResults(args, record.explain),
-        RankWatch(Standstill(args), partial(_when_all_end, args, record, Callbacks(given))),
+        RankWatch(StepClock(args), partial(_when_all_end, args, record, Callbacks(given))),
         starting,
     ]
     if start.checkpoint is not None and start.plain is None and has_state(start.checkpoint):

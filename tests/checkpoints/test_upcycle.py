@@ -1,5 +1,6 @@
 """Plain checkpoints -> Frac-Connections and back: against models in this process, and in whole runs."""
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -363,16 +364,19 @@ def test_training_starts_from_a_plain_checkpoint(config: Path) -> None:
     plain = config.parent / "hybrid"
     runs.train(config, plain, "connection=residual", "train_iters=6", *family)
     source = plain / "checkpoints"
-    (source / "latest_checkpointed_iteration.txt").write_text("3")
 
     run_dir = config.parent / "from_plain"
-    start = ("from_residual=true", f"load={source}", *family)
+    start = ("from_residual=true", f"load={source}", "ckpt_step=3", *family)
     printed = runs.train(config, run_dir, "train_iters=4", *start)["printed"]
     assert "from_residual: 28 Frac-Connection tensors (dfc_x4) are missing in" in printed
     assert read_metrics(run_dir).loss == {4: read_metrics(plain).loss[4]}
     printed = runs.train(config, run_dir, "train_iters=6", *start)["printed"]
     assert "from_residual" not in printed
     assert list(read_metrics(run_dir).loss) == [4, 5, 6]
+    events = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert [event["iteration"] for event in events if event["event"] == "start"] == [3, 4], (
+        "ckpt_step was the plain run's"
+    )
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.name == "iter_0000006"

@@ -50,7 +50,7 @@ with warnings.catch_warnings():
     from megatron_fc.profiling.counters.phase import Whereabouts
     from megatron_fc.profiling.groups import group_names
     from megatron_fc.resilience import rank_watch
-    from megatron_fc.resilience.hang import Standstill
+    from megatron_fc.resilience.hang import StepClock
     from megatron_fc.resilience.rank_watch import RankWatch
     from support import tiny
     from support.layouts import ONE_RANK, Layout, Model, optimizers_of
@@ -154,7 +154,7 @@ def hang(how: str, rank: int, files: str = "answer") -> None:
         return "do so"
 
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    watch = RankWatch(_standstill(seconds=4), on_end)
+    watch = RankWatch(_clock(seconds=4), on_end)
     watch.join()
     if files == "block the log":
         sys.__stderr__, sys.stderr = sys.stderr, _full_pipe()  # type: ignore[misc]
@@ -183,8 +183,8 @@ def _full_pipe() -> TextIO:
 def step_slowly() -> None:
     """For longer than the limit."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    standstill = _standstill(seconds=2)
-    watch = RankWatch(standstill, lambda *_: "do so")
+    clock = _clock(seconds=2)
+    watch = RankWatch(clock, lambda *_: "do so")
     watch.join()
     step = watch.around_forward_step(lambda: time.sleep(0.5))
     for _ in range(8):
@@ -192,9 +192,9 @@ def step_slowly() -> None:
     watch.end()
 
 
-def _standstill(seconds: float) -> Standstill:
+def _clock(seconds: float) -> StepClock:
     timeouts = {"distributed_timeout_minutes": seconds / 60 / 0.8, "distributed_timeout_seconds_after_init": None}
-    return Standstill(Namespace(**timeouts))
+    return StepClock(Namespace(**timeouts))
 
 
 def refusal_of(checkpoint: Path) -> str:
