@@ -13,21 +13,19 @@ from typing import Any
 
 import torch
 
+from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.integrity import refuse_corrupt
 from megatron_fc.checkpoints.location import (
     TRACKER,
-    checkpoint_errors_named,
     find_checkpoint,
     has_checkpoints,
-    has_optimizer,
     latest_checkpoint,
     refuse_existing,
-    refuse_missing_optimizer,
-    refuse_other_connection,
 )
 from megatron_fc.checkpoints.modelopt_state import has_state, require_modelopt, restore_state, state_in_checkpoints
 from megatron_fc.checkpoints.resume import Resumption, progress_in
 from megatron_fc.checkpoints.retention import Pruner
+from megatron_fc.checkpoints.structure import has_optimizer, refuse_missing_optimizer, refuse_other_connection
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount, count_parameters
 from megatron_fc.resilience.hang import Standstill
