@@ -15,13 +15,11 @@ from megatron_fc.checkpoints.location import (
     TRACKER,
     find_checkpoint,
     has_checkpoints,
-    has_optimizer,
     latest_checkpoint,
     refuse_existing,
-    refuse_missing_optimizer,
-    refuse_other_connection,
 )
 from megatron_fc.checkpoints.modelopt_state import refuse_state
+from megatron_fc.checkpoints.structure import has_optimizer, refuse_missing_optimizer, refuse_other_connection
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount

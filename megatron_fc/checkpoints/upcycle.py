@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from megatron_fc.checkpoints.derive import derive_checkpoint
-from megatron_fc.checkpoints.location import describe_structure, is_frac_key, stored_structure
+from megatron_fc.checkpoints.structure import describe_structure, is_frac_key, stored_structure
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError
 

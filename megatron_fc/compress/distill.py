@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
 from megatron_fc.callbacks import Callback, ForwardStep
+from megatron_fc.checkpoints.errors import cause_of
 from megatron_fc.checkpoints.integrity import refuse_corrupt
-from megatron_fc.checkpoints.location import cause_of, find_checkpoint, refuse_other_connection, stored_structure
+from megatron_fc.checkpoints.location import find_checkpoint
 from megatron_fc.checkpoints.modelopt_state import refuse_state, require_modelopt
+from megatron_fc.checkpoints.structure import refuse_other_connection, stored_structure
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
 from megatron_fc.training.batches import next_token_loss

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_fc.checkpoints.location import is_frac_key
+from megatron_fc.checkpoints.structure import is_frac_key
 from support.training_runs import config as config
 from support.training_runs import train
 

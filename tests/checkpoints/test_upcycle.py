@@ -20,7 +20,8 @@ from megatron.training import global_vars
 
 from megatron_fc import FracConfig
 from megatron_fc.checkpoints import derive
-from megatron_fc.checkpoints.location import find_checkpoint, is_frac_key, latest_checkpoint
+from megatron_fc.checkpoints.location import find_checkpoint, latest_checkpoint
+from megatron_fc.checkpoints.structure import is_frac_key
 from megatron_fc.checkpoints.upcycle import to_residual, upcycle
 from megatron_fc.cli.main import main
 from megatron_fc.errors import UserError

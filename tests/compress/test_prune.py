@@ -10,7 +10,8 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_fc import FracConfig, UserError
-from megatron_fc.checkpoints.location import latest_checkpoint, stored_structure
+from megatron_fc.checkpoints.location import latest_checkpoint
+from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
 from megatron_fc.compress.importance import Importance
 from megatron_fc.compress.prune import _Kept, _refuse_layout
