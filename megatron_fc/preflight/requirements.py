@@ -5,7 +5,8 @@ from pathlib import Path
 
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.nodes import Requirements
-from megatron_fc.training.recipe import Recipe, data_files
+from megatron_fc.training.data_files import data_files
+from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.setup import parse
 
 

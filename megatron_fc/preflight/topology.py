@@ -10,7 +10,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.planning.layout import Layout
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.validation import Validated, validate
-from megatron_fc.training.recipe import refuse_missing_files
+from megatron_fc.training.data_files import refuse_missing_files
 
 
 @dataclass(frozen=True)
