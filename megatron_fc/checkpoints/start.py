@@ -110,6 +110,7 @@ class StartCallback(Callback):
     def __init__(self, start: Start, options: StartOptions) -> None:
         self.start = start
         self._options = options
+        self._is_new_run = not options.run_dir.exists()
 
     def model_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
         if self.start.plain is not None:
@@ -127,13 +128,12 @@ class StartCallback(Callback):
         assert start.plain is not None
         assert start.folder is not None
         assert frac is not None
-        is_new_run = not run_dir.exists()
         try:
             refuse_corrupt(start.plain)
             with_optimizer = not (args.no_load_optim or start.anew)
             said = upcycle(chunks, start.plain, start.folder, frac, with_optimizer=with_optimizer)
         except UserError:
-            if is_new_run:
+            if self._is_new_run:
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
         self._options.tell(f"from_residual: {said}")
