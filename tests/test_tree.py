@@ -13,6 +13,7 @@ PACKAGE = ROOT / "megatron_fc"
 # A room imports from itself and from those before it.
 ROOMS = (
     "errors",
+    "extras",
     "connections",
     "runs",
     "planning",
@@ -38,7 +39,7 @@ WITHOUT_MEGATRON = (
     "megatron_fc.profiling.counters",
 )
 # Beside the rooms' own tests: what rooms do together, on other machines, or what is no room.
-OTHER_TESTS = {"support", "distributed", "launch", "gpu", "te", "benchmarks", "docker"}
+OTHER_TESTS = {"support", "distributed", "launch", "gpu", "te", "benchmarks", "docker", "packaging"}
 
 
 @cache
