@@ -11,7 +11,7 @@ from torch import Tensor
 
 from case import Absent, Case, Program, rms_norm
 from megatron_fc import FracConnection
-from megatron_fc.connections import reference
+from megatron_fc.connections import HyperConfig, reference
 from megatron_fc.connections.backend import triton_obstacle
 from megatron_fc.connections.costs import traffic
 from megatron_fc.connections.costs.traffic import Moves, Stream
@@ -71,9 +71,8 @@ def contestants(operation: str, case: Case) -> Iterator[Contestant]:
         name = "Megatron, fused_residual_rmsnorm"
         yield Contestant(name, partial(stock, "fused_residual"), FUSED_RESIDUAL[operation])
     if operation == "layer":
-        yield Contestant(
-            "Liger mHC, 4 streams: not FC", partial(liger_mhc, case), partial(traffic.hyper_ideal, streams=4)
-        )
+        moves = partial(traffic.hyper_ideal, config=HyperConfig(slots=4))
+        yield Contestant("Liger mHC, 4 streams: not FC", partial(liger_mhc, case), moves)
         yield Contestant("hyper-connections, num_fracs: not FC", partial(hyper_connections, case))
 
 

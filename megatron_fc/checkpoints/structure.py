@@ -4,26 +4,23 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fc.checkpoints.integrity import INDEX
+from megatron_fc.connections import kinds
 from megatron_fc.connections.config import FracConfig
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
-
-_MARK = ".connection."
-
-
-def is_frac_key(key: str) -> bool:
-    """True for the key of a Frac-Connection's tensor in a checkpoint, its optimizer state included."""
-    return _MARK in key and key.rpartition(_MARK)[2] in FracParameters._fields
 
 
 def stored_structure(checkpoint: Path) -> dict[str, int]:
-    """Return the last dimension of each kind of FC tensor in a `torch_dist` checkpoint, {} for a plain one."""
+    """Return the last dimension of every parameter of a connection in a `torch_dist` checkpoint, {} for a plain one.
+
+    Megatron stacks the layers of most models along a first axis.
+    """
     from megatron.core import dist_checkpointing
 
     sizes: dict[str, int] = {}
     for key, tensor in dist_checkpointing.load_tensors_metadata(str(checkpoint)).items():
-        if is_frac_key(key) and not key.startswith("optimizer."):
-            sizes[key.rpartition(_MARK)[2]] = int(tensor.global_shape[-1])
+        if is_connection_key(key) and not key.startswith("optimizer."):
+            sizes[key.rpartition(".")[2]] = int(tensor.global_shape[-1])
     return sizes
 
 
@@ -36,7 +33,7 @@ def refuse_other_connection(checkpoint: Path, frac: FracConfig | None, hidden_si
     if not (checkpoint / INDEX).exists():
         return
     stored = stored_structure(checkpoint)
-    wanted = _structure(frac, hidden_size) if frac is not None else {}
+    wanted = frac.last_dimensions(hidden_size) if frac is not None else {}
     if stored != wanted:
         raise UserError(
             f"the checkpoint {checkpoint} has {describe_structure(stored)}, this run has {describe_structure(wanted)}: "
@@ -83,21 +80,9 @@ def _stamp(checkpoint: Path) -> FracConfig | None:
     return stored_frac_config(args) if args is not None else None
 
 
-def _structure(frac: FracConfig, hidden_size: int) -> dict[str, int]:
-    m, c = frac.rate, frac.fraction_size(hidden_size)
-    sizes = {"static_beta": m, "static_gamma": m * m, "static_alpha": m * m}
-    if frac.dynamic:
-        sizes["dynamic_weight"] = c
-        sizes |= {"scale_beta": 1, "scale_alpha": 1} if frac.scale else {}
-        sizes |= {"norm_weight": c} if frac.norm != "none" else {}
-    return sizes
-
-
 def describe_structure(sizes: dict[str, int]) -> str:
     """Say in words what `stored_structure` returned."""
     if not sizes:
         return "plain residual connections"
-    dynamic = "dynamic_weight" in sizes
-    lacks = [what for key, what in (("scale_beta", "scale"), ("norm_weight", "norm")) if dynamic and key not in sizes]
-    kind = f"{'dfc' if dynamic else 'sfc'}_x{sizes['static_beta']}"
-    return f"{kind} connections" + (f" without {' and '.join(lacks)}" if lacks else "")
+    config = kinds.recognise(sizes)
+    return f"connections of an unknown kind, {sizes}" if config is None else config.description

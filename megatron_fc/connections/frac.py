@@ -49,23 +49,22 @@ class FracConnection(nn.Module):
 
     def __init__(self, hidden_size: int, config: FracConfig) -> None:
         super().__init__()
-        m, c = config.rate, config.fraction_size(hidden_size)
         self.hidden_size = hidden_size
         self.config = config
-
-        def parameter(*shape: int) -> nn.Parameter:
-            # Explicit, since frameworks build models under a default dtype of bf16.
-            return nn.Parameter(torch.empty(shape, dtype=torch.float32))
-
-        self.static_beta = parameter(m)
-        self.static_gamma = parameter(m * m)
-        self.static_alpha = parameter(m * m)
-        has_scale, has_norm = config.dynamic and config.scale, config.dynamic and config.norm != "none"
-        self.register_parameter("dynamic_weight", parameter(2 * m + 1, c) if config.dynamic else None)
-        self.register_parameter("scale_beta", parameter(1) if has_scale else None)
-        self.register_parameter("scale_alpha", parameter(1) if has_scale else None)
-        self.register_parameter("norm_weight", parameter(c) if has_norm else None)
+        shapes = config.parameter_shapes(hidden_size)
+        for name in config.parameter_names:
+            # The dtype is explicit, since frameworks build models under a default of bf16.
+            values = torch.empty(shapes[name], dtype=torch.float32) if name in shapes else None
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
         self.reset_parameters()
+
+    def enter(self, h: Tensor) -> Tensor:
+        """The residual stream is the embedding itself, [..., d]: its fractions are the slots."""
+        return h
+
+    def leave(self, h: Tensor) -> Tensor:
+        """The last norm takes the residual stream as it is, [..., d]."""
+        return h
 
     def reset_parameters(self) -> None:
         """Set the initial values: B = 1, Y = A = I, W = 0, s = initial_scale (eq. 15)."""

@@ -10,6 +10,7 @@ statistics per row, in fp32.
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from megatron_fc.connections.costs.traffic import beta_bytes
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Shape, Training
 
@@ -166,7 +167,7 @@ def _frac(shape: Shape, training: Training, sizes: _Sizes, moe: bool) -> list[Ke
     """Of two sites: o, beta, and x where no kernel applies the norm in the same pass; h is kept anyway."""
     if shape.frac is None:
         return []
-    beta = _FP32 * shape.frac.rate * sizes.stream_tokens
+    beta = beta_bytes(shape.frac) * sizes.stream_tokens
     kept = []
     for name, apart in zip(("attention", "the MLP"), training.norms_of(moe), strict=True):
         in_kernel = training.fused_connections and apart

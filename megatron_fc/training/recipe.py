@@ -88,7 +88,7 @@ def load_recipe(
         _set_hybrid_pattern(settings)
     apply_precision(settings)
     if frac is not None and "hidden_size" in settings:
-        frac.fraction_size(int(settings["hidden_size"]))
+        frac.slot_width(int(settings["hidden_size"]))
     notes, backend = [], None
     if not elsewhere:
         _refuse_missing_te(settings)

@@ -21,12 +21,11 @@ from megatron.training import global_vars
 from megatron_fc import FracConfig
 from megatron_fc.checkpoints import derive
 from megatron_fc.checkpoints.location import find_checkpoint, latest_checkpoint
-from megatron_fc.checkpoints.structure import is_frac_key
 from megatron_fc.checkpoints.upcycle import to_residual, upcycle
 from megatron_fc.cli.main import main
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import specs
-from megatron_fc.megatron.parameter_count import is_frac_parameter
 from megatron_fc.runs.metrics import read_metrics
 from support import tiny
 from support import training_runs as runs
@@ -129,7 +128,7 @@ def test_model_goes_on_from_the_upcycled_checkpoint(kind: str, precision: str, t
     before = tensors(source)
     checkpoint = find_checkpoint(tmp_path / "new")
     after = tensors(checkpoint)
-    added = {key: value for key, value in after.items() if is_frac_key(key)}
+    added = {key: value for key, value in after.items() if is_connection_key(key)}
     assert_same({key: value for key, value in after.items() if key not in added}, before)
     assert said.startswith(f"{sum(not key.startswith('optimizer.') for key in added)} Frac-Connection tensors (dfc_x4)")
     moments = [value for key, value in added.items() if key.startswith("optimizer.state.exp_avg")]
@@ -146,7 +145,7 @@ def test_model_goes_on_from_the_upcycled_checkpoint(kind: str, precision: str, t
     assert torch.equal(tiny.logits(old.model, batch), tiny.logits(new.model, batch))
     old.model.train()
     new.model.train()
-    start = {name: p.detach().clone() for name, p in new.model.named_parameters() if is_frac_parameter(name)}
+    start = {name: p.detach().clone() for name, p in new.model.named_parameters() if is_connection_key(name)}
     assert new.step(ITERATION) == old.step(ITERATION)
     moved = {name: p for name, p in new.model.named_parameters() if name in start}
     assert all(not torch.equal(p, start[name]) for name, p in moved.items() if "static_beta" in name)
@@ -352,7 +351,7 @@ def test_upcycling_under_another_layout(config: Path, finished: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     plain = tensors(source / "iter_0000003")
     connected = tensors(target / "iter_0000003")
-    assert_same({key: value for key, value in connected.items() if not is_frac_key(key)}, plain)
+    assert_same({key: value for key, value in connected.items() if not is_connection_key(key)}, plain)
     beta = connected["decoder.layers.input_layernorm.connection.static_beta"]
     assert torch.equal(beta, torch.ones(2, 4))
     assert not connected["optimizer.state.exp_avg.decoder.layers.pre_mlp_layernorm.connection.static_beta"].any()

@@ -41,8 +41,8 @@ with warnings.catch_warnings():
     from megatron_fc.checkpoints.integrity import refuse_corrupt
     from megatron_fc.cli.main import main
     from megatron_fc.connections import reference
+    from megatron_fc.connections.kinds import is_connection_key
     from megatron_fc.errors import UserError
-    from megatron_fc.megatron.parameter_count import is_frac_parameter
     from megatron_fc.megatron.slots import FracNorm
     from megatron_fc.planning.counts import NetworkCounts
     from megatron_fc.planning.network import Routing
@@ -222,7 +222,7 @@ def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[st
     layout.initialise()
     run = Run(layout, model, folder / model.name, "sgd")
     for _, name, parameter in run.named_parameters():
-        if is_frac_parameter(name):
+        if is_connection_key(name):
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
     run.accumulate(0)
     return run.compare_gradient()[0]
@@ -507,7 +507,7 @@ def _randomise(chunks: list[torch.nn.Module]) -> None:
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                if is_frac_parameter(name):
+                if is_connection_key(name):
                     size = 0.5 if parameter.dim() > 1 else 0.1
                     parameter += size * torch.randn(parameter.shape, generator=generator)
 
