@@ -1,4 +1,4 @@
-"""Where Megatron's checkpoints lie, and which one is meant."""
+"""Locations of Megatron's checkpoints: the folder that a path, a tracker or a step stands for."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a Megatron checkpoint holds, read before anything is built or written over: connections, optimizer state."""
+"""The structure of a checkpoint, read before anything is built or written over: connections, optimizer state."""
 
 from pathlib import Path
 from typing import Any

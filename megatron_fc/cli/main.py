@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("only `train` takes Megatron flags after --")
     if behind:
         args.overrides += behind
-    args.words, args.megatron_flags = words, extra
+    args.command_line, args.megatron_flags = words, extra
     _quieten()
     try:
         return int(args.run(args))

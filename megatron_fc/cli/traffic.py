@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     given = [word.partition("=")[2] for word in args.overrides if word.startswith("run_dir=")]
     out = args.out or Path(given[-1] if given else f"runs/{args.config.stem}-traffic")
     if args.nsight:
-        print("\n".join(nsight.command_lines([word for word in args.words if word != "--nsight"], out)))
+        print("\n".join(nsight.command_lines([word for word in args.command_line if word != "--nsight"], out)))
         return 0
     from megatron_fc.training import cpu_lane
 
@@ -83,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_fc.profiling.profile import profile
 
     teachers = [distillation(args)] if args.teacher else []
-    report = profile(args.config, args.overrides, args.from_step, args.steps, out, args.words, args.nvtx, teachers)
+    report = profile(
+        args.config, args.overrides, args.from_step, args.steps, out, args.command_line, args.nvtx, teachers
+    )
     return 0 if report is None else _publish(report, out, against)
 
 

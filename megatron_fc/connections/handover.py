@@ -1,4 +1,4 @@
-"""What a width connection leaves for the depth connection of the same site.
+"""The handover from a width connection to the depth connection of the same site.
 
 The mixed residual A(h)^T h is never in memory. It has a name nevertheless: `mixed`, an output of the width connection
 and an input of the depth connection, of the stream's shape and without storage of its own. Its value is made anew where

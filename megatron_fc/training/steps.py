@@ -1,4 +1,4 @@
-"""Where the steps of Megatron's loop begin and end, told to callbacks.
+"""The bounds of steps in Megatron's loop, told to callbacks.
 
 Megatron's loop has no hooks of its own, and is not patched. What it shows of a step are its calls of `forward_step`,
 and the line that the logging rank prints.

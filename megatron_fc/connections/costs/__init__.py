@@ -1,4 +1,4 @@
-"""What connections cost, by formula; how many parameters they have says their configuration.
+"""Costs of connections, by formula. The number of parameters is the configuration's to say.
 
 * `flops`: floating-point operations
 * `traffic`: bytes of device memory, fused kernels, one pass over memory each
