@@ -106,6 +106,8 @@ class _Profiler(Companion):
         return chunks
 
     def forward_step(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+        # The step whose beginning closes the window is the loop's last, from the first step on: the log counts to it.
+        self._args.train_iters = min(self._args.train_iters, self._args.iteration + self._first + self._steps + 1)
         with self._window.forward(self._args.curr_iteration - self._args.iteration) as watch_backward:
             output, loss = super().forward_step(data_iterator, model, return_schedule_plan)
             watch_backward(output)
@@ -148,7 +150,6 @@ class _Profiler(Companion):
                 if key in self._device.counts:
                     self._device.counts[key].seconds = seconds
             write_part(self._out, self._part())
-        self._args.train_iters = self._args.curr_iteration + 1  # the loop ends with this step
 
     def _part(self) -> Part:
         device: DeviceCounts = {}
