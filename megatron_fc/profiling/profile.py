@@ -108,6 +108,10 @@ class _Profiler(Callback):
             clear(self._out)
         return chunks
 
+    def before_step(self, iteration: int) -> None:
+        # The step whose beginning closes the window is the loop's last, and the log counts to it.
+        self._args.train_iters = min(self._args.train_iters, self._args.iteration + self._first + self._steps + 1)
+
     def around_forward_step(self, forward_step: ForwardStep) -> ForwardStep:
         @functools.wraps(forward_step)
         def timed(*args: Any, **options: Any) -> tuple[Any, Any]:
@@ -159,7 +163,6 @@ class _Profiler(Callback):
                 if key in self._device.counts:
                     self._device.counts[key].seconds = seconds
             write_part(self._out, self._part())
-        self._args.train_iters = self._args.curr_iteration + 1  # the loop ends with this step
 
     def _part(self) -> Part:
         device: DeviceCounts = {}
