@@ -110,7 +110,7 @@ def test_doctor_runs_where_torch_does_not(wheel: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "package"),
     [
-        (["train", "config.yaml"], "pyyaml"),
+        (["train", "config.yaml"], "rich"),
         (["demo"], "tokenizers"),
         (["runs"], "rich"),
     ],
