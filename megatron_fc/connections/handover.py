@@ -12,17 +12,24 @@ from torch import Tensor
 
 
 class Handover(NamedTuple):
-    """Coefficients and the name of the mixed residual.
+    """Coefficients, the name of the mixed residual, and who made them.
 
     Attributes:
         beta: [tokens, m] in fp32.
         alpha: [tokens, m*m] in fp32, without gradient: that comes through `mixed`.
         mixed: [..., d] without storage, the mixed residual.
+        backend: triton or torch, chosen by the width connection for the depth connection, too.
     """
 
     beta: Tensor
     alpha: Tensor
     mixed: Tensor
+    backend: str
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All but the backend, as the operations take them."""
+        return self.beta, self.alpha, self.mixed
 
 
 def without_storage(like: Tensor) -> Tensor:

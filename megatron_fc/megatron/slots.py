@@ -24,12 +24,12 @@ from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_fc.connections.backend import choose_backend
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.frac import FracConnection, PendingDepth
 from megatron_fc.connections.handover import Handover
+from megatron_fc.connections.norm import HandsOutWeights
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.norms import hand_out_weights, norm_weights
+from megatron_fc.megatron.norms import hand_out_weights
 from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
 
 _GIFT, _SENDER = "_frac_gift", "_frac_sender"
@@ -145,7 +145,7 @@ class FracNorm(MegatronModule):
             raise UserError("the depth connection of this layer was replaced after frac_connect: call it last")
         site = self.connection
         if isinstance(h, PendingDepth):
-            stream, x, handover = site(h, norm=norm_weights(self.norm))
+            stream, x, handover = site(h, self.norm)
             return _give(stream, _Gift(site, x, handover))
         gift, sender = _take(h, site), h.__dict__.pop(_SENDER, None)
         differentiates = torch.is_grad_enabled() and h.requires_grad
@@ -154,9 +154,9 @@ class FracNorm(MegatronModule):
         if gift is not None and gift.x is not None and (gift.x.requires_grad or not differentiates):
             x, handover = gift.x, gift.handover
         elif not self.hands_over:
-            return site(h, **self._norm_arguments(h))
+            return site(h, self.norm)
         else:
-            x, handover = site(h, hand_over=True, **self._norm_arguments(h))
+            x, handover = site(h, self.norm, hand_over=True)
         # A view, since a tensor that hung on h itself would keep h, and so itself, alive.
         return x, _give(h.view_as(h), _Gift(site, None, handover))
 
@@ -167,14 +167,6 @@ class FracNorm(MegatronModule):
             "this norm slot carries a Frac-Connection, which other formats cannot hold: keep Megatron's checkpoint, or "
             "export a model trained with plain residuals"
         )
-
-    def _norm_arguments(self, h: Tensor) -> dict[str, Any]:
-        """The norm as weights for the kernel, or as the function to call behind the width connection."""
-        if choose_backend(self.connection.config, h) == "triton":
-            weights = norm_weights(self.norm)
-            if weights is not None:
-                return {"norm": weights}
-        return {"then": self.norm}
 
 
 class FracAdd(nn.Module):
@@ -208,7 +200,7 @@ class FracAdd(nn.Module):
         handover = None if gift is None else gift.handover
         dropout = dropout if training else 0.0
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(o, h)):
-            if handover is not None and self._following and self._in_one_pass(h):
+            if handover is not None and self._following and self._in_one_pass(handover):
                 stream: Tensor = self._following[0](PendingDepth(o, h, handover, bias, dropout))
             else:
                 stream = site.depth(o, h, handover, bias, dropout)
@@ -216,12 +208,11 @@ class FracAdd(nn.Module):
             setattr(stream, _SENDER, self)
         return stream
 
-    def _in_one_pass(self, h: Tensor) -> bool:
+    def _in_one_pass(self, handover: Handover) -> bool:
         """Whether the kernels can make the next sub-layer's input along with the stream."""
-        frac, following = self._site[0].config, self._following[0]
-        if choose_backend(frac, h) != "triton" or frac.recompute:
+        if handover.backend != "triton" or self._site[0].config.recompute:
             return False
-        return isinstance(following.norm, IdentityOp) or norm_weights(following.norm) is not None
+        return isinstance(self._following[0].norm, (IdentityOp, HandsOutWeights))
 
     def _gradients_are_on(self, o: Tensor, h: Tensor) -> bool:
         """Whether the layer runs with gradients.

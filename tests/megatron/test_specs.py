@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_fc import FracConfig, FracConnection, UserError
+from megatron_fc.connections.backend import choose_backend
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.input_norm import _READERS, _submodules
 from megatron_fc.megatron.parameter_count import count_parameters
@@ -44,6 +45,21 @@ def test_logits_at_initialisation_equal_the_residual_models_bit_for_bit(
     assert torch.equal(tiny.logits(model, tiny.tokens()), plain)
     tiny.randomise_connections(model)
     assert not torch.allclose(tiny.logits(model, tiny.tokens()), plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_sub_layer_asks_for_its_backend_once(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The width connection does, and the depth connection takes its answer over."""
+    asked = []
+
+    def ask(config: FracConfig, stream: torch.Tensor) -> str:
+        asked.append(config)
+        return choose_backend(config, stream)
+
+    monkeypatch.setattr("megatron_fc.connections.frac.choose_backend", ask)
+    model = tiny.build("dense", FracConfig(rate=4, recompute=recompute))
+    tiny.loss(model, tiny.tokens()).backward()
+    assert len(asked) == sum(isinstance(module, FracConnection) for module in model.modules())
 
 
 def test_dropout_is_applied() -> None:

@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_weights_wherever_the_norm_is() -> None:
 
 
 def test_the_width_connection_knows_te_norms_by_their_weights() -> None:
-    from megatron_fc.megatron.norms import norm_weights
+    from megatron_fc.connections.norm import norm_weights
 
     layer = build("dense", FracConfig(rate=4)).decoder.layers[0]
     for slot in (layer.input_layernorm, layer.pre_mlp_layernorm):
