@@ -1,8 +1,8 @@
 """Runs a function on several ranks: real processes and process groups over gloo, a timeout, every traceback.
 
 A rank is a fork of a process that has imported Megatron (`fork_server`), so a case takes as long as its own work.
-Functions to run live in `ranks.py` and get `rank`-independent arguments; what they return comes back in the order of the
-ranks.
+Functions to run live in `ranks.py` and get `rank`-independent arguments; what they return comes back in the order of
+the ranks.
 """
 
 import multiprocessing

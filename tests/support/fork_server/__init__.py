@@ -7,6 +7,7 @@ how. Where Python's start itself is tested, and on GPUs, `sys.executable` is the
 """
 
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -49,17 +50,16 @@ def python() -> str:
         if not program.exists():
             folder.mkdir()
             _start(folder, values)
-            text = (_HERE / "client.py").read_text()
-            constants = {
-                "PYTHON: str": sys.executable,
-                "SERVER: str": str(folder / "socket"),
-                "VALUES: dict[str, str]": values,
-            }
-            for declaration, value in constants.items():
-                text = text.replace(f"{declaration}\n", f"{declaration} = {value!r}\n")
-            program.write_text(f"#!{sys.executable} -IS\n{text}")
+            facts = {"python": sys.executable, "server": str(folder / "socket"), "values": values}
+            (folder / "client.json").write_text(json.dumps(facts))
+            program.write_text(f"#!{sys.executable} -IS\n{(_HERE / 'client.py').read_text()}")
             program.chmod(0o755)
     return str(program)
+
+
+def process_id(process: subprocess.Popen[Any]) -> int:
+    """The number of what runs for a process that was started as `python()`: the program's own is another one."""
+    return int(Path(process.args[0]).with_name(f"{process.pid}.pid").read_text())
 
 
 def _start(folder: Path, values: dict[str, str]) -> None:
@@ -77,8 +77,3 @@ def _start(folder: Path, values: dict[str, str]) -> None:
             stderr=log,
             start_new_session=True,
         )
-
-
-def process_id(process: subprocess.Popen[Any]) -> int:
-    """Of what runs for a process that was started as `python()`: that is not the program itself."""
-    return int(Path(process.args[0]).with_name(str(process.pid)).read_text())

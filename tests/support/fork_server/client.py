@@ -1,7 +1,7 @@
 """What stands in Python's place: asks the server for a process, hands signals on to it and ends as it ends.
 
-Reads PYTHON, the real one, SERVER, a socket's path, and VALUES, the variables that the server has read; imports little,
-as it starts often.
+It imports little, as it starts often; `client.json` beside it names the real Python, the server's socket, and the
+variables that the server has read.
 """
 
 import json
@@ -10,24 +10,21 @@ import signal
 import socket
 import sys
 
-PYTHON: str
-SERVER: str
-VALUES: dict[str, str]
-
 _DEAF = {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGPIPE}
 
 
-def main() -> int:
-    for name, value in VALUES.items():
+def main(python: str, server: str, values: dict[str, str]) -> int:
+    """Run what `python ARGUMENTS` would; returns its exit code, the negative number of a signal if that ended it."""
+    if len(sys.argv) == 1 or (sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c", "-u")):
+        os.execv(python, [python, *sys.argv[1:]])  # only a new interpreter can have other options
+    for name, value in values.items():
         if os.environ.get(name, value) != value:
             sys.exit(f"fork server: {name}={os.environ[name]}, but the server was started with {value}")
-    if len(sys.argv) == 1 or (sys.argv[1].startswith("-") and sys.argv[1] not in ("-m", "-c", "-u")):
-        os.execv(PYTHON, [PYTHON, *sys.argv[1:]])  # with options that only a new interpreter can follow
     signals = signal.valid_signals() - _DEAF
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-    server.connect(SERVER)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    connection.connect(server)
     request = {
         "argv": sys.argv,
         "environment": dict(os.environ),
@@ -35,13 +32,13 @@ def main() -> int:
         "umask": os.umask(0),
         "ignored": [number for number in signals if signal.getsignal(number) == signal.SIG_IGN],
     }
-    socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+    socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
     for number in signals:
-        signal.signal(number, lambda number, _: server.send(bytes([number])))
+        signal.signal(number, lambda number, _: connection.send(bytes([number])))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    status = server.recv(16)
+    status = connection.recv(16)
     if not status:
-        sys.exit(f"fork server: it has ended, see {os.path.dirname(SERVER)}/log")
+        sys.exit(f"fork server: it has ended, see {os.path.dirname(server)}/log")
     return os.waitstatus_to_exitcode(int(status))
 
 
@@ -54,4 +51,6 @@ def end(code: int) -> None:
     os._exit(code)
 
 
-end(main())
+with open(os.path.join(os.path.dirname(__file__), "client.json")) as file:
+    facts = json.load(file)
+end(main(**facts))
