@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from support import fork_server
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Everything but the gpu-marked tests runs on the CPU lane, on a machine with GPUs too.
@@ -11,6 +13,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         raise pytest.UsageError("the gpu-marked tests need a CUDA device, and torch sees none")
+    fork_server.begin()  # before the workers start, which share its servers
+
+
+def pytest_unconfigure() -> None:
+    fork_server.end()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

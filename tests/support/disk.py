@@ -1,5 +1,6 @@
 """A disk that takes its time, so that a test finds a run where it wants it, however fast or slow the machine is."""
 
+import os
 from pathlib import Path
 
 
@@ -13,7 +14,8 @@ class SlowDisk:
     def __init__(self, file: Path) -> None:
         self._file = file
         code = Path(__file__).parent / "slow_disk"
-        self.variables = {"PYTHONPATH": str(code), "SLOW_DISK": str(file)}
+        path = os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.variables = {"PYTHONPATH": path, "SLOW_DISK": str(file)}
         self.exports = f"export PYTHONPATH=$PYTHONPATH:{code} SLOW_DISK={file}\n"  # for a site file
 
     def takes(self, seconds: float) -> None:

@@ -4,11 +4,12 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+from support import fork_server
 
 REPOSITORY = Path(__file__).parents[2]
 _SITE = """
@@ -37,7 +38,7 @@ class Site:
     def write(self, *overrides: str, partition: str = "batch", full_size: bool = False, more: str = "") -> None:
         """Write the site file anew."""
         self.overrides = [*([] if full_size else TINY), *self.data, *overrides]
-        places = {"repository": REPOSITORY, "folder": self.folder, "python": sys.executable}
+        places = {"repository": REPOSITORY, "folder": self.folder, "python": fork_server.python()}
         text = _SITE.format(overrides=shlex.join(self.overrides), partition=partition, **places)
         (self.folder / "site.sh").write_text(text + more)
 

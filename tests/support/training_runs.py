@@ -4,7 +4,6 @@ import argparse
 import inspect
 import os
 import subprocess
-import sys
 import typing
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from megatron_fc.data import build_demo_data
 from megatron_fc.data.corpus import Root
 from megatron_fc.runs.metrics import read_metrics
 from megatron_fc.runs.summary import read_summary
+from support import fork_server
 
 ITERATIONS = 40
 
@@ -43,7 +43,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(config: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "megatron_fc", "train", str(config), *overrides]
+    """The words of a training; `fork_server` says what they begin with."""
+    return [fork_server.python(), "-m", "megatron_fc", "train", str(config), *overrides]
 
 
 def environment() -> dict[str, str]:
