@@ -7,7 +7,7 @@ and output are split. Frac-Connections have n = m, Hyper-Connections m = 1.
 import importlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, get_args, get_origin
@@ -173,6 +173,8 @@ class Connection(Protocol):
     def leave(self, h: "Tensor") -> "Tensor":
         """What the network's last norm takes, [..., d]."""
         ...
+
+    def named_parameters(self) -> "Iterator[tuple[str, Tensor]]": ...
 
 
 def load(name: str) -> Any:

@@ -82,6 +82,17 @@ def test_a_site_starts_as_a_residual_connection(config: ConnectionConfig) -> Non
 
 
 @pytest.mark.parametrize("config", MEMBERS, ids=str)
+def test_a_norm_and_a_hand_over_change_no_result(config: ConnectionConfig) -> None:
+    site, norm = config.build(D), torch.nn.LayerNorm(D)
+    for _, parameter in site.named_parameters():
+        torch.nn.init.normal_(parameter)
+    h, o = torch.randn(5, config.stream_width(D)), torch.randn(5, D)
+    x, handover = site(h, norm=norm, hand_over=True)
+    assert torch.equal(x, norm(site(h)))
+    assert torch.equal(site.depth(o, h, handover), site.depth(o, h))
+
+
+@pytest.mark.parametrize("config", MEMBERS, ids=str)
 def test_kinds_are_recognised_by_their_parameters(config: ConnectionConfig) -> None:
     assert recognise(config.last_dimensions(D)) == config
 
