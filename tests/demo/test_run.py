@@ -2,10 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support import fork_server
 
 SMALL = ["train_iters=4", "num_layers=1", "hidden_size=32", "num_attention_heads=2", "num_experts=2", "eval_iters=1"]
 
@@ -15,7 +16,11 @@ def demo(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in launcher}
     return subprocess.run(
-        [sys.executable, "-m", "megatron_fc", *words], env=environment, capture_output=True, text=True, check=False
+        [fork_server.python(), "-m", "megatron_fc", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
