@@ -50,6 +50,7 @@ def import_what_is_slow() -> dict[str, str]:
 
         import megatron.core.tokenizers.text
         import megatron.training.training  # noqa: F401
+        import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
         import torch.utils.tensorboard  # noqa: F401
 
         import megatron_fc.cli.main
