@@ -6,6 +6,8 @@ import torch
 
 from support import fork_server
 
+pytest_plugins = ["support.times"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Everything but the gpu-marked tests runs on the CPU lane, on a machine with GPUs too.

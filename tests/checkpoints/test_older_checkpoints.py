@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from megatron_fc.checkpoints.structure import is_frac_key
+from megatron_fc.connections.kinds import is_connection_key
 from support.training_runs import config as config
 from support.training_runs import train
 
@@ -41,8 +41,8 @@ def test_a_run_goes_on_from_it_with_the_same_weights(config: Path, tmp_path: Pat
     assert (start["iteration"], start["consumed_samples"]) == (3, 12)
     before, after = (weights(run_dir / "checkpoints" / f"iter_000000{step}") for step in (3, 4))
     assert before.keys() == after.keys()
-    assert sum(map(is_frac_key, before)) == 2 * 7
-    trained = [key for key in before if is_frac_key(key) and key.endswith("static_alpha")]
+    assert sum(map(is_connection_key, before)) == 2 * 7
+    trained = [key for key in before if is_connection_key(key) and key.endswith("static_alpha")]
     assert all(not torch.equal(before[key], torch.eye(2).flatten()) for key in trained)
     for key, tensor in before.items():
         torch.testing.assert_close(after[key], tensor, rtol=0, atol=1e-9, msg=key)

@@ -4,7 +4,6 @@ import json
 import pickle
 import shutil
 import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import specs
 from megatron_fc.runs.metrics import read_metrics
-from support import tiny
+from support import fork_server, tiny
 from support import training_runs as runs
 from support.megatron_world import parallel_state as parallel_state
 from support.megatron_world import seed as seed
@@ -303,7 +302,7 @@ SHORT = ("train_iters=6", "lr_decay_iters=6", "save_interval=3", "eval_iters=1")
 
 
 def upcycle_in_a_process(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *launcher, "-m", "megatron_fc", "upcycle", *words]
+    command = [fork_server.python(), *launcher, "-m", "megatron_fc", "upcycle", *words]
     return subprocess.run(command, env=runs.environment(), capture_output=True, text=True, check=False)
 
 

@@ -1,6 +1,7 @@
 """Pruning: what does nothing is dropped without a change of the logits; the whole command; every refusal."""
 
 import re
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_fc.cli.main import main
 from megatron_fc.compress.importance import Importance
 from megatron_fc.compress.prune import _Kept, _refuse_layout
 from megatron_fc.connections.kinds import is_connection_key
-from support import tiny
+from support import fork_server, tiny
 from support import training_runs as runs
 from support.megatron_world import parallel_state as parallel_state
 from support.megatron_world import seed as seed
@@ -171,10 +172,7 @@ def test_what_transformer_engine_keeps_in_a_projection_stays() -> None:
 
 
 def run(*words: object) -> str:
-    import subprocess
-    import sys
-
-    command = [sys.executable, "-m", "megatron_fc", *map(str, words)]
+    command = [fork_server.python(), "-m", "megatron_fc", *map(str, words)]
     done = subprocess.run(command, env=runs.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

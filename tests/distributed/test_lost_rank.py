@@ -16,7 +16,7 @@ from megatron_fc.checkpoints.location import TRACKER
 from megatron_fc.mpi import free_port
 from megatron_fc.resilience.rank_watch import LOST_RANK_EXIT_CODE
 from megatron_fc.runs.metrics import read_metrics
-from support import harness
+from support import fork_server, harness
 from support.patience import PATIENCE, wait_for_iteration
 from support.training_runs import command, environment, figures
 
@@ -95,6 +95,7 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     undisturbed, run_dir = config.parent / "tp2-pp2", config.parent / "tp2-pp2-killed"
     with ranks(config, run_dir) as processes:
         wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
+        killed = fork_server.process_id(processes[2])
         processes[2].kill()
         codes = [process.wait(PATIENCE) for process in processes]
     assert codes == [LOST_RANK_EXIT_CODE, LOST_RANK_EXIT_CODE, -signal.SIGKILL, LOST_RANK_EXIT_CODE]
@@ -102,7 +103,7 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     for rank in (0, 1, 3):
         said = stderr(run_dir, rank).read_text()
         assert re.search(
-            rf"^megatron-fc: lost rank 2 \(process {processes[2].pid} on \S+\), so this rank ends: "
+            rf"^megatron-fc: lost rank 2 \(process {killed} on \S+\), so this rank ends: "
             rf"start the same command again, it goes on from {run_dir}/checkpoints/iter_{saved:07d}$",
             said,
             re.MULTILINE,
@@ -110,7 +111,8 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
 
     with torchrun(config, run_dir) as launcher:
         wait_for_iteration(run_dir, max(read_metrics(run_dir).loss) + SAVE_INTERVAL + 1, launcher)
-        first = next(p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "0")
+        ranks_of_launcher = psutil.Process(fork_server.process_id(launcher)).children()
+        first = next(p for p in ranks_of_launcher if p.environ().get("RANK") == "0")
         first.kill()
         assert launcher.wait(PATIENCE) != 0
     said = stderr(run_dir).read_text()

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import sys
 
 import pytest
 
@@ -20,7 +21,8 @@ NODES = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-ta
 def test_a_stopped_rank_and_then_a_disk_that_never_answers(cluster: Cluster, site: Site) -> None:
     disk = SlowDisk(site.folder / "seconds")
     disk.hangs_at(40)
-    more = f"WAIT=5 MAX_STARTS=2\n{disk.exports}"
+    # The real Python: a process that stands in its place would be stopped alone.
+    more = f"WAIT=5 MAX_STARTS=2 PYTHON={sys.executable}\n{disk.exports}"
     timeouts = ("distributed_timeout_minutes=2", "distributed_timeout_seconds_after_init=20")
     site.write(*samples(400), "save_interval=40", *timeouts, more=more)
     run_dir = site.run_dir()

@@ -56,7 +56,7 @@ def kill_rank(rank: str, run_dir: Path) -> None:
     """Not the shell that started it."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            is_python = f"run_dir={run_dir}" in process.cmdline() and "megatron_fc.mpi" in process.cmdline()[:4]
+            is_python = f"run_dir={run_dir}" in process.cmdline() and "megatron_fc.mpi" in process.cmdline()[:5]
             if is_python and process.environ().get("OMPI_COMM_WORLD_RANK") == rank:
                 process.kill()
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from megatron_fc import UserError
 from megatron_fc.planning.layout import Layout
+from support import fork_server
 
 MOE = Layout(nodes=8, gpus_per_node=8, expert=8, micro_batch=2, global_batch=1024, heads=16, layers=16, experts=64)
 
@@ -99,7 +99,7 @@ json.dump(answers, sys.stdout)
 
 def megatron_says(worlds: list[tuple[int, ...]]) -> list[Any]:
     run = subprocess.run(
-        [sys.executable, "-c", MEGATRON], input=json.dumps(worlds), capture_output=True, text=True, check=False
+        [fork_server.python(), "-c", MEGATRON], input=json.dumps(worlds), capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr[-2000:]
     return list(json.loads(run.stdout.splitlines()[-1]))

@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,6 +17,7 @@ from megatron_fc.mpi import free_port
 from megatron_fc.preflight import nodes, rendezvous
 from megatron_fc.preflight.nodes import DiskSpace, Requirements
 from megatron_fc.preflight.rendezvous import NodeError
+from support import fork_server
 from support.patience import PATIENCE
 from support.training_runs import config as config
 
@@ -25,7 +25,7 @@ from support.training_runs import config as config
 def run(config: Path, run_dir: Path, *overrides: str) -> list[tuple[int, str]]:
     """Exit code and output of each of two ranks."""
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    words = [sys.executable, "-m", "megatron_fc", "preflight", str(config), f"run_dir={run_dir}", *overrides]
+    words = [fork_server.python(), "-m", "megatron_fc", "preflight", str(config), f"run_dir={run_dir}", *overrides]
     ranks = [
         subprocess.Popen(
             words,
@@ -92,8 +92,10 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         nodes.preflight(lambda: pytest.fail("no plan is made"))
 
 
-def two_ranks(read_requirements: Callable[[], Requirements], on_second: dict[str, Callable[..., Any]]) -> list[str]:
-    """What each of two ranks says that do a part of the pre-flight in their own way; "" if it says nothing."""
+def two_ranks(
+    asked: int, read_requirements: Callable[[], Requirements], on_second: dict[str, Callable[..., Any]]
+) -> str:
+    """What one of two ranks says that do a part of the pre-flight in their own way."""
 
     def check(rank: int) -> None:
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -113,11 +115,11 @@ def two_ranks(read_requirements: Callable[[], Requirements], on_second: dict[str
     ranks = [fork.Process(target=check, args=(rank,)) for rank in range(2)]
     for process in ranks:
         process.start()
-    said = [pipe.recv() if pipe.poll(20) else "" for pipe in hears]
+    said = hears[asked].recv() if hears[asked].poll(PATIENCE) else ""
     for process in ranks:
         process.kill()
         process.join()
-    return said
+    return str(said)
 
 
 def wait_for_ever(*_: Any) -> Any:
@@ -128,18 +130,19 @@ HOST = socket.gethostname()
 
 
 def test_a_first_rank_that_makes_no_plan_is_named() -> None:
-    assert two_ranks(wait_for_ever, {})[1].startswith(f"rank 1 on {HOST} hears nothing of the first rank at 127.0.0.1:")
+    assert two_ranks(1, wait_for_ever, {}).startswith(f"rank 1 on {HOST} hears nothing of the first rank at 127.0.0.1:")
 
 
 def test_a_node_whose_files_never_answer_is_named(tmp_path: Path) -> None:
     plan = Requirements(tmp_path, {}, {}, on_devices=False, disk_space=None)
-    said = two_ranks(lambda: plan, {"_look": wait_for_ever})
-    assert said[0] == f"rank 1 on {HOST} did not look at its files within 3 s, 1 of 2 are missing"
+    said = two_ranks(0, lambda: plan, {"_look": wait_for_ever})
+    assert said == f"rank 1 on {HOST} did not look at its files within 3 s, 1 of 2 are missing"
 
 
 def test_a_rank_that_is_lost_in_the_network_is_a_sentence(tmp_path: Path) -> None:
     plan = Requirements(tmp_path, {}, {}, on_devices=False, disk_space=None)
-    assert two_ranks(lambda: plan, {"_add_up": lambda *_: os._exit(1)})[0].startswith(f"all-reduce failed on {HOST}: ")
+    said = two_ranks(0, lambda: plan, {"_add_up": lambda *_: os._exit(1)})
+    assert said.startswith(f"all-reduce failed on {HOST}: ")
 
 
 def test_clocks() -> None:
@@ -160,7 +163,7 @@ def test_room(tmp_path: Path) -> None:
 
 
 def test_alone_it_says_how_to_start_it(config: Path) -> None:
-    words = [sys.executable, "-m", "megatron_fc", "preflight", str(config)]
+    words = [fork_server.python(), "-m", "megatron_fc", "preflight", str(config)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == (

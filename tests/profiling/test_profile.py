@@ -19,6 +19,7 @@ from megatron_fc.runs.log_lines import parse_iteration
 from megatron_fc.runs.metrics import read_metrics
 from megatron_fc.training.recipe import load_recipe
 from megatron_fc.training.setup import parse
+from support import fork_server
 from support.training_runs import config as config  # the fixture that makes a tiny config and its data
 from support.training_runs import environment
 
@@ -30,8 +31,9 @@ MPIRUN = ("mpirun", "-n", "2", "--oversubscribe", "--host", "localhost:2", sys.e
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
-def megatron_fc(*words: str, launcher: Sequence[str] = (sys.executable, "-m", "megatron_fc"), **more: str) -> str:
+def megatron_fc(*words: str, launcher: Sequence[str] = (), **more: str) -> str:
     """Run the command in processes of its own, with more environment; returns what it printed."""
+    launcher = launcher or (fork_server.python(), "-m", "megatron_fc")
     variables = environment() | AS_ROOT | {"OMP_NUM_THREADS": "1"} | more
     done = subprocess.run([*launcher, *words], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
@@ -76,7 +78,9 @@ def test_functions_under_torch_compile_run_uncompiled_in_all_steps(config: Path,
     """As the dispatch modes of the counted ones force them to. The CPU lane turns torch.compile off by itself, unless
     it is told not to; with that compiler it would fail."""
     out = config.parent / "not-compiled"
-    megatron_fc("traffic", "run", str(config), "--out", str(out), TORCHDYNAMO_DISABLE="0", CXX="/bin/false")
+    launcher = (sys.executable, "-m", "megatron_fc")
+    compiled = {"TORCHDYNAMO_DISABLE": "0", "CXX": "/bin/false"}
+    megatron_fc("traffic", "run", str(config), "--out", str(out), launcher=launcher, **compiled)
     assert read_metrics(out).scalars["lm loss"] == read_metrics(profiled).scalars["lm loss"]
 
 
@@ -140,9 +144,11 @@ def test_frac_connections_add_to_the_residual_stream_alone(profiled: Path, resid
         assert label in page
 
 
-@pytest.mark.parametrize("launcher", [(sys.executable, *TORCHRUN), MPIRUN], ids=["torchrun", "mpirun"])
+@pytest.mark.parametrize("launcher", [TORCHRUN, MPIRUN], ids=["torchrun", "mpirun"])
 def test_two_ranks(launcher: Sequence[str], config: Path, request: pytest.FixtureRequest) -> None:
-    if launcher is MPIRUN:
+    if launcher is TORCHRUN:
+        launcher = (fork_server.python(), *TORCHRUN)
+    else:
         pytest.importorskip("mpi4py", reason="mpi4py not found: pip install 'megatron_fc[mpi]'")
         if shutil.which("mpirun") is None:
             pytest.skip("mpirun not found: apt-get install openmpi-bin")
@@ -178,7 +184,8 @@ def test_mistakes_are_one_sentence(
 
 
 def test_a_run_that_ends_before_the_window(config: Path) -> None:
-    words = [sys.executable, "-m", "megatron_fc", "traffic", "run", str(config), "train_iters=3", "lr_decay_iters=9"]
+    words = [fork_server.python(), "-m", "megatron_fc", "traffic", "run", str(config), "train_iters=3"]
+    words += ["lr_decay_iters=9"]
     out = config.parent / "traffic-short"
     done = subprocess.run([*words, "--out", out], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2

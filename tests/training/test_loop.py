@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_two_ranks_train_as_one(config: Path, finished: Path) -> None:
     run_dir = config.parent / "two_ranks"
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     words = command(config, f"run_dir={run_dir}", "save_interval=null", "train_iters=5")
-    words[2:2] = launcher
+    words[:2] = [sys.executable, "-m", *launcher]
     subprocess.run(words, env=environment(), check=True, capture_output=True)
     summary, alone = read_summary(run_dir), read_summary(finished)
     assert summary is not None

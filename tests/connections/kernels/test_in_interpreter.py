@@ -7,19 +7,22 @@ from pathlib import Path
 
 import pytest
 
+from support import fork_server
+
 HERE = Path(__file__).parent
 
 
-MODULES = ("test_operations.py", "test_traffic.py", "test_model.py", "test_layouts_with_kernels.py")
+WITHOUT_MEGATRON = ("test_operations.py", "test_traffic.py")
+IN_MEGATRON = ("test_model.py", "test_layouts_with_kernels.py")
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", WITHOUT_MEGATRON + IN_MEGATRON)
 def test_in_interpreter(module: str) -> None:
     interpret(module, "not soak")
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("module", ["test_operations.py", "test_model.py", "test_layouts_with_kernels.py"])
+@pytest.mark.parametrize("module", ["test_operations.py", *IN_MEGATRON])
 def test_more_in_interpreter(module: str) -> None:
     interpret(module, "soak")
 
@@ -27,7 +30,8 @@ def test_more_in_interpreter(module: str) -> None:
 def interpret(module: str, selected: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-m", selected]
-    command = [sys.executable, "-m", "pytest", *options, str(HERE / module)]
+    python = fork_server.python(TRITON_INTERPRET="1") if module in IN_MEGATRON else sys.executable
+    command = [python, "-m", "pytest", *options, str(HERE / module)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[2])
     print(run.stdout)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

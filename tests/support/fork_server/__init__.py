@@ -38,11 +38,15 @@ def end() -> None:
         shutil.rmtree(os.environ[_FOLDER])
 
 
-def python() -> str:
-    """The program's path; its server is started if there is none for the variables that are read on import."""
+def python(**values: str) -> str:
+    """The program's path; its server is started if there is none yet.
+
+    Args:
+        values: of READ_ON_IMPORT; those of this process's environment, or else the usual ones, where none is given.
+    """
     if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         return sys.executable  # a process that has looked for GPUs must not fork
-    values = {name: os.environ.get(name, default) for name, default in READ_ON_IMPORT.items()}
+    values = {name: os.environ.get(name, usual) for name, usual in READ_ON_IMPORT.items()} | values
     folder = Path(os.environ[_FOLDER], "-".join(values.values()))
     program = folder / "python"
     with open(folder.with_suffix(".lock"), "w") as lock:

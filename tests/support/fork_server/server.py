@@ -39,21 +39,25 @@ class Started:
 
 
 def import_what_is_slow() -> dict[str, str]:
-    """All that commands and ranks would import one after the other; returns what that has set in the environment."""
+    """All that commands and ranks would import one after the other; returns what that has set in the environment.
+
+    The CPU lane is for a process itself to install.
+    """
     before = set(os.environ)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from megatron_fc.training import cpu_lane
-
-        cpu_lane.install()
         import multiprocessing.spawn  # noqa: F401  which keeps the real Python: it hands files on to what it starts
 
-        import megatron.core.tokenizers.text  # noqa: F401
+        import megatron.core.tokenizers.text
+        import megatron.training.training  # noqa: F401
+        import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
         import torch.utils.tensorboard  # noqa: F401
 
         import megatron_fc.cli.main
+        import megatron_fc.megatron.specs
+        import megatron_fc.profiling.profile
+        import megatron_fc.training.batches
         import megatron_fc.training.loop  # noqa: F401
-        from support import ranks  # noqa: F401
 
         if find_spec("modelopt") is not None:
             import modelopt.torch.distill
