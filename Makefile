@@ -69,7 +69,7 @@ lock: .venv/.installed  ## resolve every dependency anew and write constraints.t
 	.venv/bin/python scripts/lock.py
 
 clean:  ## remove the environment, builds and caches; runs/ stays
-	rm -rf .venv .venv-te .modelopt .cache/wheels build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-te .modelopt build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find megatron_fc tests -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this list

@@ -36,13 +36,6 @@ METADATA = "Metadata-Version: 2.1\nName: project\nVersion: 1\n"
 METADATA += "Provides-Extra: dev\nRequires-Dist: tool==1; extra == 'dev'\n"
 
 
-INSTALLING = (
-    "Installing megatron_fc and its tools into .venv: once, about two minutes and 5 GB (PyTorch with CUDA).\n"
-    "Interrupted, the same command goes on. Log: .venv/install.log\n"
-)
-UPDATING = "Bringing .venv up to date with pyproject.toml and constraints.txt ...\n"
-
-
 def write_wheel(folder: Path, name: str) -> None:
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as wheel:
@@ -56,7 +49,7 @@ def write_wheel(folder: Path, name: str) -> None:
 def project(tmp_path: Path) -> Path:
     folder = tmp_path / "project"
     shutil.copytree(REPOSITORY / "scripts", folder / "scripts")
-    texts = {"backend.py": BACKEND, "pyproject.toml": PROJECT, "METADATA": METADATA, "constraints.txt": "tool==1\n"}
+    texts = {"backend.py": BACKEND, "pyproject.toml": PROJECT, "METADATA": METADATA, "constraints.txt": ""}
     for name, text in texts.items():
         (folder / name).write_text(text)
     write_wheel(tmp_path / "index", "setuptools")
@@ -91,60 +84,36 @@ def reader_of(pipe: Path) -> int | None:
         return None
 
 
-def start_and_kill(project: Path) -> str:
-    """Kill it and its pip while the project is built, when all packages are here; returns what it printed."""
-    os.mkfifo(project / "pipe")
-    process = start(project)
-    os.close(wait_until(lambda: reader_of(project / "pipe"), lambda: str(process.poll())))
-    os.killpg(process.pid, signal.SIGKILL)
-    (project / "pipe").unlink()
-    return process.communicate()[0]
-
-
-def python_of(project: Path) -> int:
-    """Another one in an environment that was made anew."""
-    return (project / ".venv" / "bin" / "python").lstat().st_ino
-
-
 @pytest.mark.slow
 def test_nothing_is_done_twice_and_what_broke_off_goes_on(project: Path) -> None:
-    log, wheels = project / ".venv" / "install.log", project / ".cache" / "wheels"
-
     code, out, err = setup(project)
-    assert (code, out) == (2, INSTALLING + "  0 of 1 packages are here\n")
-    assert "depends on tool==1" in err, "which is not in the index yet"
+    assert (code, out.splitlines()[0][:46]) == (2, "Installing megatron_fc and its tools into .ven")
+    assert "No matching distribution found for tool==1" in err, "it is not in the index yet"
 
-    # What has been downloaded before it was killed is there for the next call, and the index no more.
-    python = python_of(project)
+    # What was there before the failure is there still.
     write_wheel(project.parent / "index", "tool")
-    assert start_and_kill(project) == INSTALLING + "  1 of 1 packages are here\n"
-    for wheel in (project.parent / "index").iterdir():
-        wheel.rename(project.parent / wheel.name)
-    assert setup(project) == (0, INSTALLING + "  1 of 1 packages are here\n", "")
-    assert python_of(project) == python
+    python = (project / ".venv" / "bin" / "python").lstat().st_ino
+    assert setup(project) == (0, "Going on with the installation into .venv ...\n", "")
+    assert (project / ".venv" / "bin" / "python").lstat().st_ino == python
     assert list(project.glob(".venv/lib/python3*/site-packages/tool_module.py"))
-    assert not wheels.exists()
 
     # New dates are no new content.
+    log = project / ".venv" / "install.log"
     log.write_text("of the last installation")
     (project / "pyproject.toml").touch()
     assert setup(project) == (0, "", "")
     assert (project / ".venv" / ".installed").stat().st_mtime >= (project / "pyproject.toml").stat().st_mtime
     assert log.read_text() == "of the last installation"
 
-    # An update that was killed is not forgotten when the content is the old one again.
-    (project / "constraints.txt").write_text("tool==1\n# more\n")
-    assert start_and_kill(project) == UPDATING
-    (project / "constraints.txt").write_text("tool==1\n")
-    assert setup(project) == (0, UPDATING, "")
-    assert python_of(project) == python
-
-    # Where pip had begun to write, all is made anew.
-    (project / "constraints.txt").write_text("tool==1\n# more\n")
-    assert start_and_kill(project) == UPDATING
-    log.write_text("Installing collected packages: tool, project\n")
-    for wheel in project.parent.glob("*.whl"):
-        wheel.rename(project.parent / "index" / wheel.name)
-    assert setup(project) == (0, INSTALLING + "  1 of 1 packages are here\n", "")
-    assert python_of(project) != python
+    # Killed while pip works: nothing of it is trusted.
+    (project / "constraints.txt").write_text("# another\n")
+    os.mkfifo(project / "pipe")
+    process = start(project)
+    os.close(wait_until(lambda: reader_of(project / "pipe"), log.read_text))  # pip has come that far
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.communicate()[0] == "Bringing .venv up to date with pyproject.toml and constraints.txt ...\n"
+    (project / "pipe").unlink()
+    (project / "constraints.txt").write_text("")
+    code, out, err = setup(project)
+    assert (code, err, out.splitlines()[0][:46]) == (0, "", "Installing megatron_fc and its tools into .ven")
     assert setup(project) == (0, "", "")
