@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_fc import FracConfig, FracConnection
-from megatron_fc.connections.norm import NormWeights
+from megatron_fc.megatron.norms import hand_out_weights
 
 EPS = 1e-5
 
@@ -49,10 +49,13 @@ class Case:
         self.sites = [FracConnection(width, config).to(device) for _ in range(2)]
         for parameter in (p for site in self.sites for p in site.parameters()):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator, device=device)
-        self.norms = [random(width, grad=True) for _ in range(2)]
+        self.norms = [nn.Parameter(random(width, grad=False)) for _ in range(2)]
 
-    def norm(self, number: int) -> NormWeights:
-        return NormWeights("rmsnorm", self.norms[number], None, EPS)
+    def norm(self, number: int) -> nn.Module:
+        """A norm whose weights a kernel can apply."""
+        norm = nn.RMSNorm(self.width, EPS)
+        norm.weight = self.norms[number]
+        return hand_out_weights(norm)
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:

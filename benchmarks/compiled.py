@@ -21,12 +21,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_fc import FracConfig
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.operands import Operands
 from megatron_fc.connections.reference import FracParameters
 
 WIDTHS, RATES, ARCHITECTURES = (2048, 4096, 7168), (2, 4, 8), (80, 90, 100)
@@ -36,21 +36,21 @@ STREAM, FP32 = "*bf16", "*fp32"
 _P = FracParameters(*[FP32] * 7)  # type: ignore[arg-type]
 _NORM = launch.Weights(STREAM, None)  # type: ignore[arg-type]
 _PARTIAL = launch.Partial(FP32, FP32, FP32, FP32, FP32, None)  # type: ignore[arg-type]
-_BEFORE = launch.Before(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type]
-_BACK = _BEFORE._replace(h=None, alpha=None, g_o=STREAM, g_beta=FP32)  # type: ignore[arg-type]
+_DEPTH = launch.DepthInputs(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type]
+_BACK = _DEPTH._replace(h=None, alpha=None, g_o=STREAM, g_beta=FP32)  # type: ignore[arg-type]
 _BIAS_DROPOUT = {"bias": STREAM, "seed": "*i64", "dropout": 0.1}
 _FORWARD = {"h": STREAM, "p": _P, "norm": _NORM, "x": STREAM, "beta": FP32, "alpha": FP32}
 _GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "g_other": None, "h": STREAM, "p": _P, "norm": _NORM}
 _BACKWARD = {**_GRADIENTS, "g_h": STREAM, "partial": _PARTIAL}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.Before(dropout=0.0)}),
-    "width backward": (width_backward_kernel, {**_BACKWARD, "pre": launch.Before(dropout=0.0)}),
-    "depth forward": (depth_forward_kernel, {"pre": _BEFORE, "out": STREAM}),
+    "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0)}),
+    "width backward": (width_backward_kernel, {**_BACKWARD, "pre": launch.DepthInputs(dropout=0.0)}),
+    "depth forward": (depth_forward_kernel, {"pre": _DEPTH, "out": STREAM}),
     "depth backward": (depth_backward_kernel, {"g": STREAM, "pre": _BACK}),
-    "boundary forward": (width_forward_kernel, {**_FORWARD, "pre": _BEFORE}),
+    "boundary forward": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH}),
     "boundary backward": (width_backward_kernel, {**_BACKWARD, "pre": _BACK}),
     # With the bias and dropout of Megatron's slot.
-    "boundary forward, b+d": (width_forward_kernel, {**_FORWARD, "pre": _BEFORE._replace(**_BIAS_DROPOUT)}),
+    "boundary forward, b+d": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH._replace(**_BIAS_DROPOUT)}),
     "boundary backward, b+d": (width_backward_kernel, {**_BACKWARD, "pre": _BACK._replace(**_BIAS_DROPOUT)}),
 }
 
@@ -73,7 +73,8 @@ def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
     kernel, arguments = KERNELS[name]
     stream = torch.empty(16, width, dtype=torch.bfloat16, device="meta")
     norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
-    site = launch.site_of(stream, FracConfig(rate=rate), norm, backward="g_x" in arguments)
+    operands = Operands(*_P, rate, "rmsnorm", True, 1e-5) if "p" in arguments else None
+    site = launch.site_of(stream, rate, operands, norm, backward="g_x" in arguments)
     source = _source(kernel, arguments, site)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": site.W, "num_stages": 1})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

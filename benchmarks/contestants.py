@@ -11,13 +11,12 @@ from torch import Tensor
 
 from case import Absent, Case, Program, rms_norm
 from megatron_fc import FracConnection
-from megatron_fc.connections import reference
+from megatron_fc.connections import HyperConfig, reference
 from megatron_fc.connections.backend import triton_obstacle
 from megatron_fc.connections.costs import traffic
 from megatron_fc.connections.costs.traffic import Moves, Stream
 from megatron_fc.connections.frac import PendingDepth
 from megatron_fc.connections.handover import Handover
-from megatron_fc.connections.norm import NormWeights
 from rivals import hyper_connections, liger_mhc, megatron
 
 # What each operation moves: ours, and Megatron's with and without `fused_residual_rmsnorm`.
@@ -71,9 +70,8 @@ def contestants(operation: str, case: Case) -> Iterator[Contestant]:
         name = "Megatron, fused_residual_rmsnorm"
         yield Contestant(name, partial(stock, "fused_residual"), FUSED_RESIDUAL[operation])
     if operation == "layer":
-        yield Contestant(
-            "Liger mHC, 4 streams: not FC", partial(liger_mhc, case), partial(traffic.hyper_ideal, streams=4)
-        )
+        moves = partial(traffic.hyper_ideal, config=HyperConfig(slots=4))
+        yield Contestant("Liger mHC, 4 streams: not FC", partial(liger_mhc, case), moves)
         yield Contestant("hyper-connections, num_fracs: not FC", partial(hyper_connections, case))
 
 
@@ -87,20 +85,15 @@ def _ours(operation: str, case: Case, backend: str, boundary: bool = True) -> Pr
     h, (o, o2) = case.h, case.o
     norm, norm2 = (case.norm(number) for number in range(2))
     parameters, parameters2 = ([*site.parameters(), n.weight] for site, n in ((first, norm), (second, norm2)))
-    given = _handed_over(case)
-
-    def width(site: FracConnection, h: Tensor, norm: NormWeights) -> tuple[Tensor, Handover]:
-        if backend == "triton":
-            return site(h, norm=norm, hand_over=True)
-        return site(h, then=partial(rms_norm, weight=norm.weight), hand_over=True)
+    given = _handed_over(case, backend)
 
     def layer() -> Sequence[Tensor]:
-        x, handover = width(first, h, norm)
+        x, handover = first(h, norm, hand_over=True)
         if boundary and backend == "triton":
-            h2, x2, handover2 = second(PendingDepth(o, h, handover), norm=norm2)
+            h2, x2, handover2 = second(PendingDepth(o, h, handover), norm2)
         else:
             h2 = first.depth(o, h, handover)
-            x2, handover2 = width(second, h2, norm2)
+            x2, handover2 = second(h2, norm2, hand_over=True)
         return x, x2, second.depth(o2, h2, handover2)
 
     def plain() -> Sequence[Tensor]:
@@ -108,14 +101,14 @@ def _ours(operation: str, case: Case, backend: str, boundary: bool = True) -> Pr
         return x, handover.beta, handover.mixed
 
     def normed() -> Sequence[Tensor]:
-        x, handover = width(first, h, norm)
+        x, handover = first(h, norm, hand_over=True)
         return x, handover.beta, handover.mixed
 
     def depth() -> Sequence[Tensor]:
         return [first.depth(o, h, given)]
 
     def meeting() -> Sequence[Tensor]:
-        _, x, handover = second(PendingDepth(o, h, given), norm=norm2)
+        _, x, handover = second(PendingDepth(o, h, given), norm2)
         return x, handover.beta, handover.mixed
 
     incoming = [case.g_x, case.g_beta, case.g_h]
@@ -128,11 +121,11 @@ def _ours(operation: str, case: Case, backend: str, boundary: bool = True) -> Pr
     }[operation]
 
 
-def _handed_over(case: Case) -> Handover:
+def _handed_over(case: Case, backend: str) -> Handover:
     """What the width connection of the first site hands over, to be differentiated."""
     with torch.no_grad():
         _, given = _on("torch", case.sites[0])(case.h, hand_over=True)
-    return given._replace(beta=given.beta.requires_grad_(), mixed=given.mixed.requires_grad_())
+    return Handover(given.beta.requires_grad_(), given.alpha, given.mixed.requires_grad_(), backend)
 
 
 def _on(backend: str, site: FracConnection) -> FracConnection:

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fc import FracConfig
-from megatron_fc.connections.hyper import HyperConnection
+from megatron_fc.connections import HyperConfig
 from megatron_fc.megatron.specs import frac_connect
 from megatron_fc.planning.counts import DeviceCounts
 from megatron_fc.profiling.counters.device import DeviceCounter
@@ -28,21 +28,21 @@ _SUB_LAYERS = {"self_attention", "mlp"}
 
 
 class HyperLayer(nn.Module):
-    """The norms, attention and MLP of a layer of Megatron's between Hyper-Connections of n streams."""
+    """The norms, attention and MLP of a layer of Megatron's between Hyper-Connections."""
 
-    def __init__(self, layer: nn.Module, width: int, streams: int, config: FracConfig) -> None:
+    def __init__(self, layer: nn.Module, width: int, config: HyperConfig) -> None:
         super().__init__()
         self.layer = layer
-        self.sites = nn.ModuleList(HyperConnection(width, streams, sub_layer, config) for sub_layer in range(2))
+        self.sites = nn.ModuleList(config.build(width, sub_layer) for sub_layer in range(2))
 
-    def forward(self, streams: Tensor, attention_mask: Tensor) -> tuple[Tensor, None]:
+    def forward(self, h: Tensor, attention_mask: Tensor) -> tuple[Tensor, None]:
         layer, (before_attention, before_mlp) = self.layer, self.sites
-        x, *rest = before_attention(streams)
-        o, _ = layer.self_attention(layer.input_layernorm(x), attention_mask)
-        streams = before_attention.depth(o, *rest)
-        x, *rest = before_mlp(streams)
-        o, _ = layer.mlp(layer.pre_mlp_layernorm(x))
-        return before_mlp.depth(o, *rest), None
+        x, handover = before_attention(h, norm=layer.input_layernorm, hand_over=True)
+        o, _ = layer.self_attention(x, attention_mask)
+        h = before_attention.depth(o, h, handover)
+        x, handover = before_mlp(h, norm=layer.pre_mlp_layernorm, hand_over=True)
+        o, _ = layer.mlp(x)
+        return before_mlp.depth(o, h, handover), None
 
 
 def layer(frac: FracConfig | None, width: int, dtype: torch.dtype, **options: Any) -> nn.Module:
@@ -71,10 +71,9 @@ def layer(frac: FracConfig | None, width: int, dtype: torch.dtype, **options: An
     return build_module(spec if frac is None else frac_connect(spec, frac), config=config, layer_number=1).to(dtype)
 
 
-def hyper_layer(streams: int, width: int, dtype: torch.dtype, dynamic: bool = True) -> nn.Module:
-    """`layer` with Hyper-Connections."""
-    config = FracConfig(rate=1, norm="layernorm") if dynamic else FracConfig(rate=1, dynamic=False)
-    return HyperLayer(layer(None, width, dtype), width, streams, config).to(dtype)
+def hyper_layer(config: HyperConfig, width: int, dtype: torch.dtype) -> nn.Module:
+    """`layer` with Hyper-Connections; parameters and streams in one dtype."""
+    return HyperLayer(layer(None, width, dtype), width, config).to(dtype)
 
 
 def count(model: nn.Module, stream: Tensor) -> DeviceCounts:

@@ -24,6 +24,7 @@ from torch import nn
 import record
 from counted_layers import count, hyper_layer, layer
 from megatron_fc import FracConfig
+from megatron_fc.connections import HyperConfig
 from megatron_fc.connections.costs.traffic import Moves, Stream, hyper_ideal
 from megatron_fc.planning.counts import total_device
 from rank import one_rank
@@ -48,11 +49,11 @@ class Bar:
         return self.forward_bytes + self.backward_bytes
 
 
-def counted(family: str, scheme: str, model: nn.Module, *streams: int) -> Bar:
-    """Count what a token more moves; `streams` is the number of streams where there are several."""
+def counted(family: str, scheme: str, model: nn.Module, stream_width: int = WIDTH) -> Bar:
+    """Count what a token more moves."""
 
     def totals(tokens: int) -> tuple[int, int]:
-        h = torch.randn(tokens, 1, *streams, WIDTH, dtype=DTYPE)
+        h = torch.randn(tokens, 1, stream_width, dtype=DTYPE)
         count(model, h.clone())  # what is made once and kept
         counts = count(model, h)
         forward, backward = (
@@ -81,9 +82,11 @@ def bars() -> Iterator[Bar]:
         yield counted("Frac-Connections", f"DFCx{rate}, torch backend", layer(frac, WIDTH, DTYPE))
     stream = Stream(WIDTH, DTYPE.itemsize)
     for n in (2, 4):
-        yield computed("Hyper-Connections", f"HCx{n}, ideal", hyper_ideal(stream, n))
+        yield computed("Hyper-Connections", f"HCx{n}, ideal", hyper_ideal(stream, HyperConfig(slots=n)))
     for n in (2, 4):
-        yield counted("Hyper-Connections", f"DHCx{n}, unfused torch", hyper_layer(n, WIDTH, DTYPE), n)
+        hyper = HyperConfig(slots=n, norm="layernorm")
+        model = hyper_layer(hyper, WIDTH, DTYPE)
+        yield counted("Hyper-Connections", f"DHCx{n}, unfused torch", model, hyper.stream_width(WIDTH))
 
 
 COLOURS = {"Residual": "#6b7280", "Frac-Connections": "#0f766e", "Hyper-Connections": "#c2570c"}

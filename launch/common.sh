@@ -29,9 +29,11 @@ TASK='trap "" USR1 TERM; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCA
 say() { echo "$(date +'%F %T') launch: $*"; }
 fail() { echo "launch: $*" >&2; exit 2; }
 
+# shellcheck source=launch/words.sh
+source launch/words.sh
+
 launch() {
-  read_site
-  read_words "$@"
+  prepare "$@"
   START=(srun --label --kill-on-bad-exit=0 --wait="$WAIT" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(option cpus-per-task)}")
   if [[ $IMAGE ]]; then
     START+=(--container-image="$IMAGE" ${MOUNTS:+--container-mounts="$MOUNTS"} --container-workdir="$PWD")
@@ -40,66 +42,50 @@ launch() {
   if [[ ! ${SLURM_JOB_ID:-} ]]; then
     submit
   else
+    [[ ! $DRY_RUN ]] || OPTIONS=(--dry-run "${OPTIONS[@]}")
     no_options "nothing is submitted inside a job: give options to sbatch, before the script, and --dry-run outside"
     job
   fi
 }
 
-read_site() {
-  [[ -e $SITE ]] || fail "$SITE is missing: copy launch/site.example.sh to it and fill it in"
+prepare() { # reads words and site; sets what `read_words` does, RUN_DIR, and ARGS (CONFIG and all overrides)
+  read_words "$@"
+  read_site
+  IS_OWN_RUN_DIR=$RUN_DIR
+  RUN_DIR=${RUN_DIR:-$RUNS/$NAME}
+  ARGS=("$CONFIG" "${OVERRIDES[@]}" "${SITE_OVERRIDES[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
+}
+
+read_site() { # without a site file, what would be done is shown with the example's placeholders
+  : "${USER:=$(id -un)}" # which containers leave unset, and site files use
+  IS_EXAMPLE=''
+  if [[ ! -e $SITE ]]; then
+    [[ $DRY_RUN ]] || fail "$SITE is missing: copy launch/site.example.sh to it and fill it in"
+    echo "note: $SITE is missing, so placeholders are shown, and data are not looked for: copy" \
+      "launch/site.example.sh to it and fill in SBATCH_ACCOUNT, SBATCH_PARTITION, RUNS, PYTHON or IMAGE, the paths" \
+      "in SITE_OVERRIDES and the network" >&2
+    SITE=launch/site.example.sh IS_EXAMPLE=yes
+  fi
   # shellcheck source=launch/site.example.sh
   source "$SITE"
 }
 
 no_options() { # no_options WHY
-  [[ ! $DRY_RUN ]] || fail "--dry-run: $1"
   ((!${#OPTIONS[@]})) || fail "${OPTIONS[0]}: $1"
-}
-
-read_words() { # sets DRY_RUN, OPTIONS (sbatch's), WORDS (overrides), RUN_DIR, and ARGS (CONFIG and all overrides)
-  local word
-  DRY_RUN='' OPTIONS=() WORDS=() RUN_DIR=$RUNS/$NAME
-  for word in "$@"; do
-    case $word in
-      --dry-run) DRY_RUN=yes ;;
-      --?*) OPTIONS+=("$word") ;;
-      -*) fail "$word: write sbatch's options as --name=value, e.g. --nodes=8" ;;
-      save=* | *.save=*) fail "$word: checkpoints lie in run_dir, drop save" ;;
-      ckpt_step=* | *.ckpt_step=*)
-        fail "$word would hold for every start: write ${word#*=} into run_dir's" \
-          "checkpoints/latest_checkpointed_iteration.txt instead"
-        ;;
-      run_dir=* | *.run_dir=*) RUN_DIR=${word#*=} ;;
-      *=*) WORDS+=("$word") ;;
-      *) fail "'$word' is neither an option of sbatch (--nodes=8) nor an override (key=value)" ;;
-    esac
-  done
-  ARGS=("$CONFIG" "${OVERRIDES[@]}" "${SITE_OVERRIDES[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
-}
-
-show() { # quoted where a shell needs it
-  local word
-  for word in "$@"; do
-    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf '%s ' "$word"; else printf '%s ' "${word@Q}"; fi
-  done
-  echo
-}
-
-option() { # option NAME: the value given to sbatch, else that of the script's #SBATCH line
-  local word value
-  value=$(sed -n "s/^#SBATCH --$1=//p" "$0")
-  for word in "${OPTIONS[@]}"; do [[ $word == "--$1="* ]] && value=${word#*=}; done
-  echo "$value"
 }
 
 # --- on the login node ---------------------------------------------------------------------------------------------
 
 submit() {
-  local words said
+  local words said placeholders=()
   for said in SBATCH_ACCOUNT SBATCH_PARTITION; do # which sbatch itself reads
-    [[ ${!said-} != CHANGE_ME ]] || fail "$said is not set: set it in $SITE (empty: the site's default)"
+    if [[ ${!said-} == CHANGE_ME ]]; then
+      [[ $IS_EXAMPLE ]] || fail "$said is not set: set it in $SITE (empty: the site's default)"
+      placeholders+=("$said=${!said}")
+    fi
     [[ ${!said-} ]] || unset "$said"
   done
+  [[ $(option nodes) =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$(option nodes): give one number, the layout depends on it"
   [[ $(gpus) == "$(option ntasks-per-node)" ]] ||
     fail "--gpus-per-node=$(gpus) and --ntasks-per-node=$(option ntasks-per-node) differ: every GPU has a task, give both"
   [[ ${COMMAND[0]} != train || $(state) != 'done' ]] ||
@@ -108,7 +94,7 @@ submit() {
   [[ $(option dependency) == singleton ]] || refuse_second
   words=(--job-name="$(basename "$RUN_DIR")" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
   if [[ $DRY_RUN ]]; then
-    show sbatch "${words[@]}"
+    show "${placeholders[@]}" sbatch "${words[@]}"
     show "${START[@]}" "${COMMAND[@]}" "${ARGS[@]}"
   fi
   check_folders
@@ -120,7 +106,7 @@ submit() {
     if [[ $(option dependency) != singleton && $said =~ job\ ([0-9]+) ]]; then
       echo "${BASH_REMATCH[1]}" >"$RUN_DIR/job"
     fi
-  elif type sbatch >/dev/null 2>&1; then
+  elif [[ ! $IS_EXAMPLE ]] && type sbatch >/dev/null 2>&1; then
     said=$(sbatch --test-only "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
     echo "$said"
   fi
@@ -136,7 +122,8 @@ check_folders() { # a job whose log cannot be written fails without a word
   local log
   log=$(dirname "$(option output)")
   can_make "$log" || fail "the log folder $log cannot be written: give --output=FILE"
-  can_make "$RUN_DIR" || fail "run_dir=$RUN_DIR cannot be written: choose another"
+  [[ $IS_EXAMPLE && ! $IS_OWN_RUN_DIR ]] || can_make "$RUN_DIR" ||
+    fail "run_dir=$RUN_DIR cannot be written: choose another"
   [[ $DRY_RUN ]] || mkdir -p "$log" "$RUN_DIR"
 }
 
@@ -154,11 +141,13 @@ check() { # names, values, files and layout, before a node is asked for
       [[ $mount: == "${mount%%:*}:${mount%%:*}:"* ]] || files=()
     done
   fi
+  [[ ! $IS_EXAMPLE ]] || files=()
   if ! "$python" -c 'import megatron_fc' 2>/dev/null; then
     echo "note: $python cannot import megatron_fc here, so config and data are checked in the job only" >&2
     return
   fi
-  ((${#files[@]})) || echo "note: MOUNTS gives folders other names, so data are looked for in the job only" >&2
+  ((${#files[@]})) || [[ $IS_EXAMPLE ]] ||
+    echo "note: MOUNTS gives folders other names, so data are looked for in the job only" >&2
   "$python" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(gpus)" "${files[@]}"
 }
 

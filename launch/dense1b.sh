@@ -15,7 +15,7 @@
 # OLMo2-1B, dense, with Frac-Connections (DFCx4) on 2T tokens. Run it in the repository's folder:
 #
 #   launch/dense1b.sh --dry-run --nodes=4                show what would be submitted, and check it
-#   launch/dense1b.sh --nodes=4                          check and submit; sbatch's options as --name=value
+#   launch/dense1b.sh --nodes=4                          check and submit; options as for sbatch, e.g. -N 4
 #   launch/dense1b.sh connection=residual run_dir=...    overrides of configs/olmo2_1b.yaml: the baseline
 #
 # launch/moe7b.sh describes how it goes on from job to job.

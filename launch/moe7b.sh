@@ -15,7 +15,7 @@
 # OLMoE-7B with Frac-Connections (DFCx4) on 3T tokens. Run it in the repository's folder:
 #
 #   launch/moe7b.sh --dry-run --nodes=8                  show what would be submitted, and check it
-#   launch/moe7b.sh --nodes=8                            check and submit; sbatch's options as --name=value
+#   launch/moe7b.sh --nodes=8                            check and submit; options as for sbatch, e.g. -N 8
 #   launch/moe7b.sh connection=residual run_dir=...      overrides of configs/olmoe_7b.yaml: the baseline
 #   . launch/site.sh && sbatch launch/moe7b.sh           the same without the check
 #

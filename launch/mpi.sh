@@ -6,19 +6,19 @@
 #
 # What stands before -- starts one process per GPU. All nodes need mpi4py and an MPI library: pip install
 # 'megatron_fc[mpi]'. A run that breaks off is started again from its last checkpoint, as long as there is progress.
-# USR1 and TERM to this script let the run save and end, with exit code 75: start the same again.
+# USR1 and TERM to this script let the run save and end, with exit code 75: start the same again. --dry-run behind the
+# config shows the command.
 
 cd "$(dirname "$0")/.." || exit 2
 
 NAME=mpi
 source launch/common.sh
-read_site
 
 mpi=()
 while [[ $# -gt 0 && $1 != -- ]]; do mpi+=("$1") && shift; done
 [[ $# -ge 2 && ${#mpi[@]} -gt 0 ]] || fail "usage: launch/mpi.sh mpirun -n 16 ... -- CONFIG.yaml [key=value ...]"
 CONFIG=$2
-read_words "${@:3}"
+prepare "${@:3}"
 no_options "nothing is submitted here, and what starts the ranks stands before --"
 
 # mpirun takes no environment to other hosts: what the site file exports goes along by name.
@@ -31,6 +31,11 @@ done
 # shellcheck disable=SC2016  # expanded in the task
 task='trap "" USR1 TERM; export SHIFT=$(cat "$1" 2>/dev/null || echo 0); exec env "${@:2}"'
 START=("${mpi[@]}" bash -c "$task" task "$RUN_DIR/shift" "${environment[@]}" "$PYTHON" -m megatron_fc.mpi)
+
+if [[ $DRY_RUN ]]; then
+  show "${START[@]}" "${COMMAND[@]}" "${ARGS[@]}"
+  exit
+fi
 
 [[ $(state) != stuck ]] || rm "$RUN_DIR/state" "$RUN_DIR/launches"
 until attempt; do

@@ -13,10 +13,12 @@ PACKAGE = ROOT / "megatron_fc"
 # A room imports from itself and from those before it.
 ROOMS = (
     "errors",
+    "extras",
     "connections",
     "runs",
     "planning",
     "megatron",
+    "callbacks",
     "checkpoints",
     "resilience",
     "training",
@@ -37,7 +39,7 @@ WITHOUT_MEGATRON = (
     "megatron_fc.profiling.counters",
 )
 # Beside the rooms' own tests: what rooms do together, on other machines, or what is no room.
-OTHER_TESTS = {"support", "distributed", "launch", "gpu", "te", "benchmarks", "docker"}
+OTHER_TESTS = {"support", "distributed", "launch", "gpu", "te", "benchmarks", "docker", "packaging"}
 
 
 @cache
@@ -161,3 +163,12 @@ def test_tests_stand_where_their_sources_do() -> None:
         if not file.name.startswith("test_") and file.name != "conftest.py" and file.parts[-2] != "slow_disk"
     ]
     assert all(file.is_relative_to(ROOT / "tests" / "support") for file in helpers)
+
+
+QUESTIONS = ("What", "How", "Which", "Whether", "Where", "When", "Who", "Why")
+
+
+def test_a_modules_first_words_say_what_it_is() -> None:
+    docstrings = {module: ast.get_docstring(ast.parse(file.read_text())) or "" for module, file in modules().items()}
+    lacking = [module for module, text in docstrings.items() if text.partition(" ")[0] in ("", *QUESTIONS)]
+    assert not lacking

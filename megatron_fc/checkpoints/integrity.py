@@ -1,4 +1,4 @@
-"""Whether a checkpoint on disk is still what was written: its files at once, their content before Megatron reads it.
+"""Integrity of a checkpoint on disk: its files are checked at once, their content before Megatron reads it.
 
 `.metadata`, the index, says which bytes of which file hold which piece of a tensor. Every piece is an archive of
 torch.save with a checksum for each record. torch.load does not compare them: a flipped bit would train on as a weight.

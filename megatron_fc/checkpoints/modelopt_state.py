@@ -5,14 +5,17 @@ code off: without the record a quantised checkpoint could not be loaded again.
 """
 
 import contextlib
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from megatron_fc.callbacks import Callback
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.parameter_count import ParameterCount
 from megatron_fc.megatron.slots import FracNorm
 
 # FC's parameters belong to no linear layer, so nothing would quantise them; the pattern keeps it so. ModelOpt would
@@ -95,6 +98,35 @@ def refuse_virtual_stages(chunks: list[Any]) -> None:
             "ModelOpt does not know virtual pipeline stages: leave num_layers_per_virtual_pipeline_stage, "
             "num_virtual_stages_per_pipeline_rank and pipeline_model_parallel_layout unset"
         )
+
+
+class ModelOptState(Callback):
+    """Lets a run go on from a checkpoint whose model ModelOpt has changed, and write such checkpoints.
+
+    Args:
+        checkpoint: returns the one that the run starts from, once the ranks are joined.
+    """
+
+    def __init__(self, checkpoint: Callable[[], Path | None]) -> None:
+        self._checkpoint = checkpoint
+        self._patches = contextlib.ExitStack()
+
+    def arguments_valid(self, args: Namespace) -> None:
+        require_modelopt(f"the checkpoint {self._checkpoint()}, which is quantised,")
+
+    def model_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
+        checkpoint = self._checkpoint()
+        assert checkpoint is not None
+        restore_state(chunks, checkpoint)
+        self._patches.enter_context(state_in_checkpoints())
+        return chunks
+
+    def end(self) -> None:
+        self._patches.close()
+
+    def failed(self, error: BaseException) -> BaseException:
+        self._patches.close()
+        return error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest N and every K-th iteration's.
+"""Retention of checkpoints: the newest N stay, and every K-th iteration's.
 
 Megatron's own `save_retain_interval` deletes the one before as soon as the newest is written. If that one turns out to
 be damaged nothing recent is left, so here only what is older than N complete checkpoints goes.
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fc.callbacks import Callback
 from megatron_fc.checkpoints.integrity import INDEX, is_complete, step_of
-from megatron_fc.checkpoints.location import TRACKER
+from megatron_fc.checkpoints.location import newest_checkpoint
 from megatron_fc.errors import UserError
+from megatron_fc.runs.rank_log import is_log_rank
 
 
 @dataclass(frozen=True)
@@ -62,40 +64,31 @@ class Retention:
         return []
 
 
-class Pruner:
+class Pruner(Callback):
     """Deletes superseded checkpoints in the background, as a parallel file system takes its time."""
 
     def __init__(self, retention: Retention, folder: Path) -> None:
         self._retention, self._folder = retention, folder
-        self._seen: int | None = None
         self._thread: threading.Thread | None = None
 
-    def look(self) -> None:
-        """Start deleting if there is a new checkpoint and the last deletion is over."""
-        newest = self._newest()
-        if newest is None or newest == self._seen or (self._thread and self._thread.is_alive()):
+    def checkpoint_written(self, checkpoint: Path) -> None:
+        # What a deletion that is not over leaves behind goes with the next one.
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(
+                target=self._delete, args=(checkpoint,), daemon=True, name="checkpoint pruner"
+            )
+            self._thread.start()
+
+    def end(self) -> None:
+        newest = newest_checkpoint(self._folder)
+        if newest is None or not is_log_rank():
             return
-        self._seen = newest
-        self._thread = threading.Thread(target=self._delete, args=(newest,), daemon=True, name="checkpoint pruner")
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Delete what the last checkpoint has superseded, now."""
-        if self._thread:
+        if self._thread is not None:
             self._thread.join()
-        self.look()
-        if self._thread:
-            self._thread.join()
+        self._delete(newest)
 
-    def _newest(self) -> int | None:
-        """What the tracker says; it may be gone or half written."""
-        try:
-            return int((self._folder / TRACKER).read_text())
-        except (OSError, ValueError):
-            return None
-
-    def _delete(self, newest: int) -> None:
-        for checkpoint in self._retention.superseded(self._folder, newest):
+    def _delete(self, newest: Path) -> None:
+        for checkpoint in self._retention.superseded(self._folder, step_of(newest)):
             (checkpoint / INDEX).unlink(missing_ok=True)  # first: what is left of it counts as incomplete
             shutil.rmtree(checkpoint, ignore_errors=True)
             print(f"deleted {checkpoint}, {self._retention.last} newer ones are complete")

@@ -5,9 +5,8 @@ Frac-Connections of the model that the new run builds, and for each of them the 
 checkpoint has for the other parameters.
 """
 
-from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,17 @@ import torch
 from megatron.core import dist_checkpointing, mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from megatron_fc.checkpoints.derive import derive_checkpoint
-from megatron_fc.checkpoints.location import describe_structure, is_frac_key, stored_structure
+from megatron_fc.checkpoints.structure import describe_structure, stored_structure
+from megatron_fc.connections import kinds
 from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.flags import store_frac_config
 
 _STATE = "optimizer.state."
 # Names of the half-precision and of the distributed optimizer for a parameter's fp32 copy.
@@ -75,15 +77,15 @@ def upcycle(chunks: list[nn.Module], source: Path, target: Path, frac: FracConfi
 
     added: dict[str, ShardedTensor] = {}
     for tensor, _ in _tensors(state_dicts):
-        if is_frac_key(tensor.key):
+        if is_connection_key(tensor.key):
             name = f"{tensor.key}{tensor.global_offset}"
             added[name] = tensor
             added |= {f"{state}.{name}": _fresh_state(tensor, state, dtype) for state, dtype in states.items()}
     if "args" in common:
-        _stamp(common["args"], frac)
+        store_frac_config(common["args"], frac)
         common["args"].no_save_optim = common["args"].no_save_optim or not with_optimizer
     derive_checkpoint(source, target, common, added, lambda key: not with_optimizer and _of_optimizer(key))
-    count = sum(is_frac_key(key) for key in wanted)
+    count = sum(is_connection_key(key) for key in wanted)
     return (
         f"{count} Frac-Connection tensors ({frac.label}) are missing in {source} and start at the identity, "
         f"{'their optimizer state' if states else 'the optimizer'} starts at zero: written to {target}"
@@ -98,22 +100,28 @@ def to_residual(source: Path, target: Path) -> str:
             been written then.
     """
     stored = dist_checkpointing.load_tensors_metadata(str(source))
-    keys = [key for key in stored if is_frac_key(key) and not _of_optimizer(key)]
+    keys = [key for key in stored if is_connection_key(key) and not _of_optimizer(key)]
     if not keys:
         raise UserError(f"the checkpoint {source} has plain residual connections already: nothing to convert")
+    structure = stored_structure(source)
+    connection = kinds.recognise(structure)
+    if connection is None:
+        raise UserError(
+            f"the checkpoint {source} has {describe_structure(structure)}: convert it with the release that wrote it"
+        )
     common = dist_checkpointing.load_common_state_dict(str(source))
     _refuse_buckets(source, stored, common)
     tensors = {key: torch.empty(stored[key].global_shape, dtype=stored[key].dtype) for key in keys}
     load_tensors(tensors, storage_reader=FileSystemReader(source), no_dist=True)
     for key, tensor in tensors.items():
-        if not _is_identity(key, tensor):
+        if not connection.is_identity(key.rpartition(".")[2], tensor):
             raise UserError(
                 f"{key} of the checkpoint {source} is no identity any more, a model with plain residual connections "
                 f"would compute something else: convert checkpoints that were upcycled and not trained since"
             )
     if "args" in common:
-        _stamp(common["args"], None)
-    derive_checkpoint(source, target, common, {}, is_frac_key)
+        store_frac_config(common["args"], None)
+    derive_checkpoint(source, target, common, {}, is_connection_key)
     return f"{len(keys)} Frac-Connection tensors of {source} are identities and were left out: written to {target}"
 
 
@@ -154,7 +162,7 @@ def _gathered(state_dicts: list[Any]) -> dict[str, _Wanted]:
 
 def _check_weights(source: Path, wanted: dict[str, _Wanted], stored: dict[str, Any]) -> None:
     """Exactly the Frac-Connections may be missing, nothing may be left over, the shapes are the model's."""
-    plain = {key: want for key, want in wanted.items() if not is_frac_key(key)}
+    plain = {key: want for key, want in wanted.items() if not is_connection_key(key)}
     found = {key for key in stored if not _of_optimizer(key)}
     remedy = "give the config of the run that wrote it, the connection apart"
     if missing := sorted(plain.keys() - found):
@@ -172,7 +180,7 @@ def _optimizer_states(
 ) -> dict[str, torch.dtype]:
     """The kinds of optimizer state that the checkpoint keeps for each parameter, {} if it has none."""
     _refuse_buckets(source, stored, common)
-    trained = {key for key, want in wanted.items() if want.trained and not is_frac_key(key)}
+    trained = {key for key, want in wanted.items() if want.trained and not is_connection_key(key)}
     keys: dict[str, set[str]] = {}
     dtypes: dict[str, torch.dtype] = {}
     for name in filter(_of_optimizer, stored):
@@ -214,24 +222,6 @@ def _fresh_state(tensor: ShardedTensor, state: str, dtype: torch.dtype) -> Shard
     assert tensor.data is not None
     data = tensor.data.detach().to(dtype) if state in _COPIES else torch.zeros_like(tensor.data, dtype=dtype)
     return replace(tensor, key=f"{_STATE}{state}.{tensor.key}", data=data, dtype=dtype)
-
-
-def _stamp(args: Namespace, frac: FracConfig | None) -> None:
-    """Write the options where a run with `--frac-*` flags has them."""
-    for field in fields(FracConfig):
-        default = None if field.name == "rate" else field.default
-        setattr(args, f"frac_{field.name}", default if frac is None else getattr(frac, field.name))
-
-
-def _is_identity(key: str, tensor: Tensor) -> bool:
-    """True if a site with such values is a plain residual connection, whatever its other tensors are."""
-    name = key.rpartition(".")[2]
-    if name == "static_beta":
-        return bool((tensor == 1).all())
-    if name in ("static_gamma", "static_alpha"):
-        rate = int(tensor.shape[-1] ** 0.5)
-        return bool((tensor == torch.eye(rate, dtype=tensor.dtype).flatten()).all())
-    return name != "dynamic_weight" or not tensor.any()
 
 
 def _some(keys: list[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from megatron_fc.cli import COMMANDS
 from megatron_fc.errors import UserError
+from megatron_fc.extras import remedy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,12 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("only `train` takes Megatron flags after --")
     if behind:
         args.overrides += behind
-    args.words, args.megatron_flags = words, extra
+    args.command_line, args.megatron_flags = words, extra
     _quieten()
     try:
         return int(args.run(args))
     except UserError as error:
         print(f"megatron-fc: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (missing := remedy(error)) is None:
+            raise
+        print(f"megatron-fc: {args.command} needs {missing}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

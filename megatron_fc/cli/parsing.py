@@ -1,4 +1,4 @@
-"""What the parsers of commands have in common."""
+"""Arguments that several commands share."""
 
 import argparse
 from pathlib import Path

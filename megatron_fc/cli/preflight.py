@@ -21,21 +21,21 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_fc.preflight.nodes import Plan, preflight
+    from megatron_fc.preflight.nodes import Requirements, preflight
     from megatron_fc.preflight.rendezvous import NodeError
 
-    def make_plan() -> Plan:
+    def read_requirements() -> Requirements:
         from megatron_fc.training import cpu_lane
 
         cpu_lane.install()
-        from megatron_fc.preflight.requirements import plan_of
+        from megatron_fc.preflight.requirements import requirements_of
         from megatron_fc.training.recipe import load_recipe
 
-        return plan_of(load_recipe(args.config, args.overrides))
+        return requirements_of(load_recipe(args.config, args.overrides))
 
     speaks = os.environ.get("RANK", "0") == "0"
     try:
-        found = preflight(make_plan)
+        found = preflight(read_requirements)
     except NodeError as error:
         if speaks or not error.seen_by_all:
             print(f"megatron-fc: preflight: {error}", file=sys.stderr)

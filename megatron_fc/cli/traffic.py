@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_fc.cli.distill import add_teacher, distillation
 from megatron_fc.cli.parsing import Commands
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def add(commands: Commands) -> None:
         help="train some steps on all ranks and count in them; writes traffic.json, traffic.md and traffic.html",
         allow_abbrev=False,
         usage="megatron-fc traffic run CONFIG.yaml [key=value ...] [--from-step K] [--steps N] [--out FOLDER]\n"
-        "       [--against REPORT ...] [--nsight]",
+        "       [--against REPORT ...] [--nsight] [--teacher CHECKPOINTS ...]",
     )
     profile.add_argument("config", type=Path, metavar="CONFIG.yaml")
     profile.add_argument("overrides", nargs="*", metavar="key=value", help="as for train, e.g. connection=residual")
@@ -35,6 +36,7 @@ def add(commands: Commands) -> None:
     profile.add_argument("--steps", type=int, default=2, metavar="N", help="counted steps (default: %(default)s)")
     profile.add_argument("--out", type=Path, metavar="FOLDER", help="default: run_dir=..., else runs/CONFIG-traffic")
     add_against(profile)
+    add_teacher(profile.add_argument_group("to profile a distillation, as in megatron-fc distill"))
     profile.add_argument("--nsight", action="store_true", help="print the command lines of nsys and ncu, start nothing")
     profile.add_argument("--nvtx", action="store_true", help="mark ranges for nsys and ncu, which start the program")
 
@@ -73,14 +75,17 @@ def run(args: argparse.Namespace) -> int:
     given = [word.partition("=")[2] for word in args.overrides if word.startswith("run_dir=")]
     out = args.out or Path(given[-1] if given else f"runs/{args.config.stem}-traffic")
     if args.nsight:
-        print("\n".join(nsight.command_lines([word for word in args.words if word != "--nsight"], out)))
+        print("\n".join(nsight.command_lines([word for word in args.command_line if word != "--nsight"], out)))
         return 0
     from megatron_fc.training import cpu_lane
 
     cpu_lane.install()
     from megatron_fc.profiling.profile import profile
 
-    report = profile(args.config, args.overrides, args.from_step, args.steps, out, args.words, args.nvtx)
+    teachers = [distillation(args)] if args.teacher else []
+    report = profile(
+        args.config, args.overrides, args.from_step, args.steps, out, args.command_line, args.nvtx, teachers
+    )
     return 0 if report is None else _publish(report, out, against)
 
 

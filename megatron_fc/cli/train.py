@@ -1,13 +1,14 @@
 """`megatron-fc train`: a YAML config inside Megatron's training loop."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_fc.cli.parsing import Commands
 
 if TYPE_CHECKING:
-    from megatron_fc.training.callbacks import Companion
+    from megatron_fc.callbacks import Callback
     from megatron_fc.training.recipe import Recipe
 
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     return train_recipe(recipe, brief=args.brief)
 
 
-def train_recipe(recipe: "Recipe", brief: bool = False, companion: "Companion | None" = None) -> int:
+def train_recipe(recipe: "Recipe", brief: bool = False, callbacks: "Sequence[Callback]" = ()) -> int:
     """Train, and write the run's summary; `brief` leaves out the notes before and the table after."""
     from megatron_fc.runs.rank_log import is_log_rank
     from megatron_fc.runs.summary import comparison_table, write_summary
@@ -50,7 +51,7 @@ def train_recipe(recipe: "Recipe", brief: bool = False, companion: "Companion | 
     if is_log_rank() and not brief:
         for note in recipe.notes:
             print(f"note: {note}", flush=True)
-    trained = train(recipe, companion)
+    trained = train(recipe, callbacks)
     if is_log_rank():
         facts = {
             "connection": recipe.connection,

@@ -3,6 +3,7 @@
 The teacher is a submodule of the student while it trains (ModelOpt's `kd_loss`): frozen, in none of its checkpoints.
 """
 
+import functools
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
+from megatron_fc.callbacks import Callback, ForwardStep
+from megatron_fc.checkpoints.errors import cause_of
 from megatron_fc.checkpoints.integrity import refuse_corrupt
-from megatron_fc.checkpoints.location import cause_of, find_checkpoint, refuse_other_connection, stored_structure
+from megatron_fc.checkpoints.location import find_checkpoint
 from megatron_fc.checkpoints.modelopt_state import refuse_state, require_modelopt
+from megatron_fc.checkpoints.structure import refuse_other_connection, stored_structure
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
-from megatron_fc.training.batches import forward_step, next_token_loss
-from megatron_fc.training.callbacks import Companion
+from megatron_fc.training.batches import next_token_loss
 from megatron_fc.training.recipe import Recipe, load_recipe
 from megatron_fc.training.setup import build, join_world, parse
 
@@ -47,8 +50,8 @@ _UNSUPPORTED = {
 }
 
 
-class Distillation(Companion):
-    """A teacher for `pretrain.train`; every rank makes one.
+class Distillation(Callback):
+    """A teacher for `megatron_fc.training.loop.train`; every rank makes one.
 
     Args:
         recipe: of the teacher's run.
@@ -73,7 +76,7 @@ class Distillation(Companion):
         self._args = parse(recipe)
         refuse_other_connection(self._checkpoint, recipe.frac, self._args.hidden_size)
 
-    def arguments_are_valid(self, args: Namespace) -> None:
+    def arguments_valid(self, args: Namespace) -> None:
         for name, needed in _UNSUPPORTED.items():
             for who, given in (("student", args), ("teacher", self._args)):
                 if (value := getattr(given, name, needed)) != needed:
@@ -83,7 +86,7 @@ class Distillation(Companion):
             if values[0] != values[1]:
                 raise UserError(f"{name} is {values[1]} for the teacher, {values[0]} for the student: set it alike")
 
-    def model_is_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
+    def model_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
         import modelopt.torch.distill as mtd
         import modelopt.torch.opt as mto
         from modelopt.torch.distill.plugins.megatron import (
@@ -103,12 +106,17 @@ class Distillation(Companion):
         mto.ModeloptStateManager(student).state_dict().pop()
         return [student]
 
-    def forward_step(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
-        """As `batches.forward_step`, with the divergence from the teacher as loss."""
-        from megatron.core.utils import unwrap_model
+    def around_forward_step(self, forward_step: ForwardStep) -> ForwardStep:
+        """The same micro-batch, with the divergence from the teacher as loss."""
 
-        loss = partial(self._loss, unwrap_model(model))
-        return forward_step(data_iterator, model, return_schedule_plan, loss)
+        @functools.wraps(forward_step)
+        def distilled(data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
+            from megatron.core.utils import unwrap_model
+
+            loss = partial(self._loss, unwrap_model(model))
+            return forward_step(data_iterator, model, return_schedule_plan, loss)
+
+        return distilled
 
     def _loss(self, student: Any, loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         lm_loss, tokens, report = next_token_loss(loss_mask, output)

@@ -1,4 +1,4 @@
-"""How much each layer, head, expert and neuron does on some data: the scores of Minitron (arXiv 2407.14679).
+"""Importance scores of layers, heads, experts and neurons on some data, as Minitron's (arXiv 2407.14679).
 
 All are sums over tokens of activations, so no gradient is needed: the norm of a head's output, the magnitude of a
 neuron's activation, the routing probability that an expert receives, and by how much a layer turns the residual stream.

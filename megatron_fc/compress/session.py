@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.integrity import refuse_corrupt, step_of
-from megatron_fc.checkpoints.location import checkpoint_errors_named, refuse_other_connection
 from megatron_fc.checkpoints.modelopt_state import refuse_virtual_stages
+from megatron_fc.checkpoints.structure import refuse_other_connection
 from megatron_fc.errors import UserError
 from megatron_fc.training import cpu_lane
 from megatron_fc.training.recipe import Recipe

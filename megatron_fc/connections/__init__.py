@@ -1,4 +1,8 @@
-"""What a connection between sub-layers is. torch alone, never Megatron.
+"""Connections between sub-layers: what they compute, hold and cost. torch alone, never Megatron.
 
-Read `config`, `reference` and `frac` first.
+Read `base`, `config`, `reference` and `frac` first.
 """
+
+from megatron_fc.connections.config import FracConfig, HyperConfig
+
+__all__ = ["FracConfig", "HyperConfig"]

@@ -1,4 +1,4 @@
-"""Which implementation runs: Triton's fused kernels on CUDA devices, hand-written torch elsewhere."""
+"""The choice of a backend: Triton's fused kernels on CUDA devices, hand-written torch elsewhere."""
 
 import functools
 import logging

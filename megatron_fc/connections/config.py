@@ -1,19 +1,22 @@
-"""FracConfig: every knob of a Frac-Connection, validated once."""
+"""FracConfig and HyperConfig: every option of a kind of connection, validated once."""
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from megatron_fc.errors import UserError, unknown
+from megatron_fc.connections import per_slot
+from megatron_fc.connections.base import Connection, ConnectionConfig, check_values, load
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Norm = Literal["rmsnorm", "layernorm", "none"]
 Backend = Literal["auto", "triton", "torch"]
 InputNorm = Literal["width", "projection"]
 
 
-@dataclasses.dataclass(frozen=True)
-class FracConfig:
+@dataclass(frozen=True)
+class FracConfig(ConnectionConfig):
     """Options of a Frac-Connection (arXiv 2503.14125, section 3).
 
     Args:
@@ -35,6 +38,10 @@ class FracConfig:
         UserError: a value is out of range, or an option of the dynamic part is changed in a static connection.
     """
 
+    kind: ClassVar[str] = "frac"
+    parameter_names: ClassVar[tuple[str, ...]] = per_slot.PARAMETER_NAMES
+    fractions_option: ClassVar[str] = "rate"
+
     rate: int = 4
     dynamic: bool = True
     norm: Norm = "rmsnorm"
@@ -43,86 +50,108 @@ class FracConfig:
     initial_scale: float = 0.01
     norm_eps: float = 1e-5
     # No part of what the connection computes: a checkpoint may be continued with the other setting.
-    recompute: bool = dataclasses.field(default=False, compare=False)
-    backend: Backend = dataclasses.field(default="auto", compare=False)
-    input_norm: InputNorm = dataclasses.field(default="width", compare=False)
+    recompute: bool = field(default=False, compare=False)
+    backend: Backend = field(default="auto", compare=False)
+    input_norm: InputNorm = field(default="width", compare=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rate, bool) or not isinstance(self.rate, int) or self.rate < 1:
-            raise UserError(f"rate must be a whole number of at least 1, not {self.rate!r}: use 2, 4 or 8")
-        for name in ("dynamic", "tanh", "scale", "recompute"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        if self.norm not in get_args(Norm):
-            raise UserError(unknown("norm", str(self.norm), get_args(Norm)))
-        if self.backend not in get_args(Backend):
-            raise UserError(unknown("backend", str(self.backend), get_args(Backend)))
-        if self.input_norm not in get_args(InputNorm):
-            raise UserError(unknown("input_norm", str(self.input_norm), get_args(InputNorm)))
-        for name in ("initial_scale", "norm_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise UserError(f"{name} must be a finite number, not {value!r}")
-        if self.norm_eps <= 0:
-            raise UserError(f"norm_eps must be greater than 0, not {self.norm_eps!r}: use 1e-5")
-        if not self.dynamic:
-            self._refuse_dynamic_options()
-        if not self.scale and self.initial_scale != 0.01:
-            raise UserError(f"initial_scale={self.initial_scale!r} has no effect with scale=false: drop one of the two")
+        check_values(self)
+        per_slot.check_options(self)
 
-    def _refuse_dynamic_options(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("rate", "dynamic") and field.compare and value != field.default:
-                raise UserError(
-                    f"{field.name}={value!r} has no effect on static connections (dynamic=false): "
-                    f"drop it or set dynamic=true"
-                )
+    @property
+    def slots(self) -> int:
+        """n = m: one slot per fraction."""
+        return self.rate
+
+    @property
+    def fractions(self) -> int:
+        return self.rate
 
     @property
     def label(self) -> str:
-        """Short name as in the paper's tables, e.g. ``dfc_x4``."""
+        """``dfc_x4`` or ``sfc_x4``."""
         return f"{'dfc' if self.dynamic else 'sfc'}_x{self.rate}"
 
-    def fraction_size(self, hidden_size: int) -> int:
-        """Return c = d / m, the width of one fraction.
+    @property
+    def description(self) -> str:
+        return per_slot.description(self, self.label)
 
-        Raises:
-            UserError: m does not divide the hidden size.
-        """
-        if hidden_size < 1 or hidden_size % self.rate:
-            raise UserError(
-                f"rate={self.rate} does not divide hidden_size={hidden_size}: "
-                f"choose a rate that does, for example {_divisors(hidden_size)}"
-            )
-        return hidden_size // self.rate
+    def parameter_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Those of eq. 16-20: the statics, and for DFC W, the scales and the norm's weight."""
+        return per_slot.parameter_shapes(self, self.slot_width(hidden_size))
 
-    def parameter_count(self, hidden_size: int) -> int:
-        """Return the parameters of one site (eq. 16-20): the statics, and for DFC W, s and the norm's weight."""
-        m, c = self.rate, self.fraction_size(hidden_size)
-        count = m * (2 * m + 1)
-        if self.dynamic:
-            count += c * (2 * m + 1) + (2 if self.scale else 0) + (c if self.norm != "none" else 0)
-        return count
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for YAML, JSON and checkpoints."""
-        return dataclasses.asdict(self)
+    def is_identity(self, name: str, tensor: "Tensor") -> bool:
+        """B = 1, Y = A = I, W = 0."""
+        return per_slot.is_identity(self, name, tensor)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "FracConfig":
-        """Build from plain values; missing fields take their defaults.
+    def recognise(cls, sizes: Mapping[str, int]) -> Self | None:
+        return per_slot.recognise(cls, "rate", sizes)
 
-        Raises:
-            UserError: an unknown name (the nearest valid one is given) or a wrong value.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in names:
-                raise UserError(unknown("frac option", name, names))
-        return cls(**values)
+    def build(self, hidden_size: int, sub_layer: int = 0) -> Connection:
+        """Return a `FracConnection`; its initial values are the same in every sub-layer."""
+        site: Connection = load("megatron_fc.connections.frac.FracConnection")(hidden_size, self)
+        return site
 
 
-def _divisors(hidden_size: int) -> str:
-    fitting = [str(rate) for rate in (1, 2, 4, 8) if hidden_size > 0 and hidden_size % rate == 0]
-    return ", ".join(fitting) or "none, the hidden size must be positive"
+@dataclass(frozen=True)
+class HyperConfig(ConnectionConfig):
+    """Options of a Hyper-Connection (arXiv 2409.19606): n streams of the whole width.
+
+    Args:
+        slots: expansion rate n, the number of streams.
+        dynamic: True predicts the weights per token (DHC, eq. 10-13); False keeps the static part alone (SHC).
+        norm: normalisation of each stream before the prediction. Both norms have a weight and no bias.
+        tanh: bound the predicted part by tanh.
+        scale: multiply the predicted part by the learned scalars s_alpha and s_beta.
+        initial_scale: initial value of both scalars.
+        norm_eps: epsilon of the norm, the connection's own and independent of the model's.
+
+    Raises:
+        UserError: a value is out of range, or an option of the dynamic part is changed in a static connection.
+    """
+
+    kind: ClassVar[str] = "hyper"
+    parameter_names: ClassVar[tuple[str, ...]] = per_slot.PARAMETER_NAMES
+
+    slots: int = 4
+    dynamic: bool = True
+    norm: Norm = "rmsnorm"
+    tanh: bool = True
+    scale: bool = True
+    initial_scale: float = 0.01
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        per_slot.check_options(self)
+
+    @property
+    def fractions(self) -> int:
+        """m = 1: a slot is as wide as a sub-layer's input."""
+        return 1
+
+    @property
+    def label(self) -> str:
+        """``dhc_x4`` or ``shc_x4``."""
+        return f"{'dhc' if self.dynamic else 'shc'}_x{self.slots}"
+
+    @property
+    def description(self) -> str:
+        return per_slot.description(self, self.label)
+
+    def parameter_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        return per_slot.parameter_shapes(self, self.slot_width(hidden_size))
+
+    def is_identity(self, name: str, tensor: "Tensor") -> bool:
+        """B = 1, A_m one stream, A_r = I, W = 0."""
+        return per_slot.is_identity(self, name, tensor)
+
+    @classmethod
+    def recognise(cls, sizes: Mapping[str, int]) -> Self | None:
+        return per_slot.recognise(cls, "slots", sizes)
+
+    def build(self, hidden_size: int, sub_layer: int = 0) -> Connection:
+        """Return a `HyperConnection`, whose input starts as stream `sub_layer % n`."""
+        site: Connection = load("megatron_fc.connections.hyper.HyperConnection")(hidden_size, self, sub_layer)
+        return site

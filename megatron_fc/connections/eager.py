@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.operands import Operands
 from megatron_fc.connections.reference import FracParameters
 
 
@@ -38,21 +38,20 @@ def _as_written[**Arguments, Result](function: Callable[Arguments, Result]) -> C
 
 
 @_as_written
-def width_forward(
-    h: Tensor, p: FracParameters, config: FracConfig, want_x: bool = True
-) -> tuple[Tensor | None, Tensor, Tensor]:
+def width_forward(h: Tensor, p: Operands, want_x: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
     """Width connection, x_j = sum_i gamma_ij h_i, and the coefficients that the depth connection needs.
 
     Args:
         h: residual stream [..., d].
+        p: the site.
         want_x: False leaves x out.
 
     Returns:
         x [..., d] in the dtype of h or None; beta [T, m] and alpha [T, m*m], row-major, in fp32.
     """
-    m = config.rate
+    m = p.rate
     f, p = _fractions(h, m), _in_fp32(p, h)
-    beta, gamma, alpha = _coefficients(_predict(f, p, config), p, f.shape[0]).split((1, m, m))
+    beta, gamma, alpha = _coefficients(_predict(f, p), p, f.shape[0]).split((1, m, m))
     x = _mix(gamma.transpose(0, 1), f).view(h.shape).to(h.dtype) if want_x else None
     # A copy, since beta is kept for backward and would keep all coefficients with it.
     return x, beta[0].clone(), alpha.permute(1, 2, 0).reshape(f.shape[0], m * m)
@@ -60,7 +59,7 @@ def width_forward(
 
 @_as_written
 def width_backward(
-    g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, p: FracParameters, config: FracConfig
+    g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, p: Operands
 ) -> tuple[Tensor, FracParameters]:
     """Gradients of the stream and of the parameters; the coefficients are computed again from h.
 
@@ -69,11 +68,12 @@ def width_backward(
         g_beta: gradient of beta [T, m].
         g_mixed: gradient of the mixed residual sum_i alpha_ij h_i [..., d].
         h: residual stream [..., d].
+        p: the site.
 
     Returns:
         Gradient of h [..., d] in the dtype of h; of the parameters in their dtypes, None where p has None.
     """
-    m, given = config.rate, p
+    m, given = p.rate, p.parameters
     f, p = _fractions(h, m), _in_fp32(p, h)
     # Gamma and alpha act alike on h, so their gradients go side by side: [T, 2m, c].
     halves = [f.new_zeros(f.shape) if g is None else g.reshape(f.shape) for g in (g_x, g_mixed)]
@@ -84,12 +84,12 @@ def width_backward(
     statics = (half.sum(0).flatten() for half in products.split(m, 2))
     gradients: tuple[Tensor | None, ...] = (g_beta.sum(0), *statics)
 
-    predicted = _predict(f, p, config)
+    predicted = _predict(f, p)
     coefficients = _coefficients(predicted, p, f.shape[0])
     g_h = _mix(coefficients[1:].permute(1, 2, 0), g)
     if predicted is not None:
         g_coefficients = torch.cat((g_beta.unsqueeze(0), products.permute(2, 0, 1)))
-        gradients += _predict_backward(g_coefficients, g_h, predicted, p, config)
+        gradients += _predict_backward(g_coefficients, g_h, predicted, p)
     in_their_dtypes = (g if q is None or g is None else g.to(q.dtype) for g, q in zip_longest(gradients, given))
     return g_h.view(h.shape).to(h.dtype), FracParameters._make(in_their_dtypes)
 
@@ -144,23 +144,23 @@ class _Prediction(NamedTuple):
     v: Tensor  # [k, c], dynamic_weight times norm_weight: no normalised copy of h is needed
 
 
-def _predict(f: Tensor, p: FracParameters, config: FracConfig) -> _Prediction | None:
+def _predict(f: Tensor, p: Operands) -> _Prediction | None:
     v, r = p.dynamic_weight, None
     if v is None:
         return None
     if p.norm_weight is not None:
         v = v * p.norm_weight
-        if config.norm == "layernorm":  # which is rmsnorm of what is centred; so is v, for backward
+        if p.norm == "layernorm":  # which is rmsnorm of what is centred; so is v, for backward
             f, v = f - f.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
-        r = torch.linalg.vector_norm(f, dim=-1).square_().div_(v.shape[1]).add_(config.norm_eps).rsqrt_()
+        r = torch.linalg.vector_norm(f, dim=-1).square_().div_(v.shape[1]).add_(p.norm_eps).rsqrt_()
     z = (v @ f.flatten(0, 1).t()).view(len(v), *f.shape[:2])
     if r is not None:
         z *= r
-    return _Prediction(_tanh(z) if config.tanh else z, z, f, r, v)
+    return _Prediction(_tanh(z) if p.tanh else z, z, f, r, v)
 
 
 def _predict_backward(
-    g_coefficients: Tensor, g_h: Tensor, predicted: _Prediction, p: FracParameters, config: FracConfig
+    g_coefficients: Tensor, g_h: Tensor, predicted: _Prediction, p: Operands
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of dynamic_weight, scale_beta, scale_alpha and norm_weight; adds that of the fractions to g_h [T*m, c].
 
@@ -169,8 +169,8 @@ def _predict_backward(
     assert p.dynamic_weight is not None
     t, z, f, r, v = predicted
     g_z, scales, g_scales = g_coefficients, _scales(p), None
-    product = g_z * t if config.tanh or config.scale else g_z
-    if config.tanh:
+    product = g_z * t if p.tanh or scales is not None else g_z
+    if p.tanh:
         g_z.addcmul_(product, t, value=-1)  # tanh' = 1 - t^2
     if scales is not None:
         g_scales = product.sum((1, 2))
@@ -191,7 +191,7 @@ def _predict_backward(
     )
 
 
-def _coefficients(predicted: _Prediction | None, p: FracParameters, tokens: int) -> Tensor:
+def _coefficients(predicted: _Prediction | None, p: Operands, tokens: int) -> Tensor:
     """Static plus scaled dynamic part of beta, gamma and alpha, laid out as the prediction: [k, T, source]."""
     m = len(p.static_beta)
     by_target = [s.view(m, m).t() for s in (p.static_gamma, p.static_alpha)]
@@ -202,7 +202,7 @@ def _coefficients(predicted: _Prediction | None, p: FracParameters, tokens: int)
     return static + predicted.t if scales is None else torch.addcmul(static, predicted.t, scales)
 
 
-def _scales(p: FracParameters) -> Tensor | None:
+def _scales(p: Operands) -> Tensor | None:
     """Of every coefficient, [k, 1, 1]."""
     if p.scale_beta is None or p.scale_alpha is None:
         return None
@@ -244,7 +244,9 @@ def _fractions(stream: Tensor, rate: int) -> Tensor:
     return f if f.dtype.itemsize >= torch.float32.itemsize else f.float()
 
 
-def _in_fp32(p: FracParameters, h: Tensor) -> FracParameters:
-    """In the dtype of the fractions, where they are not."""
+def _in_fp32(p: Operands, h: Tensor) -> Operands:
+    """Tensors in the dtype of the fractions, where they are not."""
     dtype = torch.promote_types(h.dtype, torch.float32)
-    return p if p.static_beta.dtype == dtype else FracParameters._make(None if q is None else q.to(dtype) for q in p)
+    if p.static_beta.dtype == dtype:
+        return p
+    return Operands._make(q.to(dtype) if isinstance(q, Tensor) else q for q in p)

@@ -11,31 +11,29 @@ import torch
 from torch import Tensor
 
 from megatron_fc.connections import eager
-from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.handover import Handover, without_storage
-from megatron_fc.connections.operands import N_PARAMETERS, N_SITE, site_of, site_words
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.operands import N_OPERANDS, N_PARAMETERS, Operands
 
 
-def frac_width(h: Tensor, p: FracParameters, config: FracConfig, want_x: bool = True) -> tuple[Tensor, Handover]:
+def frac_width(h: Tensor, p: Operands, want_x: bool = True) -> tuple[Tensor, Handover]:
     """Width connection: x [..., d] (empty without want_x), and what the depth connection takes over."""
-    x, *handover = _width(h, want_x, *site_words(p, config))
-    return x, Handover(*handover)
+    x, beta, alpha, mixed = _width(h, want_x, *p)
+    return x, Handover(beta, alpha, mixed, "torch")
 
 
 def frac_depth(o: Tensor, h: Tensor, handover: Handover) -> Tensor:
     """Depth connection: the next residual stream [..., d] in the dtype of h."""
-    return _depth(o, h, *handover)
+    return _depth(o, h, *handover.tensors)
 
 
 class _Width(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, want_x: bool, *words: Any) -> tuple[Tensor, ...]:
-        x, beta, alpha = eager.width_forward(h, *site_of(words), want_x)
+    def forward(ctx: Any, h: Tensor, want_x: bool, *operands: Any) -> tuple[Tensor, ...]:
+        x, beta, alpha = eager.width_forward(h, Operands(*operands), want_x)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(alpha)
-        ctx.save_for_backward(h, *words[:N_PARAMETERS])
-        ctx.options = words[N_PARAMETERS:]
+        ctx.save_for_backward(h, *operands[:N_PARAMETERS])
+        ctx.options = operands[N_PARAMETERS:]
         return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
 
     @staticmethod
@@ -45,8 +43,8 @@ class _Width(torch.autograd.Function):
         h, *p = ctx.saved_tensors
         if g_x is not None and not g_x.numel():
             g_x = None
-        g_h, gradients = eager.width_backward(g_x, g_beta, g_mixed, h, *site_of((*p, *ctx.options)))
-        return g_h, None, *gradients, *[None] * (N_SITE - N_PARAMETERS)
+        g_h, gradients = eager.width_backward(g_x, g_beta, g_mixed, h, Operands(*p, *ctx.options))
+        return g_h, None, *gradients, *[None] * (N_OPERANDS - N_PARAMETERS)
 
 
 class _Depth(torch.autograd.Function):

@@ -11,7 +11,8 @@ from megatron_fc.connections import eager_autograd, ops
 from megatron_fc.connections.backend import choose_backend
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.handover import Handover
-from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.norm import NormWeights, norm_weights
+from megatron_fc.connections.operands import Operands
 from megatron_fc.connections.recompute import recomputed
 from megatron_fc.connections.reference import FracParameters
 from megatron_fc.errors import UserError
@@ -30,7 +31,7 @@ class PendingDepth(NamedTuple):
 class FracConnection(nn.Module):
     """One Frac-Connection site: the width connection before a sub-layer, the depth connection after it.
 
-    ::
+    A `megatron_fc.connections.base.Connection`::
 
         x = fc(h)            # the sub-layer's input; fc.width(h) is the same
         h = fc.depth(o, h)   # the next residual stream, o being the sub-layer's output
@@ -49,22 +50,13 @@ class FracConnection(nn.Module):
 
     def __init__(self, hidden_size: int, config: FracConfig) -> None:
         super().__init__()
-        m, c = config.rate, config.fraction_size(hidden_size)
         self.hidden_size = hidden_size
         self.config = config
-
-        def parameter(*shape: int) -> nn.Parameter:
-            # Explicit, since frameworks build models under a default dtype of bf16.
-            return nn.Parameter(torch.empty(shape, dtype=torch.float32))
-
-        self.static_beta = parameter(m)
-        self.static_gamma = parameter(m * m)
-        self.static_alpha = parameter(m * m)
-        has_scale, has_norm = config.dynamic and config.scale, config.dynamic and config.norm != "none"
-        self.register_parameter("dynamic_weight", parameter(2 * m + 1, c) if config.dynamic else None)
-        self.register_parameter("scale_beta", parameter(1) if has_scale else None)
-        self.register_parameter("scale_alpha", parameter(1) if has_scale else None)
-        self.register_parameter("norm_weight", parameter(c) if has_norm else None)
+        shapes = config.parameter_shapes(hidden_size)
+        for name in config.parameter_names:
+            # The dtype is explicit, since frameworks build models under a default of bf16.
+            values = torch.empty(shapes[name], dtype=torch.float32) if name in shapes else None
+            self.register_parameter(name, None if values is None else nn.Parameter(values))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,23 +80,33 @@ class FracConnection(nn.Module):
         """Return the parameters by name, None for those that the configuration does not have."""
         return FracParameters(**{name: getattr(self, name) for name in FracParameters._fields})
 
+    def operands(self) -> Operands:
+        """Return the site as the operations take it."""
+        return Operands.of(self.site_parameters(), self.config)
+
+    def enter(self, h: Tensor) -> Tensor:
+        """The residual stream is the embedding itself, [..., d]: its fractions are the slots."""
+        return h
+
+    def leave(self, h: Tensor) -> Tensor:
+        """The last norm takes the residual stream as it is, [..., d]."""
+        return h
+
     def forward(
         self,
         h: "Tensor | PendingDepth",
-        then: Callable[[Tensor], Tensor] | None = None,
-        norm: NormWeights | None = None,
+        norm: Callable[[Tensor], Tensor] | None = None,
         hand_over: bool = False,
     ) -> Any:
-        """Width connection: residual stream [..., d] -> sub-layer input [..., d], before the sub-layer's norm.
+        """Width connection: residual stream [..., d] -> sub-layer input [..., d].
 
         Frameworks call the module, never `width` alone: hooks on the module (overlapped parameter gathers of
         data parallelism) have then run before the parameters are read.
 
         Args:
             h: the residual stream; or the depth connection that is to make it, in the same pass (Triton).
-            then: applied to the result, say the sub-layer's norm: with `recompute` the result itself is not kept
-                for backward.
-            norm: the sub-layer's norm as weights, applied in the same pass (Triton).
+            norm: the sub-layer's norm, applied to the result: in the same pass where it hands out its weights and a
+                kernel can apply them, else called; with `recompute` its input is not kept for backward.
             hand_over: also return what `depth` can take over instead of looking at h again.
 
         Returns:
@@ -116,10 +118,13 @@ class FracConnection(nn.Module):
         if isinstance(h, PendingDepth):
             return self._boundary(h, norm)
         self._check("h", h)
+        backend = choose_backend(self.config, h)
+        weights = norm_weights(norm) if backend == "triton" else None
+        behind = norm if weights is None else None
 
         def width(h: Tensor) -> tuple[Tensor, Handover]:
-            x, handover = self._width(h, norm)
-            return x if then is None else then(x), handover
+            x, handover = self._width(h, backend, weights)
+            return x if behind is None else behind(x), handover
 
         x, handover = recomputed(width, h) if self.config.recompute else width(h)
         return (x, handover) if hand_over else x
@@ -129,17 +134,22 @@ class FracConnection(nn.Module):
         x: Tensor = self(h)
         return x
 
-    def _width(self, h: Tensor, norm: NormWeights | None, want_x: bool = True) -> tuple[Tensor, Handover]:
-        if choose_backend(self.config, h) == "triton":
-            return ops.frac_width(h, self.site_parameters(), self.config, norm, want_x)
-        return eager_autograd.frac_width(h, self.site_parameters(), self.config, want_x)
+    def _width(
+        self, h: Tensor, backend: str, norm: NormWeights | None = None, want_x: bool = True
+    ) -> tuple[Tensor, Handover]:
+        if backend == "triton":
+            return ops.frac_width(h, self.operands(), norm, want_x)
+        return eager_autograd.frac_width(h, self.operands(), want_x)
 
-    def _boundary(self, pending: "PendingDepth", norm: NormWeights | None) -> tuple[Tensor, Tensor, Handover]:
+    def _boundary(
+        self, pending: "PendingDepth", norm: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor, Handover]:
         o, h, handover, bias, dropout = pending
         self._check("h", h)
         self._check_output(o, h)
-        seed = dropout_seed(h, dropout)
-        return ops.frac_boundary(o, h, handover, bias, seed, dropout, self.site_parameters(), self.config, norm)
+        weights, seed = norm_weights(norm), dropout_seed(h, dropout)
+        h, x, following = ops.frac_boundary(o, h, handover, bias, seed, dropout, self.operands(), weights)
+        return h, x if norm is None or weights is not None else norm(x), following
 
     def depth(
         self,
@@ -167,8 +177,8 @@ class FracConnection(nn.Module):
         self._check("h", h)
         self._check_output(o, h)
         if handover is None:
-            _, handover = self._width(h, None, want_x=False)
-        if choose_backend(self.config, h) == "triton":
+            _, handover = self._width(h, choose_backend(self.config, h), want_x=False)
+        if handover.backend == "triton":
             return ops.frac_depth(o, h, handover, bias, dropout_seed(h, dropout), dropout)
         if bias is not None or dropout > 0:
             o = o.to(h.dtype) if bias is None else o.to(h.dtype) + bias.to(h.dtype)

@@ -1,4 +1,4 @@
-"""What a width connection leaves for the depth connection of the same site.
+"""The handover from a width connection to the depth connection of the same site.
 
 The mixed residual A(h)^T h is never in memory. It has a name nevertheless: `mixed`, an output of the width connection
 and an input of the depth connection, of the stream's shape and without storage of its own. Its value is made anew where
@@ -12,17 +12,24 @@ from torch import Tensor
 
 
 class Handover(NamedTuple):
-    """Coefficients and the name of the mixed residual.
+    """Coefficients, the name of the mixed residual, and who made them.
 
     Attributes:
         beta: [tokens, m] in fp32.
         alpha: [tokens, m*m] in fp32, without gradient: that comes through `mixed`.
         mixed: [..., d] without storage, the mixed residual.
+        backend: triton or torch, chosen by the width connection for the depth connection, too.
     """
 
     beta: Tensor
     alpha: Tensor
     mixed: Tensor
+    backend: str
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All but the backend, as the operations take them."""
+        return self.beta, self.alpha, self.mixed
 
 
 def without_storage(like: Tensor) -> Tensor:

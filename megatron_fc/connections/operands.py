@@ -1,28 +1,40 @@
-"""A site as the arguments of an operation, tensors and plain values, which is all that torch.compile passes on."""
+"""A site as the arguments of an operation: tensors and plain values, which is all that torch.compile passes on."""
 
-from functools import cache
-from typing import Any
+from typing import NamedTuple
 
-from megatron_fc.connections.config import FracConfig
+from torch import Tensor
+
+from megatron_fc.connections.config import FracConfig, Norm
 from megatron_fc.connections.reference import FracParameters
 
 N_PARAMETERS = len(FracParameters._fields)
-N_SITE = N_PARAMETERS + 4
 
 
-def site_words(p: FracParameters, config: FracConfig) -> tuple[Any, ...]:
-    """The parameters, rate, norm, tanh and norm_eps."""
-    return (*p, config.rate, config.norm, config.tanh, config.norm_eps)
+class Operands(NamedTuple):
+    """What an operation needs of a site: its parameters, None for those it does not have, and its options.
+
+    The order is that of the operations' schemas, in which a site is these values one after another.
+    """
+
+    static_beta: Tensor
+    static_gamma: Tensor
+    static_alpha: Tensor
+    dynamic_weight: Tensor | None
+    scale_beta: Tensor | None
+    scale_alpha: Tensor | None
+    norm_weight: Tensor | None
+    rate: int
+    norm: Norm
+    tanh: bool
+    norm_eps: float
+
+    @classmethod
+    def of(cls, p: FracParameters, config: FracConfig) -> "Operands":
+        return cls(*p, config.rate, config.norm, config.tanh, config.norm_eps)
+
+    @property
+    def parameters(self) -> FracParameters:
+        return FracParameters._make(self[:N_PARAMETERS])
 
 
-def site_of(words: tuple[Any, ...]) -> tuple[FracParameters, FracConfig]:
-    """The reverse of `site_words`; of the configuration, what an operation needs."""
-    p = FracParameters(*words[:N_PARAMETERS])
-    return p, _config(p.dynamic_weight is not None, p.scale_beta is not None, *words[N_PARAMETERS:])
-
-
-@cache
-def _config(dynamic: bool, scale: bool, rate: int, norm: Any, tanh: bool, norm_eps: float) -> FracConfig:
-    if not dynamic:
-        return FracConfig(rate=rate, dynamic=False)
-    return FracConfig(rate=rate, norm=norm, tanh=tanh, scale=scale, norm_eps=norm_eps)
+N_OPERANDS = len(Operands._fields)

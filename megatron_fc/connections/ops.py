@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.handover import Handover, without_storage
 from megatron_fc.connections.norm import NormWeights
-from megatron_fc.connections.operands import N_PARAMETERS, N_SITE, site_of, site_words
+from megatron_fc.connections.operands import N_OPERANDS, N_PARAMETERS, Operands
 from megatron_fc.connections.reference import FracParameters
 
 _SITE = (
@@ -25,12 +24,10 @@ _DEPTH = "Tensor o, Tensor h, Tensor beta, Tensor alpha, Tensor mixed, Tensor? b
 _N_NORM, _N_DEPTH = 5, 8
 
 
-def frac_width(
-    h: Tensor, p: FracParameters, config: FracConfig, norm: NormWeights | None, want_x: bool = True
-) -> tuple[Tensor, Handover]:
+def frac_width(h: Tensor, p: Operands, norm: NormWeights | None, want_x: bool = True) -> tuple[Tensor, Handover]:
     """Width connection: x or norm(x) [..., d] (empty without want_x), and what the depth connection takes over."""
-    x, *handover = _width(h, *site_words(p, config), *_norm_words(norm), want_x)
-    return x, Handover(*handover)
+    x, beta, alpha, mixed = _width(h, *p, *_norm_values(norm), want_x)
+    return x, Handover(beta, alpha, mixed, "triton")
 
 
 def frac_depth(
@@ -42,7 +39,8 @@ def frac_depth(
     dropout: float = 0.0,
 ) -> Tensor:
     """Depth connection: the next residual stream [..., d] in the dtype of h."""
-    return _depth(o, h.detach(), *handover, bias, seed, dropout)
+    following: Tensor = _depth(o, h.detach(), *handover.tensors, bias, seed, dropout)
+    return following
 
 
 def frac_boundary(
@@ -52,17 +50,16 @@ def frac_boundary(
     bias: Tensor | None,
     seed: Tensor | None,
     dropout: float,
-    p: FracParameters,
-    config: FracConfig,
+    p: Operands,
     norm: NormWeights | None,
 ) -> tuple[Tensor, Tensor, Handover]:
     """Depth connection of one site and width connection of the next in one pass: h', x and the next handover."""
-    words = (*site_words(p, config), *_norm_words(norm))
-    h, x, *following = _boundary(o, h.detach(), *handover, bias, seed, dropout, *words)
-    return h, x, Handover(*following)
+    depth = (o, h.detach(), *handover.tensors, bias, seed, dropout)
+    h, x, beta, alpha, mixed = _boundary(*depth, *p, *_norm_values(norm))
+    return h, x, Handover(beta, alpha, mixed, "triton")
 
 
-def _norm_words(norm: NormWeights | None) -> tuple[Any, ...]:
+def _norm_values(norm: NormWeights | None) -> tuple[Any, ...]:
     return (
         (None, None, "none", 1.0, False)
         if norm is None
@@ -70,8 +67,8 @@ def _norm_words(norm: NormWeights | None) -> tuple[Any, ...]:
     )
 
 
-def _norm(words: tuple[Any, ...]) -> NormWeights | None:
-    weight, bias, kind, eps, one_plus = words
+def _norm(values: tuple[Any, ...]) -> NormWeights | None:
+    weight, bias, kind, eps, one_plus = values
     return None if kind == "none" else NormWeights(kind, weight, bias, eps, one_plus)
 
 
@@ -102,50 +99,49 @@ def _present(tensors: Any) -> list[Tensor]:
 # Width connection.
 
 
-def _width_impl(h: Tensor, *words: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *words_of_site, want_x = words
-    (p, config), norm = site_of(tuple(words_of_site[:N_SITE])), _norm(tuple(words_of_site[N_SITE:]))
-    x, beta, alpha = _kernels().width_forward(h.contiguous(), p, config, norm, want_x)
+def _width_impl(h: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    p, norm, want_x = Operands(*values[:N_OPERANDS]), _norm(values[N_OPERANDS:-1]), values[-1]
+    x, beta, alpha = _kernels().width_forward(h.contiguous(), p, norm, want_x)
     return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
 
 
-def _width_fake(h: Tensor, *words: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = torch.empty_like(h, memory_format=torch.contiguous_format) if words[-1] else h.new_empty(0)
-    return x, *_coefficients_like(h, words[N_PARAMETERS])
+def _width_fake(h: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = torch.empty_like(h, memory_format=torch.contiguous_format) if values[-1] else h.new_empty(0)
+    return x, *_coefficients_like(h, values[N_PARAMETERS])
 
 
 def _width_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    h, *words = inputs
+    h, *values = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
-    tensors = (h, *words[:N_PARAMETERS], *words[N_SITE : N_SITE + 2])
+    tensors = (h, *values[:N_PARAMETERS], *values[N_OPERANDS : N_OPERANDS + 2])
     ctx.save_for_backward(*tensors)
-    ctx.words = (words[N_PARAMETERS:N_SITE], words[N_SITE + 2 : N_SITE + _N_NORM])
+    ctx.values = (values[N_PARAMETERS:N_OPERANDS], values[N_OPERANDS + 2 : N_OPERANDS + _N_NORM])
 
 
 def _width_grad(ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, _: Any, g_mixed: Tensor | None) -> tuple[Any, ...]:
     h, *tensors = ctx.saved_tensors
-    site, norm = ctx.words
-    words = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
+    site, norm = ctx.values
+    values = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
     if g_x is not None and not g_x.numel():
         g_x = None
-    g_h, *gradients = _width_backward(g_x, g_beta, g_mixed, h, *words)
+    g_h, *gradients = _width_backward(g_x, g_beta, g_mixed, h, *values)
     return (g_h, *_placed(gradients, tensors, g_x is not None), None)
 
 
 def _placed(gradients: list[Tensor], tensors: list[Any], normed: bool) -> tuple[Any, ...]:
-    """Gradients at the places of the tensors that they belong to, None at the places of other words."""
+    """Gradients at the places of the tensors that they belong to, None at the places of other values."""
     rest = iter(gradients)
     site = [None if tensor is None else next(rest) for tensor in tensors[:N_PARAMETERS]]
     norm = [None if tensor is None or not normed else next(rest) for tensor in tensors[N_PARAMETERS:]]
-    return (*site, *[None] * (N_SITE - N_PARAMETERS), *norm, *[None] * (_N_NORM - 2))
+    return (*site, *[None] * (N_OPERANDS - N_PARAMETERS), *norm, *[None] * (_N_NORM - 2))
 
 
 def _width_backward_impl(
-    g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *words: Any
+    g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *values: Any
 ) -> list[Tensor]:
-    (p, config), norm = site_of(words[:N_SITE]), _norm(words[N_SITE:])
-    g = _kernels().width_backward(*map(_contiguous, (g_x, g_beta, g_mixed)), h.contiguous(), p, config, norm)
+    p, norm = Operands(*values[:N_OPERANDS]), _norm(values[N_OPERANDS:])
+    g = _kernels().width_backward(*map(_contiguous, (g_x, g_beta, g_mixed)), h.contiguous(), p, norm)
     weights = _norm_gradients(norm if g_x is not None else None, g.weight, g.bias)
     return [g.h, *_apart(g.parameters), *weights]
 
@@ -161,20 +157,20 @@ def _norm_gradients(norm: NormWeights | None, weight: Tensor | None, bias: Tenso
 
 
 def _width_backward_fake(
-    g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *words: Any
+    g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *values: Any
 ) -> list[Tensor]:
-    norm = words[N_SITE : N_SITE + 2] if g_x is not None else ()
+    norm = values[N_OPERANDS : N_OPERANDS + 2] if g_x is not None else ()
     stream = torch.empty_like(h, memory_format=torch.contiguous_format)
-    return [stream, *(torch.empty_like(tensor) for tensor in _present((*words[:N_PARAMETERS], *norm)))]
+    return [stream, *(torch.empty_like(tensor) for tensor in _present((*values[:N_PARAMETERS], *norm)))]
 
 
 # Depth connection.
 
 
-def _depth_impl(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor, mixed: Tensor, *words: Any) -> Tensor:
+def _depth_impl(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor, mixed: Tensor, *values: Any) -> Tensor:
     launch = _kernels()
-    before = launch.Before(*map(_contiguous, (o, h, beta, alpha)), *words)
-    return launch.depth_forward(before, FracConfig(rate=beta.shape[-1], dynamic=False))
+    depth = launch.DepthInputs(*map(_contiguous, (o, h, beta, alpha)), *values)
+    return launch.depth_forward(depth)
 
 
 def _depth_fake(o: Tensor, h: Tensor, *_: Any) -> Tensor:
@@ -196,10 +192,10 @@ def _bias_gradient(g_o: Tensor, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else g_o.reshape(-1, len(bias)).sum(0, dtype=torch.float32).to(bias.dtype)
 
 
-def _depth_backward_impl(g: Tensor, o: Tensor, beta: Tensor, *words: Any) -> tuple[Tensor, Tensor]:
+def _depth_backward_impl(g: Tensor, o: Tensor, beta: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
     launch = _kernels()
-    before = launch.Before(o.contiguous(), None, beta.contiguous(), None, *words)
-    return launch.depth_backward(g.contiguous(), before, FracConfig(rate=beta.shape[-1], dynamic=False))
+    depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, *values)
+    return launch.depth_backward(g.contiguous(), depth)
 
 
 def _depth_backward_fake(g: Tensor, o: Tensor, beta: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -209,55 +205,55 @@ def _depth_backward_fake(g: Tensor, o: Tensor, beta: Tensor, *_: Any) -> tuple[T
 # Boundary.
 
 
-def _boundary_impl(*words: Any) -> tuple[Tensor, ...]:
-    o, h, beta, alpha, _, bias, seed, dropout = words[:_N_DEPTH]
-    p, config = site_of(words[_N_DEPTH : _N_DEPTH + N_SITE])
+def _boundary_impl(*values: Any) -> tuple[Tensor, ...]:
+    o, h, beta, alpha, _, bias, seed, dropout = values[:_N_DEPTH]
+    p, norm = Operands(*values[_N_DEPTH : _N_DEPTH + N_OPERANDS]), _norm(values[_N_DEPTH + N_OPERANDS :])
     launch = _kernels()
-    before = launch.Before(*map(_contiguous, (o, h, beta, alpha)), bias, seed, dropout)
-    return *launch.boundary_forward(before, p, config, _norm(words[_N_DEPTH + N_SITE :])), without_storage(h)
+    depth = launch.DepthInputs(*map(_contiguous, (o, h, beta, alpha)), bias, seed, dropout)
+    return *launch.boundary_forward(depth, p, norm), without_storage(h)
 
 
-def _boundary_fake(*words: Any) -> tuple[Tensor, ...]:
-    stream = torch.empty_like(words[1], memory_format=torch.contiguous_format)
-    return stream, torch.empty_like(stream), *_coefficients_like(stream, words[_N_DEPTH + N_PARAMETERS])
+def _boundary_fake(*values: Any) -> tuple[Tensor, ...]:
+    stream = torch.empty_like(values[1], memory_format=torch.contiguous_format)
+    return stream, torch.empty_like(stream), *_coefficients_like(stream, values[_N_DEPTH + N_PARAMETERS])
 
 
 def _boundary_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     o, _, beta, _, _, bias, seed, ctx.dropout = inputs[:_N_DEPTH]
-    words = inputs[_N_DEPTH:]
+    values = inputs[_N_DEPTH:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(output[0], o, beta, bias, seed, *words[:N_PARAMETERS], *words[N_SITE : N_SITE + 2])
-    ctx.words = (words[N_PARAMETERS:N_SITE], words[N_SITE + 2 :])
+    ctx.save_for_backward(output[0], o, beta, bias, seed, *values[:N_PARAMETERS], *values[N_OPERANDS : N_OPERANDS + 2])
+    ctx.values = (values[N_PARAMETERS:N_OPERANDS], values[N_OPERANDS + 2 :])
 
 
 def _boundary_grad(ctx: Any, g_h: Any, g_x: Any, g_beta: Any, _: Any, g_mixed: Any) -> tuple[Any, ...]:
     h, o, beta, bias, seed, *tensors = ctx.saved_tensors
-    site, norm = ctx.words
-    words = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
+    site, norm = ctx.values
+    values = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
     g, g_o, g_before, *gradients = _boundary_backward(
-        g_h, g_x, g_beta, g_mixed, h, o, beta, bias, seed, ctx.dropout, *words
+        g_h, g_x, g_beta, g_mixed, h, o, beta, bias, seed, ctx.dropout, *values
     )
     # The whole gradient of h' is that of the mixed residual before it.
     before = (g_o, None, g_before, None, g, _bias_gradient(g_o, bias), None, None)
     return (*before, *_placed(gradients, tensors, g_x is not None))
 
 
-def _boundary_backward_impl(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *words: Any) -> list[Tensor]:
-    o, beta, bias, seed, dropout = words[:5]
-    (p, config), norm = site_of(words[5 : 5 + N_SITE]), _norm(words[5 + N_SITE :])
+def _boundary_backward_impl(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
+    o, beta, bias, seed, dropout = values[:5]
+    p, norm = Operands(*values[5 : 5 + N_OPERANDS]), _norm(values[5 + N_OPERANDS :])
     launch = _kernels()
-    before = launch.Before(o.contiguous(), None, beta.contiguous(), None, bias, seed, dropout)
+    depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, bias, seed, dropout)
     incoming = map(_contiguous, (g_h, g_x, g_beta, g_mixed))
-    g, g_o, g_before = launch.boundary_backward(*incoming, h.contiguous(), before, p, config, norm)
+    g, g_o, g_before = launch.boundary_backward(*incoming, h.contiguous(), depth, p, norm)
     weights = _norm_gradients(norm if g_x is not None else None, g.weight, g.bias)
     return [g.h, g_o, g_before, *_apart(g.parameters), *weights]
 
 
-def _boundary_backward_fake(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *words: Any) -> list[Tensor]:
-    o, beta = words[:2]
-    site = words[5:]
-    norm = site[N_SITE : N_SITE + 2] if g_x is not None else ()
+def _boundary_backward_fake(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
+    o, beta = values[:2]
+    site = values[5:]
+    norm = site[N_OPERANDS : N_OPERANDS + 2] if g_x is not None else ()
     streams = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, o, beta)]
     return [*streams, *(torch.empty_like(tensor) for tensor in _present((*site[:N_PARAMETERS], *norm)))]
 

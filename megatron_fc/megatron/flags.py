@@ -77,6 +77,13 @@ def stored_frac_config(args: Namespace) -> FracConfig | None:
     return FracConfig(**values)
 
 
+def store_frac_config(args: Namespace, config: FracConfig | None) -> None:
+    """Write into `args` what `stored_frac_config` reads, None for plain residuals."""
+    for field in fields(FracConfig):
+        default = None if field.name == "rate" else field.default
+        setattr(args, f"frac_{field.name}", default if config is None else getattr(config, field.name))
+
+
 def frac_flags(config: FracConfig) -> list[str]:
     """Return the flags that `frac_config_from_args` reads back, those at their default left out."""
     flags = ["--frac-rate", str(config.rate)]

@@ -1,4 +1,4 @@
-"""How many parameters a distributed model has, each counted once."""
+"""The number of parameters of a distributed model, each counted once."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import torch
 from megatron.core import mpu
 from torch import nn
 
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.kinds import is_connection_key
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of the whole model, and those among them that Frac-Connections added."""
+    """Parameters of the whole model, and those among them that connections added."""
 
     total: int
     frac: int
@@ -31,16 +31,10 @@ def count_parameters(chunks: Iterable[nn.Module]) -> ParameterCount:
             if getattr(parameter, "shared_embedding", False) and not mpu.is_pipeline_first_stage():
                 continue
             total += share
-            frac += share if is_frac_parameter(name) else 0
+            frac += share if is_connection_key(name) else 0
     counts = torch.tensor([total, frac], dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(counts)
     return ParameterCount(*(round(value) for value in counts.tolist()))
-
-
-def is_frac_parameter(name: str) -> bool:
-    """True for the name of a Frac-Connection's parameter in a model."""
-    owner, _, leaf = name.rpartition(".")
-    return leaf in FracParameters._fields and owner.endswith("connection")
 
 
 def _copies(parameter: nn.Parameter) -> int:

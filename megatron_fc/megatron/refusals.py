@@ -1,5 +1,6 @@
 """Megatron options that would drop or corrupt a Frac-Connection without a word: each is refused by name."""
 
+import sys
 from argparse import Namespace
 
 import torch
@@ -53,10 +54,12 @@ def _recomputes_layernorm(config: TransformerConfig | Namespace) -> bool:
 
 
 def training_args() -> Namespace | None:
-    """The arguments of Megatron's training loop, None where megatron-core is used without it."""
-    from megatron.training import global_vars
+    """The arguments of Megatron's training loop, None where megatron-core is used without it.
 
-    return global_vars._GLOBAL_ARGS
+    Nothing is imported for them: who has not imported the loop has no arguments, and perhaps not what it needs.
+    """
+    global_vars = sys.modules.get("megatron.training.global_vars")
+    return None if global_vars is None else global_vars._GLOBAL_ARGS
 
 
 def uses_matrix_optimizer(args: Namespace | None) -> bool:

@@ -3,10 +3,10 @@
 A layer computes `x = norm(h); o = sub_layer(x); h = bias_dropout_add(o, h)`. `FracNorm` stands in the norm slot
 and owns the site; `FracAdd` stands in the bias-dropout-add slot and refers to it.
 
-The norm slot returns x and h, as Megatron's layers allow, and what the depth connection can take over from it hangs on
-that very h. With the fused kernels the depth connection of a sub-layer also makes the next one's input in the same
-pass, and hangs that on the stream that it returns. Both are gifts: whoever finds a tensor without one (recomputed,
-detached, sent, out of a CUDA graph) computes from the tensor itself, with the same result.
+The norm slot returns x and h, as Megatron's layers allow, and that very h carries what the depth connection can take
+over from it. With the fused kernels the depth connection of a sub-layer also makes the next one's input in the same
+pass, and the stream that it returns carries that. Neither is needed: a slot that finds a tensor which carries nothing
+(recomputed, detached, sent, out of a CUDA graph) computes from the tensor itself, with the same result.
 
 Which sub-layer comes next is known inside a layer when it is built. From one layer to the next it shows when a stream
 arrives as the very object that the layer before returned, both with gradients: so never across the border of a pipeline
@@ -24,34 +24,34 @@ from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_fc.connections.backend import choose_backend
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.frac import FracConnection, PendingDepth
 from megatron_fc.connections.handover import Handover
+from megatron_fc.connections.norm import HandsOutWeights
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.norms import hand_out_weights, norm_weights
+from megatron_fc.megatron.norms import hand_out_weights
 from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
 
-_GIFT, _SENDER = "_frac_gift", "_frac_sender"
+_CARRIED, _RETURNED_BY = "_frac_carried", "_frac_returned_by"
 
 
-class _Gift(NamedTuple):
-    """What hangs on a stream: for whom, the sub-layer's input if it is there already, and the handover."""
+class _Carried(NamedTuple):
+    """Carried by a stream: for which site, the sub-layer's input if it is there already, and the handover."""
 
     site: FracConnection
     x: Tensor | None
     handover: Handover
 
 
-def _give(stream: Tensor, gift: _Gift) -> Tensor:
-    setattr(stream, _GIFT, gift)
+def _load(stream: Tensor, carried: _Carried) -> Tensor:
+    setattr(stream, _CARRIED, carried)
     return stream
 
 
-def _take(stream: Tensor, site: FracConnection) -> _Gift | None:
-    """Take a gift off a stream, so that it lives no longer than its use; None if there is none for this site."""
-    gift: _Gift | None = stream.__dict__.pop(_GIFT, None)
-    return gift if gift is not None and gift.site is site else None
+def _unload(stream: Tensor, site: FracConnection) -> _Carried | None:
+    """Take off a stream what it carries, so that it lives no longer than its use; None if it is not for this site."""
+    carried: _Carried | None = stream.__dict__.pop(_CARRIED, None)
+    return carried if carried is not None and carried.site is site else None
 
 
 class Pairing:
@@ -129,7 +129,7 @@ class FracNorm(MegatronModule):
         self.norm = hand_out_weights(norm(config=config, hidden_size=hidden_size, eps=eps))
         self.paired = False
         # A layer captured on its own would compute the next one's input in vain: it is no output of the graph.
-        self.learns_sender = config.cuda_graph_impl not in ("local", "transformer_engine")
+        self.learns_predecessor = config.cuda_graph_impl not in ("local", "transformer_engine")
         # Selective recompute frees the storage of all that the norm slot returns, and h must outlive it.
         self.hands_over = pairing.returns_stream and not (
             config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
@@ -145,20 +145,20 @@ class FracNorm(MegatronModule):
             raise UserError("the depth connection of this layer was replaced after frac_connect: call it last")
         site = self.connection
         if isinstance(h, PendingDepth):
-            stream, x, handover = site(h, norm=norm_weights(self.norm))
-            return _give(stream, _Gift(site, x, handover))
-        gift, sender = _take(h, site), h.__dict__.pop(_SENDER, None)
+            stream, x, handover = site(h, self.norm)
+            return _load(stream, _Carried(site, x, handover))
+        carried, before = _unload(h, site), h.__dict__.pop(_RETURNED_BY, None)
         differentiates = torch.is_grad_enabled() and h.requires_grad
-        if sender is not None and self.learns_sender and differentiates:
-            sender.followed_by(self)
-        if gift is not None and gift.x is not None and (gift.x.requires_grad or not differentiates):
-            x, handover = gift.x, gift.handover
+        if before is not None and self.learns_predecessor and differentiates:
+            before.followed_by(self)
+        if carried is not None and carried.x is not None and (carried.x.requires_grad or not differentiates):
+            x, handover = carried.x, carried.handover
         elif not self.hands_over:
-            return site(h, **self._norm_arguments(h))
+            return site(h, self.norm)
         else:
-            x, handover = site(h, hand_over=True, **self._norm_arguments(h))
+            x, handover = site(h, self.norm, hand_over=True)
         # A view, since a tensor that hung on h itself would keep h, and so itself, alive.
-        return x, _give(h.view_as(h), _Gift(site, None, handover))
+        return x, _load(h.view_as(h), _Carried(site, None, handover))
 
     @property
     def weight(self) -> Tensor:
@@ -167,14 +167,6 @@ class FracNorm(MegatronModule):
             "this norm slot carries a Frac-Connection, which other formats cannot hold: keep Megatron's checkpoint, or "
             "export a model trained with plain residuals"
         )
-
-    def _norm_arguments(self, h: Tensor) -> dict[str, Any]:
-        """The norm as weights for the kernel, or as the function to call behind the width connection."""
-        if choose_backend(self.connection.config, h) == "triton":
-            weights = norm_weights(self.norm)
-            if weights is not None:
-                return {"norm": weights}
-        return {"then": self.norm}
 
 
 class FracAdd(nn.Module):
@@ -204,24 +196,23 @@ class FracAdd(nn.Module):
         self, training: bool, o_with_bias: tuple[Tensor, Tensor | None], h: Tensor, dropout: float
     ) -> Tensor:
         o, bias = o_with_bias
-        site, gift = self._site[0], _take(h, self._site[0])
-        handover = None if gift is None else gift.handover
+        site, carried = self._site[0], _unload(h, self._site[0])
+        handover = None if carried is None else carried.handover
         dropout = dropout if training else 0.0
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(o, h)):
-            if handover is not None and self._following and self._in_one_pass(h):
+            if handover is not None and self._following and self._in_one_pass(handover):
                 stream: Tensor = self._following[0](PendingDepth(o, h, handover, bias, dropout))
             else:
                 stream = site.depth(o, h, handover, bias, dropout)
         if stream.requires_grad:
-            setattr(stream, _SENDER, self)
+            setattr(stream, _RETURNED_BY, self)
         return stream
 
-    def _in_one_pass(self, h: Tensor) -> bool:
+    def _in_one_pass(self, handover: Handover) -> bool:
         """Whether the kernels can make the next sub-layer's input along with the stream."""
-        frac, following = self._site[0].config, self._following[0]
-        if choose_backend(frac, h) != "triton" or frac.recompute:
+        if handover.backend != "triton" or self._site[0].config.recompute:
             return False
-        return isinstance(following.norm, IdentityOp) or norm_weights(following.norm) is not None
+        return isinstance(self._following[0].norm, (IdentityOp, HandsOutWeights))
 
     def _gradients_are_on(self, o: Tensor, h: Tensor) -> bool:
         """Whether the layer runs with gradients.

@@ -1,4 +1,4 @@
-"""Which megatron-core releases the adapter works with."""
+"""The megatron-core releases that the plugin works with."""
 
 import runpy
 import warnings

@@ -1,4 +1,4 @@
-"""What a run needs and how long it may take, from plain integers: no Megatron, no GPU.
+"""Estimates of what a run needs and how long it takes, from plain integers: no Megatron, no GPU.
 
 * `layout`, `placement`: ranks, and the groups and nodes that they are in
 * `shape`: the model and how it is trained

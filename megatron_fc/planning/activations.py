@@ -1,4 +1,4 @@
-"""What backward needs of the forward pass: bytes that autograd keeps, tensor by tensor.
+"""Activations: the bytes that autograd keeps for backward, tensor by tensor.
 
 Every function lists what Megatron's layers keep with flash attention, fused SwiGLU and fused norms, for the tokens of
 one micro-batch on one rank. The lists were read off `torch.autograd.graph.saved_tensors_hooks` on real layers, and
@@ -10,6 +10,7 @@ statistics per row, in fp32.
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from megatron_fc.connections.costs.traffic import beta_bytes
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Shape, Training
 
@@ -166,7 +167,7 @@ def _frac(shape: Shape, training: Training, sizes: _Sizes, moe: bool) -> list[Ke
     """Of two sites: o, beta, and x where no kernel applies the norm in the same pass; h is kept anyway."""
     if shape.frac is None:
         return []
-    beta = _FP32 * shape.frac.rate * sizes.stream_tokens
+    beta = beta_bytes(shape.frac) * sizes.stream_tokens
     kept = []
     for name, apart in zip(("attention", "the MLP"), training.norms_of(moe), strict=True):
         in_kernel = training.fused_connections and apart

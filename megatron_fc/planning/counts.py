@@ -1,4 +1,4 @@
-"""What the counters count, and reports keep: bytes of device memory and bytes on the network, by where they arose."""
+"""Counts of bytes, of device memory and on the network, by where they arise: measured, predicted, reported."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

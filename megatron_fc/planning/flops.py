@@ -1,7 +1,8 @@
-"""FLOPs per token: products of matrices at 2 per multiply-add, Frac-Connections by their own formula."""
+"""FLOPs per token: products of matrices at 2 per multiply-add; connections say their own."""
 
 from dataclasses import dataclass
 
+from megatron_fc.connections.costs import flops as connection
 from megatron_fc.planning.shape import Shape, Training
 
 
@@ -44,22 +45,8 @@ def layer(shape: Shape, moe: bool) -> Flops:
         scores=2 * shape.sequence * queries,
         mlp=2 * d * shape.matrices * ffn,
         router=2 * d * (shape.experts + shape.shared_gate) if moe else 0,
-        frac=2 * site(shape),
+        frac=2 * connection.site(shape.frac, d) if shape.frac else 0,
     )
-
-
-def site(shape: Shape) -> float:
-    """Forward pass of one Frac-Connection: projection 2d(2m+1) if dynamic, mixing 4md, depth 2d."""
-    if shape.frac is None:
-        return 0.0
-    d, m = shape.width, shape.frac.rate
-    width = (2 * d * (2 * m + 1) if shape.frac.dynamic else 0) + 2 * m * d
-    return width + depth(shape)
-
-
-def depth(shape: Shape) -> float:
-    """Forward pass of one depth connection: half of the mixing, and beta times o."""
-    return 2 * shape.width * (shape.frac.rate + 1) if shape.frac else 0.0
 
 
 def forward(shape: Shape) -> Flops:
@@ -97,10 +84,10 @@ def layer_again(shape: Shape, training: Training, moe: bool) -> Flops:
     """What selective recompute, or that of the Frac-Connections, runs again in a layer."""
     once, freed = layer(shape, moe), training.recompute.freed
     whole_mlp = ("moe" if moe else "mlp") in freed
-    width = (once.frac - 2 * depth(shape)) * (training.recompute.frac + ("layernorm" in freed))
+    width = 2 * connection.width(shape.frac, shape.width) if shape.frac else 0
     return Flops(
         scores=once.scores if "core_attn" in freed else 0.0,
         mlp=once.mlp if whole_mlp else 0.0,
         router=once.router if whole_mlp else 0.0,
-        frac=width,
+        frac=width * (training.recompute.frac + ("layernorm" in freed)),
     )

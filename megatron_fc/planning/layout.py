@@ -1,4 +1,4 @@
-"""How ranks are divided among the kinds of parallelism: which layouts are possible, and what fits instead.
+"""The parallel layout of a job's ranks: whether it is possible, and what fits instead.
 
 The rules are those of Megatron's `validate_args`, `initialize_model_parallel` and MoE layer, as far as they depend on
 sizes alone. They are kept here, apart, because a refusal has to list what would be possible.

@@ -1,4 +1,4 @@
-"""How long a step's collectives take on NVLink and the network, from the bytes that a rank sends."""
+"""Time of a step's collectives on NVLink and the network, from the bytes that a rank sends."""
 
 from collections import defaultdict
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What a rank computes for a micro-batch, operation by operation: FLOPs and bytes of device memory.
+"""The operations of a micro-batch on a rank: FLOPs and bytes of device memory.
 
 Every operation reads its inputs and writes its outputs once. What connects sub-layers is counted in
 `megatron_fc.connections.costs.traffic`. Left out, as small: embedding, biases, routing of 64 numbers per token.

@@ -1,4 +1,4 @@
-"""Which collectives run beside computation, as Megatron's options say, and which wait.
+"""Overlap of collectives with computation, as Megatron's options arrange it.
 
 Data-parallel sums run beside the last micro-batch's backward pass and gathers beside the first one's forward pass
 (`overlap_grad_reduce`, `overlap_param_gather`); the context-parallel ring beside attention; sends between stages beside

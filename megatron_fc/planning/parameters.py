@@ -1,4 +1,4 @@
-"""How many parameters a model has, and which of them a rank holds."""
+"""Parameters of a model, and those of them that a rank holds."""
 
 from dataclasses import dataclass
 

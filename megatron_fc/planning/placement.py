@@ -1,4 +1,4 @@
-"""Which ranks a parallel group holds, and on which nodes they are, in Megatron's order tp-cp-ep-dp-pp."""
+"""Placement of parallel groups: their ranks and nodes, in Megatron's order tp-cp-ep-dp-pp."""
 
 from math import prod
 

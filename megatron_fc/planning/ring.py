@@ -1,4 +1,4 @@
-"""How many bytes one rank sends for one collective, by the ring algorithm: what the model and the counter share.
+"""The bytes that one rank sends for one collective, by the ring algorithm: shared by the model and the counter.
 
 NCCL and gloo send what the ring algorithm sends whenever messages are large, which is where bytes cost time; trees
 send as much in all, unevenly over the ranks.

@@ -1,4 +1,4 @@
-"""How much room a run's checkpoints still need where they lie."""
+"""Disk space that a run's checkpoints still need where they lie."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -7,12 +7,12 @@ from megatron_fc.checkpoints.integrity import intact_checkpoints
 from megatron_fc.errors import UserError
 from megatron_fc.planning.memory import checkpoint_bytes
 from megatron_fc.preflight.estimate import shape_of, training_of
-from megatron_fc.preflight.nodes import Room
+from megatron_fc.preflight.nodes import DiskSpace
 from megatron_fc.preflight.validation import Validated, layout_of, set_padded_vocabulary
 from megatron_fc.training.recipe import Recipe
 
 
-def room_of(recipe: Recipe, args: Namespace) -> Room | None:
+def disk_space_of(recipe: Recipe, args: Namespace) -> DiskSpace | None:
     """Return what a run needs, None if it saves nothing.
 
     Args:
@@ -24,7 +24,7 @@ def room_of(recipe: Recipe, args: Namespace) -> Room | None:
     there = intact_checkpoints(Path(args.save))
     size = _size_of(there[0]) if there else _expected_size(recipe, args)
     at_once = 1 + (recipe.retention.last if recipe.retention else 1)  # one more while the next is written
-    return Room(Path(args.save), size, max(1, at_once - len(there)))
+    return DiskSpace(Path(args.save), size, max(1, at_once - len(there)))
 
 
 def _size_of(checkpoint: Path) -> int:

@@ -7,6 +7,7 @@ spoil the report, and the process that asks for the report loads nothing.
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,10 @@ from importlib import metadata
 from importlib.util import find_spec
 from json import dumps, loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from megatron_fc.extras import TRAIN
+from megatron_fc.preflight.plain_table import plain_table
 
 TESTED_MEGATRON = (0, 19)
 PROBE_TIMEOUT_S = 120
@@ -52,13 +53,23 @@ print(MPI.Get_library_version().split(",")[0].splitlines()[0])
 """
 
 
-# What torch.utils.tensorboard builds on; importing tensorboard alone loads next to nothing.
-_TENSORBOARD_PROBE = "from tensorboard.summary.writer.event_file_writer import EventFileWriter"
+# torch.utils.tensorboard builds on the last one; importing tensorboard alone loads next to nothing.
+_TRAIN_PROBE = f"import {', '.join(TRAIN)}, tensorboard.summary.writer.event_file_writer"
 
 
 @dataclass(frozen=True)
 class Component:
-    """One row of the report."""
+    """One row of the report.
+
+    Attributes:
+        name: of the component.
+        enables: what it is for.
+        without: what takes its place.
+        status: whether it is installed, and works.
+        version: as its package says.
+        note: what else is to be known.
+        need: "always", "once installed" (Megatron imports it then, and a broken one ends the run), or "when asked for".
+    """
 
     name: str
     enables: str
@@ -66,19 +77,23 @@ class Component:
     status: Literal["found", "missing", "broken"] = "missing"
     version: str | None = None
     note: str = ""
-    required: bool = False
+    need: Literal["always", "once installed", "when asked for"] = "once installed"
 
     @property
     def is_problem(self) -> bool:
-        """Whether this is to be corrected: it is needed and missing, or there and not working."""
-        return self.status == "broken" or (self.required and self.status == "missing")
+        """Whether a run on this machine fails because of it."""
+        if self.status == "missing":
+            return self.need == "always"
+        return self.status == "broken" and self.need != "when asked for"
 
 
-_PYTHON = Component("Python", "everything", "required: 3.12 or newer", required=True)
-_TORCH = Component("torch", "models, autograd, the torch backend", "required", required=True)
+_PYTHON = Component("Python", "everything", "required: 3.12 or newer", need="always")
+_TORCH = Component("torch", "models, autograd, the torch backend", "required: pip install torch", need="always")
 _CUDA = Component("CUDA", "training on NVIDIA GPUs over NCCL", "the CPU lane: Megatron on the CPU over gloo")
 _TRITON = Component("Triton", "Megatron's own Triton kernels, the fused kernels on CUDA", "the torch backend")
-_MEGATRON = Component("megatron-core", "layers, parallelism, the training loop", "required", required=True)
+_MEGATRON = Component(
+    "megatron-core", "layers, parallelism, the training loop", "required: pip install megatron-core", need="always"
+)
 _TE = Component("Transformer Engine", "FP8, fused norms and attention, context parallelism", "Megatron's local layers")
 _APEX = Component(
     "Apex",
@@ -86,8 +101,8 @@ _APEX = Component(
     "torch's norms and optimizers, --no-gradient-accumulation-fusion",
 )
 _MODELOPT = Component("ModelOpt", "megatron-fc quantize and distill", "nothing else needs it")
-_MPI4PY = Component("mpi4py", "ranks from mpirun", "torchrun or srun")
-_TENSORBOARD = Component("tensorboard", "training curves in TensorBoard", "the log and summary.json")
+_MPI4PY = Component("mpi4py", "ranks from mpirun", "torchrun or srun", need="when asked for")
+_TRAIN = Component("megatron_fc[train]", "megatron-fc train and all other commands", "the plugin in your own pipeline")
 
 
 def inspect_environment() -> list[Component]:
@@ -101,9 +116,9 @@ def inspect_environment() -> list[Component]:
         # torch comes first: it loads the CUDA libraries that these packages link to.
         partial(_inspect, _TE, "transformer_engine", "import torch, transformer_engine.pytorch"),
         _inspect_apex,
-        partial(_inspect, _MODELOPT, "modelopt", "import torch, modelopt.torch", "nvidia-modelopt"),
-        partial(_inspect, _MPI4PY, "mpi4py", _MPI_PROBE),
-        partial(_inspect, _TENSORBOARD, "tensorboard", _TENSORBOARD_PROBE),
+        _inspect_modelopt,
+        _inspect_mpi4py,
+        _inspect_train,
     ]
     with ThreadPoolExecutor() as pool:
         components = list(pool.map(lambda inspection: inspection(), inspections))
@@ -123,37 +138,29 @@ def device_lane(components: Sequence[Component]) -> str:
     return "CUDA" if _has_cuda(components) else "CPU lane over gloo"
 
 
-def render(components: Sequence[Component]) -> "RenderableType":
-    """Lay the report out for a terminal."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
+def render(components: Sequence[Component], width: int) -> str:
+    """Lay the report out for a terminal of so many columns."""
+    rows = [(component.name, _here(component), component.enables, component.without) for component in components]
+    return "\n".join(
+        [
+            plain_table(("Component", "Here", "Enables", "Without it"), rows, width),
+            "",
+            f"Backend: {backend(components)}",
+            f"Devices: {device_lane(components)}",
+            *(f"To correct: {c.name} {c.status}: {c.note or c.without}" for c in components if c.is_problem),
+        ]
+    )
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for header in ("Component", "Here", "Enables", "Without it"):
-        table.add_column(header, overflow="fold")
-    colours = {"found": "green", "missing": "dim", "broken": "bold red"}
-    problems = [component for component in components if component.is_problem]
-    for component in components:
-        colour = colours["broken" if component in problems else component.status]
-        here = f"[{colour}]{escape(component.version or component.status)}[/]"
-        if component.version and component.status != "found":
-            here += f" [{colour}]({component.status})[/]"
-        if component.note:
-            here += f"\n{escape(component.note)}"
-        table.add_row(component.name, here, component.enables, component.without)
 
-    lines = [
-        f"Backend: {backend(components)}",
-        f"Devices: {device_lane(components)}",
-        *(f"[bold red]To correct:[/] {c.name} {c.status}: {escape(c.note or c.without)}" for c in problems),
-    ]
-    return Group(table, *lines)
+def _here(component: Component) -> str:
+    words = [component.version or component.status]
+    if component.version and component.status != "found":
+        words.append(f"({component.status})")
+    return "\n".join(filter(None, [" ".join(words), component.note]))
 
 
 def main(json: bool = False) -> int:
-    """Print the report, as a table or as JSON; return 1 when something is to be corrected, else 0."""
+    """Print the report, as a table or as JSON; return 1 when a run on this machine would fail, else 0."""
     components = inspect_environment()
     if json:
         report = {
@@ -163,9 +170,7 @@ def main(json: bool = False) -> int:
         }
         print(dumps(report, indent=2))
     else:
-        from rich.console import Console
-
-        Console(highlight=False).print(render(components))
+        print(render(components, shutil.get_terminal_size((120, 24)).columns))
     return int(any(component.is_problem for component in components))
 
 
@@ -255,6 +260,29 @@ def _inspect_apex() -> Component:
             note="not NVIDIA's Apex, breaks Megatron: pip uninstall apex",
         )
     return _inspect(_APEX, "apex", "import torch, amp_C, apex.optimizers")
+
+
+def _inspect_modelopt() -> Component:
+    row = _inspect(_MODELOPT, "modelopt", "import torch, modelopt.torch", "nvidia-modelopt")
+    # Megatron imports it, and goes on without it after an ImportError.
+    is_harmless = row.note.startswith(("ImportError", "ModuleNotFoundError"))
+    return replace(row, need="when asked for") if is_harmless else row
+
+
+def _inspect_mpi4py() -> Component:
+    row = _inspect(_MPI4PY, "mpi4py", _MPI_PROBE)
+    if "cannot load MPI library" in row.note:
+        return replace(
+            row, status="missing", note="no MPI library: apt install openmpi-bin, or load your site's module"
+        )
+    return row
+
+
+def _inspect_train() -> Component:
+    missing = [package for module, package in TRAIN.items() if find_spec(module) is None]
+    if missing:
+        return replace(_TRAIN, note=f"no {', '.join(missing)}: pip install 'megatron_fc[train]'")
+    return _inspect(_TRAIN, "yaml", _TRAIN_PROBE, "megatron_fc")
 
 
 def _has_cuda(components: Sequence[Component]) -> bool:

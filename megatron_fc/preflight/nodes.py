@@ -1,4 +1,4 @@
-"""What must hold before nodes are taken for days, checked by all ranks in a minute once they have started.
+"""The check of a job's nodes before it takes them for days, by all its ranks, within a minute.
 
 All ranks meet; rank 0 reads the config; every node shows its devices, its clock and what it sees of the files; the
 ranks add their numbers over the networks that the training uses.
@@ -18,16 +18,16 @@ import torch
 import torch.distributed as dist
 
 from megatron_fc.errors import UserError
-from megatron_fc.preflight.rendezvous import Meeting, NodeError
+from megatron_fc.preflight.rendezvous import NodeError, Rendezvous
 
-MEETING = timedelta(seconds=300)  # a rank's first start reads Python's packages from a file system that all ranks share
+RENDEZVOUS = timedelta(seconds=300)  # a rank's first start reads Python's packages from a file system that all share
 CHECK = timedelta(seconds=60)
 SKEW_SECONDS = 5.0  # logs of nodes can no longer be compared, and munge refuses far more
 _ELEMENTS = 1 << 22  # of the all-reduce: 16 MiB
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskSpace:
     """What a run will write.
 
     Attributes:
@@ -57,7 +57,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Requirements:
     """What a run needs.
 
     Attributes:
@@ -65,14 +65,14 @@ class Plan:
         files: that it reads, on every node, with the setting that names each.
         indexes: folders where its first rank will write indexes of the data, which all read, with the way out.
         on_devices: it trains on CUDA devices, one per rank.
-        room: for checkpoints; None if it saves none.
+        disk_space: for checkpoints; None if it saves none.
     """
 
     run_dir: Path
     files: dict[Path, str]
     indexes: dict[Path, str]
     on_devices: bool
-    room: Room | None
+    disk_space: DiskSpace | None
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class _Seen:
     problem: str | None
 
 
-def preflight(make_plan: Callable[[], Plan]) -> str:
+def preflight(read_requirements: Callable[[], Requirements]) -> str:
     """Run all checks; every rank calls it, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
 
     Args:
-        make_plan: reads and checks the config; called on rank 0 alone.
+        read_requirements: reads and checks the config; called on rank 0 alone.
 
     Returns:
         What was found, in a sentence.
@@ -101,31 +101,35 @@ def preflight(make_plan: Callable[[], Plan]) -> str:
     if "RANK" not in os.environ:
         raise UserError("preflight is for all ranks of a job: start it with srun, mpirun or torchrun, as launch/ does")
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    with Meeting(rank, ranks, MEETING) as meeting:
-        meeting.come(MEETING)
-        plan: Plan = meeting.from_first("plan", make_plan, MEETING)
-        # All hear of the plan at the same time, and read their clocks.
-        seen = meeting.gather("look at its files", _look(plan), CHECK)
+    with Rendezvous(rank, ranks, RENDEZVOUS) as rendezvous:
+        rendezvous.join(RENDEZVOUS)
+        needs: Requirements = rendezvous.from_first("requirements", read_requirements, RENDEZVOUS)
+        # All hear of the requirements at the same time, and read their clocks.
+        seen = rendezvous.gather("look at its files", _look(needs), CHECK)
         for node in seen:
             if node.problem:
                 raise UserError(f"{node.host}: {node.problem}")
-        room = meeting.from_first("room", plan.room.check, CHECK) if plan.room else "no checkpoints are saved"
-        found = [_devices(seen, plan), _clocks(seen), room, _add_up(rank, ranks, plan.on_devices, meeting.store)]
+        space = (
+            rendezvous.from_first("disk space", needs.disk_space.check, CHECK)
+            if needs.disk_space
+            else "no checkpoints are saved"
+        )
+        found = [_devices(seen, needs), _clocks(seen), space, _add_up(rank, ranks, needs.on_devices, rendezvous.store)]
     hosts = len({s.host for s in seen})
     return f"{ranks} ranks on {hosts} node{'s' * (hosts > 1)}; {'; '.join(found)}"
 
 
-def _look(plan: Plan) -> _Seen:
+def _look(needs: Requirements) -> _Seen:
     clock, problem = time.time(), None
-    for file, setting in plan.files.items():
+    for file, setting in needs.files.items():
         if not file.exists():
             problem = f"{setting}: {file} does not exist there: mount it, or correct the config"
     if os.environ["RANK"] == "0":
-        for folder, remedy in plan.indexes.items():
+        for folder, remedy in needs.indexes.items():
             if why := _refusal(_existing(folder)):
                 problem = f"indexes of the data cannot be written to {folder}, {why}: {remedy}"
-    if why := _refusal(plan.run_dir):
-        problem = f"run_dir={plan.run_dir} cannot be written, {why}: mount it, or choose another"
+    if why := _refusal(needs.run_dir):
+        problem = f"run_dir={needs.run_dir} cannot be written, {why}: mount it, or choose another"
     return _Seen(socket.gethostname(), torch.cuda.device_count(), clock, problem)
 
 
@@ -141,8 +145,8 @@ def _refusal(folder: Path) -> str | None:
     return None
 
 
-def _devices(seen: Sequence[_Seen], plan: Plan) -> str:
-    if not plan.on_devices:
+def _devices(seen: Sequence[_Seen], needs: Requirements) -> str:
+    if not needs.on_devices:
         return "no devices needed"
     for host in dict.fromkeys(s.host for s in seen):
         here = [s for s in seen if s.host == host]

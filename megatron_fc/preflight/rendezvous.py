@@ -1,4 +1,4 @@
-"""All ranks of a job meet at the first one, tell it what they have, and hear who is missing.
+"""Rendezvous of a job's ranks: all report to the first one, and hear who is missing.
 
 It is the store of the first rank through which they speak: that knows by name who has not come, while in a collective
 every rank knows no more than that it waits.
@@ -34,7 +34,7 @@ class NodeError(Exception):
         self.seen_by_all = seen_by_all
 
 
-class Meeting:
+class Rendezvous:
     """A context in which ranks speak with each other; what one of its methods raises on the first rank all ranks raise.
 
     Args:
@@ -53,7 +53,7 @@ class Meeting:
         with self._named("does not reach"):
             self.store = TCPStore(address, port, ranks, rank == 0, limit, wait_for_workers=False)
 
-    def __enter__(self) -> "Meeting":
+    def __enter__(self) -> "Rendezvous":
         return self
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
@@ -64,7 +64,7 @@ class Meeting:
                 time.sleep(0.01)
                 gone = self.store.add("gone", 0)
 
-    def come(self, limit: timedelta) -> None:
+    def join(self, limit: timedelta) -> None:
         """Wait until all ranks are there."""
         self._hosts = self.gather("come", socket.gethostname(), limit)
 

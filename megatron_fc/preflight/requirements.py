@@ -1,15 +1,16 @@
-"""What a recipe needs of the nodes and file systems that it is about to run on."""
+"""Requirements of a recipe: what it needs of nodes and file systems."""
 
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_fc.preflight.disk_space import room_of
-from megatron_fc.preflight.nodes import Plan
-from megatron_fc.training.recipe import Recipe, data_files
+from megatron_fc.preflight.disk_space import disk_space_of
+from megatron_fc.preflight.nodes import Requirements
+from megatron_fc.training.data_files import data_files
+from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.setup import parse
 
 
-def plan_of(recipe: Recipe) -> Plan:
+def requirements_of(recipe: Recipe) -> Requirements:
     """Let Megatron check the recipe's arguments for this world; return what the run needs.
 
     Raises:
@@ -18,12 +19,12 @@ def plan_of(recipe: Recipe) -> Plan:
     args = parse(recipe)
     # Without a CUDA device the recipe adapts itself to the CPU lane; on a cluster only a config that says so means it.
     asked = {name: value for values in recipe.sections.values() for name, value in values.items()}
-    return Plan(
+    return Requirements(
         run_dir=recipe.run_dir,
         files=data_files(args),
         indexes=_indexes(args),
         on_devices=asked.get("distributed_backend", "nccl") == "nccl",
-        room=room_of(recipe, args),
+        disk_space=disk_space_of(recipe, args),
     )
 
 

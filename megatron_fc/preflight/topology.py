@@ -1,4 +1,4 @@
-"""What a config means on a number of nodes, worked out by Megatron itself on a machine that may have no GPU."""
+"""The topology of a config on a number of nodes: layout, batch, steps, GPU-hours; needs no GPU."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron_fc.errors import UserError
 from megatron_fc.planning.layout import Layout
-from megatron_fc.preflight.disk_space import room_of
+from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.validation import Validated, validate
-from megatron_fc.training.recipe import refuse_missing_files
+from megatron_fc.training.data_files import refuse_missing_files
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def topology(
 
 def _refuse_missing(run: Validated) -> None:
     refuse_missing_files(run.args)
-    if room := room_of(run.recipe, run.args):
-        room.check()
+    if space := disk_space_of(run.recipe, run.args):
+        space.check()
 
 
 def _flops_per_token(args: Namespace) -> float | None:

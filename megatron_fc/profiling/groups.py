@@ -1,4 +1,4 @@
-"""What Megatron's process groups are called in traffic reports."""
+"""Names of Megatron's process groups in traffic reports."""
 
 import re
 

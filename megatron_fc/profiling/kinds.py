@@ -1,4 +1,4 @@
-"""Which kind of layer a module is, by its path in a Megatron model."""
+"""Kinds of layers, by a module's path in a Megatron model."""
 
 import re
 from collections.abc import Iterable

@@ -1,5 +1,6 @@
 """Profiles a recipe: a real training run in Megatron's loop, in which every rank counts for some steps, then stops."""
 
+import functools
 import shlex
 import socket
 from argparse import Namespace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
+from megatron_fc.callbacks import Callback, ForwardStep
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
 from megatron_fc.planning.counts import DeviceCount, DeviceCounts
@@ -30,7 +32,6 @@ from megatron_fc.profiling.records import Part, Rank, Report, Run, report_of
 from megatron_fc.profiling.run_facts import coordinates, layout, model_facts, paths_in_whole_model
 from megatron_fc.runs.summary import git_commit, package_versions
 from megatron_fc.training import cpu_lane
-from megatron_fc.training.callbacks import Companion
 from megatron_fc.training.loop import train
 from megatron_fc.training.recipe import Recipe, load_recipe
 
@@ -47,6 +48,7 @@ def profile(
     out: Path,
     command: Sequence[str],
     nvtx: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> Report | None:
     """Train, count on steps `first` to `first + steps - 1`, stop; every rank calls it.
 
@@ -57,6 +59,7 @@ def profile(
         out: folder of the report, of the parts that ranks leave there as they go, and of the run itself.
         command: how the program was called, for the report.
         nvtx: mark ranges for Nsight, and start and stop its capture, instead of timing kernels by torch's profiler.
+        callbacks: go along with the training, and are counted.
 
     Returns:
         The report on rank 0, None elsewhere.
@@ -72,12 +75,12 @@ def profile(
     profiler = _Profiler(recipe, first, steps, out, shlex.join(["megatron-fc", *command]), nvtx)
     # While dispatch modes are active torch runs no compiled function: so that all steps are alike, none does.
     with torch._dynamo.config.patch(disable=True):
-        train(recipe, profiler)
+        train(recipe, [*callbacks, profiler])
     return profiler.report
 
 
-class _Profiler(Companion):
-    """Counts on one rank: a companion of the training and an `Observer` of the window."""
+class _Profiler(Callback):
+    """Counts on one rank: a callback of the training and an `Observer` of the window."""
 
     def __init__(self, recipe: Recipe, first: int, steps: int, out: Path, command: str, nvtx: bool) -> None:
         self.report: Report | None = None
@@ -87,13 +90,13 @@ class _Profiler(Companion):
         self._contexts = ExitStack()
         self._kernels: KernelTimes | None = None
 
-    # --- a companion ---
+    # --- a callback ---
 
-    def arguments_are_valid(self, args: Namespace) -> None:
+    def arguments_valid(self, args: Namespace) -> None:
         if args.cuda_graph_impl != "none":
             raise UserError(f"cuda_graph_impl={args.cuda_graph_impl}: replays cannot be counted, profile with none")
 
-    def model_is_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
+    def model_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
         self._args, self._chunks = args, chunks
         self._hosts = gather_hosts()
         self._gatherer: Gatherer = make_gatherer(_GATHERING)
@@ -105,13 +108,21 @@ class _Profiler(Companion):
             clear(self._out)
         return chunks
 
-    def forward_step(self, data_iterator: Any, model: Any, return_schedule_plan: bool = False) -> tuple[Any, Any]:
-        with self._window.forward(self._args.curr_iteration - self._args.iteration) as watch_backward:
-            output, loss = super().forward_step(data_iterator, model, return_schedule_plan)
-            watch_backward(output)
-        return output, loss
+    def before_step(self, iteration: int) -> None:
+        # The step whose beginning closes the window is the loop's last, and the log counts to it.
+        self._args.train_iters = min(self._args.train_iters, self._args.iteration + self._first + self._steps + 1)
 
-    def after_training(self) -> None:
+    def around_forward_step(self, forward_step: ForwardStep) -> ForwardStep:
+        @functools.wraps(forward_step)
+        def timed(*args: Any, **options: Any) -> tuple[Any, Any]:
+            with self._window.forward(self._args.curr_iteration - self._args.iteration) as watch_backward:
+                output, loss = forward_step(*args, **options)
+                watch_backward(output)
+            return output, loss
+
+        return timed
+
+    def end(self) -> None:
         if not self._window.is_over:
             raise UserError(f"the run ended before step {self._first + self._steps}: count earlier, or let it train on")
         texts = self._gatherer.gather(dump_part(self._part()))
@@ -120,12 +131,16 @@ class _Profiler(Companion):
             parts |= {part.rank.rank: part for part in (parse_part(text, "a gathered part") for text in texts)}
             self.report = report_of(parts.values())
 
-    def after_a_loss(self) -> str:
+    def failed(self, error: BaseException) -> BaseException:
+        self._contexts.close()
+        return error
+
+    def advice(self) -> str:
         return f"`megatron-fc traffic merge {self._out}` reports what was counted until then"
 
     # --- an Observer ---
 
-    def begin(self) -> None:
+    def begin_counting(self) -> None:
         enter = self._contexts.enter_context
         whereabouts = enter(Whereabouts(self._chunks))
         if (
@@ -138,17 +153,16 @@ class _Profiler(Companion):
         self._network = enter(NetworkCounter(whereabouts, group_names(), self._hosts))
         self._device = enter(DeviceCounter(whereabouts, "cpu" if cpu_lane.needed() else "cuda"))
 
-    def step_done(self) -> None:
+    def step_counted(self) -> None:
         write_part(self._out, self._part())
 
-    def end(self) -> None:
+    def end_counting(self) -> None:
         self._contexts.close()
         if self._kernels is not None:
             for key, seconds in self._kernels.seconds().items():
                 if key in self._device.counts:
                     self._device.counts[key].seconds = seconds
             write_part(self._out, self._part())
-        self._args.train_iters = self._args.curr_iteration + 1  # the loop ends with this step
 
     def _part(self) -> Part:
         device: DeviceCounts = {}

@@ -1,4 +1,4 @@
-"""What a profiled run leaves: a part of every rank, and the report that is made of the parts."""
+"""Records of a profiled run: a part of every rank, and the report that is made of the parts."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a traffic report says of a run: the model, the layout, and where this rank and its layers are in the whole."""
+"""Facts of a run in a traffic report: the model, the layout, this rank's place and its layers' in the whole."""
 
 import re
 from argparse import Namespace

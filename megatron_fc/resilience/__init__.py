@@ -1,4 +1,4 @@
-"""What ends or survives on hundreds of ranks.
+"""Survival on hundreds of ranks: hangs, losses, signals, wrong results.
 
 * `rank_watch`: all ranks end when one is lost or hangs, and say which one
 * `hang`: how long a rank has made no step, and where it stands

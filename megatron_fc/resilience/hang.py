@@ -1,4 +1,4 @@
-"""How long this rank has made no step, and where it stands: what tells a hang from a step that takes long."""
+"""A clock of steps that tells a hang from a step that takes long, and the place where a rank stands."""
 
 import functools
 import sys
@@ -16,7 +16,7 @@ _SHARE = 0.8
 _NAMED = 3
 
 
-class Standstill:
+class StepClock:
     """Measures how long this rank has begun no micro-batch and no iteration.
 
     Args:

@@ -1,4 +1,4 @@
-"""All ranks end when one is lost or hangs, and say which one it was.
+"""A watch over ranks: when one is lost or hangs all end, and say which one it was.
 
 By themselves the survivors of a killed rank wait in a collective: with NCCL for its timeout of ten minutes, with gloo
 until a neighbour's connection breaks, which names no rank; under srun nobody else ends them. Here every rank keeps a
@@ -19,15 +19,17 @@ import socket
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_fc.callbacks import Callback, ForwardStep
 from megatron_fc.errors import UserError
-from megatron_fc.resilience.hang import SILENT, Standstill, describe, place
+from megatron_fc.megatron.parameter_count import ParameterCount
+from megatron_fc.resilience.hang import SILENT, StepClock, describe, place
 from megatron_fc.runs.rank_log import is_log_rank
 
 # "Temporary failure" of sysexits.h: a scheduler may start the same again.
@@ -45,20 +47,39 @@ _BYE, _WHERE = "bye", "where?"
 _HANG = "no step for"
 
 
-class RankWatch:
-    """A context in which the loss of a rank, or a hang, ends all ranks; errors of this rank's own pass through.
+class RankWatch(Callback):
+    """The loss of a rank, or a hang, ends all ranks; errors of this rank's own pass through.
 
     Args:
-        standstill: of this rank.
+        clock: of this rank.
         on_end: told why they end, and whether this rank is the one to note it; returns what to do. It may raise,
             or never return.
     """
 
-    def __init__(self, standstill: Standstill, on_end: Callable[[str, bool], str]) -> None:
-        self._standstill, self._on_end = standstill, on_end
+    def __init__(self, clock: StepClock, on_end: Callable[[str, bool], str]) -> None:
+        self._clock, self._on_end = clock, on_end
         self._name, self._is_first = "", True
         self._peers: dict[socket.socket, str] = {}
         self._is_over = False
+
+    def around_forward_step(self, forward_step: ForwardStep) -> ForwardStep:
+        return self._clock.count(forward_step)
+
+    def model_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
+        self.join()
+        return chunks
+
+    def end(self) -> None:
+        self._leave()
+
+    def failed(self, error: BaseException) -> BaseException:
+        # These the others meet, too, and end by themselves; SystemExit is Megatron's way to end before the target.
+        if isinstance(error, (UserError, CheckpointException, SystemExit)):
+            self._leave()
+        elif self._peers and isinstance(error, Exception):
+            time.sleep(_VERDICT_SECONDS)
+        self._close()
+        return error
 
     def join(self) -> None:
         """Connect the ranks; all of them call it, once Megatron has joined them."""
@@ -81,16 +102,9 @@ class RankWatch:
             self._connect(port, name_of_first, f"{secret} {self._name}")
         torch.distributed.barrier()
 
-    def __enter__(self) -> "RankWatch":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        # These the others meet, too, and end by themselves; SystemExit is Megatron's way to end before the target.
-        if kind is None or issubclass(kind, (UserError, CheckpointException, SystemExit)):
-            self._is_over = True  # before anybody answers to it by closing the connection
-            self._say(_BYE)
-        elif self._peers and issubclass(kind, Exception):
-            time.sleep(_VERDICT_SECONDS)
+    def _leave(self) -> None:
+        self._is_over = True  # before anybody answers to it by closing the connection
+        self._say(_BYE)
         self._close()
 
     def _accept(self, listener: socket.socket, count: int, secret: str) -> None:
@@ -129,8 +143,8 @@ class RankWatch:
             while not self._is_over:
                 for key, _ in selector.select(_LOOK_SECONDS):
                     self._hear(key.fileobj, selector)
-                if not self._is_over and self._standstill.seconds() > self._standstill.limit:
-                    self._judge(self._standstill.seconds())
+                if not self._is_over and self._clock.seconds() > self._clock.limit:
+                    self._judge(self._clock.seconds())
 
     def _hear(self, peer: Any, selector: selectors.BaseSelector) -> None:
         """A peer says that it has finished, asks, says why all end, or says nothing any more."""
@@ -147,7 +161,7 @@ class RankWatch:
         """Find out who hangs; the others wait for what the first rank finds."""
         what = f"{_HANG} {seconds:.0f} s"
         if not self._is_first:
-            if seconds > self._standstill.limit + 1.5 * _VERDICT_SECONDS:
+            if seconds > self._clock.limit + 1.5 * _VERDICT_SECONDS:
                 self._end(f"{what}: {', '.join(self._peers.values())} {SILENT}")
             return
         self._say(_WHERE)

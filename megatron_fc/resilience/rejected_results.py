@@ -1,4 +1,4 @@
-"""What Megatron's check of results found when it ended a run, in words: its rerun state machine, exit codes 16 and 17.
+"""Rejected results in words: what Megatron's rerun state machine found when it ended a run, exit codes 16 and 17.
 
 A loss that is NaN or infinite is computed again in place. If it is another one then, the hardware erred for a moment,
 and Megatron ends with 17. If it is the same, Megatron saves what was there before the step and ends with 16, so that
@@ -6,38 +6,37 @@ the next start computes it on another device: the same loss there is the model's
 the first device is broken. Either way that start ends with 17, and so does each that goes on from that checkpoint.
 """
 
-import contextlib
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 
+from megatron_fc.callbacks import Callback
+
 REPEAT_ELSEWHERE, WRONG = 16, 17
 
 
-@contextlib.contextmanager
-def findings_named(args: Namespace, explain: Callable[[str], None]) -> Iterator[None]:
-    """Say what Megatron found where it ends the body for it, on all ranks.
+class RejectedResults(Callback):
+    """Says what Megatron found where it ends the run for it, on all ranks.
+
+    The run then ends with Megatron's code; with 75 instead of 17 where it may go on from its last checkpoint.
 
     Args:
         args: Megatron's arguments, which count the iterations.
         explain: told what was found, in a sentence.
-
-    Raises:
-        SystemExit: with Megatron's code; 75 instead of 17 where the run may go on from its last checkpoint.
     """
-    try:
-        yield
-    except SystemExit as end:
-        if end.code not in (REPEAT_ELSEWHERE, WRONG):
-            raise
-        finding, is_passing = _finding(args)
-        explain(finding)
-        if is_passing:
-            raise SystemExit(os.EX_TEMPFAIL) from end
-        raise
+
+    def __init__(self, args: Namespace, explain: Callable[[str], None]) -> None:
+        self._args, self._explain = args, explain
+
+    def failed(self, error: BaseException) -> BaseException:
+        if not isinstance(error, SystemExit) or error.code not in (REPEAT_ELSEWHERE, WRONG):
+            return error
+        finding, is_passing = _finding(self._args)
+        self._explain(finding)
+        return SystemExit(os.EX_TEMPFAIL) if is_passing else error
 
 
 def _finding(args: Namespace) -> tuple[str, bool]:

@@ -1,4 +1,4 @@
-"""What a run does when it is told to end, and the record of how it started and ended."""
+"""The record of a run's starts and ends, and its answer to signals."""
 
 import contextlib
 import signal
@@ -8,27 +8,31 @@ from argparse import Namespace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from textwrap import shorten
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 
+from megatron_fc.callbacks import Callback
+from megatron_fc.checkpoints.start import StartCallback
+from megatron_fc.megatron.parameter_count import ParameterCount
 from megatron_fc.runs.rank_log import is_log_rank
 from megatron_fc.runs.start_record import REACHED, record_end, record_start
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)  # before a time limit; when the nodes are wanted for another job
 
 
-class RunRecord:
-    """A context that notes a run's start, and what ended it, in `run_dir/starts.jsonl`.
+class RunRecord(Callback):
+    """Notes a run's start, and what ended it, in `run_dir/starts.jsonl`.
 
     Args:
         run_dir: folder of the run.
         args: Megatron's arguments, which count the samples.
+        starting: comes before it among the callbacks, and knows where the run starts.
     """
 
-    def __init__(self, run_dir: Path, args: Namespace) -> None:
-        self._run_dir, self._args = run_dir, args
+    def __init__(self, run_dir: Path, args: Namespace, starting: StartCallback) -> None:
+        self._run_dir, self._args, self._starting = run_dir, args, starting
         self._signal: str | None = None
         self._start: int | None = None
         self._finding: str | None = None
@@ -59,33 +63,43 @@ class RunRecord:
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         threading.Thread(target=wait, daemon=True, name="signal listener").start()
 
-    def start(self, checkpoint: Path | None, iteration: int, consumed_samples: int) -> None:
-        """Note the start; all ranks call it, once Megatron has joined them."""
-        hosts: list[str] = [""] * self._args.world_size
+    def model_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
+        hosts: list[str] = [""] * args.world_size
         torch.distributed.all_gather_object(hosts, socket.gethostname())
-        self._start = iteration
+        start = self._starting.start
+        self._start = start.iteration
         if is_log_rank():
             record_start(
                 self._run_dir,
                 hosts=hosts,
-                iteration=iteration,
-                consumed_samples=consumed_samples,
+                iteration=start.iteration,
+                consumed_samples=start.consumed_samples,
                 target_samples=self._target(),
-                checkpoint=str(checkpoint) if checkpoint else None,
+                checkpoint=str(start.checkpoint) if start.checkpoint else None,
             )
+        return chunks
 
-    def end(self, reason: str, step_is_done: bool = False) -> None:
-        """Note the end of a run whose start was noted; the last one counts.
+    def end(self) -> None:
+        self._end(REACHED, step_is_done=True)
+
+    def failed(self, error: BaseException) -> BaseException:
+        if isinstance(error, SystemExit):
+            self._end(self.why(error), step_is_done=not error.code)
+        else:
+            self._end(shorten(f"{type(error).__name__}: {error}", 300))
+        return error
+
+    def _end(self, reason: str, step_is_done: bool = False) -> None:
+        if is_log_rank():
+            self.note(reason, step_is_done)
+
+    def note(self, reason: str, step_is_done: bool = False) -> None:
+        """Note the end of a run whose start was noted, on whichever rank calls it; the last one counts.
 
         Args:
             reason: in words.
             step_is_done: the step that Megatron began last is finished.
         """
-        if is_log_rank():
-            self.note(reason, step_is_done)
-
-    def note(self, reason: str, step_is_done: bool = False) -> None:
-        """The same on whichever rank calls it."""
         if self._start is None:
             return
         with contextlib.suppress(OSError):  # a full disk must not hide why the run ends
@@ -96,17 +110,6 @@ class RunRecord:
                 target_samples=self._target(),
                 reason=reason,
             )
-
-    def __enter__(self) -> "RunRecord":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            self.end(REACHED, step_is_done=True)
-        elif isinstance(error, SystemExit):
-            self.end(self.why(error), step_is_done=not error.code)
-        else:
-            self.end(shorten(f"{type(error).__name__}: {error}", 300))
 
     def explain(self, finding: str) -> None:
         """Why Megatron is about to end the run, where that is more than a code."""

@@ -1,1 +1,1 @@
-"""What a run leaves behind, and how it is shown: progress, metrics, summary, curves, where it stands."""
+"""Runs on disk and on the terminal: progress, metrics, summary, curves, status."""

@@ -68,7 +68,7 @@ class _Tee(io.TextIOBase):
 
 @contextlib.contextmanager
 def run_log(
-    run_dir: Path, rank: int, display: ProgressDisplay | None, on_iteration: Callable[[], None]
+    run_dir: Path, rank: int, display: ProgressDisplay | None, on_iteration: Callable[[int], None]
 ) -> Iterator[Path]:
     """Redirect Python's standard output, error and logging into `run_dir/logs/rank<N>.log` while the body runs.
 
@@ -76,7 +76,7 @@ def run_log(
         run_dir: folder of the run; created if needed.
         rank: global rank of this process.
         display: where iterations and validations are shown, on the rank that logs them; None elsewhere.
-        on_iteration: called after each iteration that was logged here.
+        on_iteration: told, where an iteration is logged, how many are over.
 
     Yields:
         The path of the log.
@@ -90,7 +90,7 @@ def run_log(
                 return
             if record := parse_iteration(line):
                 display.iteration(record)
-                on_iteration()
+                on_iteration(record["iteration"])
             elif record := parse_validation(line):
                 display.validation(record)
 

@@ -1,4 +1,4 @@
-"""Where a run stands, from the files in its folder alone: quick, and without torch or Megatron.
+"""The status of a run, from the files in its folder alone: quick, and without torch or Megatron.
 
 Read are `starts.jsonl` and `state` (starts, ends and their reasons), the end of the log that has the iterations, the
 arguments at the start of the TensorBoard events, and the folder of checkpoints. Any of them may be missing, be of an

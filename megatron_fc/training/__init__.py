@@ -1,10 +1,10 @@
 """A training run in Megatron's own loop, from a YAML config.
 
-* `recipe`: the config, checked, as Megatron's command line
+* `config_file`, `megatron_arguments`, `recipe`: the config, checked, as Megatron's command line
 * `setup`: Megatron's validated arguments and the model
 * `loop`: `train`
-* `callbacks`: what goes along with a run
-* `batches`: data sets, micro-batches, the loss
+* `steps`: the bounds of steps, told to callbacks (`megatron_fc.callbacks`)
+* `data_files`, `batches`: data sets, micro-batches, the loss
 * `precision`, `machine`: what a run asks for and what the machine has
 * `cpu_lane`: Megatron without a GPU, over gloo
 """

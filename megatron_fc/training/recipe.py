@@ -6,38 +6,26 @@ underscores. These names are ours: `model.family` (gpt or hybrid), `optimizer.pr
 `from_residual`, and the fields of FracConfig).
 """
 
-import argparse
-import difflib
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
-
-from megatron_fc.checkpoints.resume import ON_DAMAGE
 from megatron_fc.checkpoints.retention import Retention
+from megatron_fc.checkpoints.start import ON_DAMAGE
 from megatron_fc.connections.backend import backend_on
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError, unknown
-from megatron_fc.megatron.flags import add_frac_args, frac_flags
+from megatron_fc.megatron.flags import frac_flags
 from megatron_fc.training import cpu_lane
+from megatron_fc.training.config_file import SECTIONS, read_sections
+from megatron_fc.training.data_files import refuse_missing_files
 from megatron_fc.training.machine import adaptations, device_capability, has_transformer_engine
+from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.precision import apply_precision, refuse_impossible, refuse_on_device
 
-SECTIONS = ("model", "frac", "data", "optimizer", "parallel", "checkpoint", "logging")
 CONNECTIONS = ("residual", "sfc", "dfc")
 FAMILIES = ("gpt", "hybrid")
-_OWN = {
-    "family": "model",
-    "precision": "optimizer",
-    "run_dir": "logging",
-    "keep_last": "checkpoint",
-    "keep_every": "checkpoint",
-    "on_damage": "checkpoint",
-}
-_DATA_KEYS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 @dataclass
@@ -80,23 +68,16 @@ def load_recipe(
     Args:
         path: the YAML file.
         overrides: `section.key=value` or `key=value`, the value in YAML's notation.
-        extra: Megatron flags appended as they are; they win over the file.
+        extra: Megatron flags appended as they are; they win over the file. The connection is no business of theirs.
         elsewhere: the run is for other machines: nothing is adapted to this one, and its files are not looked for.
 
     Raises:
         UserError: a name is unknown (the nearest valid one is given), a value is wrong, a file is missing, or the
             machine lacks what the run asks for. Nothing has been written then.
     """
-    megatron = _MegatronArguments()
-    sections = _read(path)
-    known = megatron.names() | set(_OWN)
-    for section, values in sections.items():
-        for key in values:
-            _check_name(section, key, known)
-    for override in overrides:
-        _override(sections, override, known)
-    _refuse_repeated_names(sections)
-
+    megatron = megatron_arguments()
+    megatron.refuse_connection_flags(extra)
+    sections = read_sections(path, overrides, megatron.names())
     frac = _frac_config(sections["frac"])
     family, run_dir, settings = _split(sections, path)
     on_damage = settings.pop("on_damage", "refuse")
@@ -107,7 +88,7 @@ def load_recipe(
         _set_hybrid_pattern(settings)
     apply_precision(settings)
     if frac is not None and "hidden_size" in settings:
-        frac.fraction_size(int(settings["hidden_size"]))
+        frac.slot_width(int(settings["hidden_size"]))
     notes, backend = [], None
     if not elsewhere:
         _refuse_missing_te(settings)
@@ -118,130 +99,16 @@ def load_recipe(
     _set_run_paths(settings, run_dir)
     argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
     args = megatron.parse(argv)
+    if args.spec is not None:
+        raise UserError(
+            f"spec={' '.join(args.spec)} would be a second source of the connection: megatron-fc train builds its "
+            f"layers from frac.connection and model.family, set those"
+        )
     refuse_impossible(args)
     if not elsewhere:
         refuse_on_device(args, device_capability())
         refuse_missing_files(args)
     return Recipe(sections, frac, family, run_dir, argv, backend, on_damage, retention, notes)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"Megatron's arguments: {message}")
-
-
-class _MegatronArguments:
-    """What Megatron's own parser knows of its arguments."""
-
-    def __init__(self) -> None:
-        from megatron.training.arguments import add_megatron_arguments
-
-        # Abbreviations would let a typo through as another argument.
-        self._parser = add_frac_args(add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False)))
-        self._actions = {
-            option.removeprefix("--").replace("-", "_"): (option, action)
-            for action in self._parser._actions
-            for option in action.option_strings
-            if option.startswith("--")
-        }
-
-    def names(self) -> set[str]:
-        return {name for name in self._actions if not name.startswith(("frac_", "no_frac_"))}
-
-    def flags(self, settings: dict[str, Any]) -> list[str]:
-        """Write settings as flags; None and False leave an argument unset, a list becomes several values."""
-        return [word for name, value in settings.items() for word in self._flag(name, value)]
-
-    def _flag(self, name: str, value: Any) -> list[str]:
-        option, action = self._actions[name]
-        takes_value = action.nargs != 0
-        if value is None:
-            return []
-        if not takes_value:
-            if not isinstance(value, bool):
-                raise UserError(f"{name} is a switch: set it to true or false, not {value!r}")
-            negative = f"--no-{option.removeprefix('--')}"
-            if not value and negative in action.option_strings:
-                return [negative]
-            return [option] if value else []
-        if isinstance(value, bool):
-            raise UserError(f"{name} takes a value, not {str(value).lower()}")
-        if isinstance(value, (list, tuple)) and action.nargs is not None:
-            return [option, *map(str, value)]
-        return [option, str(value)]
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        args, rest = self._parser.parse_known_args(list(argv))
-        flags = [word.split("=")[0] for word in rest if word.startswith("--")]
-        if flags:
-            near = difflib.get_close_matches(flags[0], self._parser._option_string_actions, n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown Megatron flag {flags[0]}{hint}")
-        if rest:
-            raise UserError(f"unexpected argument {rest[0]!r} among the Megatron flags")
-        return args
-
-
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}")
-    for section, values in content.items():
-        if section not in SECTIONS:
-            raise UserError(unknown(f"section in {path}:", str(section), SECTIONS))
-        if not isinstance(values, dict):
-            raise UserError(f"section {section} of {path} must hold `name: value` lines, not {values!r}")
-    return {section: dict(content.get(section) or {}) for section in SECTIONS}
-
-
-def _frac_names() -> list[str]:
-    return ["connection", "from_residual", *(f.name for f in fields(FracConfig) if f.name != "dynamic")]
-
-
-def _check_name(section: str, key: str, known: set[str]) -> None:
-    if section == "frac":
-        if key not in _frac_names():
-            raise UserError(unknown("key in section frac:", key, _frac_names()))
-    elif key not in known or _OWN.get(key, section) != section:
-        raise UserError(unknown(f"key in section {section}:", key, known))
-
-
-def _override(sections: dict[str, dict[str, Any]], override: str, known: set[str]) -> None:
-    name, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"{override!r} is no override: write key=value, and Megatron flags after --")
-    section, dot, key = name.rpartition(".")
-    if dot and section not in SECTIONS:
-        raise UserError(unknown("section", section, SECTIONS))
-    if not dot:
-        section = _section_of(key, sections)
-    _check_name(section, key, known)
-    try:
-        sections[section][key] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"the value of {override!r} is not valid YAML: quote it") from None
-
-
-def _section_of(key: str, sections: dict[str, dict[str, Any]]) -> str:
-    """Where a bare key stands already, else its natural place."""
-    for section, values in sections.items():
-        if key in values:
-            return section
-    return _OWN.get(key, "frac" if key in _frac_names() else "model")
-
-
-def _refuse_repeated_names(sections: dict[str, dict[str, Any]]) -> None:
-    seen: dict[str, str] = {}
-    for section, values in sections.items():
-        for key in values:
-            if key in seen and "frac" not in (section, seen[key]):
-                raise UserError(f"{key} stands in the sections {seen[key]} and {section}: keep one")
-            seen[key] = section
 
 
 def _frac_config(values: dict[str, Any]) -> FracConfig | None:
@@ -318,44 +185,3 @@ def _set_run_paths(settings: dict[str, Any], run_dir: Path) -> None:
         settings.setdefault("exit_signal_handler", True)
         # The file says how the run goes on, also where that has changed since the checkpoint.
         settings.setdefault("override_opt_param_scheduler", True)
-
-
-def data_files(args: argparse.Namespace) -> dict[Path, str]:
-    """Return the files that a run reads, data and tokenizer, each with the setting that names it."""
-    files = {
-        Path(prefix + suffix): f"{name}={prefix}"
-        for name in _DATA_KEYS
-        for prefix in _prefixes(getattr(args, name) or [])
-        for suffix in (".bin", ".idx")
-    }
-    tokenizer = args.tokenizer_model
-    # A name on a hub has one slash and is no path; anything else must be there.
-    if tokenizer and (os.path.exists(tokenizer) or tokenizer.count("/") != 1 or tokenizer[0] in "./"):
-        files[Path(tokenizer)] = f"tokenizer_model={tokenizer}"
-    return files
-
-
-def refuse_missing_files(args: argparse.Namespace) -> None:
-    """Check that a run's data and tokenizer are here.
-
-    Raises:
-        UserError: a file is missing, or no data are named.
-    """
-    for file, setting in data_files(args).items():
-        if not file.exists():
-            raise UserError(f"{setting}: {file} does not exist; `megatron-fc data demo` makes the demo's data")
-    if not args.mock_data and not any(getattr(args, name) for name in _DATA_KEYS):
-        raise UserError("no data: set data_path, or train_data_path and valid_data_path")
-
-
-def _prefixes(words: Iterable[str]) -> list[str]:
-    """The data prefixes among Megatron's `weight prefix weight prefix` words."""
-
-    def is_weight(word: str) -> bool:
-        try:
-            float(word)
-        except ValueError:
-            return False
-        return True
-
-    return [word for word in words if not is_weight(word)]

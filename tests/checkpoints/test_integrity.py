@@ -14,6 +14,7 @@ from megatron_fc.errors import UserError
 
 # The fixture; pytest finds it by its name here.
 from support.damage import SHARD, cut, flip
+from support.megatron_world import parallel_state as parallel_state
 from support.training_runs import command, environment, figures, train
 from support.training_runs import config as config
 

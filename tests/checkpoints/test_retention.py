@@ -7,8 +7,8 @@ import pytest
 
 from megatron_fc.checkpoints.retention import Retention
 from megatron_fc.errors import UserError
-from megatron_fc.preflight.disk_space import room_of
-from megatron_fc.preflight.nodes import Room
+from megatron_fc.preflight.disk_space import disk_space_of
+from megatron_fc.preflight.nodes import DiskSpace
 from megatron_fc.training.recipe import load_recipe
 from megatron_fc.training.setup import parse
 from support.damage import SHARD, cut
@@ -40,9 +40,9 @@ def test_the_only_complete_checkpoints_stay(kept: Path, tmp_path: Path) -> None:
     assert rule.superseded(folder, newest=12) == []
 
 
-def room(config: Path, run_dir: Path, *overrides: str) -> Room:
+def room(config: Path, run_dir: Path, *overrides: str) -> DiskSpace:
     recipe = load_recipe(config, [f"run_dir={run_dir}", *overrides])
-    found = room_of(recipe, parse(recipe))
+    found = disk_space_of(recipe, parse(recipe))
     assert found is not None
     return found
 

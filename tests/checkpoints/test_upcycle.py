@@ -1,5 +1,6 @@
 """Plain checkpoints -> Frac-Connections and back: against models in this process, and in whole runs."""
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -18,12 +19,12 @@ from megatron.training import global_vars
 
 from megatron_fc import FracConfig
 from megatron_fc.checkpoints import derive
-from megatron_fc.checkpoints.location import find_checkpoint, is_frac_key, latest_checkpoint
+from megatron_fc.checkpoints.location import find_checkpoint, latest_checkpoint
 from megatron_fc.checkpoints.upcycle import to_residual, upcycle
 from megatron_fc.cli.main import main
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import specs
-from megatron_fc.megatron.parameter_count import is_frac_parameter
 from megatron_fc.runs.metrics import read_metrics
 from support import fork_server, tiny
 from support import training_runs as runs
@@ -126,7 +127,7 @@ def test_model_goes_on_from_the_upcycled_checkpoint(kind: str, precision: str, t
     before = tensors(source)
     checkpoint = find_checkpoint(tmp_path / "new")
     after = tensors(checkpoint)
-    added = {key: value for key, value in after.items() if is_frac_key(key)}
+    added = {key: value for key, value in after.items() if is_connection_key(key)}
     assert_same({key: value for key, value in after.items() if key not in added}, before)
     assert said.startswith(f"{sum(not key.startswith('optimizer.') for key in added)} Frac-Connection tensors (dfc_x4)")
     moments = [value for key, value in added.items() if key.startswith("optimizer.state.exp_avg")]
@@ -143,7 +144,7 @@ def test_model_goes_on_from_the_upcycled_checkpoint(kind: str, precision: str, t
     assert torch.equal(tiny.logits(old.model, batch), tiny.logits(new.model, batch))
     old.model.train()
     new.model.train()
-    start = {name: p.detach().clone() for name, p in new.model.named_parameters() if is_frac_parameter(name)}
+    start = {name: p.detach().clone() for name, p in new.model.named_parameters() if is_connection_key(name)}
     assert new.step(ITERATION) == old.step(ITERATION)
     moved = {name: p for name, p in new.model.named_parameters() if name in start}
     assert all(not torch.equal(p, start[name]) for name, p in moved.items() if "static_beta" in name)
@@ -349,7 +350,7 @@ def test_upcycling_under_another_layout(config: Path, finished: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     plain = tensors(source / "iter_0000003")
     connected = tensors(target / "iter_0000003")
-    assert_same({key: value for key, value in connected.items() if not is_frac_key(key)}, plain)
+    assert_same({key: value for key, value in connected.items() if not is_connection_key(key)}, plain)
     beta = connected["decoder.layers.input_layernorm.connection.static_beta"]
     assert torch.equal(beta, torch.ones(2, 4))
     assert not connected["optimizer.state.exp_avg.decoder.layers.pre_mlp_layernorm.connection.static_beta"].any()
@@ -362,16 +363,19 @@ def test_training_starts_from_a_plain_checkpoint(config: Path) -> None:
     plain = config.parent / "hybrid"
     runs.train(config, plain, "connection=residual", "train_iters=6", *family)
     source = plain / "checkpoints"
-    (source / "latest_checkpointed_iteration.txt").write_text("3")
 
     run_dir = config.parent / "from_plain"
-    start = ("from_residual=true", f"load={source}", *family)
+    start = ("from_residual=true", f"load={source}", "ckpt_step=3", *family)
     printed = runs.train(config, run_dir, "train_iters=4", *start)["printed"]
     assert "from_residual: 28 Frac-Connection tensors (dfc_x4) are missing in" in printed
     assert read_metrics(run_dir).loss == {4: read_metrics(plain).loss[4]}
     printed = runs.train(config, run_dir, "train_iters=6", *start)["printed"]
     assert "from_residual" not in printed
     assert list(read_metrics(run_dir).loss) == [4, 5, 6]
+    events = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
+    assert [event["iteration"] for event in events if event["event"] == "start"] == [3, 4], (
+        "ckpt_step was the plain run's"
+    )
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.name == "iter_0000006"

@@ -23,8 +23,7 @@ with warnings.catch_warnings():
 
 from megatron_fc import FracConfig
 from megatron_fc.checkpoints.location import latest_checkpoint
-
-pytestmark = pytest.mark.modelopt
+from megatron_fc.profiling.files import read_report
 
 pytestmark = pytest.mark.modelopt
 
@@ -76,6 +75,21 @@ def test_student_of_another_shape_with_both_losses(config: Path, plain: Path) ->
     assert len(divergence) == 4
 
 
+def test_its_traffic_is_profiled(config: Path, plain: Path) -> None:  # noqa: F811
+    """Two callbacks on one run: the teacher's forward pass is counted, and the loss is the divergence."""
+    out, alone = config.parent / "profiled", config.parent / "profiled_alone"
+    words = ["traffic", "run", config, "--from-step", "1", "--steps", "1", "--out"]
+    for folder, teacher in ((out, ["--teacher", plain]), (alone, [])):
+        done = run(config.parent, *words, folder, *teacher)
+        assert done.code == 0, done.printed
+    # The window ends where the step behind it begins.
+    assert len(_DIVERGENCE.findall((out / "logs" / "rank0.log").read_text())) == 3
+    report, without = read_report(out / "traffic.json"), read_report(alone / "traffic.json")
+    kinds = {key: count.read_bytes for key, count in report.ranks[0].kinds.items() if key.phase == "forward"}
+    kinds_alone = {key: count.read_bytes for key, count in without.ranks[0].kinds.items() if key.phase == "forward"}
+    assert sum(kinds.values()) > 1.5 * sum(kinds_alone.values())
+
+
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     with rank.one_rank():
@@ -102,7 +116,7 @@ def test_loss_is_the_divergence_at_the_temperature_and_its_share_of_the_next_tok
     distillation = Distillation.__new__(Distillation)
     distillation._temperature, distillation._lm_loss_weight = 2.0, 0.5
     monkeypatch.setattr(distillation, "_load_teacher", lambda: teacher)
-    (student,) = distillation.model_is_built(Namespace(), [student], None)
+    (student,) = distillation.model_built(Namespace(), [student], None)
     checks = Namespace(check_for_nan_in_loss_and_grad=False, check_for_spiky_loss=False)
     monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", checks)
     loss, tokens, report = distillation._loss(student, mask, student(*tiny.inputs(t), labels=t[:, 1:]))
@@ -146,6 +160,6 @@ def test_settings_that_do_not_go_with_a_teacher() -> None:
     distillation = Distillation.__new__(Distillation)
     distillation._args = Namespace(seq_length=32)
     with pytest.raises(UserError, match=r"pipeline_model_parallel_size=2 of the student: set it to 1"):
-        distillation.arguments_are_valid(Namespace(seq_length=32, pipeline_model_parallel_size=2))
+        distillation.arguments_valid(Namespace(seq_length=32, pipeline_model_parallel_size=2))
     with pytest.raises(UserError, match=r"seq_length is 32 for the teacher, 64 for the student"):
-        distillation.arguments_are_valid(Namespace(seq_length=64))
+        distillation.arguments_valid(Namespace(seq_length=64))

@@ -11,11 +11,12 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_fc import FracConfig, UserError
-from megatron_fc.checkpoints.location import latest_checkpoint, stored_structure
+from megatron_fc.checkpoints.location import latest_checkpoint
+from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
 from megatron_fc.compress.importance import Importance
 from megatron_fc.compress.prune import _Kept, _refuse_layout
-from megatron_fc.megatron.parameter_count import is_frac_parameter
+from megatron_fc.connections.kinds import is_connection_key
 from support import fork_server, tiny
 from support import training_runs as runs
 from support.megatron_world import parallel_state as parallel_state
@@ -149,7 +150,7 @@ def test_connections_are_kept_with_their_layers() -> None:
     tiny.randomise_connections(model)
     small = pruned(model, "moe", num_attention_heads=2, num_experts=2, moe_ffn_hidden_size=16)
     old = model.state_dict()
-    connections = [name for name in small.state_dict() if is_frac_parameter(name)]
+    connections = [name for name in small.state_dict() if is_connection_key(name)]
     assert len(connections) == 2 * 2 * 7
     for name in connections:
         assert torch.equal(small.state_dict()[name], old[name])

@@ -28,7 +28,7 @@ def test_wrong_values_are_refused_in_one_sentence(values: dict, sentence: str) -
 
 def test_rate_that_does_not_divide_the_width_names_fitting_ones() -> None:
     with pytest.raises(UserError, match=r"rate=3 does not divide hidden_size=64: .* 1, 2, 4, 8"):
-        FracConfig(rate=3).fraction_size(64)
+        FracConfig(rate=3).slot_width(64)
 
 
 def test_dict_round_trip_and_unknown_key() -> None:

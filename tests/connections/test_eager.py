@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_fc import FracConfig, FracConnection
 from megatron_fc.connections import eager, reference
+from megatron_fc.connections.operands import Operands
 from megatron_fc.connections.reference import FracParameters
 
 RATES = (1, 2, 3, 4, 8)
@@ -79,11 +80,12 @@ def by_hand(
     o: Tensor, h: Tensor, g_x: Tensor | None, g_next: Tensor | None, p: FracParameters, config: FracConfig
 ) -> dict[str, Tensor]:
     """The same by the four functions."""
-    x, beta, alpha = eager.width_forward(h, p, config)
+    site = Operands.of(p, config)
+    x, beta, alpha = eager.width_forward(h, site)
     assert x is not None
     results = {"x": x, "next": eager.depth_forward(o, h, beta, alpha)}
     g_o, g_beta = (torch.zeros_like(o), None) if g_next is None else eager.depth_backward(g_next, o, beta)
-    g_h, g_p = eager.width_backward(g_x, g_beta, g_next, h, p, config)
+    g_h, g_p = eager.width_backward(g_x, g_beta, g_next, h, site)
     gradients = {"o": g_o, "h": g_h} | {key: g for key, g in g_p._asdict().items() if g is not None}
     return results | {f"gradient of {key}": g for key, g in gradients.items()}
 
@@ -228,9 +230,10 @@ def test_leaves_its_arguments_alone_and_builds_no_graph() -> None:
 def test_no_result_shares_memory(config: FracConfig, tokens: int) -> None:
     """Custom operators may not return their inputs, nor one tensor twice."""
     p, (o, h, g_x, g_next) = random_parameters(config, 6), random_streams((tokens, config.rate * 6), torch.float32)
-    x, beta, alpha = eager.width_forward(h, p, config)
+    site = Operands.of(p, config)
+    x, beta, alpha = eager.width_forward(h, site)
     g_o, g_beta = eager.depth_backward(g_next, o, beta)
-    g_h, g_p = eager.width_backward(g_x, g_beta, g_next, h, p, config)
+    g_h, g_p = eager.width_backward(g_x, g_beta, g_next, h, site)
     results = [x, beta, alpha, eager.depth_forward(o, h, beta, alpha), g_o, g_beta, g_h, *g_p]
     tensors = [t for t in (o, h, g_x, g_next, *p, *results) if t is not None]
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors)
@@ -239,7 +242,7 @@ def test_no_result_shares_memory(config: FracConfig, tokens: int) -> None:
 def test_coefficients_without_the_mix() -> None:
     config = FracConfig(rate=3)
     p, (h, *_) = random_parameters(config, 6), random_streams((17, 18), torch.float32)
-    x, beta, alpha = eager.width_forward(h, p, config, want_x=False)
+    x, beta, alpha = eager.width_forward(h, Operands.of(p, config), want_x=False)
     assert x is None
     f = reference.fractions(h, 3)
     torch.testing.assert_close(beta, reference.beta(f, p, config))

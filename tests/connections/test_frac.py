@@ -133,7 +133,7 @@ def test_recompute_is_exact_and_runs_under_autocast(dynamic: bool, dtype: torch.
         layer = torch.nn.Linear(64, 64, dtype=dtype)
         h = torch.randn(5, 64).to(dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            x = site(h, then=torch.nn.LayerNorm(64))
+            x = site(h, norm=torch.nn.LayerNorm(64))
             result = site.depth(layer(x), h)
         (result.float() ** 2).sum().backward()
         return [result, h.grad, *(p.grad for p in (*site.parameters(), *layer.parameters()))]

@@ -14,7 +14,7 @@ import torch
 
 import rank
 from megatron_fc import FracConfig, UserError
-from megatron_fc.megatron.parameter_count import is_frac_parameter
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.training.machine import device_capability
 from megatron_fc.training.precision import PRECISIONS, config_fields, refuse_on_device
 from olmoe import Size, Trainee
@@ -100,5 +100,5 @@ def test_parameters_in_fp8_are_never_the_connections(precision: str) -> None:
     model = tiny.build("dense", FracConfig(rate=4), te=True, transformer_impl="transformer_engine", **options)
     parameters = dict(model.named_parameters())
     assert any(isinstance(p, QuantizedTensor) for p in parameters.values())
-    frac = [p for name, p in parameters.items() if is_frac_parameter(name)]
+    frac = [p for name, p in parameters.items() if is_connection_key(name)]
     assert {(type(p), p.dtype) for p in frac} == {(torch.nn.Parameter, torch.float32)}

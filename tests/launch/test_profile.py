@@ -19,7 +19,7 @@ from support.site_files import REPOSITORY, Site, run_on_login_node, samples
 
 pytestmark = pytest.mark.slow
 
-NODES = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=60")
+NODES = ("-N", "2", "--ntasks-per-node", "2", "--gpus-per-node=2", "-c1", "-t", "60")
 END = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
 CONFIG = "configs/olmoe_7b.yaml"
 

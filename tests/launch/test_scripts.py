@@ -1,6 +1,7 @@
 """What the launch scripts say before anything is submitted; no SLURM is needed for it."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
 def login_node(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Without sbatch, and without the check of config and data, which has tests of its own."""
     programs = tmp_path_factory.mktemp("bin")
-    for name in ("bash", "basename", "date", "dirname", "env", "mkdir", "rm", "sed", "cat"):
+    for name in ("bash", "basename", "date", "dirname", "env", "id", "mkdir", "rm", "sed", "cat"):
         if path := shutil.which(name):
             (programs / name).symlink_to(path)
     monkeypatch.setenv("PATH", str(programs))
@@ -60,6 +61,94 @@ def test_with_an_image_another_python_checks(
     assert ("MOUNTS gives folders other names" in done.stderr) != files
 
 
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["--nodes", "4"], "--nodes=4"),
+        (["-N", "4"], "--nodes=4"),
+        (["-N4"], "--nodes=4"),
+        (["-N", "4", "--nodes=6"], "--nodes=4 --nodes=6"),
+        (["-p", "part", "-t", "10:00"], "--partition=part --time=10:00"),
+        (["--exclusive", "lr=1", "--exclusive=user", "-H"], "--exclusive --exclusive=user --hold"),
+        (["--export", "ALL,LR=1", "--comment=lr=1"], "--export=ALL,LR=1 --comment=lr=1"),
+    ],
+)
+def test_options_are_told_from_overrides(
+    site: Site, words: list[str], options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by the check, for which `echo` stands."""
+    monkeypatch.delenv("CHECK")
+    site.write(more="IMAGE=/images/fc.sqsh MOUNTS= CHECK_PYTHON=/bin/echo\n")
+    done = run_on_login_node(site, "moe7b.sh", "--dry-run", *words, "seed=2")
+    assert done.returncode == 0, done.stderr
+    sbatch, _, *_, checked = done.stdout.splitlines()
+    overrides = "lr=1 seed=2" if "lr=1" in words else "seed=2"
+    behind_log = sbatch.partition("%x-%j.log ")[2]
+    assert behind_log.startswith(f"{options} {REPOSITORY}/launch/moe7b.sh {overrides} run_dir=")
+    nodes = next((option[8:] for option in reversed(options.split()) if option.startswith("--nodes=")), "8")
+    assert f" --nodes {nodes} " in checked
+
+
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="sbatch not found: apt-get install slurm-client")
+def test_sbatch_agrees_on_which_options_take_a_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before an option that takes one, --version is its value; else sbatch prints it."""
+    monkeypatch.undo()
+    (tmp_path / "slurm.conf").write_text("ClusterName=none\nSlurmctldHost=localhost\n")
+    environment = os.environ | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+
+    def sbatch(*words: str) -> str:
+        stdin = subprocess.DEVNULL
+        return subprocess.run(["sbatch", *words], env=environment, stdin=stdin, capture_output=True, text=True).stdout
+
+    listed = re.findall(r"^ +(?:-(\w),? +)?--([a-z][-a-z]+)", sbatch("--help"), re.MULTILINE)
+    assert len(listed) > 80
+    names = {f"--{name}": name for _, name in listed} | {f"-{letter}": name for letter, name in listed if letter}
+    # The first three end the program; with the last one it needs no script, and would submit.
+    options = [option for option in names if names[option] not in ("help", "usage", "version", "wrap")]
+    script = """fail() { exit 1; }; . launch/words.sh
+    for option; do (read_words $option x && echo $OPTIONS) || (read_words $option && echo $OPTIONS); done"""
+    words = ["bash", "-c", script, "_", *options]
+    ours = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+    theirs = [
+        f"--{names[option]}" + ("" if sbatch(option, "--version").startswith("slurm") else "=x") for option in options
+    ]
+    assert ours == theirs
+
+
+def test_without_a_site_file_a_dry_run_shows_placeholders(tmp_path: Path) -> None:
+    missing = tmp_path / "site.sh"
+    variables = {"SITE": str(missing), "USER": "me"}
+    for words in (
+        ["moe7b.sh", "--dry-run", "-N", "8"],
+        ["dense1b.sh", "--dry-run"],
+        ["moe1b3.sh", "dfc_x4", "--dry-run"],
+        ["profile.sh", "configs/olmoe_7b.yaml", "--dry-run"],
+        ["chain.sh", "1", "launch/moe7b.sh", "--dry-run"],
+        ["mpi.sh", "mpirun", "-n", "2", "--", "configs/olmoe_7b.yaml", "--dry-run"],
+    ):
+        command = [str(REPOSITORY / "launch" / words[0]), *words[1:]]
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=os.environ | variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.startswith(f"note: {missing} is missing, so placeholders are shown, and data are not looked")
+        assert "copy launch/site.example.sh to it and fill in SBATCH_ACCOUNT, " in done.stderr
+        assert done.stderr.count("\n") == 1
+        *sbatch, start = done.stdout.splitlines()
+        if words[0] != "mpi.sh":
+            assert sbatch[0].startswith("SBATCH_ACCOUNT=CHANGE_ME SBATCH_PARTITION=CHANGE_ME sbatch --job-name=")
+        assert "'train_data_path=[/scratch/data/dolma/train]'" in start
+        assert "run_dir=/scratch/me/runs/" in start
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_the_script_own_description(site: Site) -> None:
+    done = run_on_login_node(site, "moe7b.sh", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("OLMoE-7B with Frac-Connections (DFCx4) on 3T tokens.")
+    assert done.stdout.endswith("docs/launch.md has the rest.\n")
+
+
 def test_container_flags_go_to_srun(site: Site) -> None:
     site.write(more="IMAGE=/images/fc.sqsh MOUNTS=/data:/data,/repo:/repo\n")
     srun = run_on_login_node(site, "moe7b.sh", "--dry-run").stdout.splitlines()[1]
@@ -96,8 +185,15 @@ IN_A_JOB = "nothing is submitted inside a job: give options to sbatch, before th
         ([], "SBATCH_ACCOUNT=CHANGE_ME\n", "SBATCH_ACCOUNT is not set: set it in {site} (empty: the site's default)"),
         (["--output=/dev/null/logs/%j"], "", "the log folder /dev/null/logs cannot be written: give --output=FILE"),
         (["run_dir=/dev/null/run"], "", "run_dir=/dev/null/run cannot be written: choose another"),
-        (["--nodes", "4"], "", "'4' is neither an option of sbatch (--nodes=8) nor an override (key=value)"),
-        (["-N4"], "", "-N4: write sbatch's options as --name=value, e.g. --nodes=8"),
+        (["8"], "", "'8' is neither an option of sbatch (--nodes 8) nor an override (key=value)"),
+        (["--exclusive", "user"], "", "'user' is neither an option of sbatch (--nodes 8) nor an override (key=value)"),
+        (["--nodes"], "", "--nodes has no value: write --nodes=VALUE"),
+        (["-t", "--exclusive"], "", "-t has no value: write --time=VALUE"),
+        (["--comment", "lr=1"], "", "--comment has no value: write --comment=VALUE"),
+        (["-N=4"], "", "-N=4 has no value: write --nodes=VALUE"),
+        (["-Hv"], "", "-Hv: --hold takes no value"),
+        (["-y"], "", "-y is no option of sbatch"),
+        (["-N", "2-4"], "", "--nodes=2-4: give one number, the layout depends on it"),
         (["save=/tmp/x"], "", "save=/tmp/x: checkpoints lie in run_dir, drop save"),
         (["checkpoint.save=/x"], "", "checkpoint.save=/x: checkpoints lie in run_dir, drop save"),
         (["checkpoint.ckpt_step=12"], "", f"checkpoint.ckpt_step=12 {CKPT_STEP}"),

@@ -10,7 +10,7 @@ from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
 from megatron.core.optimizer.layer_wise_optimizer import is_managed_by_layer_wise_optimizer
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.parameter_count import is_frac_parameter
+from megatron_fc.connections.kinds import is_connection_key
 from support import tiny
 
 DFC = FracConfig(rate=4)
@@ -19,7 +19,7 @@ DFC = FracConfig(rate=4)
 @pytest.mark.parametrize("kind", ["dense", "moe", "hybrid"])
 def test_megatrons_rules_leave_every_connection_to_adam(kind: str) -> None:
     parameters = dict(tiny.build(kind, DFC).named_parameters())
-    frac = {name: p for name, p in parameters.items() if is_frac_parameter(name)}
+    frac = {name: p for name, p in parameters.items() if is_connection_key(name)}
     assert any(p.dim() == 2 for p in frac.values()), "without the mark Muon would take it"
     for parameter in frac.values():
         assert _is_nonlinear_or_embedding(parameter)

@@ -9,7 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.utils import unwrap_model
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.parameter_count import is_frac_parameter
+from megatron_fc.connections.kinds import is_connection_key
 from support import tiny
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
@@ -24,7 +24,7 @@ def _trainable(seed: int) -> tuple[torch.nn.Module, MegatronOptimizer]:
 
 
 def _frac(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if is_frac_parameter(name)}
+    return {name: p for name, p in model.named_parameters() if is_connection_key(name)}
 
 
 def _state(model: torch.nn.Module, optimizer: MegatronOptimizer, loading: bool) -> dict:

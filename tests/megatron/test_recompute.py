@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import random
 
 from megatron_fc import FracConfig
 from megatron_fc.connections import eager
-from megatron_fc.megatron.parameter_count import is_frac_parameter
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.slots import FracNorm
 from support import tiny
 
@@ -147,7 +147,7 @@ def test_an_error_in_what_is_recomputed_is_noticed(
 def accumulations(frac: FracConfig, **options: Any) -> set[int]:
     """How often one backward pass accumulates into a connection's parameter."""
     model = tiny.build("mixed", frac, **options)
-    times = {name: 0 for name, _ in model.named_parameters() if is_frac_parameter(name)}
+    times = {name: 0 for name, _ in model.named_parameters() if is_connection_key(name)}
     for name, parameter in model.named_parameters():
         if name in times:
             parameter.register_post_accumulate_grad_hook(lambda _, n=name: times.update({n: times[n] + 1}))

@@ -18,8 +18,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_fc import FracConfig, FracConnection, UserError
+from megatron_fc.connections.backend import choose_backend
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.input_norm import _READERS, _submodules
-from megatron_fc.megatron.parameter_count import count_parameters, is_frac_parameter
+from megatron_fc.megatron.parameter_count import count_parameters
 from megatron_fc.megatron.slots import FracAdd, FracNorm
 from megatron_fc.megatron.specs import frac_connect
 from support import tiny
@@ -45,6 +47,21 @@ def test_logits_at_initialisation_equal_the_residual_models_bit_for_bit(
     assert not torch.allclose(tiny.logits(model, tiny.tokens()), plain, atol=1e-2)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_sub_layer_asks_for_its_backend_once(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The width connection does, and the depth connection takes its answer over."""
+    asked = []
+
+    def ask(config: FracConfig, stream: torch.Tensor) -> str:
+        asked.append(config)
+        return choose_backend(config, stream)
+
+    monkeypatch.setattr("megatron_fc.connections.frac.choose_backend", ask)
+    model = tiny.build("dense", FracConfig(rate=4, recompute=recompute))
+    tiny.loss(model, tiny.tokens()).backward()
+    assert len(asked) == sum(isinstance(module, FracConnection) for module in model.modules())
+
+
 def test_dropout_is_applied() -> None:
     model = tiny.build("dense", DFC, hidden_dropout=0.5)
     first, again, other = (tiny.logits(model, tiny.tokens(), seed=seed) for seed in (1, 1, 2))
@@ -58,7 +75,7 @@ def test_gradient_reaches_every_parameter() -> None:
         tiny.randomise_connections(model)
         tiny.loss(model, tiny.tokens(batch=8)).backward()
         without = [
-            n for n, p in model.named_parameters() if is_frac_parameter(n) and (p.grad is None or not p.grad.any())
+            n for n, p in model.named_parameters() if is_connection_key(n) and (p.grad is None or not p.grad.any())
         ]
         assert not without, (kind, without)
 
@@ -80,7 +97,7 @@ def test_parameters_added_to_the_papers_7b_model(frac: FracConfig, added: int) -
         model = tiny.build("moe", frac, num_layers=16, hidden_size=2048, num_attention_heads=16)
     sites = [module for module in model.modules() if isinstance(module, FracConnection)]
     assert len(sites) == 32
-    assert sum(p.numel() for n, p in model.named_parameters() if is_frac_parameter(n)) == added
+    assert sum(p.numel() for n, p in model.named_parameters() if is_connection_key(n)) == added
 
 
 def test_weight_decay_groups_of_megatrons_optimizer() -> None:
@@ -92,7 +109,7 @@ def test_weight_decay_groups_of_megatrons_optimizer() -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
-            if is_frac_parameter(name):
+            if is_connection_key(name):
                 decayed.setdefault(name.rpartition(".")[2], set()).add(group["wd_mult"])
     assert decayed == {
         "static_beta": {0.0},

@@ -53,9 +53,9 @@ def test_full_recompute_keeps_one_stream_for_each_span() -> None:
 def test_frac_connections_by_the_papers_formulas() -> None:
     shape = replace(SHAPE, frac=FracConfig(rate=4))
     d, m = 1024, 4
-    assert flops.site(shape) == 2 * d * (2 * m + 1) + 4 * m * d + 2 * d
+    assert flops.layer(shape, False).frac == 2 * (2 * d * (2 * m + 1) + 4 * m * d + 2 * d)
     static = replace(SHAPE, frac=FracConfig(rate=4, dynamic=False))
-    assert flops.site(static) == 4 * m * d + 2 * d
+    assert flops.layer(static, False).frac == 2 * (4 * m * d + 2 * d)
     of_frac = [
         t.bytes for t in activations.layer(shape, Training(norms_apart=(True,) * 3), LAYOUT, False) if t.part == "frac"
     ]

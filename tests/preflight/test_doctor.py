@@ -1,5 +1,6 @@
-"""The report on this machine, on one where packages are ill, and on one with GPUs."""
+"""The report on this machine, on one where packages are ill, and on one with GPUs; tests/packaging has the bare one."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from megatron_fc.preflight import doctor
 from megatron_fc.preflight.doctor import Component
@@ -23,10 +23,7 @@ def inspect() -> Report:
 
 
 def text_of(report: Report) -> str:
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(doctor.render(list(report.values())))
-    return capture.get()
+    return doctor.render(list(report.values()), width=200)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,8 @@ def ill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Report]:
     site = tmp_path_factory.mktemp("site")
     for package, source in {
         "apex": "__version__ = '0.9'",
-        "mpi4py": "raise RuntimeError('cannot load MPI library\\nlibmpi.so: not found')",
+        "mpi4py": "raise RuntimeError('out of order\\nin two lines')",
+        "tensorboard": "import a_package_of_its_own",
         "modelopt": "import os; os.abort()",
         "transformer_engine": "print('a greeting on stdout')",
     }.items():
@@ -67,13 +65,25 @@ def test_reports_what_is_installed(here: Report) -> None:
     assert torch.__version__.startswith(here["torch"].version)
     assert here["megatron-core"].status == "found"
     assert (here["CUDA"].status == "found") == torch.cuda.is_available()
-    assert not [component.name for component in here.values() if component.required and component.is_problem]
+    assert not [component.name for component in here.values() if component.is_problem]
 
 
 def test_names_the_lane_that_will_run(here: Report) -> None:
     lane = "CUDA" if torch.cuda.is_available() else "CPU lane over gloo"
     assert f"Devices: {lane}" in text_of(here)
     assert "Backend: torch" in text_of(here)
+
+
+def test_without_an_mpi_library_all_is_well() -> None:
+    """As on a fresh machine after `make demo`: the real mpi4py says so itself."""
+    pytest.importorskip("mpi4py", reason="mpi4py not found: pip install 'megatron_fc[mpi]'")
+    environment = os.environ | {"MPI4PY_LIBMPI": "/nowhere/libmpi.so", "COLUMNS": "200"}
+    words = [sys.executable, "-m", "megatron_fc", "doctor"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    [at] = [number for number, line in enumerate(done.stdout.splitlines()) if line.startswith("mpi4py ")]
+    assert "ranks from mpirun" in done.stdout.splitlines()[at]
+    assert "no MPI library: apt install openmpi-bin, or load" in done.stdout.splitlines()[at + 1]
 
 
 def test_calls_out_the_apex_that_is_not_nvidias(ill: Report) -> None:
@@ -83,12 +93,25 @@ def test_calls_out_the_apex_that_is_not_nvidias(ill: Report) -> None:
 
 def test_reports_a_package_that_raises_at_import(ill: Report) -> None:
     assert ill["mpi4py"].status == "broken"
-    assert ill["mpi4py"].note == "RuntimeError: cannot load MPI library"
+    assert ill["mpi4py"].note == "RuntimeError: out of order"
+    assert not ill["mpi4py"].is_problem, "only mpirun asks for it"
+    assert ill["megatron_fc[train]"].note == "ModuleNotFoundError: No module named 'a_package_of_its_own'"
+    assert ill["megatron_fc[train]"].is_problem, "every training asks for it"
 
 
 def test_survives_a_package_that_kills_its_process(ill: Report) -> None:
     assert ill["ModelOpt"].status == "broken"
     assert "SIGABRT" in ill["ModelOpt"].note
+    assert ill["ModelOpt"].is_problem, "Megatron imports it"
+
+
+def test_a_modelopt_that_lacks_a_package_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron catches this one."""
+    write_package(tmp_path, "modelopt", "")
+    write_package(tmp_path, "modelopt/torch", "import requests_that_nobody_has")
+    monkeypatch.syspath_prepend(tmp_path)
+    row = doctor._inspect_modelopt()
+    assert (row.status, row.is_problem) == ("broken", False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -129,7 +152,7 @@ def test_json_holds_the_whole_report(
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
-    heavy = "{'torch', 'triton', 'megatron', 'rich', 'numpy'} & set(sys.modules)"
+    heavy = "{'torch', 'triton', 'megatron', 'yaml', 'numpy'} & set(sys.modules)"
     code = f"import sys, megatron_fc.preflight.doctor; print({heavy} or 'nothing')"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "nothing"

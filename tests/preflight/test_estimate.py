@@ -24,7 +24,7 @@ from megatron.training.training import num_floating_point_operations
 
 from megatron_fc import FracConfig
 from megatron_fc.cli.main import main
-from megatron_fc.megatron.parameter_count import is_frac_parameter
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.specs import frac_connect
 from megatron_fc.planning import flops, memory, parameters
 from megatron_fc.planning.devices import device
@@ -65,7 +65,7 @@ def built(run: Validated, rank: int) -> tuple[list[int], int]:
         chunks = [builder.build_model(groups, vp_stage=stage) for stage in stages]
     named = [pair for chunk in chunks for pair in chunk.named_parameters()]
     assert all(parameter.is_meta for _, parameter in named)
-    frac = sum(parameter.numel() for name, parameter in named if is_frac_parameter(name))
+    frac = sum(parameter.numel() for name, parameter in named if is_connection_key(name))
     return [sum(parameter.numel() for parameter in chunk.parameters()) for chunk in chunks], frac
 
 

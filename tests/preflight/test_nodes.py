@@ -15,7 +15,7 @@ import pytest
 from megatron_fc.errors import UserError
 from megatron_fc.mpi import free_port
 from megatron_fc.preflight import nodes, rendezvous
-from megatron_fc.preflight.nodes import Plan, Room
+from megatron_fc.preflight.nodes import DiskSpace, Requirements
 from megatron_fc.preflight.rendezvous import NodeError
 from support import fork_server
 from support.patience import PATIENCE
@@ -82,7 +82,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     ranks = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(nodes, "MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(nodes, "RENDEZVOUS", timedelta(seconds=1))
     monkeypatch.setattr(rendezvous, "GRACE", timedelta(seconds=0))
     with pytest.raises(NodeError, match=r"^rank 1 did not come within 1 s, 7 of 8 are missing"):
         nodes.preflight(lambda: pytest.fail("no plan is made"))
@@ -92,17 +92,19 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         nodes.preflight(lambda: pytest.fail("no plan is made"))
 
 
-def two_ranks(asked: int, make_plan: Callable[[], Plan], on_second: dict[str, Callable[..., Any]]) -> str:
+def two_ranks(
+    asked: int, read_requirements: Callable[[], Requirements], on_second: dict[str, Callable[..., Any]]
+) -> str:
     """What one of two ranks says that do a part of the pre-flight in their own way."""
 
     def check(rank: int) -> None:
         world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(world | {"RANK": str(rank)})
-        nodes.MEETING = nodes.CHECK = timedelta(seconds=3)
+        nodes.RENDEZVOUS = nodes.CHECK = timedelta(seconds=3)
         rendezvous.GRACE = timedelta(seconds=1)
         vars(nodes).update(on_second if rank else {})
         try:
-            nodes.preflight(make_plan)
+            nodes.preflight(read_requirements)
         except NodeError as error:
             says[rank].send(str(error))
         finally:
@@ -132,13 +134,13 @@ def test_a_first_rank_that_makes_no_plan_is_named() -> None:
 
 
 def test_a_node_whose_files_never_answer_is_named(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, {}, {}, on_devices=False, room=None)
+    plan = Requirements(tmp_path, {}, {}, on_devices=False, disk_space=None)
     said = two_ranks(0, lambda: plan, {"_look": wait_for_ever})
     assert said == f"rank 1 on {HOST} did not look at its files within 3 s, 1 of 2 are missing"
 
 
 def test_a_rank_that_is_lost_in_the_network_is_a_sentence(tmp_path: Path) -> None:
-    plan = Plan(tmp_path, {}, {}, on_devices=False, room=None)
+    plan = Requirements(tmp_path, {}, {}, on_devices=False, disk_space=None)
     said = two_ranks(0, lambda: plan, {"_add_up": lambda *_: os._exit(1)})
     assert said.startswith(f"all-reduce failed on {HOST}: ")
 
@@ -154,9 +156,9 @@ def test_room(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"checkpoints has \S+ .iB free, 4 more checkpoints need 4,194,304.0 GiB: make room or choose"
     ):
-        Room(folder, 1 << 50, 4).check()
-    assert Room(folder, 1 << 10, 1).check().endswith(" free, 1 more checkpoint needs 1.0 KiB")
-    assert Room(folder, None, 4).check().endswith(" free, what a checkpoint needs is not known")
+        DiskSpace(folder, 1 << 50, 4).check()
+    assert DiskSpace(folder, 1 << 10, 1).check().endswith(" free, 1 more checkpoint needs 1.0 KiB")
+    assert DiskSpace(folder, None, 4).check().endswith(" free, what a checkpoint needs is not known")
     assert not folder.parent.exists()
 
 

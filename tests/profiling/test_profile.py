@@ -15,6 +15,7 @@ from megatron_fc.cli.main import main
 from megatron_fc.planning.counts import total_device
 from megatron_fc.profiling.files import read_parts, read_report
 from megatron_fc.profiling.run_facts import layout, model_facts, paths_in_whole_model
+from megatron_fc.runs.log_lines import parse_iteration
 from megatron_fc.runs.metrics import read_metrics
 from megatron_fc.training.recipe import load_recipe
 from megatron_fc.training.setup import parse
@@ -63,6 +64,14 @@ def test_counting_changes_no_loss_and_no_gradient(config: Path, profiled: Path) 
     for tag in ("lm loss", "grad-norm", "load_balancing_loss"):
         assert list(counted[tag].values()) == list(expected[tag].values()), tag
         assert len(counted[tag]) == LOSSES
+
+
+def test_progress_counts_to_the_step_where_it_stops(config: Path, profiled: Path) -> None:
+    """The recipe itself would go on for longer."""
+    assert int(parse(load_recipe(config, [])).train_iters) > LOSSES
+    shown = map(parse_iteration, (profiled / "logs" / "rank0.log").read_text().splitlines())
+    steps = [(record["iteration"], record["iterations"]) for record in shown if record]
+    assert steps == [(step, LOSSES) for step in range(1, LOSSES + 1)]
 
 
 def test_functions_under_torch_compile_run_uncompiled_in_all_steps(config: Path, profiled: Path) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_fc import FracConfig, FracConnection
 from megatron_fc.connections import reference
 from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.operands import Operands
 from megatron_fc.connections.reference import FracParameters
 
 
@@ -24,6 +25,11 @@ class Case:
     g_x: Tensor
     g_mixed: Tensor
     g_beta: Tensor
+
+    @property
+    def operands(self) -> Operands:
+        """The site as the operations take it."""
+        return Operands.of(self.p, self.config)
 
     @property
     def coefficients(self) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,8 @@ with warnings.catch_warnings():
     from megatron_fc.checkpoints.integrity import refuse_corrupt
     from megatron_fc.cli.main import main
     from megatron_fc.connections import reference
+    from megatron_fc.connections.kinds import is_connection_key
     from megatron_fc.errors import UserError
-    from megatron_fc.megatron.parameter_count import is_frac_parameter
     from megatron_fc.megatron.slots import FracNorm
     from megatron_fc.planning.counts import NetworkCounts
     from megatron_fc.planning.network import Routing
@@ -50,7 +50,7 @@ with warnings.catch_warnings():
     from megatron_fc.profiling.counters.phase import Whereabouts
     from megatron_fc.profiling.groups import group_names
     from megatron_fc.resilience import rank_watch
-    from megatron_fc.resilience.hang import Standstill
+    from megatron_fc.resilience.hang import StepClock
     from megatron_fc.resilience.rank_watch import RankWatch
     from support import tiny
     from support.layouts import ONE_RANK, Layout, Model, optimizers_of
@@ -154,16 +154,19 @@ def hang(how: str, rank: int, files: str = "answer") -> None:
         return "do so"
 
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    with RankWatch(_standstill(seconds=4), on_end) as ranks:
-        ranks.join()
-        if files == "block the log":
-            sys.__stderr__, sys.stderr = sys.stderr, _full_pipe()  # type: ignore[misc]
+    watch = RankWatch(_clock(seconds=4), on_end)
+    watch.join()
+    if files == "block the log":
+        sys.__stderr__, sys.stderr = sys.stderr, _full_pipe()  # type: ignore[misc]
+    try:
         if mine != rank:
             torch.distributed.barrier()
         elif how == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:
             time.sleep(60)
+    except Exception as error:
+        raise watch.failed(error) from None
 
 
 def _full_pipe() -> TextIO:
@@ -180,17 +183,18 @@ def _full_pipe() -> TextIO:
 def step_slowly() -> None:
     """For longer than the limit."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    standstill = _standstill(seconds=2)
-    with RankWatch(standstill, lambda *_: "do so") as ranks:
-        ranks.join()
-        step = standstill.count(lambda: time.sleep(0.5))
-        for _ in range(8):
-            step()
+    clock = _clock(seconds=2)
+    watch = RankWatch(clock, lambda *_: "do so")
+    watch.join()
+    step = watch.around_forward_step(lambda: time.sleep(0.5))
+    for _ in range(8):
+        step()
+    watch.end()
 
 
-def _standstill(seconds: float) -> Standstill:
+def _clock(seconds: float) -> StepClock:
     timeouts = {"distributed_timeout_minutes": seconds / 60 / 0.8, "distributed_timeout_seconds_after_init": None}
-    return Standstill(Namespace(**timeouts))
+    return StepClock(Namespace(**timeouts))
 
 
 def refusal_of(checkpoint: Path) -> str:
@@ -218,7 +222,7 @@ def without_sequence_mark(layout: Layout, model: Model, folder: Path) -> dict[st
     layout.initialise()
     run = Run(layout, model, folder / model.name, "sgd")
     for _, name, parameter in run.named_parameters():
-        if is_frac_parameter(name):
+        if is_connection_key(name):
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
     run.accumulate(0)
     return run.compare_gradient()[0]
@@ -503,7 +507,7 @@ def _randomise(chunks: list[torch.nn.Module]) -> None:
     with torch.no_grad():
         for chunk in chunks:
             for name, parameter in chunk.named_parameters():
-                if is_frac_parameter(name):
+                if is_connection_key(name):
                     size = 0.5 if parameter.dim() > 1 else 0.1
                     parameter += size * torch.randn(parameter.shape, generator=generator)
 

@@ -18,8 +18,8 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_fc import FracConfig
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.hybrid import hybrid_pattern, hybrid_stack
-from megatron_fc.megatron.parameter_count import is_frac_parameter
 from megatron_fc.megatron.specs import frac_connect
 from support.torch_attention import TorchAttention
 
@@ -143,7 +143,7 @@ def randomise_connections(model: torch.nn.Module, seed: int = 5) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if is_frac_parameter(name):
+            if is_connection_key(name):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 

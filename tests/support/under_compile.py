@@ -43,8 +43,9 @@ def compare(config: FracConfig, dynamic: bool | None) -> None:
         for expected, found in zip(*gradients, strict=True):
             assert expected.any()
             torch.testing.assert_close(found, expected)
-    # A graph for every shape, or one that is right for the other shapes, after another try.
-    assert counter.frame_count == (3 if dynamic is False else 2), counter.frame_count
+    # A graph for every shape, or one that is right for the other shapes, perhaps after another try.
+    allowed = {False: (3,), None: (2,), True: (1, 2)}[dynamic]
+    assert counter.frame_count in allowed, counter.frame_count
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from megatron.core.extensions.transformer_engine import (  # noqa: E402
 )
 
 from megatron_fc import FracConfig, FracConnection  # noqa: E402
-from megatron_fc.megatron.parameter_count import is_frac_parameter  # noqa: E402
+from megatron_fc.connections.kinds import is_connection_key  # noqa: E402
 from support import tiny  # noqa: E402
 
 NORMS = ("width", "projection")
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_weights_wherever_the_norm_is() -> None:
 
 
 def test_the_width_connection_knows_te_norms_by_their_weights() -> None:
-    from megatron_fc.megatron.norms import norm_weights
+    from megatron_fc.connections.norm import norm_weights
 
     layer = build("dense", FracConfig(rate=4)).decoder.layers[0]
     for slot in (layer.input_layernorm, layer.pre_mlp_layernorm):
@@ -107,7 +107,7 @@ def test_the_width_connection_knows_te_norms_by_their_weights() -> None:
 def test_in_a_model_in_fp8_the_connections_stay_plain_fp32(recipe: str) -> None:
     options = {"fp8": "hybrid", "fp8_recipe": recipe, "bf16": True, "params_dtype": torch.bfloat16}
     model = build("moe", FracConfig(rate=4), **options)
-    frac = [p for name, p in model.named_parameters() if is_frac_parameter(name)]
+    frac = [p for name, p in model.named_parameters() if is_connection_key(name)]
     assert frac
     assert {(type(p), p.dtype) for p in frac} == {(torch.nn.Parameter, torch.float32)}
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_fc.megatron.parameter_count import is_frac_parameter
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.preflight.topology import Throughput, Topology, topology
 from megatron_fc.training.recipe import load_recipe
 from megatron_fc.training.setup import model_config, parse
@@ -35,7 +35,7 @@ def parameters(name: str, *overrides: str) -> dict[str, int]:
 
 
 def frac_total(counts: dict[str, int]) -> int:
-    return sum(count for name, count in counts.items() if is_frac_parameter(name))
+    return sum(count for name, count in counts.items() if is_connection_key(name))
 
 
 def decoder(layers: int, d: int, head: int, ffn: int, experts: int, vocabulary: int) -> int:
@@ -65,7 +65,7 @@ def test_residual_twin_differs_by_the_connections_alone(name: str) -> None:
     twin, counts = parameters(name, "connection=residual"), parameters(name)
     assert frac_total(twin) == 0
     # Frac-Connections hold the norm of their slot, which changes its name here but not in checkpoints.
-    assert sorted(twin.values()) == sorted(count for name, count in counts.items() if not is_frac_parameter(name))
+    assert sorted(twin.values()) == sorted(count for name, count in counts.items() if not is_connection_key(name))
 
 
 def test_distance_to_the_published_models() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fc.checkpoints.location import latest_checkpoint, stored_structure
+from megatron_fc.checkpoints.location import latest_checkpoint
+from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
 from megatron_fc.runs.metrics import Metrics, read_metrics
 from megatron_fc.runs.summary import read_summary

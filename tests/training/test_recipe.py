@@ -1,5 +1,7 @@
 """YAML -> Megatron's command line, and every way to get it wrong."""
 
+import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import yaml
 
 from megatron_fc import FracConfig, UserError
 from megatron_fc.cli.main import main
+from megatron_fc.megatron.flags import add_frac_args
 from megatron_fc.training.machine import has_transformer_engine
 from megatron_fc.training.recipe import Recipe, load_recipe
 
@@ -67,6 +70,42 @@ def test_a_runs_own_setting_wins_over_the_machines(base: Path) -> None:
 
 def test_extra_flags_come_last(base: Path) -> None:
     assert load_recipe(base, (), ["--lr", "0.5"]).argv[-2:] == ["--lr", "0.5"]
+
+
+FRAC_FLAGS = sorted(
+    option
+    for action in add_frac_args(argparse.ArgumentParser(add_help=False))._actions
+    for option in action.option_strings
+)
+SETTINGS = {
+    "--frac-rate": "rate=8",
+    "--frac-dynamic": "connection=dfc",
+    "--no-frac-dynamic": "connection=sfc",
+    "--no-frac-tanh": "tanh=false",
+    "--frac-recompute": "recompute=true",
+    "--frac-initial-scale": "initial_scale=8",
+    "--frac-from-residual": "from_residual=true",
+}
+
+
+def test_every_option_of_the_connection_is_a_flag() -> None:
+    assert {f"--frac-{field.name.replace('_', '-')}" for field in fields(FracConfig)} < set(FRAC_FLAGS)
+    assert set(SETTINGS) < set(FRAC_FLAGS)
+
+
+@pytest.mark.parametrize("flag", FRAC_FLAGS)
+def test_a_flag_is_no_second_source_of_the_connection(base: Path, flag: str) -> None:
+    for connection in ("dfc", "residual"):
+        for words in ([flag, "8"], [f"{flag}=8"]):
+            with pytest.raises(UserError, match=f"^{flag} behind -- would be a second source of the conn") as refused:
+                load_recipe(base, [f"connection={connection}"], ["--lr", "0.5", *words])
+            assert SETTINGS.get(flag, "") in str(refused.value)
+
+
+@pytest.mark.parametrize("words", [(["spec=[a.b, c]"], []), ([], ["--spec", "megatron_fc.megatron.specs", "dfc_x8"])])
+def test_a_spec_is_no_second_source_of_the_connection(base: Path, words: tuple[list[str], list[str]]) -> None:
+    with pytest.raises(UserError, match=r"^spec=\S+ \S+ would be a second source of the connection"):
+        load_recipe(base, *words)
 
 
 def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:

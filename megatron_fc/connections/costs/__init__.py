@@ -1,5 +1,6 @@
-"""What connections cost: bytes of device memory by formula.
+"""Costs of connections, by formula. The number of parameters is the configuration's to say.
 
-* `traffic`: fused kernels, one pass over memory each
-* `eager_traffic`: unfused torch, operation by operation
+* `flops`: floating-point operations
+* `traffic`: bytes of device memory, fused kernels, one pass over memory each
+* `eager_traffic`: bytes of unfused torch, operation by operation
 """

@@ -8,7 +8,7 @@ coefficients of m fractions (`all`: k*m).
 
 from dataclasses import dataclass
 
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.config import FracConfig, HyperConfig
 from megatron_fc.connections.costs.traffic import FP32, Moves, Stream, Traffic, gradient_sum, norm
 
 INDEX = 8  # bytes of an int64
@@ -186,8 +186,8 @@ def frac_reference(stream: Stream, config: FracConfig) -> Moves:
 # Hyper-Connections, megatron_fc/connections/hyper.py.
 
 
-def hyper_unfused(stream: Stream, streams: int, dynamic: bool = True) -> Moves:
-    """A layer of `HyperConnection` under autograd: at n = 4, 80 + 178 rows of the dynamic kind, terms left out.
+def hyper_unfused(stream: Stream, config: HyperConfig) -> Moves:
+    """A layer of `HyperConnection` under autograd, with a norm: at n = 4, 80 + 178 rows of DHC, terms left out.
 
     Per sub-layer, forward: norm (n read, n written), projection (n), mixing (n and n+1), beta*o (1 and n), sum (2n and
     n). Backward: x's gradient joins the streams' (n+1 and n+1), the mixing's two products (2n+1, and n+1 and n); of
@@ -196,8 +196,8 @@ def hyper_unfused(stream: Stream, streams: int, dynamic: bool = True) -> Moves:
     too, what was mixed, of which x is a part that the sub-layer's norm keeps, and o. Where the norm and the projection
     are one pass, as in published counts of 8n+2 rows forward, n fewer are read and written.
     """
-    row, n = stream.row, streams
-    p = 1 if dynamic else 0
+    row, n = stream.row, config.slots
+    p = 1 if config.dynamic else 0
     forward = Traffic(((2 * p + 3) * n + 1) * row, (p * n + 3 * n + 1) * row)
     backward = Traffic(((5 * p + 8) * n + 4) * row, ((3 * p + 4) * n + 2) * row)
     if n == 1:  # there is nothing to sum for g_o

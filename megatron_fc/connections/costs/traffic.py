@@ -12,7 +12,8 @@ are the schemes of fused operations; `megatron_fc.connections.costs.eager_traffi
 from dataclasses import dataclass
 from typing import Self
 
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.config import FracConfig, HyperConfig
 
 FP32 = 4  # bytes
 
@@ -108,18 +109,22 @@ class Moves:
         return micro_batches * layers * ((2 if recompute else 1) * forward + backward)
 
 
+def beta_bytes(config: ConnectionConfig) -> int:
+    """Per token, of what a depth connection keeps for backward beside streams: beta, a value per slot."""
+    return FP32 * config.slots
+
+
 @dataclass(frozen=True)
 class Site:
-    """Bytes of a Frac-Connection on a stream: of its terms per token, and of its parameters."""
+    """Bytes of a connection on a stream: of its terms per token, and of its parameters."""
 
     beta: int
     alpha: int
     parameters: int
 
     @classmethod
-    def of(cls, stream: Stream, config: FracConfig) -> Self:
-        m = config.rate
-        return cls(FP32 * m, FP32 * m * m, FP32 * config.parameter_count(stream.width))
+    def of(cls, stream: Stream, config: ConnectionConfig) -> Self:
+        return cls(beta_bytes(config), FP32 * config.slots**2, FP32 * config.parameter_count(stream.width))
 
 
 # Residual connections.
@@ -254,13 +259,13 @@ def frac_pure(stream: Stream, config: FracConfig) -> Moves:
 # Hyper-Connections.
 
 
-def hyper_ideal(stream: Stream, streams: int) -> Moves:
+def hyper_ideal(stream: Stream, config: HyperConfig) -> Moves:
     """A layer of Hyper-Connections, n streams, every tensor moved once: computed, no implementation is known to do it.
 
     Per sub-layer one pass as `boundary`: forward reads n streams and o, writes n streams and x, 2n+2 rows; backward
     reads g_x, n gradients, n streams and o, writes n gradients and g_o, 3n+3 rows. At n = 4: 20 + 30 rows per layer.
     Terms that are not rows are left out. Kept: n streams and o.
     """
-    row, n = stream.row, streams
+    row, n = stream.row, config.slots
     half = Moves(Traffic((n + 1) * row, (n + 1) * row), Traffic((2 * n + 2) * row, (n + 1) * row), (n + 1) * row)
     return half * 2

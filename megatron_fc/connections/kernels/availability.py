@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run: answered without importing them."""
+"""Availability of the Triton kernels, found out without importing them."""
 
 import torch
 

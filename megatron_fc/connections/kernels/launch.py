@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.operands import Operands
 from megatron_fc.connections.reference import FracParameters
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -28,8 +28,8 @@ _COLUMNS, _COLUMNS_BACKWARD = 32, 16
 _PROGRAMS, _PROGRAMS_BACKWARD = 2, 1
 
 
-class Before(NamedTuple):
-    """A depth connection: its inputs, and in backward where its gradients go. Nothing at all: there is none."""
+class DepthInputs(NamedTuple):
+    """What a depth connection reads, and in backward where its gradients go. All None: there is no depth connection."""
 
     o: Tensor | None = None
     h: Tensor | None = None
@@ -63,19 +63,19 @@ class WidthGradients(NamedTuple):
 
 
 def width_forward(
-    h: Tensor, p: FracParameters, config: FracConfig, norm: NormWeights | None = None, want_x: bool = True
+    h: Tensor, p: Operands, norm: NormWeights | None = None, want_x: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """h [..., d] of T tokens -> x or norm(x) [..., d], beta [T, m] and alpha [T, m*m] in fp32."""
-    return _width_forward(h, Before(), p, config, norm, want_x)
+    return _width_forward(h, DepthInputs(), p, norm, want_x)
 
 
 def boundary_forward(
-    before: Before, p: FracParameters, config: FracConfig, norm: NormWeights | None = None
+    depth: DepthInputs, p: Operands, norm: NormWeights | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Depth connection of one site and width connection of the next: h' [..., d], then as `width_forward` of it."""
-    assert before.h is not None
-    h = torch.empty_like(before.h)
-    x, beta, alpha = _width_forward(h, before, p, config, norm, True)
+    assert depth.h is not None
+    h = torch.empty_like(depth.h)
+    x, beta, alpha = _width_forward(h, depth, p, norm, True)
     assert x is not None
     return h, x, beta, alpha
 
@@ -85,12 +85,11 @@ def width_backward(
     g_beta: Tensor | None,
     g_mixed: Tensor | None,
     h: Tensor,
-    p: FracParameters,
-    config: FracConfig,
+    p: Operands,
     norm: NormWeights | None = None,
 ) -> WidthGradients:
     """Gradients of h and of all parameters; the incoming ones may be None, which stands for zero."""
-    return _width_backward(g_x, g_beta, g_mixed, None, h, Before(), p, config, norm)
+    return _width_backward(g_x, g_beta, g_mixed, None, h, DepthInputs(), p, norm)
 
 
 def boundary_backward(
@@ -99,48 +98,48 @@ def boundary_backward(
     g_beta: Tensor | None,
     g_mixed: Tensor | None,
     h: Tensor,
-    before: Before,
-    p: FracParameters,
-    config: FracConfig,
+    depth: DepthInputs,
+    p: Operands,
     norm: NormWeights | None = None,
 ) -> tuple[WidthGradients, Tensor, Tensor]:
     """As `width_backward` at h, the boundary's h'; g_h is what else its gradient has. Also gradients of o and beta."""
-    before, g_o, g_before = _with_gradients(before)
-    return _width_backward(g_x, g_beta, g_mixed, g_h, h, before, p, config, norm), g_o, g_before
+    depth, g_o, g_depth = _with_gradients(depth)
+    return _width_backward(g_x, g_beta, g_mixed, g_h, h, depth, p, norm), g_o, g_depth
 
 
-def depth_forward(before: Before, config: FracConfig) -> Tensor:
+def depth_forward(depth: DepthInputs) -> Tensor:
     """h'_j = beta_j o_j + sum_i alpha_ij h_i, [..., d] in the dtype of h."""
-    assert before.h is not None
-    out = torch.empty_like(before.h)
-    _launch(depth_forward_kernel, site_of(out, config, None), _tokens(out), out.device, before, out)
+    assert depth.h is not None
+    assert depth.beta is not None
+    out = torch.empty_like(depth.h)
+    _launch(depth_forward_kernel, site_of(out, depth.beta.shape[1]), _tokens(out), out.device, depth, out)
     return out
 
 
-def depth_backward(g: Tensor, before: Before, config: FracConfig) -> tuple[Tensor, Tensor]:
+def depth_backward(g: Tensor, depth: DepthInputs) -> tuple[Tensor, Tensor]:
     """Gradients of o (in its dtype) and of beta [T, m] in fp32; that of the mixed residual is g itself."""
-    before, g_o, g_beta = _with_gradients(before)
-    _launch(depth_backward_kernel, site_of(g, config, None), _tokens(g), g.device, g, before)
+    depth, g_o, g_beta = _with_gradients(depth)
+    _launch(depth_backward_kernel, site_of(g, g_beta.shape[1]), _tokens(g), g.device, g, depth)
     return g_o, g_beta
 
 
-def _with_gradients(before: Before) -> tuple[Before, Tensor, Tensor]:
+def _with_gradients(depth: DepthInputs) -> tuple[DepthInputs, Tensor, Tensor]:
     """Room for the gradients of o and beta; h and alpha, which they do not depend on, are left out."""
-    assert before.o is not None
-    assert before.beta is not None
-    g_o, g_beta = torch.empty_like(before.o), torch.empty_like(before.beta)
-    return before._replace(g_o=g_o, g_beta=g_beta, h=None, alpha=None), g_o, g_beta
+    assert depth.o is not None
+    assert depth.beta is not None
+    g_o, g_beta = torch.empty_like(depth.o), torch.empty_like(depth.beta)
+    return depth._replace(g_o=g_o, g_beta=g_beta, h=None, alpha=None), g_o, g_beta
 
 
 def _width_forward(
-    h: Tensor, before: Before, p: FracParameters, config: FracConfig, norm: NormWeights | None, want_x: bool
+    h: Tensor, depth: DepthInputs, p: Operands, norm: NormWeights | None, want_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    tokens, m = _tokens(h), config.rate
+    tokens, m = _tokens(h), p.rate
     x = torch.empty_like(h) if want_x else None
     beta = h.new_empty(tokens, m, dtype=torch.float32)
     alpha = h.new_empty(tokens, m * m, dtype=torch.float32)
-    site = site_of(h, config, norm if want_x else None)
-    _launch(width_forward_kernel, site, tokens, h.device, h, before, p, _weights(norm), x, beta, alpha)
+    site = site_of(h, m, p, norm if want_x else None)
+    _launch(width_forward_kernel, site, tokens, h.device, h, depth, p.parameters, _weights(norm), x, beta, alpha)
     return x, beta, alpha
 
 
@@ -150,18 +149,17 @@ def _width_backward(
     g_mixed: Tensor | None,
     g_other: Tensor | None,
     h: Tensor,
-    before: Before,
-    p: FracParameters,
-    config: FracConfig,
+    depth: DepthInputs,
+    p: Operands,
     norm: NormWeights | None,
 ) -> WidthGradients:
     norm = norm if g_x is not None else None
-    site, g_h = site_of(h, config, norm, backward=True), torch.empty_like(h)
-    partial = _partial(programs(_tokens(h) * config.rate, h.device, _PROGRAMS_BACKWARD), h, site, norm)
+    site, g_h = site_of(h, p.rate, p, norm, backward=True), torch.empty_like(h)
+    partial = _partial(programs(_tokens(h) * p.rate, h.device, _PROGRAMS_BACKWARD), h, site, norm)
     gradients, weights = (g_x, g_beta, g_mixed, g_other), _weights(norm)
-    arguments = (*gradients, h, before, p, weights, g_h, partial)
+    arguments = (*gradients, h, depth, p.parameters, weights, g_h, partial)
     _launch(width_backward_kernel, site, _tokens(h), h.device, *arguments, per_processor=_PROGRAMS_BACKWARD)
-    parameters = _parameter_gradients(partial, p, config)
+    parameters = _parameter_gradients(partial, p)
     weight, bias = (None if part is None else part.sum(0) for part in (partial.weight, partial.bias))
     return WidthGradients(g_h, parameters, weight, bias)
 
@@ -181,22 +179,22 @@ def _partial(count: int, h: Tensor, site: Site, norm: NormWeights | None) -> Par
     )
 
 
-def _parameter_gradients(partial: Partial, p: FracParameters, config: FracConfig) -> FracParameters:
-    m = config.rate
+def _parameter_gradients(partial: Partial, p: Operands) -> FracParameters:
+    m = p.rate
     table = partial.table.unflatten(1, (-1, m)).sum((0, 1))  # rows are fractions, token after token
     gradients = FracParameters(table[:, 0], table[:, 1 : 1 + m].flatten(), table[:, 1 + m : 1 + 2 * m].flatten())
     if partial.projection is None:
         return gradients
     k = 2 * m + 1
     projection = partial.projection.sum(0)
-    if config.norm == "layernorm":
+    if p.norm == "layernorm":
         projection = projection - partial.shift.sum(0)[:k, None]
     assert p.dynamic_weight is not None
     scaled = partial.scaled.sum(0)
     return gradients._replace(
         dynamic_weight=projection if p.norm_weight is None else projection * p.norm_weight,
-        scale_beta=scaled[:1] if config.scale else None,
-        scale_alpha=scaled[1:k].sum(0, keepdim=True) if config.scale else None,
+        scale_beta=None if p.scale_beta is None else scaled[:1],
+        scale_alpha=None if p.scale_alpha is None else scaled[1:k].sum(0, keepdim=True),
         norm_weight=None if p.norm_weight is None else (projection * p.dynamic_weight).sum(0),
     )
 
@@ -212,14 +210,17 @@ def _weights(norm: NormWeights | None) -> Weights:
     return Weights(None, None) if norm is None else Weights(norm.weight, norm.bias)
 
 
-def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None, backward: bool = False) -> Site:
-    """What the kernels are compiled for, from a stream and the options."""
-    m, c = config.rate, h.shape[-1] // config.rate
+def site_of(
+    h: Tensor, rate: int, p: Operands | None = None, norm: NormWeights | None = None, backward: bool = False
+) -> Site:
+    """What the kernels are compiled for, from a stream and the options; a depth connection has none."""
+    c = h.shape[-1] // rate
     covered = max(16, triton.next_power_of_2(c))
     warps = min(_WARPS, covered // 16)
     columns = min(_COLUMNS_BACKWARD if backward else _COLUMNS, covered // warps)
+    dynamic = p is not None and p.dynamic_weight is not None
     return Site(
-        M=m,
+        M=rate,
         C=c,
         R=_ROWS,
         W=warps,
@@ -227,11 +228,11 @@ def site_of(h: Tensor, config: FracConfig, norm: NormWeights | None, backward: b
         # Lanes move 16 bytes each.
         L=min(_ROWS, 32 * 16 // (2 * columns)),
         CHUNKS=-(-c // (warps * columns)),
-        KP=max(16, triton.next_power_of_2(2 * m + 1)),
-        DYNAMIC=config.dynamic,
-        NORM=config.norm if config.dynamic else "none",
-        EPS=config.norm_eps,
-        TANH=config.tanh,
+        KP=max(16, triton.next_power_of_2(2 * rate + 1)),
+        DYNAMIC=dynamic,
+        NORM=p.norm if p is not None and dynamic else "none",
+        EPS=p.norm_eps if p is not None else 1.0,
+        TANH=p is not None and p.tanh,
         SUB_NORM=norm.kind if norm is not None else "none",
         SUB_EPS=norm.eps if norm is not None else 1.0,
         ONE_PLUS=norm.one_plus if norm is not None else False,

@@ -1,4 +1,4 @@
-"""What a program does with its tile: device functions that the kernels are put together from.
+"""Tiles of the stream: the device functions that the kernels are put together from.
 
 A stream [tokens, d] is read as rows [tokens * m, c], one row per fraction. A tile is R rows, the fractions of R / m
 tokens. What mixes fractions is then a product with a matrix [R, R] that is zero between tokens, and what the

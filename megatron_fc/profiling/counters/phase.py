@@ -1,4 +1,4 @@
-"""Where a training step is: the phase and the module of the operation that is running now."""
+"""The phase and the module of a training step that the running operation belongs to."""
 
 import sys
 import threading

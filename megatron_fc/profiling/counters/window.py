@@ -14,13 +14,13 @@ from megatron_fc.profiling.records import Span
 class Observer(Protocol):
     """What happens at the bounds of steps."""
 
-    def begin(self) -> None:
+    def begin_counting(self) -> None:
         """The first counted step begins."""
 
-    def step_done(self) -> None:
+    def step_counted(self) -> None:
         """A counted step is complete."""
 
-    def end(self) -> None:
+    def end_counting(self) -> None:
         """The last counted step is complete."""
 
 
@@ -78,9 +78,9 @@ class Window:
         if step > self._first:
             self._complete_step()
         if step == self._first:
-            self._observer.begin()
+            self._observer.begin_counting()
         elif self.is_over:
-            self._observer.end()
+            self._observer.end_counting()
         self._begin, self._spans = time.time(), []
 
     def _complete_step(self) -> None:
@@ -88,7 +88,7 @@ class Window:
         self.step_seconds.append(end - self._begin)
         last_pass = self._spans[-1].end if self._spans else self._begin
         self.timeline.append([*self._spans, Span("optimizer", last_pass, end)])
-        self._observer.step_done()
+        self._observer.step_counted()
 
     def _note(self, phase: Any, start: float) -> None:
         if self._is_open():

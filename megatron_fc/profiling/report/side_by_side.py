@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.config import FracConfig, HyperConfig
 from megatron_fc.connections.costs.eager_traffic import hyper_unfused
 from megatron_fc.connections.costs.traffic import Moves, Stream, frac_in_a_row, hyper_ideal, residual
 from megatron_fc.planning.counts import Phase
@@ -49,7 +49,7 @@ def side_by_side(report: Report, against: Sequence[Report] = ()) -> list[StreamB
         if r.run.frac is not None and r.run.backend == "torch"
     ]
     hyper = [
-        _computed(f"HC n={n}, {how}", moves(stream, n), run)
+        _computed(f"HC n={n}, {how}", moves(stream, HyperConfig(slots=n)), run)
         for how, moves in (("ideal", hyper_ideal), ("unfused", hyper_unfused))
         for n in (2, 4)
     ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from counted_layers import count, hyper_layer, layer, saved_bytes
 from megatron_fc import FracConfig, FracConnection
-from megatron_fc.connections import reference
+from megatron_fc.connections import HyperConfig, reference
 from megatron_fc.connections.costs import eager_traffic as eager
 from megatron_fc.connections.costs import traffic as model
 from megatron_fc.connections.costs.traffic import Moves, Stream, Traffic
@@ -37,9 +37,9 @@ def stream_of(dtype: torch.dtype) -> Stream:
     return Stream(WIDTH, dtype.itemsize, norm_parameters=2)
 
 
-def agree(module: nn.Module, expected: Moves, dtype: torch.dtype, *streams: int) -> None:
+def agree(module: nn.Module, expected: Moves, dtype: torch.dtype, stream_width: int = WIDTH) -> None:
     """Bytes read and written in forward and in backward, and bytes kept, are within 3 % of the model's."""
-    h = torch.randn(TOKENS, 1, *streams, WIDTH, dtype=dtype)
+    h = torch.randn(TOKENS, 1, stream_width, dtype=dtype)
     count(module, h.clone())  # what is made once and kept
     counts = count(module, h)
     for phase, traffic in (("forward", expected.forward), ("backward", expected.backward)):
@@ -74,7 +74,9 @@ def test_torch_backend(frac: FracConfig, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_hyper_connections(n: int, dynamic: bool, dtype: torch.dtype) -> None:
-    agree(hyper_layer(n, WIDTH, dtype, dynamic), eager.hyper_unfused(stream_of(dtype), n, dynamic), dtype, n)
+    config = HyperConfig(slots=n, norm="layernorm") if dynamic else HyperConfig(slots=n, dynamic=False)
+    expected = eager.hyper_unfused(stream_of(dtype), config)
+    agree(hyper_layer(config, WIDTH, dtype), expected, dtype, config.stream_width(WIDTH))
 
 
 class Reference(nn.Module):
@@ -111,9 +113,9 @@ ROWS: list[tuple[Callable[..., Moves], tuple[Any, ...], int, int]] = [
     (model.frac_across, (FracConfig(),), 8, 12),
     (model.frac_two_operations, (FracConfig(),), 10, 14),
     (model.frac_pure, (FracConfig(),), 12, 24),
-    (model.hyper_ideal, (1,), 8, 12),
-    (model.hyper_ideal, (4,), 20, 30),
-    (eager.hyper_unfused, (4,), 80, 178),
+    (model.hyper_ideal, (HyperConfig(slots=1),), 8, 12),
+    (model.hyper_ideal, (HyperConfig(slots=4),), 20, 30),
+    (eager.hyper_unfused, (HyperConfig(slots=4),), 80, 178),
 ]
 
 

@@ -10,7 +10,6 @@ from megatron_fc import FracConfig, FracConnection
 from megatron_fc.connections import ops
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.norm import NormWeights
-from megatron_fc.connections.operands import site_words
 from support import kernel_reference
 from support.kernel_cases import CONFIGS, FP32, HALF, UNBOUNDED, check, name
 
@@ -74,19 +73,19 @@ def test_half_precision(config: FracConfig, kind: str | None, dtype: torch.dtype
 def test_boundary_equals_depth_and_width_to_the_bit(dtype: torch.dtype, width: int, dropout: bool) -> None:
     config = FracConfig(rate=4)
     case = kernel_reference.make(config, width, 17, dtype, "rmsnorm")
-    before = launch.Before(case.o, case.h, *case.coefficients)
+    depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
     if dropout:
-        before = before._replace(bias=case.g_mixed[0].clone(), seed=torch.tensor([7]), dropout=0.25)
-    h, *after = launch.boundary_forward(before, case.p, config, case.norm)
-    assert torch.equal(h, launch.depth_forward(before, config))
-    for one, expected in zip(after, launch.width_forward(h, case.p, config, case.norm), strict=True):
+        depth = depth._replace(bias=case.g_mixed[0].clone(), seed=torch.tensor([7]), dropout=0.25)
+    h, *after = launch.boundary_forward(depth, case.operands, case.norm)
+    assert torch.equal(h, launch.depth_forward(depth))
+    for one, expected in zip(after, launch.width_forward(h, case.operands, case.norm), strict=True):
         assert expected is not None
         assert torch.equal(one, expected)
     incoming = (case.g_x, case.g_beta, case.g_mixed)
-    following, g_o, g_beta = launch.boundary_backward(None, *incoming, h, before, case.p, config, case.norm)
-    alone = launch.width_backward(*incoming, h, case.p, config, case.norm)
+    following, g_o, g_beta = launch.boundary_backward(None, *incoming, h, depth, case.operands, case.norm)
+    alone = launch.width_backward(*incoming, h, case.operands, case.norm)
     assert torch.equal(following.h, alone.h)
-    expected_g_o, expected_g_beta = launch.depth_backward(alone.h, before, config)
+    expected_g_o, expected_g_beta = launch.depth_backward(alone.h, depth)
     assert torch.equal(g_o, expected_g_o)
     torch.testing.assert_close(g_beta, expected_g_beta, rtol=1e-5, atol=1e-4)  # sums of c terms in another order
     for one, expected in zip(following.parameters, alone.parameters, strict=True):
@@ -96,14 +95,14 @@ def test_boundary_equals_depth_and_width_to_the_bit(dtype: torch.dtype, width: i
 
 def test_what_else_the_gradient_of_the_stream_has_goes_through_the_boundary() -> None:
     case = kernel_reference.make(FracConfig(rate=4), 320, 17, torch.float32, "rmsnorm")
-    before = launch.Before(case.o, case.h, *case.coefficients)
-    h = launch.depth_forward(before, case.config)
-    site, incoming = (case.p, case.config, case.norm), (case.g_x, case.g_beta, case.g_mixed)
+    depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
+    h = launch.depth_forward(depth)
+    site, incoming = (case.operands, case.norm), (case.g_x, case.g_beta, case.g_mixed)
     other = case.g_x.flip(0)
-    width, g_o, g_beta = launch.boundary_backward(other, *incoming, h, before, *site)
+    width, g_o, g_beta = launch.boundary_backward(other, *incoming, h, depth, *site)
     whole = launch.width_backward(*incoming, h, *site).h + other
     torch.testing.assert_close(width.h, whole)
-    for one, expected in zip((g_o, g_beta), launch.depth_backward(whole, before, case.config), strict=True):
+    for one, expected in zip((g_o, g_beta), launch.depth_backward(whole, depth), strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -113,7 +112,7 @@ def test_rows_far_from_zero(mean: float, tolerance: float | None) -> None:
     case = kernel_reference.make(FracConfig(rate=4, norm="layernorm"), 256, 5, torch.float32, "layernorm")
     case = replace(case, h=case.h + mean)
     (x, *_), _ = kernel_reference.width_and_gradients(case)
-    found, _, _ = launch.width_forward(case.h, case.p, case.config, case.norm)
+    found, _, _ = launch.width_forward(case.h, case.operands, case.norm)
     assert found is not None
     assert found.isfinite().all()
     assert tolerance is None or kernel_reference.error(found, x) < tolerance
@@ -149,13 +148,14 @@ def test_strides_of_streams_and_gradients_do_not_matter() -> None:
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_custom_ops_pass_opcheck(dynamic: bool) -> None:
     config = FracConfig(rate=4, dynamic=dynamic)
-    p = FracConnection(64, config).site_parameters()
+    p = FracConnection(64, config).operands()
     norm = NormWeights("layernorm", torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True), 1e-5)
     h, o, bias = torch.randn(5, 64), torch.randn(5, 64, requires_grad=True), torch.randn(64, requires_grad=True)
-    site = (*site_words(p, config), *ops._norm_words(norm))
+    site = (*p, *ops._norm_values(norm))
     torch.library.opcheck(ops._width, (h.clone().requires_grad_(), *site, True))
-    _, (beta, alpha, mixed) = ops.frac_width(h, p, config, norm)
-    beta, mixed = (t.detach().requires_grad_() for t in (beta, mixed))
+    _, handover = ops.frac_width(h, p, norm)
+    beta, alpha, mixed = (t.detach() for t in handover.tensors)
+    beta, mixed = beta.requires_grad_(), mixed.requires_grad_()
     depth = (o, h, beta, alpha, mixed, bias, torch.tensor([7]), 0.25)
     torch.library.opcheck(ops._depth, depth)
     torch.library.opcheck(ops._boundary, (*depth, *site))
@@ -185,7 +185,7 @@ def test_absent_gradients_are_zero() -> None:
         ((None, case.g_beta, case.g_mixed), (zeros, case.g_beta, case.g_mixed)),
     ]
     for absent, given in pairs:
-        one, other = (launch.width_backward(*g, case.h, case.p, case.config, case.norm) for g in (absent, given))
+        one, other = (launch.width_backward(*g, case.h, case.operands, case.norm) for g in (absent, given))
         torch.testing.assert_close(one.h, other.h)
 
 
@@ -193,20 +193,19 @@ def test_absent_gradients_are_zero() -> None:
 def test_identity_at_the_initial_values(dtype: torch.dtype) -> None:
     """x is h to the bit, and h' what Megatron's own sum gives."""
     case = kernel_reference.make(FracConfig(rate=4), 256, 17, dtype, None)
-    p = FracConnection(256, case.config).site_parameters()
-    x, beta, alpha = launch.width_forward(case.h, p, case.config)
+    x, beta, alpha = launch.width_forward(case.h, FracConnection(256, case.config).operands())
     assert x is not None
     assert torch.equal(x, case.h)
-    assert torch.equal(launch.depth_forward(launch.Before(case.o, case.h, beta, alpha), case.config), case.o + case.h)
+    assert torch.equal(launch.depth_forward(launch.DepthInputs(case.o, case.h, beta, alpha)), case.o + case.h)
 
 
 def test_fp32_stream_with_a_half_precision_output() -> None:
     case = kernel_reference.make(FracConfig(rate=4), 64, 5, torch.float32, None)
     o = case.o.bfloat16()
-    before = launch.Before(o, case.h, *case.coefficients)
-    upcast = before._replace(o=o.float())
-    assert torch.equal(launch.depth_forward(before, case.config), launch.depth_forward(upcast, case.config))
-    assert launch.depth_backward(case.g_x, before, case.config)[0].dtype == torch.bfloat16
+    depth = launch.DepthInputs(o, case.h, *case.coefficients)
+    upcast = depth._replace(o=o.float())
+    assert torch.equal(launch.depth_forward(depth), launch.depth_forward(upcast))
+    assert launch.depth_backward(case.g_x, depth)[0].dtype == torch.bfloat16
 
 
 def test_bias_and_dropout() -> None:
@@ -214,8 +213,8 @@ def test_bias_and_dropout() -> None:
     case = kernel_reference.make(FracConfig(rate=4), 256, 64, torch.float32, None)
     beta, alpha = torch.ones(64, 4), torch.zeros(64, 16)
     bias, seed = torch.randn(256), torch.tensor([7])
-    before = launch.Before(case.o, case.h, beta, alpha, bias, seed, 0.25)
-    out = launch.depth_forward(before, case.config)
+    depth = launch.DepthInputs(case.o, case.h, beta, alpha, bias, seed, 0.25)
+    out = launch.depth_forward(depth)
     kept = out != 0
     assert 0.72 < kept.float().mean() < 0.78
     # Columns, fractions, tokens of a tile and of two know nothing of each other: 0.75^2 + 0.25^2 = 0.625 are alike.
@@ -223,11 +222,11 @@ def test_bias_and_dropout() -> None:
         alike = kept[tokens:, columns:] == kept[: 64 - tokens, : 256 - columns]
         assert 0.60 < alike.float().mean() < 0.65
     torch.testing.assert_close(out[kept], ((case.o + bias) / 0.75)[kept])
-    g_o, g_beta = launch.depth_backward(case.g_x, before, case.config)
+    g_o, g_beta = launch.depth_backward(case.g_x, depth)
     assert torch.equal(g_o != 0, kept)
     torch.testing.assert_close(g_o[kept], (case.g_x / 0.75)[kept])
     torch.testing.assert_close(g_beta, (case.g_x * out).unflatten(-1, (4, -1)).sum(-1))
-    again = launch.depth_forward(before._replace(seed=torch.tensor([8])), case.config)
+    again = launch.depth_forward(depth._replace(seed=torch.tensor([8])))
     assert not torch.equal(again != 0, kept)
 
 
@@ -235,7 +234,7 @@ def test_transposed_mixing_would_be_noticed() -> None:
     """The cases tell source from destination: with gamma transposed the error is of order one."""
     case = kernel_reference.make(FracConfig(rate=4, dynamic=False), 64, 5, torch.float32, None)
     (x, _, _), _ = kernel_reference.width_and_gradients(case)
-    swapped = case.p._replace(static_gamma=case.p.static_gamma.view(4, 4).t().flatten())
-    found, _, _ = launch.width_forward(case.h, swapped, case.config)
+    swapped = case.operands._replace(static_gamma=case.p.static_gamma.view(4, 4).t().flatten())
+    found, _, _ = launch.width_forward(case.h, swapped)
     assert found is not None
     assert kernel_reference.error(found, x) > 0.1

@@ -31,7 +31,7 @@ def coefficient_bytes(case: kernel_reference.Case) -> tuple[int, int]:
 
 
 def test_width(case: kernel_reference.Case) -> None:
-    site, (beta_bytes, alpha_bytes) = (case.p, case.config, case.norm), coefficient_bytes(case)
+    site, (beta_bytes, alpha_bytes) = (case.operands, case.norm), coefficient_bytes(case)
     with counted() as moved:
         x, beta, alpha = launch.width_forward(case.h, *site)
     assert rows(moved, case.h, x) == 2
@@ -49,25 +49,25 @@ def test_width(case: kernel_reference.Case) -> None:
 
 
 def test_depth(case: kernel_reference.Case) -> None:
-    config, (beta_bytes, alpha_bytes) = case.config, coefficient_bytes(case)
-    before = launch.Before(case.o, case.h, *case.coefficients)
+    beta_bytes, alpha_bytes = coefficient_bytes(case)
+    depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
     with counted() as moved:
-        out = launch.depth_forward(before, config)
+        out = launch.depth_forward(depth)
     assert rows(moved, case.o, case.h, out) == 3
-    assert of(moved, before.beta, before.alpha) == beta_bytes + alpha_bytes
+    assert of(moved, depth.beta, depth.alpha) == beta_bytes + alpha_bytes
     with counted() as moved:
-        g_o, g_beta = launch.depth_backward(case.g_x, before, config)
+        g_o, g_beta = launch.depth_backward(case.g_x, depth)
     assert rows(moved, case.g_x, case.o, g_o) == 3
-    assert of(moved, before.beta, g_beta) == 2 * beta_bytes
+    assert of(moved, depth.beta, g_beta) == 2 * beta_bytes
 
 
 def test_boundary(case: kernel_reference.Case) -> None:
-    site = (case.p, case.config, case.norm)
-    before = launch.Before(case.o, case.h, *case.coefficients)
+    site = (case.operands, case.norm)
+    depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
     with counted() as moved:
-        h, x, _, _ = launch.boundary_forward(before, *site)
+        h, x, _, _ = launch.boundary_forward(depth, *site)
     assert rows(moved, case.o, case.h, h, x) == 4
     incoming = (None, case.g_x, case.g_beta, case.g_mixed)
     with counted() as moved:
-        back, g_o, _ = launch.boundary_backward(*incoming, h, before, *site)
+        back, g_o, _ = launch.boundary_backward(*incoming, h, depth, *site)
     assert rows(moved, case.g_x, case.g_mixed, h, case.o, back.h, g_o) == 6

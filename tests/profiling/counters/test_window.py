@@ -14,13 +14,13 @@ class Events:
         self.seen: list[tuple[str, int]] = []
         self.losses = 0
 
-    def begin(self) -> None:
+    def begin_counting(self) -> None:
         self.seen.append(("begin", self.losses))
 
-    def step_done(self) -> None:
+    def step_counted(self) -> None:
         self.seen.append(("step", self.losses))
 
-    def end(self) -> None:
+    def end_counting(self) -> None:
         self.seen.append(("end", self.losses))
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_fc.connections import HyperConfig
 from megatron_fc.connections.costs.traffic import Stream, hyper_ideal
 from megatron_fc.profiling.records import report_of
 from megatron_fc.profiling.report.side_by_side import StreamBytes, side_by_side
@@ -32,7 +33,7 @@ def test_hyper_connections_move_their_streams() -> None:
     """20 + 30 rows of 64 elements in bf16 at n = 4."""
     ideal = _of("HC n=4, ideal", RUN)
     assert ideal.phases == {"forward": 20 * 128, "backward": 30 * 128}
-    moves = hyper_ideal(Stream(64), 4)
+    moves = hyper_ideal(Stream(64), HyperConfig(slots=4))
     assert ideal.total == moves.forward.total_bytes(1) + moves.backward.total_bytes(1)
 
 

@@ -5,11 +5,17 @@ import os
 import shutil
 import signal
 import subprocess
+import tarfile
+from argparse import Namespace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_fc import FracConfig, UserError
 from megatron_fc.checkpoints.location import TRACKER
+from megatron_fc.checkpoints.start import Start, StartOptions, choose_start
 from megatron_fc.runs.metrics import read_metrics
 from support.damage import SHARD, cut, flip
 from support.patience import PATIENCE, wait_for_iteration
@@ -18,6 +24,57 @@ from support.training_runs import config as config
 
 ENDLESS = ("train_iters=100000", "lr_decay_iters=100", "save_interval=4", "eval_iters=0")
 SHORT = ("train_iters=12", *ENDLESS[1:])
+
+
+ARCHIVE = Path(__file__).parent / "data" / "before_the_rooms.tar.xz"  # one checkpoint, of iteration 3
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path / "saved", filter="data")
+    return tmp_path / "saved"
+
+
+def chosen(told: list[str], frac: FracConfig | None = None, **given: Any) -> tuple[Start, Namespace]:
+    """What is chosen, and the arguments that it was chosen from, which stay as they are."""
+    args = {"load": None, "save": None, "ckpt_step": None, "finetune": False, "no_load_optim": False}
+    args |= {"frac_from_residual": False, "hidden_size": 8, "global_batch_size": 4, **given}
+    options = StartOptions(Path("run"), frac or FracConfig(rate=2), "refuse", told.append)
+    namespace = Namespace(**args)
+    start = choose_start(namespace, options)
+    assert vars(namespace) == args
+    return start, namespace
+
+
+def test_a_start_is_chosen_without_touching_the_arguments(saved: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    checkpoint, elsewhere = saved / "iter_0000003", str(tmp_path / "elsewhere")
+    newest = Start(saved, checkpoint, iteration=3, consumed_samples=12)
+    assert chosen(told)[0] == Start()
+    assert chosen(told, load=str(saved))[0] == newest
+    assert chosen(told, load=str(saved), ckpt_step=3)[0] == replace(newest, step=3, is_pinned=True)
+    anew = chosen(told, load=str(saved), save=elsewhere, finetune=True)[0]
+    assert anew == replace(newest, step=None, iteration=0, consumed_samples=0, anew=True)
+    assert told == []
+    assert chosen(told, load=elsewhere, save=str(saved), ckpt_step=99)[0] == newest
+    assert chosen(told, load=str(saved), save=str(saved), finetune=True)[0] == newest
+    assert [line.partition(";")[0] for line in told] == [
+        f"note: this run goes on from {saved}",
+        f"note: this run goes on from {checkpoint}",
+    ]
+    with pytest.raises(UserError, match="holds no checkpoint: give the folder with"):
+        chosen(told, load=elsewhere)
+    with pytest.raises(UserError, match="has dfc_x2 connections, this run has dfc_x4 connections"):
+        chosen(told, load=str(saved), frac=FracConfig(rate=4))
+
+
+def test_megatrons_arguments_hear_of_a_start_in_one_place(saved: Path) -> None:
+    start, args = chosen([], load=str(saved), ckpt_step=3, save="own", finetune=True)
+    with pytest.raises(FrozenInstanceError):
+        start.step = 4  # type: ignore[misc]
+    replace(start, folder=Path("other"), step=7, anew=False).apply(args)
+    assert (args.load, args.ckpt_step, args.finetune, args.save) == ("other", 7, False, "own")
 
 
 def events(run_dir: Path) -> list[dict]:

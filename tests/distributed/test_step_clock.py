@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fc.resilience.hang import SILENT, Standstill, describe
+from megatron_fc.resilience.hang import SILENT, StepClock, describe
 from support import harness
 
 NAME = r"rank {} \(process \d+ on \S+\)"
@@ -57,17 +57,17 @@ def test_steps_are_no_hang(tmp_path: Path) -> None:
 
 def test_the_first_step_may_take_longer() -> None:
     args = Namespace(distributed_timeout_minutes=60, distributed_timeout_seconds_after_init=600, curr_iteration=100)
-    standstill = Standstill(args)
-    step = standstill.count(lambda: None)
+    clock = StepClock(args)
+    step = clock.count(lambda: None)
     for skipped in (100, 101):
         args.curr_iteration = skipped
-        assert standstill.limit == 0.8 * 3600
+        assert clock.limit == 0.8 * 3600
     args.curr_iteration = 102
     for _ in range(8):
         step()
-        assert standstill.limit == 0.8 * 3600
+        assert clock.limit == 0.8 * 3600
     args.curr_iteration = 103
-    assert standstill.limit == 0.8 * 600
+    assert clock.limit == 0.8 * 600
 
 
 def test_the_odd_ones_are_named_first() -> None:

@@ -1,0 +1,73 @@
+# The words behind a launch script: options of sbatch, and overrides of the config.
+# shellcheck shell=bash disable=SC2034
+#
+# A word that begins with - is an option of sbatch. Its value stands behind = or in the next word, as for sbatch itself:
+# --nodes=8, --nodes 8, -N 8, -N8. Every other word is an override, key=value; so what looks like one is the value of an
+# option only behind its =.
+
+# sbatch's options that take no value, or one behind = only.
+NO_VALUE=" contiguous exclusive get-user-env hold ignore-pbs nice no-kill no-requeue overcommit oversubscribe parsable \
+propagate quiet reboot requeue share spread-job stepmgr test-only use-min-nodes verbose version wait "
+
+read_words() { # sets DRY_RUN, OPTIONS (sbatch's, as --name=value), WORDS (overrides) and, where one is given, RUN_DIR
+  local word name value
+  DRY_RUN='' OPTIONS=() WORDS=() RUN_DIR=''
+  while (($#)); do
+    word=$1 && shift
+    case $word in
+      --dry-run) DRY_RUN=yes && continue ;;
+      -h | --help) usage && exit ;;
+      --?*=*) OPTIONS+=("$word") && continue ;;
+      --?*) name=${word#--} value='' ;;
+      -?*) long_name "${word:1:1}" && name=$LONG value=${word:2} ;;
+      save=* | *.save=*) fail "$word: checkpoints lie in run_dir, drop save" ;;
+      ckpt_step=* | *.ckpt_step=*)
+        fail "$word would hold for every start: write ${word#*=} into run_dir's" \
+          "checkpoints/latest_checkpointed_iteration.txt instead"
+        ;;
+      run_dir=* | *.run_dir=*) RUN_DIR=${word#*=} && continue ;;
+      *=*) WORDS+=("$word") && continue ;;
+      *) fail "'$word' is neither an option of sbatch (--nodes 8) nor an override (key=value)" ;;
+    esac
+    if [[ $NO_VALUE == *" $name "* ]]; then
+      [[ ! $value ]] || fail "$word: --$name takes no value"
+      OPTIONS+=("--$name")
+      continue
+    fi
+    if [[ ! $value && ${1:-} && $1 != -* && ! $1 =~ ^[a-z][a-z0-9_.]*= ]]; then value=$1 && shift; fi
+    [[ $value && $value != =* ]] || fail "$word has no value: write --$name=VALUE"
+    OPTIONS+=("--$name=$value")
+  done
+}
+
+long_name() { # sets LONG to the name of sbatch's option -$1
+  case $1 in
+    A) LONG=account ;; a) LONG=array ;; B) LONG=extra-node-info ;; b) LONG=begin ;; C) LONG=constraint ;;
+    c) LONG=cpus-per-task ;; D) LONG=chdir ;; d) LONG=dependency ;; e) LONG=error ;; F) LONG=nodefile ;;
+    G) LONG=gpus ;; H) LONG=hold ;; i) LONG=input ;; J) LONG=job-name ;; k) LONG=no-kill ;; L) LONG=licenses ;;
+    M) LONG=clusters ;; m) LONG=distribution ;; N) LONG=nodes ;; n) LONG=ntasks ;; O) LONG=overcommit ;;
+    o) LONG=output ;; p) LONG=partition ;; Q) LONG=quiet ;; q) LONG=qos ;; S) LONG=core-spec ;;
+    s) LONG=oversubscribe ;; t) LONG="time" ;; V) LONG=version ;; v) LONG=verbose ;; W) LONG="wait" ;;
+    w) LONG=nodelist ;; x) LONG=exclude ;;
+    *) fail "-$1 is no option of sbatch" ;;
+  esac
+}
+
+option() { # option NAME: the value given to sbatch, else that of the script's #SBATCH line
+  local word value
+  value=$(sed -n "s/^#SBATCH --$1=//p" "$0")
+  for word in "${OPTIONS[@]}"; do [[ $word == "--$1="* ]] && value=${word#*=}; done
+  echo "$value"
+}
+
+show() { # quoted where a shell needs it
+  local word
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then printf '%s ' "$word"; else printf '%s ' "${word@Q}"; fi
+  done
+  echo
+}
+
+usage() { # the script's own description
+  sed -n '/^# /,/^$/{/^$/q;s/^# \{0,1\}//p}' "$0"
+}

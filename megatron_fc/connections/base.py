@@ -1,0 +1,207 @@
+"""The contract that every kind of connection meets: a configuration, and the modules that it builds. Loads no torch.
+
+A stream of n slots of width c = d/m, flat as [..., n*c]; m is the number of fractions into which a sub-layer's input
+and output are split. Frac-Connections have n = m, Hyper-Connections m = 1.
+"""
+
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, get_args, get_origin
+
+from megatron_fc.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ConnectionConfig(ABC):
+    """Options of a connection, one frozen dataclass per kind.
+
+    Attributes:
+        kind: its name in the registry.
+        parameter_names: of a site that has them all, in order.
+        fractions_option: name of the field that sets m.
+        slots: n.
+        fractions: m.
+        label: short name as in the papers' tables, e.g. ``dfc_x4``.
+    """
+
+    kind: ClassVar[str]
+    parameter_names: ClassVar[tuple[str, ...]]
+    fractions_option: ClassVar[str] = "fractions"
+
+    @property
+    @abstractmethod
+    def slots(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def fractions(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def label(self) -> str: ...
+
+    @property
+    def description(self) -> str:
+        """The connections in words: the label, and what they do without although others of their kind have it."""
+        return f"{self.label} connections"
+
+    @abstractmethod
+    def parameter_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of one site's parameters by name, in order.
+
+        Raises:
+            UserError: as `slot_width`.
+        """
+
+    @abstractmethod
+    def is_identity(self, name: str, tensor: "Tensor") -> bool:
+        """True if a site with such values is a plain residual connection, whatever its other parameters are.
+
+        Args:
+            name: of a parameter.
+            tensor: its values; a checkpoint may have stacked those of many sites along a first axis.
+        """
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, sizes: Mapping[str, int]) -> Self | None:
+        """Return the member of this kind whose parameters have these last dimensions, None if none has them.
+
+        Options that no parameter shows take their defaults.
+        """
+
+    @abstractmethod
+    def build(self, hidden_size: int, sub_layer: int = 0) -> "Connection":
+        """Return the module of one site.
+
+        Args:
+            hidden_size: width d of a sub-layer's input and output.
+            sub_layer: number of the sub-layer in the network, from 0, on which initial values may depend.
+
+        Raises:
+            UserError: as `slot_width`.
+        """
+
+    def slot_width(self, hidden_size: int) -> int:
+        """Return c = d / m, the width of one slot.
+
+        Raises:
+            UserError: m does not divide the hidden size.
+        """
+        if hidden_size < 1 or hidden_size % self.fractions:
+            name = self.fractions_option
+            raise UserError(
+                f"{name}={self.fractions} does not divide hidden_size={hidden_size}: "
+                f"choose a {name} that does, for example {_divisors(hidden_size)}"
+            )
+        return hidden_size // self.fractions
+
+    def stream_width(self, hidden_size: int) -> int:
+        """Return n*c, the width of the residual stream between sub-layers."""
+        return self.slots * self.slot_width(hidden_size)
+
+    def parameter_count(self, hidden_size: int) -> int:
+        """Return the parameters of one site."""
+        return sum(map(prod, self.parameter_shapes(hidden_size).values()))
+
+    def last_dimensions(self, hidden_size: int) -> dict[str, int]:
+        """Return the last dimension of every parameter, which is the same where sites are stacked along a first one."""
+        return {name: shape[-1] for name, shape in self.parameter_shapes(hidden_size).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for YAML, JSON and checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values; missing fields take their defaults.
+
+        Raises:
+            UserError: an unknown name (the nearest valid one is given) or a wrong value.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise UserError(unknown(f"{cls.kind} option", name, names))
+        return cls(**values)
+
+
+class Connection(Protocol):
+    """One site: the width connection before a sub-layer, the depth connection after it.
+
+    ::
+
+        H = c.enter(h)       # once, before the first site: [..., d] -> the stream [..., n*c]
+        x = c(H)             # the sub-layer's input [..., d]
+        H = c.depth(o, H)    # the next stream, o being the sub-layer's output [..., d]
+        h = c.leave(H)       # once, behind the last site: [..., n*c] -> [..., d]
+
+    A `torch.nn.Module` whose parameters have the names and shapes of its configuration's `parameter_shapes`.
+    """
+
+    @property
+    def config(self) -> ConnectionConfig: ...
+
+    def enter(self, h: "Tensor") -> "Tensor":
+        """What the first site takes: an embedding [..., d] in every slot that stands for a part of it."""
+        ...
+
+    def __call__(self, h: "Tensor", norm: "Callable[[Tensor], Tensor] | None" = None, hand_over: bool = False) -> Any:
+        """The width connection.
+
+        Args:
+            h: the stream.
+            norm: of the sub-layer's input, applied to x.
+            hand_over: also return what `depth` can take over instead of looking at h again.
+
+        Returns:
+            x [..., d]; with `hand_over` (x, handover), the second of the kind's own making.
+        """
+        ...
+
+    def depth(self, o: "Tensor", h: "Tensor", handover: Any = None) -> "Tensor":
+        """The depth connection: the sub-layer's output, and the stream that went into it -> the next stream."""
+        ...
+
+    def leave(self, h: "Tensor") -> "Tensor":
+        """What the network's last norm takes, [..., d]."""
+        ...
+
+    def named_parameters(self) -> "Iterator[tuple[str, Tensor]]": ...
+
+
+def load(name: str) -> Any:
+    """Return what stands under a dotted name: modules of sites import their configurations, never the reverse."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def check_values(config: ConnectionConfig) -> None:
+    """Check every field against its type: whole numbers from 1, booleans, finite numbers, choices.
+
+    Raises:
+        UserError: names the field, its value, and what it may be.
+    """
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if field.type is bool and not isinstance(value, bool):
+            raise UserError(f"{name} must be true or false, not {value!r}")
+        if field.type is int and not (is_number and isinstance(value, int) and value >= 1):
+            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}: use {field.default}")
+        if field.type is float and not (is_number and math.isfinite(value)):
+            raise UserError(f"{name} must be a finite number, not {value!r}")
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise UserError(unknown(name, str(value), get_args(field.type)))
+
+
+def _divisors(hidden_size: int) -> str:
+    fitting = [str(m) for m in (1, 2, 4, 8) if hidden_size > 0 and hidden_size % m == 0]
+    return ", ".join(fitting) or "none, the hidden size must be positive"

@@ -1,0 +1,24 @@
+"""The packages that commands import beyond what the plugin does, as pyproject.toml lists them in its extra `train`."""
+
+# Name of the import -> name of the package.
+TRAIN = {
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "psutil": "psutil",
+    "rich": "rich",
+    "tensorboard": "tensorboard",
+    "tokenizers": "tokenizers",
+    "transformers": "transformers",
+    "yaml": "pyyaml",
+}
+_BASE = {"torch": "torch", "megatron": "megatron-core", "packaging": "packaging"}
+
+
+def remedy(error: ModuleNotFoundError) -> str | None:
+    """Return e.g. ``pyyaml, which is not installed: pip install 'megatron_fc[train]'``, None for other modules."""
+    name = error.name or ""
+    if name in TRAIN:
+        return f"{TRAIN[name]}, which is not installed: pip install 'megatron_fc[train]'"
+    if name in _BASE:
+        return f"{_BASE[name]}, which is not installed: pip install megatron_fc"
+    return None

@@ -1,0 +1,107 @@
+"""A run's YAML file: sections of settings, and `key=value` overrides of them."""
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_fc.connections.config import FracConfig
+from megatron_fc.errors import UserError, unknown
+
+SECTIONS = ("model", "frac", "data", "optimizer", "parallel", "checkpoint", "logging")
+_OWN = {
+    "family": "model",
+    "precision": "optimizer",
+    "run_dir": "logging",
+    "keep_last": "checkpoint",
+    "keep_every": "checkpoint",
+    "on_damage": "checkpoint",
+}
+
+
+def read_sections(path: Path, overrides: Sequence[str], arguments: set[str]) -> dict[str, dict[str, Any]]:
+    """Read a file and apply overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` or `key=value`, the value in YAML's notation.
+        arguments: names of Megatron's arguments.
+
+    Returns:
+        Settings by section, all sections there.
+
+    Raises:
+        UserError: the file cannot be read, or a name is unknown (the nearest valid one is given).
+    """
+    sections, known = _read(path), arguments | set(_OWN)
+    for section, values in sections.items():
+        for key in values:
+            _check_name(section, key, known)
+    for override in overrides:
+        _override(sections, override, known)
+    _refuse_repeated_names(sections)
+    return sections
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold the sections {', '.join(SECTIONS)}")
+    for section, values in content.items():
+        if section not in SECTIONS:
+            raise UserError(unknown(f"section in {path}:", str(section), SECTIONS))
+        if not isinstance(values, dict):
+            raise UserError(f"section {section} of {path} must hold `name: value` lines, not {values!r}")
+    return {section: dict(content.get(section) or {}) for section in SECTIONS}
+
+
+def _frac_names() -> list[str]:
+    return ["connection", "from_residual", *(f.name for f in fields(FracConfig) if f.name != "dynamic")]
+
+
+def _check_name(section: str, key: str, known: set[str]) -> None:
+    if section == "frac":
+        if key not in _frac_names():
+            raise UserError(unknown("key in section frac:", key, _frac_names()))
+    elif key not in known or _OWN.get(key, section) != section:
+        raise UserError(unknown(f"key in section {section}:", key, known))
+
+
+def _override(sections: dict[str, dict[str, Any]], override: str, known: set[str]) -> None:
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"{override!r} is no override: write key=value, and Megatron flags after --")
+    section, dot, key = name.rpartition(".")
+    if dot and section not in SECTIONS:
+        raise UserError(unknown("section", section, SECTIONS))
+    if not dot:
+        section = _section_of(key, sections)
+    _check_name(section, key, known)
+    try:
+        sections[section][key] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"the value of {override!r} is not valid YAML: quote it") from None
+
+
+def _section_of(key: str, sections: dict[str, dict[str, Any]]) -> str:
+    """Where a bare key stands already, else its natural place."""
+    for section, values in sections.items():
+        if key in values:
+            return section
+    return _OWN.get(key, "frac" if key in _frac_names() else "model")
+
+
+def _refuse_repeated_names(sections: dict[str, dict[str, Any]]) -> None:
+    seen: dict[str, str] = {}
+    for section, values in sections.items():
+        for key in values:
+            if key in seen and "frac" not in (section, seen[key]):
+                raise UserError(f"{key} stands in the sections {seen[key]} and {section}: keep one")
+            seen[key] = section

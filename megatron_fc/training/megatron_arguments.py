@@ -1,0 +1,95 @@
+"""Megatron's own arguments, as its parser knows them: settings become flags, flags are checked."""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NoReturn
+
+from megatron_fc.errors import UserError
+from megatron_fc.megatron.flags import add_frac_args
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"Megatron's arguments: {message}")
+
+
+class MegatronArguments:
+    """What Megatron's own parser knows of its arguments."""
+
+    def __init__(self) -> None:
+        from megatron.training.arguments import add_megatron_arguments
+
+        # Abbreviations would let a typo through as another argument.
+        self._parser = add_frac_args(add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False)))
+        self._actions = {
+            option.removeprefix("--").replace("-", "_"): (option, action)
+            for action in self._parser._actions
+            for option in action.option_strings
+            if option.startswith("--")
+        }
+
+    def names(self) -> set[str]:
+        return {name for name in self._actions if not name.startswith(("frac_", "no_frac_"))}
+
+    def refuse_connection_flags(self, flags: Sequence[str]) -> None:
+        """Check that no flag behind `--` speaks of the connection, which the section frac alone decides.
+
+        Raises:
+            UserError: names the flag, and the setting to write in its place.
+        """
+        for at, word in enumerate(flags):
+            option, equals, value = word.partition("=")
+            action = self._parser._option_string_actions.get(option)
+            if action is None or not action.dest.startswith("frac_"):
+                continue
+            setting = action.dest.removeprefix("frac_")
+            if setting == "dynamic":
+                setting, value = "connection", "sfc" if option.startswith("--no-") else "dfc"
+            elif action.nargs == 0:
+                value = str(not option.startswith("--no-")).lower()
+            elif not equals:
+                value = flags[at + 1] if at + 1 < len(flags) else "..."
+            raise UserError(
+                f"{option} behind -- would be a second source of the connection: write {setting}={value} before the --"
+            )
+
+    def flags(self, settings: dict[str, Any]) -> list[str]:
+        """Write settings as flags; None and False leave an argument unset, a list becomes several values."""
+        return [word for name, value in settings.items() for word in self._flag(name, value)]
+
+    def _flag(self, name: str, value: Any) -> list[str]:
+        option, action = self._actions[name]
+        takes_value = action.nargs != 0
+        if value is None:
+            return []
+        if not takes_value:
+            if not isinstance(value, bool):
+                raise UserError(f"{name} is a switch: set it to true or false, not {value!r}")
+            negative = f"--no-{option.removeprefix('--')}"
+            if not value and negative in action.option_strings:
+                return [negative]
+            return [option] if value else []
+        if isinstance(value, bool):
+            raise UserError(f"{name} takes a value, not {str(value).lower()}")
+        if isinstance(value, (list, tuple)) and action.nargs is not None:
+            return [option, *map(str, value)]
+        return [option, str(value)]
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        args, rest = self._parser.parse_known_args(list(argv))
+        flags = [word.split("=")[0] for word in rest if word.startswith("--")]
+        if flags:
+            near = difflib.get_close_matches(flags[0], self._parser._option_string_actions, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown Megatron flag {flags[0]}{hint}")
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r} among the Megatron flags")
+        return args
+
+
+@cache
+def megatron_arguments() -> MegatronArguments:
+    """A process needs one: to make it takes longer than to use it."""
+    return MegatronArguments()
