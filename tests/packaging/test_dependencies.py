@@ -65,7 +65,10 @@ def test_every_extra_that_a_text_names_exists() -> None:
         file.read_text() for file in files if file.suffix in (".py", ".md", ".sh", ".txt") or "Dockerfile" in file.name
     ]
     named = {
-        extra for text in texts for found in re.findall(r"megatron_fc\[([a-z,]+)\]", text) for extra in found.split(",")
+        extra
+        for text in texts
+        for found in re.findall(r"(?:megatron_fc|['\"]\.)\[([a-z,]+)\]", text)
+        for extra in found.split(",")
     }
     assert {"train", "te", "modelopt", "mpi", "muon"} <= named
     assert named <= set(EXTRAS)
