@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from datetime import date
@@ -23,8 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".compat"
 PAGE = ROOT / "docs" / "compatibility.md"
 TESTS = [
-    f"tests/megatron/test_{name}.py"
-    for name in ("compat", "specs", "hybrid", "named_specs", "precision", "recipe", "upcycle")
+    "tests/megatron/test_versions.py",
+    "tests/megatron/test_specs.py",
+    "tests/megatron/test_hybrid.py",
+    "tests/megatron/test_named_specs.py",
+    "tests/megatron/test_precision.py",
+    "tests/training/test_recipe.py",
+    "tests/checkpoints/test_upcycle.py",
 ]
 # Whole runs in processes of their own belong to `make test`.
 OPTIONS = ["-m", "not slow and not gpu", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadgroup"]
@@ -108,12 +114,12 @@ def row(result: Result) -> str:
 def page(results: list[Result], newest: Version, has_pre_release: bool) -> str:
     rows = "\n".join(row(result) for result in results)
     none = "" if has_pre_release else f"The index has no pre-release newer than {newest}.\n"
-    files = ", ".join(f"`{Path(test).stem}`" for test in TESTS)
+    files = textwrap.fill(", ".join(f"`{test}`" for test in TESTS) + ".", 120)
     return f"""# Which megatron-core works
 
 Written by `make compat` on {date.today()}; do not edit. Python {platform.python_version()}, CPU lane, everything else
-as in `constraints.txt`. Tests in `tests/megatron`, without the whole runs:
-{files}.
+as in `constraints.txt`. Tests, without the whole runs:
+{files}
 
 | megatron-core | passed | failed | skipped | |
 |---|---|---|---|---|
