@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults.yaml"
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?::.+?)(?: - .*)?$", re.MULTILINE)
 # Per folder of the draw.
-CANDIDATES = 12
+CANDIDATES = 20
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, Place, Place, Callable[[str], 
     match node:
         case ast.Compare(left, [_], [right]):
             yield "comparison", *between(left, right), other
-        case ast.BinOp(left, _, right):
+        case ast.BinOp(left, ast.Add() | ast.Sub() | ast.Mult() | ast.FloorDiv() | ast.Pow(), right):
             yield "arithmetic", *between(left, right), other
         case ast.BoolOp(_, [left, right]):
             yield "condition", *between(left, right), other
