@@ -6,7 +6,7 @@ import torch
 
 from support import fork_server
 
-pytest_plugins = ["support.times"]
+pytest_plugins = ["support.times", "support.touched"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,14 +35,18 @@ def _is_gpu_run(config: pytest.Config) -> bool:
     return "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr
 
 
-@pytest.fixture(autouse=True)
-def environment_as_before() -> Iterator[None]:
+def _environment_as_before() -> Iterator[None]:
     """Undo what Megatron and a world of one rank leave in this process's environment; other tests would follow it."""
     before = os.environ.copy()
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+# What fixtures of a file leave there is for the file alone.
+environment_of_a_test = pytest.fixture(autouse=True)(_environment_as_before)
+environment_of_a_file = pytest.fixture(autouse=True, scope="module")(_environment_as_before)
 
 
 @pytest.fixture(autouse=True, scope="module")

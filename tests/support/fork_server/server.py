@@ -24,6 +24,8 @@ from typing import Any
 
 import process
 
+from support.touched import watch
+
 _SIGNALS = signal.valid_signals()
 _JOINED = ("mnt", "uts", "net", "ipc")  # namespaces that a process can enter by itself
 _PEER = struct.Struct("3i")  # process, user, group
@@ -161,6 +163,7 @@ def fork_into_namespaces(peer: int) -> int:
 
 if __name__ == "__main__":
     number, owner, folder = sys.argv[1:]
+    watch()
     set_on_import = import_what_is_slow()
     assert len(os.listdir("/proc/self/task")) == 1, "threads"
     gc.collect()
