@@ -33,13 +33,23 @@ from megatron_fc.training.steps import Steps
 
 
 class EventsOnDisk(Callback):
-    """Writes TensorBoard's events to disk after every step: by itself their writer does so every two minutes."""
+    """Writes TensorBoard's events to disk after every step: by itself their writer does so every two minutes.
+
+    And at the end, behind the last validation, which the summary reads.
+    """
 
     def after_step(self, iteration: int) -> None:
-        from megatron.training.global_vars import get_tensorboard_writer
+        _flush_events()
 
-        if writer := get_tensorboard_writer():
-            writer.flush()
+    def end(self) -> None:
+        _flush_events()
+
+
+def _flush_events() -> None:
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    if writer := get_tensorboard_writer():
+        writer.flush()
 
 
 @dataclass(frozen=True)

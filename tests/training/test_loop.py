@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
 from megatron_fc.runs.metrics import Metrics, read_metrics
 from megatron_fc.runs.summary import read_summary
+from megatron_fc.training.loop import EventsOnDisk
 from support.disk import SlowDisk
 from support.patience import wait_for_iteration
 from support.training_runs import ITERATIONS, command, environment, figures, train
@@ -37,6 +39,16 @@ def test_a_run_learns_and_leaves_its_figures(finished: Path) -> None:
     scalars = read_metrics(finished).scalars
     for tag in ("lm loss", "load_balancing_loss", "z_loss", "grad-norm", "learning-rate"):
         assert list(scalars[tag]) == list(range(1, ITERATIONS + 1)), tag
+
+
+def test_the_last_validation_is_on_disk_when_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = SummaryWriter(str(tmp_path / "tensorboard"))
+    monkeypatch.setattr("megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER", writer)
+    # The writer's thread computes its checksum in Python, which takes it far longer than a reader to begin.
+    writer.add_text("arguments", "x" * 2**20)
+    writer.add_scalar("lm loss validation", 8.25, 4)
+    EventsOnDisk().end()
+    assert read_metrics(tmp_path).validation == {4: 8.25}
 
 
 def metrics_of(file: Path) -> Metrics:
