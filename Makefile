@@ -1,6 +1,6 @@
 # Every target sets up what it needs by itself; only the first call takes time. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: demo demo-first test soak test-modelopt test-te gpu-check compat lint types format lock clean help
+.PHONY: demo demo-first test test-quick soak mutate test-modelopt test-te gpu-check compat lint types format lock clean help
 
 # ARGS reaches the command behind demo, the tests and gpu-check: make test ARGS="-k doctor"
 ARGS :=
@@ -15,12 +15,18 @@ demo-first:
 		"trained, 2 to 4 minutes each on two CPU cores."; fi
 
 test: .venv/.installed  ## run the tests
-	@$(PYTEST) -m "not soak" $(ARGS)
+	@$(PYTEST) -m "not soak" --times $(ARGS)
+
+test-quick: .venv/.installed  ## run the tests that take little time, before a commit, and name what they do not touch
+	@$(PYTEST) -m "not slow and not soak" --touched $(ARGS)
 
 soak: .venv/.installed  ## run the long tests that repeat at more length what others show
 	@$(PYTEST) -m soak $(ARGS)
 
-# PATH: PyTorch looks for the environment's ninja there. Files in the order of their folders: the longest are not last.
+mutate: .venv/.installed  ## plant the faults of tests/faults.yaml, one by one, and see that the tests notice
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python scripts/mutate.py $(ARGS)
+
+# PATH: PyTorch looks for the environment's ninja there. tests/support/schedule.py orders the files.
 PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
 	-n 3 --dist loadfile --no-loadscope-reorder
 

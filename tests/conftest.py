@@ -6,7 +6,7 @@ import torch
 
 from support import fork_server
 
-pytest_plugins = ["support.times", "support.touched"]
+pytest_plugins = ["support.schedule", "support.times", "support.touched"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
