@@ -115,9 +115,9 @@ def test_plot_of_runs_of_different_length(tmp_path: Path) -> None:
 
 
 def test_log_keeps_everything_and_the_display_what_matters(tmp_path: Path) -> None:
-    shown, flushed = io.StringIO(), []
+    shown, over = io.StringIO(), []
     display = ProgressDisplay(shown, "dfc_x4", tokens_per_iteration=2048)
-    with run_log(tmp_path, 3, display, lambda: flushed.append(1)) as path:
+    with run_log(tmp_path, 3, display, over.append) as path:
         print("building model ...")
         print(ITERATION)
         print(VALIDATION)
@@ -127,7 +127,7 @@ def test_log_keeps_everything_and_the_display_what_matters(tmp_path: Path) -> No
         "dfc_x4  iteration 2/10  loss 8.3627  338 tokens/s  0:48 left",
         "dfc_x4  iteration 10  validation loss 7.6335",
     ]
-    assert flushed == [1]
+    assert over == [2]
 
 
 class Terminal(io.StringIO):
@@ -139,7 +139,7 @@ def test_bar_on_a_terminal_leaves_the_log_alone(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     display = ProgressDisplay(terminal, "dfc_x4", tokens_per_iteration=2048)
-    with run_log(tmp_path, 0, display, lambda: None) as path:
+    with run_log(tmp_path, 0, display, lambda _: None) as path:
         for _ in range(3):
             print(ITERATION)
         print(VALIDATION)

@@ -31,8 +31,8 @@ class Installed:
     packages: frozenset[str]
 
     def run(self, program: str, *words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a program of the environment, with nothing of this process's Python or ranks in its way."""
-        others = ("PYTHON", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+        """Run a program of the environment, with nothing in its way of what tests set in this process."""
+        others = ("PYTHON", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "NVTE_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         command = [str(self.folder / "bin" / program), *words]
         return subprocess.run(

@@ -8,8 +8,9 @@ import pytest
 
 from megatron_fc import UserError
 from megatron_fc.cli.main import main
+from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.precision import PRECISIONS, refuse_impossible, refuse_on_device, refuse_unquantizable
-from megatron_fc.training.recipe import _MegatronArguments, load_recipe
+from megatron_fc.training.recipe import load_recipe
 
 CONFIG = Path(__file__).parents[2] / "configs" / "olmoe_7b.yaml"
 ADA, HOPPER, BLACKWELL, GEFORCE_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
@@ -21,7 +22,7 @@ LOW = [name for name in PRECISIONS if name != "bf16"]
 def args(precision: str, *overrides: str) -> Namespace:
     """Megatron's own arguments for the paper's 7B model in a precision."""
     recipe = load_recipe(CONFIG, [f"precision={precision}", *overrides], elsewhere=True)
-    return _MegatronArguments().parse(recipe.argv)
+    return megatron_arguments().parse(recipe.argv)
 
 
 @pytest.mark.parametrize(
