@@ -138,7 +138,7 @@ def test_commands_and_options_exist() -> None:
 
 def test_every_command_is_described() -> None:
     said = {line.split()[0] for text in PROSE for line in command_lines(text)}
-    assert {name for name in parsers() if " " not in name} - said == {"demo"}  # which is `make demo`
+    assert {name for name in parsers() if " " not in name} - said <= {"demo"}  # which is `make demo`
 
 
 def test_make_targets_exist() -> None:
