@@ -21,6 +21,11 @@ MAX_STARTS=3
 # Seconds after which srun kills the ranks that still run when one has ended, e.g. one that hangs.
 WAIT=120
 
+# The signal that this job got. One that comes before `attempt` listens, as in a start shorter than its notice, is kept:
+# bash would end, and the job fail.
+SIGNAL=''
+[[ ! ${SLURM_JOB_ID:-} ]] || trap 'SIGNAL=USR1' USR1
+
 # What a task does: its rank comes from SLURM. With SHIFT=1 each rank of a node computes on its neighbour's GPU.
 # A signal would kill a Python that has not yet set up its handlers.
 # shellcheck disable=SC2016  # expanded in the task
@@ -174,7 +179,7 @@ job() {
 }
 
 attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it cannot
-  CODE=0 STEP='' SIGNAL=''
+  CODE=0 STEP=''
   mkdir -p "$RUN_DIR"
   refuse_second
   [[ ! ${SLURM_JOB_ID:-} ]] || echo "$SLURM_JOB_ID" >"$RUN_DIR/job"
@@ -188,7 +193,7 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
   SHIFT=$(cat "$RUN_DIR/shift" 2>/dev/null || echo 0)
   trap 'pass_on USR1' USR1
   trap 'pass_on TERM' TERM
-  step preflight
+  [[ $SIGNAL ]] || step preflight
   [[ $CODE != 0 || $SIGNAL ]] || step "${COMMAND[@]}"
   if [[ $CODE == 16 ]]; then echo $((SHIFT + 1)) >"$RUN_DIR/shift"; else rm -f "$RUN_DIR/shift"; fi
   # Before a preemption SLURM sends TERM to the ranks alone, which save and end.

@@ -44,9 +44,10 @@ for word in "${@:2}"; do
 done
 
 attempt() { # in place of a training's: each run once, and a report in any case
-  CODE=0 STEP='' SIGNAL=''
+  CODE=0 STEP=''
   local run_dir=$RUN_DIR twin=$RUN_DIR/residual
   trap cut USR1 TERM
+  [[ ! $SIGNAL ]] || { say "the time limit is near before anything is counted: give more --time"; exit 75; }
   step preflight
   [[ $CODE == 0 ]] || exit "$CODE"
   if [[ $TWIN == yes ]]; then
