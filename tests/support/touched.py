@@ -35,6 +35,8 @@ def watch() -> None:
         return once
 
     tool, event = sys.monitoring.COVERAGE_ID, sys.monitoring.events.PY_START
+    if sys.monitoring.get_tool(tool) == "touched":  # a fork of a process that watches already
+        return
     sys.monitoring.use_tool_id(tool, "touched")
     sys.monitoring.register_callback(tool, event, started)
     sys.monitoring.set_events(tool, event)

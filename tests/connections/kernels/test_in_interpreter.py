@@ -16,7 +16,9 @@ WITHOUT_MEGATRON = ("test_operations.py", "test_traffic.py")
 IN_MEGATRON = ("test_model.py", "test_layouts_with_kernels.py")
 
 
-@pytest.mark.parametrize("module", WITHOUT_MEGATRON + IN_MEGATRON)
+@pytest.mark.parametrize(
+    "module", [*WITHOUT_MEGATRON, *(pytest.param(module, marks=pytest.mark.slow) for module in IN_MEGATRON)]
+)
 def test_in_interpreter(module: str) -> None:
     interpret(module, "not soak")
 
