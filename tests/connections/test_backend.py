@@ -72,6 +72,7 @@ def test_shapes_strides_and_dtypes_that_do_not_fit() -> None:
     assert site.depth(h.bfloat16(), h).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "interpret", "cases"), [("torch", "0", 14), ("triton", "1", 6)])
 def test_under_torch_compile_without_a_graph_break(backend: str, interpret: str, cases: int) -> None:
     """In a process of its own: where the CPU lane is, torch.compile does nothing."""
