@@ -27,13 +27,13 @@ from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.per_slot import PerSlotParameters
 
 WIDTHS, RATES, ARCHITECTURES = (2048, 4096, 7168), (2, 4, 8), (80, 90, 100)
 RESULTS = Path(__file__).parent / "results"
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 STREAM, FP32 = "*bf16", "*fp32"
-_P = FracParameters(*[FP32] * 7)  # type: ignore[arg-type]
+_P = PerSlotParameters(*[FP32] * 7)  # type: ignore[arg-type]
 _NORM = launch.Weights(STREAM, None)  # type: ignore[arg-type]
 _PARTIAL = launch.Partial(FP32, FP32, FP32, FP32, FP32, None)  # type: ignore[arg-type]
 _DEPTH = launch.DepthInputs(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type]

@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_fc.connections.frac import FracConnection
 
-__all__ = ["FracConfig", "FracConnection", "UserError"]
+__all__ = ["FracConfig", "FracConnection", "HyperConfig", "ManifoldConfig", "UserError"]
 __version__ = "0.1.0"
 
 

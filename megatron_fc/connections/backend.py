@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_fc.connections.config import Backend, FracConfig
-from megatron_fc.connections.kernels.availability import triton_obstacle
+from megatron_fc.connections.kernels.availability import triton_obstacle, unknown_option
 from megatron_fc.errors import UserError
 
 
@@ -17,16 +17,20 @@ def choose_backend(config: FracConfig, stream: Tensor) -> str:
     Raises:
         UserError: Triton was asked for and cannot run; the message says why.
     """
-    return _announced(config.backend, config.rate, stream.device.type, stream.dtype)
+    return _announced(config.backend, config.rate, unknown_option(config), stream.device.type, stream.dtype)
 
 
-def backend_on(wanted: Backend, rate: int, device: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+def backend_on(
+    wanted: Backend, rate: int, device: str, dtype: torch.dtype = torch.float32, option: str | None = None
+) -> tuple[str, str]:
     """Return the backend of a site on a type of device, and in a few words why.
+
+    `option` as `unknown_option` says.
 
     Raises:
         UserError: Triton was asked for and cannot run; the message says why.
     """
-    obstacle = None if wanted == "torch" else triton_obstacle(rate, device, dtype)
+    obstacle = None if wanted == "torch" else triton_obstacle(rate, device, dtype, option)
     if wanted == "triton" and obstacle:
         raise UserError(f"backend=triton cannot run: {obstacle}; set backend=auto or backend=torch")
     if wanted == "torch":
@@ -35,12 +39,12 @@ def backend_on(wanted: Backend, rate: int, device: str, dtype: torch.dtype = tor
 
 
 @torch.compiler.assume_constant_result  # which torch.compile need not look into
-def _announced(wanted: Backend, rate: int, device: str, dtype: torch.dtype) -> str:
-    return _announced_once(wanted, rate, device, dtype)
+def _announced(wanted: Backend, rate: int, option: str | None, device: str, dtype: torch.dtype) -> str:
+    return _announced_once(wanted, rate, option, device, dtype)
 
 
 @functools.cache
-def _announced_once(wanted: Backend, rate: int, device: str, dtype: torch.dtype) -> str:
-    chosen, reason = backend_on(wanted, rate, device, dtype)
+def _announced_once(wanted: Backend, rate: int, option: str | None, device: str, dtype: torch.dtype) -> str:
+    chosen, reason = backend_on(wanted, rate, device, dtype, option)
     logging.getLogger("megatron_fc").info("Frac-Connections run on %s: %s", chosen, reason)
     return chosen

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, get_ar
 from megatron_fc.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,32 @@ class ConnectionConfig(ABC):
         """Return n*c, the width of the residual stream between sub-layers."""
         return self.slots * self.slot_width(hidden_size)
 
+    def build_leave(self, hidden_size: int) -> "nn.Module":
+        """Return the module that closes the network: the stream [..., n*c] -> what the last norm takes, [..., d].
+
+        Raises:
+            UserError: as `slot_width`.
+        """
+        self.slot_width(hidden_size)
+        leave: nn.Module = load("megatron_fc.connections.ends.MeanLeave")(self)
+        return leave
+
+    def leave_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes by name of the parameters that `build_leave` has, of which most kinds have none."""
+        self.slot_width(hidden_size)
+        return {}
+
     def parameter_count(self, hidden_size: int) -> int:
         """Return the parameters of one site."""
         return sum(map(prod, self.parameter_shapes(hidden_size).values()))
 
     def last_dimensions(self, hidden_size: int) -> dict[str, int]:
-        """Return the last dimension of every parameter, which is the same where sites are stacked along a first one."""
-        return {name: shape[-1] for name, shape in self.parameter_shapes(hidden_size).items()}
+        """Return the last dimension of every parameter, those of `build_leave` included.
+
+        It is the same where a checkpoint has stacked sites along a first one.
+        """
+        shapes = self.parameter_shapes(hidden_size) | self.leave_shapes(hidden_size)
+        return {name: shape[-1] for name, shape in shapes.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for YAML, JSON and checkpoints."""
@@ -171,7 +190,11 @@ class Connection(Protocol):
         ...
 
     def leave(self, h: "Tensor") -> "Tensor":
-        """What the network's last norm takes, [..., d]."""
+        """What the network's last norm takes, [..., d]; the same as calling `ConnectionConfig.build_leave`.
+
+        Raises:
+            UserError: that module has parameters, which belong to the network and not to a site.
+        """
         ...
 
     def named_parameters(self) -> "Iterator[tuple[str, Tensor]]": ...
@@ -192,7 +215,8 @@ def check_values(config: ConnectionConfig) -> None:
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if field.type is bool and not isinstance(value, bool):
+        optional = field.type == bool | None  # None: as another field says
+        if (field.type is bool or optional) and not isinstance(value, bool) and not (optional and value is None):
             raise UserError(f"{name} must be true or false, not {value!r}")
         if field.type is int and not (is_number and isinstance(value, int) and value >= 1):
             raise UserError(f"{name} must be a whole number of at least 1, not {value!r}: use {field.default}")

@@ -5,6 +5,7 @@ Functions of autograd, not custom operations, which cost twice the Python: a sma
 For backward are kept: h (width), o and beta (depth); the coefficients gamma and alpha are computed again.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,39 +13,58 @@ from torch import Tensor
 
 from megatron_fc.connections import eager
 from megatron_fc.connections.handover import Handover, without_storage
-from megatron_fc.connections.operands import N_OPERANDS, N_PARAMETERS, Operands
+from megatron_fc.connections.on_manifold import ManifoldParameters
+from megatron_fc.connections.operands import ManifoldOperands, Operands
+from megatron_fc.connections.per_slot import PerSlotParameters
 
 
-def frac_width(h: Tensor, p: Operands, want_x: bool = True) -> tuple[Tensor, Handover]:
+def width(h: Tensor, p: eager.AnyOperands, want_x: bool = True) -> tuple[Tensor, Handover]:
     """Width connection: x [..., d] (empty without want_x), and what the depth connection takes over."""
-    x, beta, alpha, mixed = _width(h, want_x, *p)
+    operation = _width_per_slot if isinstance(p, Operands) else _width_on_manifold
+    x, beta, alpha, mixed = operation(h, want_x, *p)
     return x, Handover(beta, alpha, mixed, "torch")
 
 
-def frac_depth(o: Tensor, h: Tensor, handover: Handover) -> Tensor:
-    """Depth connection: the next residual stream [..., d] in the dtype of h."""
+def depth(o: Tensor, h: Tensor, handover: Handover) -> Tensor:
+    """Depth connection: the next stream [..., n*c] in the dtype of h."""
     return _depth(o, h, *handover.tensors)
 
 
-class _Width(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, want_x: bool, *operands: Any) -> tuple[Tensor, ...]:
-        x, beta, alpha = eager.width_forward(h, Operands(*operands), want_x)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(alpha)
-        ctx.save_for_backward(h, *operands[:N_PARAMETERS])
-        ctx.options = operands[N_PARAMETERS:]
-        return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
+def _width_of(kind: Any, parameters: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The operation for one kind of operands, the first of which are its parameters."""
 
-    @staticmethod
-    def backward(
-        ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, _: Tensor | None, g_mixed: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        h, *p = ctx.saved_tensors
-        if g_x is not None and not g_x.numel():
-            g_x = None
-        g_h, gradients = eager.width_backward(g_x, g_beta, g_mixed, h, Operands(*p, *ctx.options))
-        return g_h, None, *gradients, *[None] * (N_OPERANDS - N_PARAMETERS)
+    class Width(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor, want_x: bool, *operands: Any) -> tuple[Tensor, ...]:
+            x, beta, alpha = eager.width_forward(h, kind(*operands), want_x)
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(alpha)
+            ctx.save_for_backward(h, *operands[:parameters])
+            ctx.options = operands[parameters:]
+            return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
+
+        @staticmethod
+        def backward(
+            ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, _: Tensor | None, g_mixed: Tensor | None
+        ) -> tuple[Tensor | None, ...]:
+            h, *p = ctx.saved_tensors
+            if g_x is not None and not g_x.numel():
+                g_x = None
+            g_h, gradients = eager.width_backward(g_x, g_beta, g_mixed, h, kind(*p, *ctx.options))
+            return g_h, None, *gradients, *[None] * len(ctx.options)
+
+    # torch.compile is to leave it whole until it differentiates: in a forward function that it looks into, torch 2.11
+    # loses the gradient of what an operation changes in place.
+    @torch.compiler.allow_in_graph
+    def width(*arguments: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = Width.apply(*arguments)
+        return results
+
+    return width
+
+
+_width_per_slot = _width_of(Operands, len(PerSlotParameters._fields))
+_width_on_manifold = _width_of(ManifoldOperands, len(ManifoldParameters._fields))
 
 
 class _Depth(torch.autograd.Function):
@@ -60,17 +80,7 @@ class _Depth(torch.autograd.Function):
         return g_o, None, g_beta, None, g
 
 
-# torch.compile is to leave these whole until it differentiates: in a forward function that it looks into, torch 2.11
-# loses the gradient of what an operation changes in place.
-
-
-@torch.compiler.allow_in_graph
-def _width(*arguments: Any) -> tuple[Tensor, ...]:
-    results: tuple[Tensor, ...] = _Width.apply(*arguments)
-    return results
-
-
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # as above
 def _depth(*arguments: Any) -> Tensor:
     following: Tensor = _Depth.apply(*arguments)
     return following

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_fc.connections import eager_autograd, ops
 from megatron_fc.connections.backend import choose_backend
@@ -13,9 +12,9 @@ from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.handover import Handover
 from megatron_fc.connections.norm import NormWeights, norm_weights
 from megatron_fc.connections.operands import Operands
+from megatron_fc.connections.per_slot import PerSlotParameters, set_initial_values
 from megatron_fc.connections.recompute import recomputed
-from megatron_fc.connections.reference import FracParameters
-from megatron_fc.errors import UserError
+from megatron_fc.connections.site import Site, biased, check_dropout
 
 
 class PendingDepth(NamedTuple):
@@ -28,7 +27,7 @@ class PendingDepth(NamedTuple):
     dropout: float = 0.0
 
 
-class FracConnection(nn.Module):
+class FracConnection(Site):
     """One Frac-Connection site: the width connection before a sub-layer, the depth connection after it.
 
     A `megatron_fc.connections.base.Connection`::
@@ -48,49 +47,23 @@ class FracConnection(nn.Module):
         UserError: the rate does not divide the hidden size.
     """
 
+    config: FracConfig
+
     def __init__(self, hidden_size: int, config: FracConfig) -> None:
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.config = config
-        shapes = config.parameter_shapes(hidden_size)
-        for name in config.parameter_names:
-            # The dtype is explicit, since frameworks build models under a default of bf16.
-            values = torch.empty(shapes[name], dtype=torch.float32) if name in shapes else None
-            self.register_parameter(name, None if values is None else nn.Parameter(values))
-        self.reset_parameters()
+        super().__init__(hidden_size, config)
 
     def reset_parameters(self) -> None:
         """Set the initial values: B = 1, Y = A = I, W = 0, s = initial_scale (eq. 15)."""
         with torch.no_grad():
-            p = self.site_parameters()
-            identity = torch.eye(self.config.rate, device=p.static_gamma.device).flatten()
-            p.static_beta.fill_(1)
-            p.static_gamma.copy_(identity)
-            p.static_alpha.copy_(identity)
-            for tensor, value in (
-                (p.dynamic_weight, 0.0),
-                (p.scale_beta, self.config.initial_scale),
-                (p.scale_alpha, self.config.initial_scale),
-                (p.norm_weight, 1.0),
-            ):
-                if tensor is not None:
-                    tensor.fill_(value)
+            set_initial_values(self.site_parameters(), self.config)
 
-    def site_parameters(self) -> FracParameters:
+    def site_parameters(self) -> PerSlotParameters:
         """Return the parameters by name, None for those that the configuration does not have."""
-        return FracParameters(**{name: getattr(self, name) for name in FracParameters._fields})
+        return PerSlotParameters(**{name: getattr(self, name) for name in PerSlotParameters._fields})
 
     def operands(self) -> Operands:
         """Return the site as the operations take it."""
         return Operands.of(self.site_parameters(), self.config)
-
-    def enter(self, h: Tensor) -> Tensor:
-        """The residual stream is the embedding itself, [..., d]: its fractions are the slots."""
-        return h
-
-    def leave(self, h: Tensor) -> Tensor:
-        """The last norm takes the residual stream as it is, [..., d]."""
-        return h
 
     def forward(
         self,
@@ -117,7 +90,7 @@ class FracConnection(nn.Module):
         """
         if isinstance(h, PendingDepth):
             return self._boundary(h, norm)
-        self._check("h", h)
+        self._check_stream(h)
         backend = choose_backend(self.config, h)
         weights = norm_weights(norm) if backend == "triton" else None
         behind = norm if weights is None else None
@@ -129,23 +102,18 @@ class FracConnection(nn.Module):
         x, handover = recomputed(width, h) if self.config.recompute else width(h)
         return (x, handover) if hand_over else x
 
-    def width(self, h: Tensor) -> Tensor:
-        """The width connection; the same as calling the module."""
-        x: Tensor = self(h)
-        return x
-
     def _width(
         self, h: Tensor, backend: str, norm: NormWeights | None = None, want_x: bool = True
     ) -> tuple[Tensor, Handover]:
         if backend == "triton":
             return ops.frac_width(h, self.operands(), norm, want_x)
-        return eager_autograd.frac_width(h, self.operands(), want_x)
+        return eager_autograd.width(h, self.operands(), want_x)
 
     def _boundary(
         self, pending: "PendingDepth", norm: Callable[[Tensor], Tensor] | None
     ) -> tuple[Tensor, Tensor, Handover]:
         o, h, handover, bias, dropout = pending
-        self._check("h", h)
+        self._check_stream(h)
         self._check_output(o, h)
         weights, seed = norm_weights(norm), dropout_seed(h, dropout)
         h, x, following = ops.frac_boundary(o, h, handover, bias, seed, dropout, self.operands(), weights)
@@ -174,54 +142,16 @@ class FracConnection(nn.Module):
         Raises:
             UserError: shapes or dtypes do not fit, or the backend cannot run.
         """
-        self._check("h", h)
+        self._check_stream(h)
         self._check_output(o, h)
         if handover is None:
             _, handover = self._width(h, choose_backend(self.config, h), want_x=False)
         if handover.backend == "triton":
             return ops.frac_depth(o, h, handover, bias, dropout_seed(h, dropout), dropout)
-        if bias is not None or dropout > 0:
-            o = o.to(h.dtype) if bias is None else o.to(h.dtype) + bias.to(h.dtype)
-            o = F.dropout(o, dropout)
-        return eager_autograd.frac_depth(o, h, handover)
-
-    def extra_repr(self) -> str:
-        return f"hidden_size={self.hidden_size}, {self.config}"
-
-    def _check(self, name: str, tensor: Tensor) -> None:
-        if tensor.shape[-1:] != (self.hidden_size,):
-            raise UserError(
-                f"{name} has shape {tuple(tensor.shape)}: its last dimension must be hidden_size={self.hidden_size}"
-            )
-        if tensor.stride(-1) != 1 and self.hidden_size > 1:
-            raise UserError(f"{name} has strides {tensor.stride()}: its last dimension must be contiguous")
-
-    def _check_output(self, o: Tensor, h: Tensor) -> None:
-        if o.shape != h.shape:
-            raise UserError(f"o has shape {tuple(o.shape)} and h {tuple(h.shape)}: they must be the same")
-        self._check("o", o)
-        if o.dtype != h.dtype and not (h.dtype == torch.float32 and o.dtype in (torch.bfloat16, torch.float16)):
-            raise UserError(f"o is {o.dtype} and h {h.dtype}: they must be the same, or o of 16 bits with h in fp32")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FracConnection":
-        # Megatron's Float16Module casts by module.bfloat16(). Just above 1 bf16 steps by 0.0078, coarser than
-        # what B, Y and A learn, so the parameters never fall below fp32.
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            too_coarse = moved.is_floating_point() and moved.dtype.itemsize < torch.float32.itemsize
-            return tensor.to(moved.device) if too_coarse else moved
-
-        # Leaving the meta device makes new parameters, without what frameworks have marked on the old ones: Megatron's
-        # `sequence_parallel`, say, whose loss would leave gradients unreduced.
-        marks = {name: vars(p).copy() for name, p in self._parameters.items() if p is not None}
-        super()._apply(keep_precision, recurse)
-        for name, attributes in marks.items():
-            vars(self._parameters[name]).update(attributes)
-        return self
+        return eager_autograd.depth(biased(o, h, bias, dropout), h, handover)
 
 
 def dropout_seed(h: Tensor, dropout: float) -> Tensor | None:
     """Draw a seed from the device's generator: without waiting for it, and again where its state is restored."""
-    if not 0 <= dropout < 1:
-        raise UserError(f"dropout={dropout}: give a probability from 0 to below 1")
+    check_dropout(dropout)
     return torch.randint(2**31 - 1, (1,), device=h.device) if dropout > 0 else None

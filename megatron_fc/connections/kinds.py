@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.config import FracConfig, HyperConfig
+from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig
+from megatron_fc.connections.on_manifold import LEAVE_NAMES
 
 # One stream of the whole width is both: it goes by the first name.
-KINDS: dict[str, type[ConnectionConfig]] = {config.kind: config for config in (FracConfig, HyperConfig)}
-_NAMES = frozenset(name for kind in KINDS.values() for name in kind.parameter_names)
+KINDS: dict[str, type[ConnectionConfig]] = {config.kind: config for config in (FracConfig, HyperConfig, ManifoldConfig)}
+_NAMES = frozenset((*LEAVE_NAMES, *(name for kind in KINDS.values() for name in kind.parameter_names)))
 _OWNER = "connection"  # the name that modules give the site they own
 
 

@@ -4,16 +4,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_fc.connections.config import FracConfig, Norm
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig, Norm
+from megatron_fc.connections.on_manifold import ManifoldParameters
+from megatron_fc.connections.per_slot import PerSlotParameters
 
-N_PARAMETERS = len(FracParameters._fields)
+N_PARAMETERS = len(PerSlotParameters._fields)
 
 
 class Operands(NamedTuple):
-    """What an operation needs of a site: its parameters, None for those it does not have, and its options.
+    """What an operation needs of a site with coefficients per slot: its parameters, None for those it does not have.
 
-    The order is that of the operations' schemas, in which a site is these values one after another.
+    And its options; n, m, and what is dynamic, are in the parameters' shapes. The order is that of the operations'
+    schemas, in which a site is these values one after another.
     """
 
     static_beta: Tensor
@@ -23,18 +25,44 @@ class Operands(NamedTuple):
     scale_beta: Tensor | None
     scale_alpha: Tensor | None
     norm_weight: Tensor | None
-    rate: int
+    fractions: int
     norm: Norm
     tanh: bool
     norm_eps: float
 
     @classmethod
-    def of(cls, p: FracParameters, config: FracConfig) -> "Operands":
-        return cls(*p, config.rate, config.norm, config.tanh, config.norm_eps)
+    def of(cls, p: PerSlotParameters, config: FracConfig | HyperConfig) -> "Operands":
+        return cls(*p, config.fractions, config.norm, config.tanh, config.norm_eps)
 
     @property
-    def parameters(self) -> FracParameters:
-        return FracParameters._make(self[:N_PARAMETERS])
+    def parameters(self) -> PerSlotParameters:
+        return PerSlotParameters._make(self[:N_PARAMETERS])
+
+    @property
+    def slots(self) -> int:
+        return len(self.static_beta)
 
 
 N_OPERANDS = len(Operands._fields)
+
+
+class ManifoldOperands(NamedTuple):
+    """The same of a site with coefficients on a manifold."""
+
+    mapping_weight: Tensor
+    mapping_bias: Tensor
+    mapping_scale: Tensor
+    slots: int
+    fractions: int
+    sinkhorn_iterations: int
+    sinkhorn_eps: float
+    norm_eps: float
+
+    @classmethod
+    def of(cls, p: ManifoldParameters, config: ManifoldConfig) -> "ManifoldOperands":
+        options = (config.sinkhorn_iterations, config.sinkhorn_eps, config.norm_eps)
+        return cls(*p, config.slots, config.fractions, *options)
+
+    @property
+    def parameters(self) -> ManifoldParameters:
+        return ManifoldParameters(self.mapping_weight, self.mapping_bias, self.mapping_scale)

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_fc.connections.handover import Handover, without_storage
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import N_OPERANDS, N_PARAMETERS, Operands
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.per_slot import PerSlotParameters
 
 _SITE = (
     "Tensor static_beta, Tensor static_gamma, Tensor static_alpha, Tensor? dynamic_weight, Tensor? scale_beta, "
@@ -87,7 +87,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _apart(gradients: FracParameters) -> list[Tensor]:
+def _apart(gradients: PerSlotParameters) -> list[Tensor]:
     """Gradients of a site in storages of their own: an op may not return slices of one table, as small ones may be."""
     return [g.clone() if g.dim() == 1 else g for g in _present(gradients)]
 

@@ -1,107 +1,135 @@
-"""Frac-Connections in plain PyTorch: the readable reference that every other implementation is held against.
+"""The family of connections in plain PyTorch: the readable reference that every other implementation is held against.
 
-The notation is the paper's (arXiv 2503.14125): h is the residual stream of width d, split into m contiguous
-fractions h_1..h_m of width c = d/m. Row i of gamma and alpha belongs to the source fraction, column j to the
-destination. Coefficients and mixing are computed in fp32 (fp64 for an fp64 stream), results are returned in the
-stream's dtype (Algorithm 2).
+One operator: a stream of n slots h_1..h_n of width c = d/m, whose sub-layers take and return m fractions::
+
+    x_i  = sum_j gamma_ji h_j                                     i = 1..m   width connection: read
+    h'_j = beta_j o_((j-1) mod m + 1) + sum_k alpha_kj h_k        j = 1..n   depth connection: write and carry
+
+n = m are Frac-Connections (arXiv 2503.14125 eq. 6-8), m = 1 Hyper-Connections (2409.19606). Row index of gamma and
+alpha: source slot, column: destination. Two ways to predict the coefficients: slot by slot, or on a manifold
+(2512.24880). Coefficients and mixing are computed in fp32 (fp64 for an fp64 stream), results are returned in the
+stream's dtype (2503.14125, Algorithm 2).
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fc.connections.config import FracConfig, Norm
+from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig, Norm
+from megatron_fc.connections.ends import enter
+from megatron_fc.connections.on_manifold import ManifoldParameters, blocks
+from megatron_fc.connections.per_slot import PerSlotParameters, predicts_alpha, predicts_beta
+
+PerSlotConfig = FracConfig | HyperConfig
+Config = PerSlotConfig | ManifoldConfig
+Parameters = PerSlotParameters | ManifoldParameters
 
 
-class FracParameters(NamedTuple):
-    """The parameters of one site. The dynamic ones are None where the configuration has none.
-
-    Shapes: static_beta (m,), static_gamma and static_alpha (m*m,) row-major, dynamic_weight (2m+1, c) with rows
-    beta, gamma_1..m, alpha_1..m, scale_beta and scale_alpha (1,), norm_weight (c,).
-    """
-
-    static_beta: Tensor
-    static_gamma: Tensor
-    static_alpha: Tensor
-    dynamic_weight: Tensor | None = None
-    scale_beta: Tensor | None = None
-    scale_alpha: Tensor | None = None
-    norm_weight: Tensor | None = None
+def slots(h: Tensor, count: int) -> Tensor:
+    """Split [..., count*c] into [..., count, c] (eq. 6), upcast to at least fp32."""
+    return h.to(torch.promote_types(h.dtype, torch.float32)).unflatten(-1, (count, -1))
 
 
-def fractions(h: Tensor, rate: int) -> Tensor:
-    """Split a stream [..., d] into fractions [..., m, c] (eq. 6), upcast to at least fp32."""
-    return h.to(torch.promote_types(h.dtype, torch.float32)).unflatten(-1, (rate, -1))
-
-
-def gamma(f: Tensor, p: FracParameters, config: FracConfig) -> Tensor:
-    """Weights of the width connection, Y(H) of eq. 13: [..., m, m] for DFC, [m, m] for SFC."""
-    m = config.rate
-    static = p.static_gamma.unflatten(0, (m, m))
-    return static if p.dynamic_weight is None else static + _predict(f, p, config, slice(1, 1 + m), p.scale_alpha)
-
-
-def alpha(f: Tensor, p: FracParameters, config: FracConfig) -> Tensor:
-    """Weights among the fractions in the depth connection, A(H) of eq. 14: [..., m, m] or [m, m]."""
-    m = config.rate
-    static = p.static_alpha.unflatten(0, (m, m))
-    return static if p.dynamic_weight is None else static + _predict(f, p, config, slice(1 + m, None), p.scale_alpha)
-
-
-def beta(f: Tensor, p: FracParameters, config: FracConfig) -> Tensor:
-    """Weights of the sub-layer's output in the depth connection, B(H) of eq. 12: [..., m] or [m]."""
-    static = p.static_beta
-    return (
-        static if p.dynamic_weight is None else static + _predict(f, p, config, slice(0, 1), p.scale_beta).squeeze(-1)
-    )
-
-
-def width(h: Tensor, p: FracParameters, config: FracConfig) -> Tensor:
-    """Width connection: the sub-layer's input, x_j = sum_i gamma_ij h_i (eq. 8).
+def width(h: Tensor, p: Parameters, config: Config) -> Tensor:
+    """Width connection: the sub-layer's input, x_i = sum_j gamma_ji h_j (eq. 8).
 
     Args:
-        h: residual stream [..., d].
+        h: stream [..., n*c].
 
     Returns:
         [..., d] in the dtype of h, before the sub-layer's own norm.
     """
     with torch.autocast(h.device.type, enabled=False):
-        f = fractions(h, config.rate)
-        return _mix(gamma(f, p, config), f).flatten(-2).to(h.dtype)
+        s = slots(h, config.slots)
+        return _mix(gamma(s, p, config), s).flatten(-2).to(h.dtype)
 
 
-def depth(o: Tensor, h: Tensor, p: FracParameters, config: FracConfig) -> Tensor:
-    """Depth connection: the next residual stream, h'_j = beta_j o_j + sum_i alpha_ij h_i (eq. 8).
+def depth(o: Tensor, h: Tensor, p: Parameters, config: Config) -> Tensor:
+    """Depth connection: the next stream, h'_j = beta_j o_((j-1) mod m + 1) + sum_k alpha_kj h_k (eq. 8).
 
     Args:
         o: sub-layer output [..., d].
-        h: the residual stream [..., d] that went into `width`.
+        h: the stream [..., n*c] that went into `width`.
 
     Returns:
-        [..., d] in the dtype of h.
+        [..., n*c] in the dtype of h.
     """
     with torch.autocast(h.device.type, enabled=False):
-        f = fractions(h, config.rate)
-        update = beta(f, p, config).unsqueeze(-1) * fractions(o, config.rate)
-        return (update + _mix(alpha(f, p, config), f)).flatten(-2).to(h.dtype)
+        s = slots(h, config.slots)
+        update = beta(s, p, config).unsqueeze(-1) * slots(enter(o, config), config.slots)
+        return (update + _mix(alpha(s, p, config), s)).flatten(-2).to(h.dtype)
 
 
-def _mix(weights: Tensor, f: Tensor) -> Tensor:
-    return torch.einsum("...ij,...ic->...jc", weights, f)
+def gamma(s: Tensor, p: Parameters, config: Config) -> Tensor:
+    """Weights of the width connection for slots [..., n, c]: [..., n, m], or [n, m] if static."""
+    n, m = config.slots, config.fractions
+    if isinstance(p, ManifoldParameters):
+        assert isinstance(config, ManifoldConfig)
+        return (torch.sigmoid(_map(s, p, config)[0]) + config.sinkhorn_eps).unflatten(-1, (n, m))
+    assert not isinstance(config, ManifoldConfig)
+    static = p.static_gamma.unflatten(0, (n, m))
+    if not predicts_alpha(config):
+        return static
+    first = int(predicts_beta(config))
+    return static + _predict(s, p, config, slice(first, first + m), p.scale_alpha)
 
 
-def _predict(f: Tensor, p: FracParameters, config: FracConfig, rows: slice, scale: Tensor | None) -> Tensor:
-    """Dynamic part of the coefficients in `rows` of W: s * tanh(norm(f) W), [..., m, rows] (eq. 9-14)."""
+def alpha(s: Tensor, p: Parameters, config: Config) -> Tensor:
+    """Weights among slots in the depth connection: [..., n, n], or [n, n] if static."""
+    n = config.slots
+    if isinstance(p, ManifoldParameters):
+        assert isinstance(config, ManifoldConfig)
+        return sinkhorn(_map(s, p, config)[2].unflatten(-1, (n, n)), config.sinkhorn_iterations, config.sinkhorn_eps)
+    assert not isinstance(config, ManifoldConfig)
+    static = p.static_alpha.unflatten(0, (n, n))
+    return static + _predict(s, p, config, slice(-n, None), p.scale_alpha) if predicts_alpha(config) else static
+
+
+def beta(s: Tensor, p: Parameters, config: Config) -> Tensor:
+    """Weights of the sub-layer's output in the depth connection: [..., n], or [n] if static."""
+    if isinstance(p, ManifoldParameters):
+        assert isinstance(config, ManifoldConfig)
+        return 2 * torch.sigmoid(_map(s, p, config)[1])
+    assert not isinstance(config, ManifoldConfig)
+    static = p.static_beta
+    if not predicts_beta(config):
+        return static
+    return static + _predict(s, p, config, slice(0, 1), p.scale_beta).squeeze(-1)
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    """Matrices [..., n, n] with rows and columns that sum to 1, up to eps, the columns last."""
+    table = torch.softmax(logits, -1) + eps
+    table = table / (table.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        table = table / (table.sum(-1, keepdim=True) + eps)
+        table = table / (table.sum(-2, keepdim=True) + eps)
+    return table
+
+
+def _mix(weights: Tensor, s: Tensor) -> Tensor:
+    return torch.einsum("...ij,...ic->...jc", weights, s)
+
+
+def _predict(s: Tensor, p: PerSlotParameters, config: PerSlotConfig, rows: slice, scale: Tensor | None) -> Tensor:
+    """Dynamic part of the coefficients in `rows` of W: s * tanh(norm(h) W), [..., n, rows] (eq. 9-14)."""
     assert p.dynamic_weight is not None
-    z = F.linear(_normalise(f, config.norm, p.norm_weight, config.norm_eps), p.dynamic_weight[rows])
+    z = F.linear(_normalise(s, config.norm, p.norm_weight, config.norm_eps), p.dynamic_weight[rows])
     z = torch.tanh(z) if config.tanh else z
     return z if scale is None else scale * z
 
 
-def _normalise(f: Tensor, norm: Norm, weight: Tensor | None, eps: float) -> Tensor:
+def _normalise(s: Tensor, norm: Norm, weight: Tensor | None, eps: float) -> Tensor:
     if norm == "none":
-        return f
-    shape = f.shape[-1:]
-    return F.rms_norm(f, shape, weight, eps) if norm == "rmsnorm" else F.layer_norm(f, shape, weight, None, eps)
+        return s
+    shape = s.shape[-1:]
+    return F.rms_norm(s, shape, weight, eps) if norm == "rmsnorm" else F.layer_norm(s, shape, weight, None, eps)
+
+
+def _map(s: Tensor, p: ManifoldParameters, config: ManifoldConfig) -> tuple[Tensor, ...]:
+    """Logits of gamma [..., n*m], beta [..., n] and alpha [..., n*n], all from the whole stream."""
+    stream = s.flatten(-2)
+    u = F.rms_norm(stream, stream.shape[-1:], None, config.norm_eps)
+    sizes = blocks(config.slots, config.fractions)
+    z, bias = (t.split(sizes, -1) for t in (F.linear(u, p.mapping_weight), p.mapping_bias))
+    return tuple(scale * part + b for scale, part, b in zip(p.mapping_scale, z, bias, strict=True))

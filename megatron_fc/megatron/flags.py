@@ -16,7 +16,10 @@ from megatron_fc.megatron.refusals import refuse_unsupported_args
 _HELP = {
     "rate": "Frac-rate m; without it the residual connections stay plain.",
     "dynamic": "Predict the weights per token (DFC); --no-frac-dynamic keeps them static (SFC).",
+    "dynamic_beta": "--no-frac-dynamic-beta keeps beta static in DFC.",
+    "dynamic_alpha": "--no-frac-dynamic-alpha keeps gamma and alpha static in DFC.",
     "norm": "Norm of each fraction before the prediction.",
+    "norm_affine": "--no-frac-norm-affine leaves that norm's weight out.",
     "tanh": "Bound the predicted part by tanh.",
     "scale": "Multiply the predicted part by learned scalars.",
     "initial_scale": "Initial value of the learned scalars.",
@@ -37,7 +40,7 @@ def add_frac_args(parser: ArgumentParser) -> ArgumentParser:
         options: dict[str, Any] = {"help": _HELP[field.name], "default": field.default}
         if field.name == "rate":
             options |= {"type": int, "default": None}
-        elif field.type is bool:
+        elif field.type in (bool, bool | None):
             options["action"] = BooleanOptionalAction
         elif field.name in _CHOICES:
             options["choices"] = _CHOICES[field.name]

@@ -15,6 +15,7 @@ from megatron_fc.checkpoints.retention import Retention
 from megatron_fc.checkpoints.start import ON_DAMAGE
 from megatron_fc.connections.backend import backend_on
 from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.kernels.availability import unknown_option
 from megatron_fc.errors import UserError, unknown
 from megatron_fc.megatron.flags import frac_flags
 from megatron_fc.training import cpu_lane
@@ -94,7 +95,8 @@ def load_recipe(
         _refuse_missing_te(settings)
         notes = _adapt_to_machine(settings)
     if frac is not None and not elsewhere:
-        backend, reason = backend_on(frac.backend, frac.rate, "cpu" if cpu_lane.needed() else "cuda")
+        device = "cpu" if cpu_lane.needed() else "cuda"
+        backend, reason = backend_on(frac.backend, frac.rate, device, option=unknown_option(frac))
         notes.append(f"Frac-Connections run on {backend}: {reason}")
     _set_run_paths(settings, run_dir)
     argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_fc import FracConfig, FracConnection
 from megatron_fc.connections import eager, reference
 from megatron_fc.connections.operands import Operands
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.per_slot import PerSlotParameters
 
 RATES = (1, 2, 3, 4, 8)
 CONFIGS = [
@@ -38,13 +38,13 @@ every_config = pytest.mark.parametrize("config", CONFIGS, ids=name)
 half_and_single = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-def random_parameters(config: FracConfig, c: int) -> FracParameters:
+def random_parameters(config: FracConfig, c: int) -> PerSlotParameters:
     """Parameters without any symmetry, of order one, whose values fp32 holds: every precision sees the same ones."""
     generator = torch.Generator().manual_seed(0)
     shapes = FracConnection(config.rate * c, config).site_parameters()
     # W as wide as a fraction would saturate tanh: keep the predictions of order one.
-    size = FracParameters(0.7, 0.7, 0.7, c**-0.5, 0.7, 0.7, 1.0)
-    return FracParameters._make(
+    size = PerSlotParameters(0.7, 0.7, 0.7, c**-0.5, 0.7, 0.7, 1.0)
+    return PerSlotParameters._make(
         None if q is None else s * torch.randn(q.shape, generator=generator) for q, s in zip(shapes, size, strict=True)
     )
 
@@ -54,12 +54,12 @@ def random_streams(shape: tuple[int, int], dtype: torch.dtype, count: int = 4) -
     return [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
 
 
-def cast(p: FracParameters, *to: Any) -> FracParameters:
-    return FracParameters._make(None if q is None else q.to(*to) for q in p)
+def cast(p: PerSlotParameters, *to: Any) -> PerSlotParameters:
+    return PerSlotParameters._make(None if q is None else q.to(*to) for q in p)
 
 
 def by_autograd(
-    o: Tensor, h: Tensor, g_x: Tensor | None, g_next: Tensor | None, p: FracParameters, config: FracConfig
+    o: Tensor, h: Tensor, g_x: Tensor | None, g_next: Tensor | None, p: PerSlotParameters, config: FracConfig
 ) -> dict[str, Tensor]:
     """Everything that a site computes, in float64 by the reference and autograd."""
     p = cast(p, torch.float64)
@@ -77,7 +77,7 @@ def by_autograd(
 
 
 def by_hand(
-    o: Tensor, h: Tensor, g_x: Tensor | None, g_next: Tensor | None, p: FracParameters, config: FracConfig
+    o: Tensor, h: Tensor, g_x: Tensor | None, g_next: Tensor | None, p: PerSlotParameters, config: FracConfig
 ) -> dict[str, Tensor]:
     """The same by the four functions."""
     site = Operands.of(p, config)
@@ -244,7 +244,7 @@ def test_coefficients_without_the_mix() -> None:
     p, (h, *_) = random_parameters(config, 6), random_streams((17, 18), torch.float32)
     x, beta, alpha = eager.width_forward(h, Operands.of(p, config), want_x=False)
     assert x is None
-    f = reference.fractions(h, 3)
+    f = reference.slots(h, 3)
     torch.testing.assert_close(beta, reference.beta(f, p, config))
     torch.testing.assert_close(alpha, reference.alpha(f, p, config).flatten(1))
     assert beta.is_contiguous()

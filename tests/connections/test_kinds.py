@@ -11,7 +11,7 @@ from megatron_fc import UserError
 from megatron_fc.connections import FracConfig, HyperConfig
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import KINDS, is_connection_key, recognise
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.per_slot import PerSlotParameters
 
 D = 48
 MEMBERS: list[ConnectionConfig] = [
@@ -26,7 +26,7 @@ MEMBERS: list[ConnectionConfig] = [
 
 def test_the_registry_names_every_kind() -> None:
     assert {"frac": FracConfig, "hyper": HyperConfig} == KINDS
-    assert FracConfig.parameter_names == HyperConfig.parameter_names == FracParameters._fields
+    assert FracConfig.parameter_names == HyperConfig.parameter_names == PerSlotParameters._fields
 
 
 def test_frac_connections_have_as_many_slots_as_fractions() -> None:

@@ -10,7 +10,7 @@ from megatron_fc import FracConfig, FracConnection
 from megatron_fc.connections import reference
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.per_slot import PerSlotParameters
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Case:
     """One site with random, dense, non-symmetric parameters of order one, its streams and incoming gradients."""
 
     config: FracConfig
-    p: FracParameters
+    p: PerSlotParameters
     norm: NormWeights | None
     h: Tensor
     o: Tensor
@@ -34,8 +34,8 @@ class Case:
     @property
     def coefficients(self) -> tuple[Tensor, Tensor]:
         """beta [T, m] and alpha [T, m*m], rounded to fp32 once."""
-        f = reference.fractions(self.h.double(), self.config.rate)
-        p, tokens = FracParameters._make(None if q is None else q.double() for q in self.p), len(self.h)
+        f = reference.slots(self.h.double(), self.config.rate)
+        p, tokens = PerSlotParameters._make(None if q is None else q.double() for q in self.p), len(self.h)
         beta = reference.beta(f, p, self.config).expand(tokens, -1)
         alpha = reference.alpha(f, p, self.config).expand(tokens, -1, -1).flatten(1)
         return beta.float().contiguous(), alpha.float().contiguous()
@@ -50,7 +50,7 @@ def make(
         return torch.randn(*shape, generator=generator)
 
     site = FracConnection(width, config)
-    p = FracParameters._make(None if q is None else random(*q.shape) * 0.5 for q in site.site_parameters())
+    p = PerSlotParameters._make(None if q is None else random(*q.shape) * 0.5 for q in site.site_parameters())
     norm = None
     if kind is not None:
         bias = random(width).to(dtype) if kind == "layernorm" else None
@@ -65,7 +65,7 @@ def width_and_gradients(case: Case) -> tuple[list[Tensor], list[Tensor]]:
     """x, beta, alpha; and the gradients of h, of the parameters and of the norm's, those that exist."""
     config, norm = case.config, case.norm
     h = case.h.double().requires_grad_()
-    p = FracParameters._make(None if q is None else q.double().requires_grad_() for q in case.p)
+    p = PerSlotParameters._make(None if q is None else q.double().requires_grad_() for q in case.p)
     x, weights = reference.width(h, p, config), []
     if norm is not None:
         weights = [w.double().requires_grad_() for w in (norm.weight, norm.bias) if w is not None]
@@ -74,7 +74,7 @@ def width_and_gradients(case: Case) -> tuple[list[Tensor], list[Tensor]]:
             x = F.rms_norm(x, x.shape[-1:], weight, norm.eps)
         else:
             x = F.layer_norm(x, x.shape[-1:], weight, weights[1], norm.eps)
-    f = reference.fractions(h, config.rate)
+    f = reference.slots(h, config.rate)
     beta = reference.beta(f, p, config).expand(len(h), -1)
     alpha = reference.alpha(f, p, config).expand(len(h), -1, -1)
     mixed = torch.einsum("tij,tic->tjc", alpha, f).flatten(-2)
@@ -87,7 +87,7 @@ def width_and_gradients(case: Case) -> tuple[list[Tensor], list[Tensor]]:
 def depth(case: Case) -> Tensor:
     beta, alpha = (c.double() for c in case.coefficients)
     m = case.config.rate
-    f, o = (reference.fractions(t.double(), m) for t in (case.h, case.o))
+    f, o = (reference.slots(t.double(), m) for t in (case.h, case.o))
     return (beta.unsqueeze(-1) * o + torch.einsum("tij,tic->tjc", alpha.unflatten(-1, (m, m)), f)).flatten(-2)
 
 

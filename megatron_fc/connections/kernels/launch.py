@@ -17,7 +17,7 @@ from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands
-from megatron_fc.connections.reference import FracParameters
+from megatron_fc.connections.per_slot import PerSlotParameters
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ROWS = 16  # of a tile: what a tensor core's product needs
@@ -57,7 +57,7 @@ class WidthGradients(NamedTuple):
     """Gradients of a width connection: of the stream, of the site's parameters, of the sub-layer norm's."""
 
     h: Tensor
-    parameters: FracParameters
+    parameters: PerSlotParameters
     weight: Tensor | None
     bias: Tensor | None
 
@@ -134,7 +134,7 @@ def _with_gradients(depth: DepthInputs) -> tuple[DepthInputs, Tensor, Tensor]:
 def _width_forward(
     h: Tensor, depth: DepthInputs, p: Operands, norm: NormWeights | None, want_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    tokens, m = _tokens(h), p.rate
+    tokens, m = _tokens(h), p.fractions
     x = torch.empty_like(h) if want_x else None
     beta = h.new_empty(tokens, m, dtype=torch.float32)
     alpha = h.new_empty(tokens, m * m, dtype=torch.float32)
@@ -154,8 +154,8 @@ def _width_backward(
     norm: NormWeights | None,
 ) -> WidthGradients:
     norm = norm if g_x is not None else None
-    site, g_h = site_of(h, p.rate, p, norm, backward=True), torch.empty_like(h)
-    partial = _partial(programs(_tokens(h) * p.rate, h.device, _PROGRAMS_BACKWARD), h, site, norm)
+    site, g_h = site_of(h, p.fractions, p, norm, backward=True), torch.empty_like(h)
+    partial = _partial(programs(_tokens(h) * p.fractions, h.device, _PROGRAMS_BACKWARD), h, site, norm)
     gradients, weights = (g_x, g_beta, g_mixed, g_other), _weights(norm)
     arguments = (*gradients, h, depth, p.parameters, weights, g_h, partial)
     _launch(width_backward_kernel, site, _tokens(h), h.device, *arguments, per_processor=_PROGRAMS_BACKWARD)
@@ -179,10 +179,10 @@ def _partial(count: int, h: Tensor, site: Site, norm: NormWeights | None) -> Par
     )
 
 
-def _parameter_gradients(partial: Partial, p: Operands) -> FracParameters:
-    m = p.rate
+def _parameter_gradients(partial: Partial, p: Operands) -> PerSlotParameters:
+    m = p.fractions
     table = partial.table.unflatten(1, (-1, m)).sum((0, 1))  # rows are fractions, token after token
-    gradients = FracParameters(table[:, 0], table[:, 1 : 1 + m].flatten(), table[:, 1 + m : 1 + 2 * m].flatten())
+    gradients = PerSlotParameters(table[:, 0], table[:, 1 : 1 + m].flatten(), table[:, 1 + m : 1 + 2 * m].flatten())
     if partial.projection is None:
         return gradients
     k = 2 * m + 1

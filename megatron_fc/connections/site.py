@@ -1,0 +1,161 @@
+"""Site: what the modules of all kinds have in common, and how they run on torch operations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_fc.connections import eager_autograd, ends
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.eager import AnyOperands
+from megatron_fc.connections.fp32 import Fp32Parameters
+from megatron_fc.connections.handover import Handover
+from megatron_fc.errors import UserError
+
+
+class Site(Fp32Parameters):
+    """One site, a `megatron_fc.connections.base.Connection`. A kind adds its initial values and its operands.
+
+    Args:
+        hidden_size: width d of a sub-layer's input and output.
+        config: the options.
+
+    Raises:
+        UserError: the number of fractions does not divide the hidden size.
+    """
+
+    def __init__(self, hidden_size: int, config: ConnectionConfig) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.config = config
+        self.stream_width = config.stream_width(hidden_size)
+        self.register_parameters(config.parameter_names, config.parameter_shapes(hidden_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the initial values."""
+        raise NotImplementedError
+
+    def operands(self) -> AnyOperands:
+        """Return the site as the operations take it."""
+        raise NotImplementedError
+
+    def start_as_residual(self) -> None:
+        """Set initial values at which the network is the residual one with the same weights, for upcycling.
+
+        Raises:
+            UserError: the kind has no such values.
+        """
+        self.reset_parameters()
+
+    def enter(self, h: Tensor) -> Tensor:
+        """The stream of an embedding, [..., d] -> [..., n*c]."""
+        return ends.enter(h, self.config)
+
+    def leave(self, h: Tensor) -> Tensor:
+        """What the last norm takes, [..., n*c] -> [..., d].
+
+        Raises:
+            UserError: the network has a learned leave.
+        """
+        if self.config.leave_shapes(self.hidden_size):
+            raise UserError("the learned leave belongs to the network, not to a site: use config.build_leave()")
+        return ends.mean(h, self.config)
+
+    def forward(self, h: Tensor, norm: Callable[[Tensor], Tensor] | None = None, hand_over: bool = False) -> Any:
+        """Width connection: stream [..., n*c] -> sub-layer input [..., d].
+
+        Args:
+            h: the stream.
+            norm: the sub-layer's norm, applied to the result.
+            hand_over: also return what `depth` can take over instead of looking at h again.
+
+        Returns:
+            x; with `hand_over` (x, handover).
+
+        Raises:
+            UserError: the last dimension is not the stream's width or not contiguous.
+        """
+        self._check_stream(h)
+        x, handover = eager_autograd.width(h, self.operands())
+        x = x if norm is None else norm(x)
+        return (x, handover) if hand_over else x
+
+    def width(self, h: Tensor) -> Tensor:
+        """The width connection; the same as calling the module."""
+        x: Tensor = self(h)
+        return x
+
+    def depth(
+        self,
+        o: Tensor,
+        h: Tensor,
+        handover: Handover | None = None,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Depth connection: sub-layer output [..., d] and stream [..., n*c] -> next stream [..., n*c].
+
+        Args:
+            o: the sub-layer's output, in the dtype of h or, with an fp32 stream, a lower one.
+            h: the stream that went into the width connection.
+            handover: what the width connection handed over for h; without it the coefficients are computed again.
+            bias: [d], added to o; rounded like Megatron's own bias-dropout-add.
+            dropout: probability for an element of o to be dropped, before it is written to slots.
+
+        Returns:
+            [..., n*c] in the dtype of h.
+
+        Raises:
+            UserError: shapes or dtypes do not fit.
+        """
+        self._check_stream(h)
+        self._check_output(o, h)
+        if handover is None:
+            _, handover = eager_autograd.width(h, self.operands(), want_x=False)
+        return eager_autograd.depth(biased(o, h, bias, dropout), h, handover)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, {self.config}"
+
+    def _check_stream(self, h: Tensor) -> None:
+        what = "hidden_size" if self.stream_width == self.hidden_size else "the width of the stream"
+        _check("h", h, self.stream_width, what)
+
+    def _check_output(self, o: Tensor, h: Tensor) -> None:
+        if o.shape[:-1] != h.shape[:-1] or (self.stream_width == self.hidden_size and o.shape != h.shape):
+            raise UserError(
+                f"o has shape {tuple(o.shape)} and h {tuple(h.shape)}: they must be the same"
+                f"{'' if self.stream_width == self.hidden_size else ' but for the last dimension'}"
+            )
+        _check("o", o, self.hidden_size, "hidden_size")
+        if o.dtype != h.dtype and not (h.dtype == torch.float32 and o.dtype in (torch.bfloat16, torch.float16)):
+            raise UserError(f"o is {o.dtype} and h {h.dtype}: they must be the same, or o of 16 bits with h in fp32")
+
+
+def biased(o: Tensor, h: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    """A sub-layer's output with its bias [d] and dropout, rounded like Megatron's own bias-dropout-add."""
+    if bias is None and not dropout:
+        return o
+    check_dropout(dropout)
+    o = o.to(h.dtype) if bias is None else o.to(h.dtype) + bias.to(h.dtype)
+    return F.dropout(o, dropout)
+
+
+def check_dropout(dropout: float) -> None:
+    """Check that it is a probability below 1.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout={dropout}: give a probability from 0 to below 1")
+
+
+def _check(name: str, tensor: Tensor, width: int, what: str) -> None:
+    if tensor.shape[-1:] != (width,):
+        raise UserError(f"{name} has shape {tuple(tensor.shape)}: its last dimension must be {what}={width}")
+    if tensor.stride(-1) != 1 and width > 1:
+        raise UserError(f"{name} has strides {tensor.stride()}: its last dimension must be contiguous")
