@@ -133,8 +133,11 @@ def depth_backward(g: Tensor, o: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     s = s.view(tokens, turns, m, c)
     products = s * o.reshape(tokens, 1, m, c)
     g_beta = products.sum(-1).view(tokens, n)
-    g_o = torch.mul(s, beta.view(tokens, turns, m, 1), out=products)
-    g_o = g_o if turns == 1 else g_o.sum(1)
+    if turns == 1:
+        g_o = torch.mul(s, beta.view(tokens, 1, m, 1), out=products)
+    else:
+        written = torch.eye(m, dtype=s.dtype, device=s.device).repeat(1, turns)  # [m, n]
+        g_o = _mix(beta.unsqueeze(1) * written, s.view(tokens, n, c))
     return g_o.view(o.shape).to(o.dtype), g_beta
 
 

@@ -28,15 +28,14 @@ class Prediction(NamedTuple):
 def coefficients(s: Tensor, p: Operands) -> tuple[Tensor, Prediction | None]:
     """All coefficients of slots [T, n, c], laid out as [k, T, source], rows beta, gamma_1..m, alpha_1..n."""
     predicted = _predict(s, p)
-    n, m = p.slots, p.fractions
-    by_target = [table.view(n, -1).t() for table in (p.static_gamma, p.static_alpha)]
+    by_target = [table.view(p.slots, -1).t() for table in (p.static_gamma, p.static_alpha)]
     static = torch.cat((p.static_beta.unsqueeze(0), *by_target)).unsqueeze(1)
     if predicted is None:
         return static.expand(-1, s.shape[0], -1), None
     scales = _scales(p)
-    if len(predicted.t) < 1 + m + n:
+    if predicted.t.shape[0] < static.shape[0]:
         table = static.repeat(1, s.shape[0], 1)
-        table[_rows(p)].addcmul_(predicted.t, static.new_ones(1) if scales is None else scales)
+        _dynamic(table, p).addcmul_(predicted.t, static.new_ones(1) if scales is None else scales)
         return table, predicted
     return static + predicted.t if scales is None else torch.addcmul(static, predicted.t, scales), predicted
 
@@ -53,19 +52,18 @@ def coefficients_backward(
         predicted: of `coefficients`.
         p: the site.
     """
-    statics = (half.sum(0).flatten() for half in products.split((p.fractions, p.slots), 2))
-    gradients = PerSlotParameters(g_beta.sum(0), *statics)
+    halves = products.split((p.fractions, p.slots), 2)
+    statics = (g_beta.sum(0), *(half.sum(0).flatten() for half in halves))
     if predicted is None:
-        return gradients
-    g_coefficients = torch.cat((g_beta.unsqueeze(0), products.permute(2, 0, 1)))
-    weight, g_scales, norm_weight = _predict_backward(g_coefficients[_rows(p)], g_h, predicted, p)
-    first = 0 if p.scale_beta is None else 1
-    return gradients._replace(
-        dynamic_weight=weight,
-        scale_beta=None if p.scale_beta is None or g_scales is None else g_scales[:1],
-        scale_alpha=None if p.scale_alpha is None or g_scales is None else g_scales[first:].sum(0, keepdim=True),
-        norm_weight=norm_weight,
-    )
+        return PerSlotParameters(*statics)
+    g_coefficients = _dynamic(torch.cat((g_beta.unsqueeze(0), products.permute(2, 0, 1))), p)
+    weight, g_scales, norm_weight = _predict_backward(g_coefficients, g_h, predicted, p)
+    of_beta = of_alpha = None
+    if g_scales is not None:
+        first = 0 if p.scale_beta is None else 1
+        of_beta = g_scales[:1] if first else None
+        of_alpha = None if p.scale_alpha is None else g_scales[first:].sum(0, keepdim=True)
+    return PerSlotParameters(*statics, weight, of_beta, of_alpha, norm_weight)
 
 
 def _predict(s: Tensor, p: Operands) -> Prediction | None:
@@ -77,7 +75,7 @@ def _predict(s: Tensor, p: Operands) -> Prediction | None:
         if p.norm == "layernorm":  # which is rmsnorm of what is centred; so is v, for backward
             s, v = s - s.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
         r = torch.linalg.vector_norm(s, dim=-1).square_().div_(v.shape[1]).add_(p.norm_eps).rsqrt_()
-    z = (v @ s.flatten(0, 1).t()).view(len(v), *s.shape[:2])
+    z = (v @ s.flatten(0, 1).t()).view(v.shape[0], *s.shape[:2])
     if r is not None:
         z *= r
     return Prediction(_tanh(z) if p.tanh else z, z, s, r, v)
@@ -112,11 +110,13 @@ def _predict_backward(
     return g_v * p.norm_weight, g_scales, (g_v * p.dynamic_weight).sum(0)
 
 
-def _rows(p: Operands) -> slice:
-    """Which coefficients are dynamic: all, beta alone, or gamma and alpha."""
+def _dynamic(table: Tensor, p: Operands) -> Tensor:
+    """The rows of a table [k, ...] that are dynamic: all, that of beta, or those of gamma and alpha."""
     assert p.dynamic_weight is not None
-    count, rows = 1 + p.fractions + p.slots, len(p.dynamic_weight)
-    return slice(0, 1) if rows == 1 else slice(count - rows, None)
+    rows = p.dynamic_weight.shape[0]
+    if rows == table.shape[0]:
+        return table
+    return table[:1] if rows == 1 else table[1:]
 
 
 def _scales(p: Operands) -> Tensor | None:

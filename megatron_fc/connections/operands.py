@@ -40,7 +40,7 @@ class Operands(NamedTuple):
 
     @property
     def slots(self) -> int:
-        return len(self.static_beta)
+        return self.static_beta.shape[0]
 
 
 N_OPERANDS = len(Operands._fields)
