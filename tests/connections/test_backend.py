@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from megatron_fc import FracConfig, FracConnection, UserError
 from megatron_fc.connections.backend import backend_on
-from megatron_fc.connections.kernels.availability import triton_obstacle
+from megatron_fc.connections.kernels.availability import triton_obstacle, unknown_option
 from support import under_compile
 from support.patience import PATIENCE
 
@@ -28,6 +29,16 @@ def test_rates_without_a_kernel(rate: int) -> None:
     assert backend_on("auto", rate, "cuda")[0] == "torch"
     with pytest.raises(UserError, match=f"the kernels are for rate 1, 2, 4, 8, not {rate}; set backend=auto"):
         backend_on("triton", rate, "cuda")
+
+
+@pytest.mark.parametrize("option", ["norm_affine", "dynamic_beta", "dynamic_alpha"])
+def test_options_without_a_kernel(option: str) -> None:
+    config = FracConfig(**{option: False})  # type: ignore[arg-type]
+    assert unknown_option(FracConfig()) is None
+    chosen, reason = backend_on("auto", 4, "cuda", option=unknown_option(config))
+    assert (chosen, reason) == ("torch", f"the kernels do not have {option}=False")
+    with pytest.raises(UserError, match=f"backend=triton cannot run: the kernels do not have {option}=False"):
+        FracConnection(64, replace(config, backend="triton"))(torch.randn(2, 64, device="meta"))
 
 
 def test_triton_on_cpu_tensors_is_an_error() -> None:

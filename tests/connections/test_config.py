@@ -17,6 +17,11 @@ from megatron_fc import FracConfig, UserError
         ({"initial_scale": float("nan")}, "initial_scale must be a finite number"),
         ({"norm_eps": 0.0}, "norm_eps must be greater than 0"),
         ({"dynamic": False, "tanh": False}, "tanh=False has no effect on static connections"),
+        ({"dynamic": False, "norm_affine": False}, "norm_affine=False has no effect on static connections"),
+        ({"norm": "none", "norm_affine": False}, "norm_affine=False has no effect with norm=none"),
+        ({"dynamic": False, "dynamic_beta": True}, "dynamic_beta=True contradicts dynamic=false: set dynamic=true and"),
+        ({"dynamic_beta": False, "dynamic_alpha": False}, "leave nothing dynamic: set dynamic=false instead"),
+        ({"dynamic_alpha": "no"}, "dynamic_alpha must be true or false, not 'no'"),
         ({"scale": False, "initial_scale": 0.1}, "initial_scale=0.1 has no effect with scale=false"),
     ],
 )
@@ -62,3 +67,25 @@ def test_parameters_of_the_papers_7b_model(rate: int, dynamic: bool, total: int)
 def test_labels() -> None:
     assert FracConfig(rate=4).label == "dfc_x4"
     assert FracConfig(rate=2, dynamic=False).label == "sfc_x2"
+
+
+@pytest.mark.parametrize(("rows", "options"), [(1, {"dynamic_alpha": False}), (8, {"dynamic_beta": False})])
+def test_what_is_static_has_no_rows_and_no_scale(rows: int, options: dict) -> None:
+    shapes = FracConfig(rate=4, **options).parameter_shapes(64)
+    assert shapes["dynamic_weight"] == (rows, 16)
+    assert ("scale_beta" in shapes) == (rows == 1)
+    assert ("scale_alpha" in shapes) == (rows == 8)
+
+
+def test_a_switch_that_repeats_dynamic_makes_no_other_connection() -> None:
+    assert FracConfig(dynamic_beta=True, dynamic_alpha=True) == FracConfig()
+    assert FracConfig(dynamic=False, dynamic_beta=False) == FracConfig(dynamic=False)
+    assert FracConfig(dynamic_beta=False) != FracConfig()
+    partial = FracConfig(dynamic_beta=False)
+    assert FracConfig.from_dict(partial.to_dict()) == partial
+    assert dataclasses.replace(FracConfig(dynamic_beta=True), dynamic=False) == FracConfig(dynamic=False)
+
+
+def test_a_norm_without_weight_has_no_parameter() -> None:
+    assert "norm_weight" not in FracConfig(norm_affine=False).parameter_shapes(64)
+    assert 32 * FracConfig(rate=4, norm_affine=False).parameter_count(2048) == 165_056 - 32 * 512

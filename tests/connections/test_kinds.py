@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_fc import UserError
-from megatron_fc.connections import FracConfig, HyperConfig
+from megatron_fc.connections import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import KINDS, is_connection_key, recognise
 from megatron_fc.connections.per_slot import PerSlotParameters
@@ -21,11 +21,20 @@ MEMBERS: list[ConnectionConfig] = [
     FracConfig(rate=4, norm="none", scale=False),
     *(HyperConfig(slots=n, dynamic=dynamic) for n in (2, 3, 4) for dynamic in (True, False)),
     HyperConfig(slots=2, norm="none", scale=False),
+    HyperConfig(slots=4, fractions=2),
+    HyperConfig(slots=6, fractions=3, dynamic=False),
+    HyperConfig(slots=6, fractions=2, dynamic_beta=False),
+    FracConfig(rate=4, dynamic_alpha=False),
+]
+ON_MANIFOLD: list[ConnectionConfig] = [
+    *(ManifoldConfig(slots=n) for n in (1, 2, 3, 4, 8)),
+    *(ManifoldConfig(slots=n, fractions=n) for n in (2, 3, 4, 8)),
+    ManifoldConfig(slots=4, leave="learned"),
 ]
 
 
 def test_the_registry_names_every_kind() -> None:
-    assert {"frac": FracConfig, "hyper": HyperConfig} == KINDS
+    assert {"frac": FracConfig, "hyper": HyperConfig, "manifold": ManifoldConfig} == KINDS
     assert FracConfig.parameter_names == HyperConfig.parameter_names == PerSlotParameters._fields
 
 
@@ -59,7 +68,7 @@ def test_hyper_connections_have_slots_of_the_whole_width() -> None:
     }
 
 
-@pytest.mark.parametrize("config", MEMBERS, ids=str)
+@pytest.mark.parametrize("config", [*MEMBERS, *ON_MANIFOLD], ids=str)
 @pytest.mark.parametrize("sub_layer", [0, 3])
 def test_modules_have_the_parameters_of_their_configuration(config: ConnectionConfig, sub_layer: int) -> None:
     site = config.build(hidden_size=D, sub_layer=sub_layer)
@@ -67,7 +76,9 @@ def test_modules_have_the_parameters_of_their_configuration(config: ConnectionCo
     assert {name: tuple(p.shape) for name, p in parameters.items()} == config.parameter_shapes(D)
     assert list(parameters) == [name for name in config.parameter_names if name in parameters]
     assert sum(p.numel() for p in parameters.values()) == config.parameter_count(D)
-    assert all(config.is_identity(name, p) for name, p in parameters.items())
+    assert all(config.is_identity(name, p) for name, p in parameters.items()) == (config in MEMBERS)
+    leave = {name: tuple(p.shape) for name, p in config.build_leave(D).named_parameters()}
+    assert leave == config.leave_shapes(D)
 
 
 @pytest.mark.parametrize("config", MEMBERS, ids=str)
@@ -81,7 +92,7 @@ def test_a_site_starts_as_a_residual_connection(config: ConnectionConfig) -> Non
         torch.testing.assert_close(site.leave(site.depth(o, stream)), h + o)
 
 
-@pytest.mark.parametrize("config", MEMBERS, ids=str)
+@pytest.mark.parametrize("config", [*MEMBERS, *ON_MANIFOLD], ids=str)
 def test_a_norm_and_a_hand_over_change_no_result(config: ConnectionConfig) -> None:
     site, norm = config.build(D), torch.nn.LayerNorm(D)
     for _, parameter in site.named_parameters():
@@ -92,7 +103,7 @@ def test_a_norm_and_a_hand_over_change_no_result(config: ConnectionConfig) -> No
     assert torch.equal(site.depth(o, h, handover), site.depth(o, h))
 
 
-@pytest.mark.parametrize("config", MEMBERS, ids=str)
+@pytest.mark.parametrize("config", [*MEMBERS, *ON_MANIFOLD], ids=str)
 def test_kinds_are_recognised_by_their_parameters(config: ConnectionConfig) -> None:
     assert recognise(config.last_dimensions(D)) == config
 
@@ -105,6 +116,15 @@ def test_parameters_that_no_kind_has_are_not_recognised(config: ConnectionConfig
     assert recognise({name: size for name, size in sizes.items() if name != "static_beta"}) is None
 
 
+@pytest.mark.parametrize("config", ON_MANIFOLD, ids=str)
+def test_mappings_that_no_kind_has_are_not_recognised(config: ConnectionConfig) -> None:
+    sizes = config.last_dimensions(D)
+    assert recognise(sizes | {"mapping_bias": sizes["mapping_bias"] + 1}) is None
+    assert recognise(sizes | {"mapping_scale": 2}) is None
+    assert recognise(sizes | {"static_beta": 4}) is None
+    assert recognise({name: size for name, size in sizes.items() if name != "mapping_bias"}) is None
+
+
 def test_one_stream_goes_by_the_name_of_frac_connections() -> None:
     assert HyperConfig(slots=1).last_dimensions(D) == FracConfig(rate=1).last_dimensions(D)
     assert recognise(HyperConfig(slots=1).last_dimensions(D)) == FracConfig(rate=1)
@@ -115,6 +135,9 @@ def test_options_that_parameters_show_are_in_the_description() -> None:
     assert FracConfig(rate=4, norm="none").description == "dfc_x4 connections without norm"
     assert HyperConfig(slots=2, norm="none", scale=False).description == "dhc_x2 connections without scale and norm"
     assert HyperConfig(slots=2, dynamic=False).description == "shc_x2 connections"
+    assert FracConfig(dynamic_beta=False).description == "dfc_x4 connections without dynamic beta"
+    assert FracConfig(norm_affine=False).description == "dfc_x4 connections without a weight of the norm"
+    assert ManifoldConfig().description == "mhc_x4 connections"
 
 
 def table(*rows: list[float]) -> Tensor:
@@ -153,14 +176,16 @@ def test_keys_of_connections() -> None:
     assert is_connection_key("connection.scale_beta")
     assert not is_connection_key("decoder.layers.0.input_layernorm.norm_weight")
     assert not is_connection_key("decoder.layers.0.connection.weight")
+    assert is_connection_key("decoder.layers.0.input_layernorm.connection.mapping_weight")
+    assert is_connection_key("decoder.final_layernorm.connection.leave_weight")
     assert not is_connection_key("static_beta")
 
 
 @pytest.mark.parametrize("kind", KINDS.values())
 def test_unknown_options_are_refused_by_kind(kind: type[ConnectionConfig]) -> None:
     assert kind.from_dict(kind().to_dict()) == kind()
-    with pytest.raises(UserError, match=f"unknown {kind.kind} option 'tanhh': did you mean 'tanh'"):
-        kind.from_dict({"tanhh": True})
+    with pytest.raises(UserError, match=f"unknown {kind.kind} option 'norm_epss': did you mean 'norm_eps'"):
+        kind.from_dict({"norm_epss": 1e-5})
 
 
 def test_configurations_load_neither_torch_nor_megatron() -> None:
