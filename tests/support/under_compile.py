@@ -4,29 +4,33 @@ python under_compile.py torch    # or triton, in the interpreter
 """
 
 import sys
+from typing import Any
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from megatron_fc import FracConfig, FracConnection
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
+from megatron_fc.connections.reference import Config
 
-CONFIGS = {
+CONFIGS: dict[str, list[Config]] = {
     "torch": [
         FracConfig(backend="torch"),
         FracConfig(backend="torch", dynamic=False),
         FracConfig(backend="torch", norm="layernorm"),
         FracConfig(backend="torch", norm="none", tanh=False, scale=False),
         FracConfig(backend="torch", recompute=True),
+        HyperConfig(slots=4, fractions=2, dynamic_beta=False),
+        ManifoldConfig(slots=2, sinkhorn_iterations=3),
     ],
     "triton": [FracConfig(backend="triton"), FracConfig(backend="triton", dynamic=False)],
 }
 
 
-def compare(config: FracConfig, dynamic: bool | None) -> None:
+def compare(config: Config, dynamic: bool | None) -> None:
     """Not at the initial values, where gradients of the prediction would be zero."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    site = FracConnection(64, config)
+    site: Any = config.build(64)
     for parameter in site.parameters():
         torch.nn.init.normal_(parameter)
 
@@ -36,7 +40,7 @@ def compare(config: FracConfig, dynamic: bool | None) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=dynamic)
     for tokens in (5, 7, 9):
-        h, o = torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, 64)
+        h, o = torch.randn(tokens, config.stream_width(64), requires_grad=True), torch.randn(tokens, 64)
         results = [step(h, o), compiled(h, o)]
         torch.testing.assert_close(*results)
         gradients = [torch.autograd.grad(y.square().sum(), [h, *site.parameters()]) for y in results]
@@ -51,7 +55,7 @@ def compare(config: FracConfig, dynamic: bool | None) -> None:
 if __name__ == "__main__":
     for config in CONFIGS[sys.argv[1]]:
         for dynamic in (False, None, True):
-            if config.recompute and dynamic:
+            if isinstance(config, FracConfig) and config.recompute and dynamic:
                 continue  # docs/memory.md
             compare(config, dynamic)
             print("as without torch.compile:", config, dynamic)
