@@ -21,7 +21,7 @@ from rivals import hyper_connections, liger_mhc, megatron
 
 # What each operation moves: ours, and Megatron's with and without `fused_residual_rmsnorm`.
 OPERATIONS = {
-    "layer": traffic.frac_boundary,
+    "layer": traffic.layer_alone,
     "boundary": traffic.boundary,
     "width+norm": traffic.width_norm,
     "depth": traffic.depth,
@@ -56,7 +56,7 @@ def contestants(operation: str, case: Case) -> Iterator[Contestant]:
     if operation == "layer":
         build = partial(_ours, operation, case, "triton", boundary=False)
         yield Contestant(
-            "fused kernels, no boundary", build, partial(traffic.frac_two_operations, config=case.config), ours=True
+            "fused kernels, no boundary", build, partial(traffic.layer_in_two_operations, config=case.config), ours=True
         )
     yield Contestant("torch backend", partial(_ours, operation, case, "torch"), ours=True)
     yield Contestant(EAGER, partial(_reference, operation, case, compiled=False))

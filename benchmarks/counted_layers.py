@@ -19,21 +19,23 @@ with warnings.catch_warnings():
 
 from megatron_fc import FracConfig
 from megatron_fc.connections import HyperConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.megatron.specs import frac_connect
 from megatron_fc.planning.counts import DeviceCounts
 from megatron_fc.profiling.counters.device import DeviceCounter
 from megatron_fc.profiling.counters.phase import Whereabouts
+from unfused_hyper import UnfusedHyper
 
 _SUB_LAYERS = {"self_attention", "mlp"}
 
 
-class HyperLayer(nn.Module):
-    """The norms, attention and MLP of a layer of Megatron's between Hyper-Connections."""
+class ConnectedLayer(nn.Module):
+    """The norms, attention and MLP of a layer of Megatron's between two sites of any kind."""
 
-    def __init__(self, layer: nn.Module, width: int, config: HyperConfig) -> None:
+    def __init__(self, layer: nn.Module, sites: list[Any]) -> None:
         super().__init__()
         self.layer = layer
-        self.sites = nn.ModuleList(config.build(width, sub_layer) for sub_layer in range(2))
+        self.sites = nn.ModuleList(sites)
 
     def forward(self, h: Tensor, attention_mask: Tensor) -> tuple[Tensor, None]:
         layer, (before_attention, before_mlp) = self.layer, self.sites
@@ -71,9 +73,15 @@ def layer(frac: FracConfig | None, width: int, dtype: torch.dtype, **options: An
     return build_module(spec if frac is None else frac_connect(spec, frac), config=config, layer_number=1).to(dtype)
 
 
-def hyper_layer(config: HyperConfig, width: int, dtype: torch.dtype) -> nn.Module:
-    """`layer` with Hyper-Connections; parameters and streams in one dtype."""
-    return HyperLayer(layer(None, width, dtype), width, config).to(dtype)
+def connected_layer(config: ConnectionConfig, width: int, dtype: torch.dtype) -> nn.Module:
+    """`layer` between sites of any kind, on the torch backend."""
+    return ConnectedLayer(layer(None, width, dtype), [config.build(width, sub_layer) for sub_layer in range(2)])
+
+
+def unfused_hyper_layer(config: HyperConfig, width: int, dtype: torch.dtype) -> nn.Module:
+    """`layer` with Hyper-Connections as the paper lists them; parameters and streams in one dtype."""
+    sites = [UnfusedHyper(width, config, sub_layer) for sub_layer in range(2)]
+    return ConnectedLayer(layer(None, width, dtype), sites).to(dtype)
 
 
 def count(model: nn.Module, stream: Tensor) -> DeviceCounts:

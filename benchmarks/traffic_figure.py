@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import record
-from counted_layers import count, hyper_layer, layer
+from counted_layers import count, layer, unfused_hyper_layer
 from megatron_fc import FracConfig
 from megatron_fc.connections import HyperConfig
 from megatron_fc.connections.costs.traffic import Moves, Stream, hyper_ideal
@@ -85,7 +85,7 @@ def bars() -> Iterator[Bar]:
         yield computed("Hyper-Connections", f"HCx{n}, ideal", hyper_ideal(stream, HyperConfig(slots=n)))
     for n in (2, 4):
         hyper = HyperConfig(slots=n, norm="layernorm")
-        model = hyper_layer(hyper, WIDTH, DTYPE)
+        model = unfused_hyper_layer(hyper, WIDTH, DTYPE)
         yield counted("Hyper-Connections", f"DHCx{n}, unfused torch", model, hyper.stream_width(WIDTH))
 
 

@@ -92,7 +92,7 @@ def width_backward(
     g_h = _mix(table[1:].permute(1, 2, 0), g)
     gradients = of.coefficients_backward(g_beta, products, g_h, kept, p)
     in_their_dtypes = (g if q is None or g is None else g.to(q.dtype) for g, q in zip(gradients, given, strict=True))
-    return g_h.view(h.shape).to(h.dtype), given._make(in_their_dtypes)
+    return g_h.view(h.shape).to(h.dtype), type(given)(*in_their_dtypes)
 
 
 @_as_written
@@ -188,4 +188,4 @@ def _in_fp32[Site: AnyOperands](p: Site, h: Tensor) -> Site:
     dtype = torch.promote_types(h.dtype, torch.float32)
     if p[0].dtype == dtype:
         return p
-    return p._make(q.to(dtype) if isinstance(q, Tensor) else q for q in p)
+    return type(p)(*(q.to(dtype) if isinstance(q, Tensor) else q for q in p))

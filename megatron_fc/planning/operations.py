@@ -7,15 +7,15 @@ Every operation reads its inputs and writes its outputs once. What connects sub-
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from megatron_fc.connections.costs.eager_traffic import frac_torch
+from megatron_fc.connections.costs.eager_traffic import torch_backend
 from megatron_fc.connections.costs.traffic import (
     Moves,
     Stream,
     Traffic,
-    frac_in_a_row,
-    frac_pure,
-    frac_two_operations,
     fused_residual,
+    layer_in_two_operations,
+    layer_pure,
+    layers_in_a_row,
     norm,
     residual,
     width_norm,
@@ -195,14 +195,14 @@ def connection_moves(shape: Shape, training: Training, moe: bool, in_a_row: floa
         return moves + _again(norm(stream)) * (freed * apart)
     times = freed + training.recompute.frac
     if not training.fused_connections:
-        moves = frac_torch(stream, frac)
+        moves = torch_backend(stream, frac)
         return moves + _again(moves) * (times / 2)  # width connections and norms are about half of it
     if freed:  # the norm slot's tensors, and with them what the depth connection would take over
-        moves = frac_pure(stream, frac)
+        moves = layer_pure(stream, frac)
     elif training.recompute.frac:
-        moves = frac_two_operations(stream, frac)
+        moves = layer_in_two_operations(stream, frac)
     else:
-        moves = frac_in_a_row(stream, frac, 1 if training.recompute.granularity == "full" else in_a_row)
+        moves = layers_in_a_row(stream, frac, 1 if training.recompute.granularity == "full" else in_a_row)
     return moves + norm(stream) * (2 - apart) + _again(width_norm(stream, frac)) * (2 * times)
 
 

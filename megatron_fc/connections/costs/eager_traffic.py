@@ -1,34 +1,64 @@
-"""Model of the bytes that unfused torch moves for Frac- and Hyper-Connections: one operation, one pass over memory.
+"""Model of the bytes that unfused torch moves for the family of connections: one operation, one pass over memory.
 
-Follows the operations of `connections.eager`, `connections.reference` under autograd and `HyperConnection`. Beside the
-stream's rows there are rows of d in fp32, in which Frac-Connections compute: `wide`, a row for an fp32 stream, two
-for bf16. The terms per token are one fraction's scalar each (`one`: m), one matrix (`matrix`: m*m), or all k = 2m+1
-coefficients of m fractions (`all`: k*m).
+Follows the operations of `connections.eager`, of `connections.reference` under autograd, and of Hyper-Connections as
+the paper lists them. Beside the stream's rows there are rows of d in fp32, in which connections compute: `wide`, a row
+for an fp32 stream, two for bf16. The terms per token are one value per slot (`one`: n), tables (`gamma`: n*m, `matrix`:
+n*n), or all k = 1+m+n coefficients of n slots (`all`: k*n).
 """
 
 from dataclasses import dataclass
 
-from megatron_fc.connections.config import FracConfig, HyperConfig
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.costs.traffic import FP32, Moves, Stream, Traffic, gradient_sum, norm
 
 INDEX = 8  # bytes of an int64
+PerSlotConfig = FracConfig | HyperConfig
+Config = PerSlotConfig | ManifoldConfig
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes per token of what passes through memory; `weight` is once, the projection [k, c]."""
+    """Bytes per token of what passes through memory; `weight` is once, of the projection.
+
+    Attributes:
+        row, wide: x or o, in the dtype of the stream and in fp32.
+        stream, slots: h likewise.
+        predicted: the coefficients that are predicted, all of them where beta and alpha are.
+    """
 
     row: int
     wide: int
+    stream: int
+    slots: int
     one: int
+    gamma: int
     matrix: int
-    all: int
+    predicted: int
     weight: int
 
     @classmethod
-    def of(cls, stream: Stream, config: FracConfig) -> "_Sizes":
-        m, k = config.rate, 2 * config.rate + 1
-        return cls(stream.row, FP32 * stream.width, FP32 * m, FP32 * m * m, FP32 * k * m, FP32 * k * stream.width // m)
+    def of(cls, stream: Stream, config: ConnectionConfig) -> "_Sizes":
+        n, m = config.slots, config.fractions
+        width = config.stream_width(stream.width)
+        shapes = config.parameter_shapes(stream.width)
+        weight = shapes.get("dynamic_weight", shapes.get("mapping_weight", (0, 0)))
+        predicted = weight[0] if "mapping_weight" in shapes else n * weight[0]
+        return cls(
+            row=stream.row,
+            wide=FP32 * stream.width,
+            stream=width * stream.element_bytes,
+            slots=FP32 * width,
+            one=FP32 * n,
+            gamma=FP32 * n * m,
+            matrix=FP32 * n * n,
+            predicted=FP32 * predicted,
+            weight=FP32 * weight[0] * weight[1],
+        )
+
+    @property
+    def all(self) -> int:
+        return self.one + self.gamma + self.matrix
 
     @property
     def upcast(self) -> Traffic:
@@ -40,99 +70,153 @@ class _Sizes:
         """Of a row from fp32."""
         return Traffic(self.wide, self.row) if self.row < self.wide else Traffic()
 
+    @property
+    def stream_upcast(self) -> Traffic:
+        return Traffic(self.stream, self.slots) if self.stream < self.slots else Traffic()
+
+    @property
+    def stream_downcast(self) -> Traffic:
+        return Traffic(self.slots, self.stream) if self.stream < self.slots else Traffic()
+
 
 # The torch backend, megatron_fc/connections/eager.py.
 
 
-def frac_torch(stream: Stream, config: FracConfig) -> Moves:
+def torch_backend(stream: Stream, config: Config) -> Moves:
     """A layer of the torch backend: in fp32 and at m = 4 about 24 + 58 rows of DFC, terms included."""
-    return _torch_site(stream, config) * 2
-
-
-def _torch_site(stream: Stream, config: FracConfig) -> Moves:
-    width = Moves(_torch_width_forward(stream, config), _torch_width_backward(stream, config), stream.row)
-    return width + norm(stream) + _torch_depth(stream, config)
-
-
-def _torch_width_forward(stream: Stream, config: FracConfig) -> Traffic:
-    """h is read for the norm's statistics, for the projection and for the mixing, which writes x.
-
-    Then coefficients: tanh's three passes, beta, and gamma and alpha, copied out of the projection's layout.
-    """
     s = _Sizes.of(stream, config)
-    if not config.dynamic:
-        coefficients = Traffic(0, s.one + 2 * s.matrix)
+    width = Moves(_torch_width_forward(s, config), _torch_width_backward(s, config), s.stream)
+    return (width + norm(stream) + _torch_depth(s, config)) * 2
+
+
+def _torch_width_forward(s: _Sizes, config: Config) -> Traffic:
+    """h is read for the coefficients and for the mixing, which writes x.
+
+    Of the coefficients, all in one table, beta, gamma and alpha are copied out.
+    """
+    copied = Traffic(s.all, s.all) if _predicts(config) else Traffic(0, s.all)
+    mixing = _mixing(s, config, outputs=config.fractions, inputs=config.slots)
+    return s.stream_upcast + _torch_coefficients(s, config) + copied + mixing + s.downcast
+
+
+def _torch_width_backward(s: _Sizes, config: Config) -> Traffic:
+    """g_x and g_mixed are laid side by side: r + 1 rows read and written. Their products with h, 2r + 1 rows, are the
+    coefficients'.
+
+    Coefficients are computed again, and the mixing of both gradients reads r + 1 rows and writes the r of h's.
+    """
+    n, m = config.slots, config.fractions
+    total = s.stream_upcast + Traffic(s.row + s.stream, s.wide + s.slots)
+    total += Traffic(2 * s.slots + s.wide, s.gamma + s.matrix)  # products
+    total += _mixing(s, config, outputs=n, inputs=m + n) + s.stream_downcast
+    if not _predicts(config):
+        return total + Traffic(s.all, s.all) + Traffic(s.all, s.gamma + s.matrix)
+    total += _torch_coefficients(s, config) + Traffic(s.gamma + s.matrix, s.gamma + s.matrix)
+    if isinstance(config, ManifoldConfig):
+        return total + _mapping_backward(s, config)
+    return total + _prediction_backward(s, config)
+
+
+def _torch_depth(s: _Sizes, config: Config) -> Moves:
+    """Forward mixes h, r rows read and written, and adds beta*o in place, r + 1 and r.
+
+    Backward multiplies g and o, r + 1 and r rows, and sums that, r. Then it multiplies g and beta: of one turn in
+    place, 1 and 1; of more by mixing, r read and 1 written.
+    """
+    n, m = config.slots, config.fractions
+    forward = s.stream_upcast + Traffic(s.matrix, s.matrix) + _mixing(s, config, outputs=n, inputs=n)
+    forward += Traffic(s.slots + s.row + s.one, s.slots) + s.stream_downcast
+    backward = s.stream_upcast + Traffic(s.slots + s.row, s.slots) + Traffic(s.slots, s.one)
+    if n == m:
+        backward += Traffic(s.wide + s.one, s.wide)
     else:
-        # The static part is added to all; then beta, gamma and alpha are copied out.
-        coefficients = Traffic(s.all, s.all) * 2
-        coefficients += _torch_prediction(stream, config)
-    return s.upcast + coefficients + _mixing(s, config.rate, config.rate) + s.downcast
+        backward += Traffic(s.one, s.gamma) + _mixing(s, config, outputs=m, inputs=n)
+    return Moves(forward, backward + s.downcast, s.row + s.one)
 
 
-def _torch_prediction(stream: Stream, config: FracConfig) -> Traffic:
-    """`_predict`: statistics of every fraction (norm, then four passes over a scalar), projection, scaling, tanh.
+def _predicts(config: Config) -> bool:
+    return isinstance(config, ManifoldConfig) or config.dynamic
 
-    Layernorm centres the rows before: two more reads and a write.
+
+def _mixing(s: _Sizes, config: Config, outputs: int, inputs: int) -> Traffic:
+    """`_mix`, a bag of rows per output: reads rows and weights, the number of every row and the start of every bag."""
+    slot = s.slots // config.slots
+    numbers = INDEX * outputs * (inputs + 1)
+    return Traffic(inputs * slot + FP32 * outputs * inputs + numbers, outputs * slot)
+
+
+def _torch_coefficients(s: _Sizes, config: Config) -> Traffic:
+    """All coefficients in one table, where any is predicted."""
+    if isinstance(config, ManifoldConfig):
+        return _mapping(s, config)
+    if not config.dynamic:
+        return Traffic()
+    if s.predicted < s.all:  # the static table for every token, and the predicted part added to some of it
+        return _prediction(s, config) + Traffic(0, s.all) + Traffic(2 * s.predicted, s.predicted)
+    return _prediction(s, config) + Traffic(s.all, s.all)
+
+
+def _prediction(s: _Sizes, config: PerSlotConfig) -> Traffic:
+    """Per slot: statistics of every slot (norm, then four passes over a scalar), projection, scaling, tanh.
+
+    Layernorm centres the slots before: two more reads and a write.
     """
-    s = _Sizes.of(stream, config)
-    total = Traffic(s.wide, s.all, s.weight, 0)
+    total = Traffic(s.slots, s.predicted, s.weight, 0)
     if config.norm != "none":
-        total += Traffic(s.wide, s.one) + Traffic(s.one, s.one) * 4 + Traffic(s.all + s.one, s.all)
-        total += Traffic(0, 0, s.weight, s.weight)
+        total += Traffic(s.slots, s.one) + Traffic(s.one, s.one) * 4 + Traffic(s.predicted + s.one, s.predicted)
+        total += Traffic(0, 0, s.weight, s.weight) if config.norm_affine else Traffic()
     if config.norm == "layernorm":
-        total += Traffic(2 * s.wide + s.one, s.wide + s.one)
+        total += Traffic(2 * s.slots + s.one, s.slots + s.one)
     if config.tanh:
-        total += Traffic(s.all, s.all) * 3
+        total += Traffic(s.predicted, s.predicted) * 3
     return total
 
 
-def _torch_width_backward(stream: Stream, config: FracConfig) -> Traffic:
-    """g_x and g_mixed are laid side by side: 2 read, 2 written. Their products with h, 3 read, are the coefficients'.
+def _prediction_backward(s: _Sizes, config: PerSlotConfig) -> Traffic:
+    """Per slot: the coefficients' gradients are laid out as predicted and go back through scale, tanh and norm.
 
-    Coefficients are computed again (2 reads of h), and the mixing of both gradients reads 2 and writes the gradient of
-    h. Prediction's own backward adds to that twice, once through the norm (2 read, 1 written) and once through the
-    projection (1 and 1), and reads h for the projection's gradient.
+    They add to the gradient of h twice, through the norm and through the projection, and read h for W's.
     """
-    s = _Sizes.of(stream, config)
-    total = s.upcast + Traffic(2 * s.row, 2 * s.wide)
-    total += Traffic(3 * s.wide, 2 * s.matrix)  # products
-    total += Traffic(s.one + 2 * s.matrix, s.all) + Traffic(s.all, 0)  # laid out as predicted; summed for the statics
-    total += _mixing(s, config.rate, 2 * config.rate) + s.downcast
-    if not config.dynamic:
-        return total + Traffic(0, 2 * s.matrix)
-    total += Traffic(s.all, s.all) + Traffic(2 * s.matrix, 2 * s.matrix) + _torch_prediction(stream, config)
+    total = Traffic(s.all, s.all) + Traffic(s.all, 0)  # laid out; summed for the statics
     if config.tanh or config.scale:
-        total += Traffic(2 * s.all, s.all)
+        total += Traffic(2 * s.predicted, s.predicted)
     if config.scale:
-        total += Traffic(s.all, 0) + Traffic(s.all, s.all)
+        total += Traffic(s.predicted, 0) + Traffic(s.predicted, s.predicted)
     if config.tanh:
-        total += Traffic(3 * s.all, s.all)
+        total += Traffic(3 * s.predicted, s.predicted)
     if config.norm != "none":
-        total += Traffic(s.all + s.one, s.all) + Traffic(2 * s.all, s.all) + Traffic(s.all, s.one)
-        total += Traffic(3 * s.one, 2 * s.one)
-        total += Traffic(2 * s.wide + s.one, s.wide) + Traffic(0, 0, 3 * s.weight, 2 * s.weight)
-    total += Traffic(s.wide + s.all, s.wide, s.weight, 0)
-    return total + Traffic(s.wide + s.all, 0, 0, s.weight)
+        total += Traffic(s.predicted + s.one, s.predicted) + Traffic(2 * s.predicted, s.predicted)
+        total += Traffic(s.predicted, s.one) + Traffic(3 * s.one, 2 * s.one)
+        total += Traffic(2 * s.slots + s.one, s.slots)
+        total += Traffic(0, 0, 3 * s.weight, 2 * s.weight) if config.norm_affine else Traffic()
+    total += Traffic(s.slots + s.predicted, s.slots, s.weight, 0)
+    return total + Traffic(s.slots + s.predicted, 0, 0, s.weight)
 
 
-def _torch_depth(stream: Stream, config: FracConfig) -> Moves:
-    """Forward mixes h (1 read, 1 written) and adds beta*o in place (2 and 1).
+def _mapping(s: _Sizes, config: ManifoldConfig) -> Traffic:
+    """On a manifold: statistics of the stream, projection, scaling, sigmoids, Sinkhorn, and all in one table.
 
-    Backward multiplies g and o (2 and 1), sums that (1), and multiplies g and beta (1 and 1).
+    A normalisation sums a table, adds eps to the sums, and divides.
     """
-    s = _Sizes.of(stream, config)
-    forward = s.upcast + Traffic(s.matrix, s.matrix) + _mixing(s, config.rate, config.rate)
-    forward += Traffic(s.wide + s.row + s.one, s.wide) + s.downcast
-    backward = s.upcast + Traffic(s.wide + s.row, s.wide) + Traffic(s.wide, s.one)
-    backward += Traffic(s.wide + s.one, s.wide) + s.downcast
-    return Moves(forward, backward, s.row + s.one)
+    total = Traffic(s.slots, 0) + Traffic(s.slots, s.all, s.weight, 0) + Traffic(s.all, s.all) * 2
+    total += Traffic(2 * s.gamma + 2 * s.one, 2 * s.gamma + 2 * s.one)
+    total += Traffic(2 * s.matrix, 2 * s.matrix)
+    sinkhorn = Traffic(2 * s.matrix + 2 * s.one, s.matrix + 2 * s.one)
+    return total + sinkhorn * (2 * config.sinkhorn_iterations - 1) + Traffic(s.all, s.all)
 
 
-def _mixing(s: _Sizes, outputs: int, inputs: int) -> Traffic:
-    """`_mix`, a bag of rows per output: reads rows and weights, the number of every row and the start of every bag."""
-    share = inputs * s.one // FP32 // (s.one // FP32) ** 2  # of inputs in multiples of m
-    numbers = INDEX * outputs * (inputs + 1)
-    return Traffic(share * (s.wide + s.matrix) + numbers, s.wide)
+def _mapping_backward(s: _Sizes, config: ManifoldConfig) -> Traffic:
+    """On a manifold: the same way back, and to the gradient of h twice, through the norm and through the projection.
+
+    A normalisation multiplies gradient and table, sums, subtracts, divides, and takes the table back.
+    """
+    total = Traffic(5 * s.gamma + 6 * s.one, 3 * s.gamma + 4 * s.one) + Traffic(s.matrix, s.matrix)
+    sinkhorn = Traffic(6 * s.matrix + 3 * s.one, 4 * s.matrix + s.one)
+    total += sinkhorn * (2 * config.sinkhorn_iterations - 1)
+    total += Traffic(5 * s.matrix + s.one, 2 * s.matrix + s.one)  # softmax
+    total += Traffic(s.all, s.all) + Traffic(4 * s.all, s.all) + Traffic(4 * s.all, 3 * s.all)
+    total += Traffic(2 * s.slots, s.slots) + Traffic(s.slots + s.all, s.slots, s.weight, 0)
+    return total + Traffic(s.slots + s.all, 0, 0, s.weight)
 
 
 # The readable reference under autograd, megatron_fc/connections/reference.py.
@@ -183,11 +267,13 @@ def frac_reference(stream: Stream, config: FracConfig) -> Moves:
     return (width + norm(stream) + depth + gradient_sum(stream)) * 2
 
 
-# Hyper-Connections, megatron_fc/connections/hyper.py.
+# Hyper-Connections, benchmarks/unfused_hyper.py.
 
 
 def hyper_unfused(stream: Stream, config: HyperConfig) -> Moves:
-    """A layer of `HyperConnection` under autograd, with a norm: at n = 4, 80 + 178 rows of DHC, terms left out.
+    """A layer of Hyper-Connections as the paper lists them, under autograd: at n = 4, 80 + 178 rows of DHC.
+
+    With a norm; terms are left out.
 
     Per sub-layer, forward: norm (n read, n written), projection (n), mixing (n and n+1), beta*o (1 and n), sum (2n and
     n). Backward: x's gradient joins the streams' (n+1 and n+1), the mixing's two products (2n+1, and n+1 and n); of

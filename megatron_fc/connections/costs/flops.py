@@ -1,6 +1,7 @@
 """FLOPs of connections, at 2 per multiply-add: of one site, for one token in the forward pass.
 
-n slots of width c, m fractions. A norm, tanh and the few values of a table are left out, as everywhere in planning.
+n slots of width c, m fractions. A norm, tanh and what is done to the few values of a table, 40 normalisations of
+mHC's n*n included, are left out, as everywhere in planning.
 """
 
 from math import prod
@@ -25,6 +26,11 @@ def site(config: ConnectionConfig, hidden_size: int) -> int:
 
 
 def projection(config: ConnectionConfig, hidden_size: int) -> int:
-    """W [1+m+n, c] times every slot, 2nc(1+m+n); nothing where coefficients are static."""
-    shape = config.parameter_shapes(hidden_size).get("dynamic_weight")
-    return 2 * config.slots * prod(shape) if shape else 0
+    """Per slot, W [1+m+n, c] times every slot, 2nc(1+m+n); on a manifold, W [nm+n+nn, nc] times the stream.
+
+    Nothing where coefficients are static.
+    """
+    shapes = config.parameter_shapes(hidden_size)
+    if "mapping_weight" in shapes:
+        return 2 * prod(shapes["mapping_weight"])
+    return 2 * config.slots * prod(shapes["dynamic_weight"]) if "dynamic_weight" in shapes else 0

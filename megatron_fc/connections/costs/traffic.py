@@ -1,11 +1,11 @@
-"""Model of the bytes that residual connections move through device memory: residual, Frac- and Hyper-Connections.
+"""Model of the bytes that residual connections move through device memory: residual, and the family of connections.
 
 What stands between sub-layers is counted, with the norm at a sub-layer's input: a sub-layer's own work is the same
 under every connection. Every operation reads its inputs and writes its outputs once, as the counters of
 `megatron_fc.profiling.counters` have it, against which tests hold these formulas. Dropout and biases are off.
 
 The unit of the formulas is a row, the d elements of a token in the dtype of the stream. Beside rows there are terms in
-fp32: beta (m values per token), alpha (m*m), and once per call the parameters, in backward their gradients too. Here
+fp32: beta (n values per token), alpha (n*n), and once per call the parameters, in backward their gradients too. Here
 are the schemes of fused operations; `megatron_fc.connections.costs.eager_traffic` has those of unfused torch.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.config import FracConfig, HyperConfig
+from megatron_fc.connections.config import HyperConfig
 
 FP32 = 4  # bytes
 
@@ -116,15 +116,21 @@ def beta_bytes(config: ConnectionConfig) -> int:
 
 @dataclass(frozen=True)
 class Site:
-    """Bytes of a connection on a stream: of its terms per token, and of its parameters."""
+    """Bytes of a connection: of its stream and of its terms, per token, and of its parameters.
 
+    Attributes:
+        stream: n*c elements, r = n/m rows.
+    """
+
+    stream: int
     beta: int
     alpha: int
     parameters: int
 
     @classmethod
     def of(cls, stream: Stream, config: ConnectionConfig) -> Self:
-        return cls(beta_bytes(config), FP32 * config.slots**2, FP32 * config.parameter_count(stream.width))
+        width = config.stream_width(stream.width) * stream.element_bytes
+        return cls(width, beta_bytes(config), FP32 * config.slots**2, FP32 * config.parameter_count(stream.width))
 
 
 # Residual connections.
@@ -169,91 +175,91 @@ def fused_residual(stream: Stream) -> Moves:
     return (fused_residual_norm(stream) + bias_dropout_add(stream)) * 2
 
 
-# Frac-Connections in fused operations.
+# Connections in fused operations: rows of n slots of width d/m, r = n/m. Frac-Connections have r = 1.
 
 
-def width(stream: Stream, config: FracConfig) -> Moves:
+def width(stream: Stream, config: ConnectionConfig) -> Moves:
     """Width connection: reads h, writes x, beta, alpha; backward reads g_x, g of the mixed residual and of beta, h.
 
-    It writes the whole gradient of h: 2 and 4 rows. Keeps h.
+    It writes the whole gradient of h: r + 1 and 3r + 1 rows. Keeps h.
     """
     row, site = stream.row, Site.of(stream, config)
     p = site.parameters
     return Moves(
-        Traffic(row, row + site.beta + site.alpha, p),
-        Traffic(3 * row + site.beta, row, p, p),
-        row,
+        Traffic(site.stream, row + site.beta + site.alpha, p),
+        Traffic(2 * site.stream + row + site.beta, site.stream, p, p),
+        site.stream,
     )
 
 
-def width_norm(stream: Stream, config: FracConfig) -> Moves:
+def width_norm(stream: Stream, config: ConnectionConfig) -> Moves:
     """`width` with the sub-layer's norm in the same pass: the same rows, and the norm's weights."""
     weights = Moves(Traffic(0, 0, stream.norm), Traffic(0, 0, stream.norm, stream.norm))
     return width(stream, config) + weights
 
 
-def depth(stream: Stream, config: FracConfig) -> Moves:
+def depth(stream: Stream, config: ConnectionConfig) -> Moves:
     """Depth connection: reads o, h, beta, alpha, writes h'; backward reads g and o, beta, writes g_o, g of beta.
 
-    3 and 3 rows. Keeps o and beta.
+    2r + 1 and r + 2 rows. Keeps o and beta.
     """
     row, site = stream.row, Site.of(stream, config)
     return Moves(
-        Traffic(2 * row + site.beta + site.alpha, row),
-        Traffic(2 * row + site.beta, row + site.beta),
+        Traffic(site.stream + row + site.beta + site.alpha, site.stream),
+        Traffic(site.stream + row + site.beta, row + site.beta),
         row + site.beta,
     )
 
 
-def boundary(stream: Stream, config: FracConfig) -> Moves:
+def boundary(stream: Stream, config: ConnectionConfig) -> Moves:
     """Depth connection and the next `width_norm` in one pass, in which h' is not read again.
 
-    Forward reads o and h, writes h' and x: 4 rows. Backward reads g_x, g of the next mixed residual, h' and o, writes
-    the gradients of h and of o: 6 rows. The terms and what is kept are those of the two.
+    Forward reads o and h, writes h' and x: 2r + 2 rows. Backward reads g_x, g of the next mixed residual, h' and o,
+    writes the gradients of h and of o: 3r + 3 rows. The terms and what is kept are those of the two.
     """
     # h' in forward; in backward depth's g, which is made on the way.
-    not_read = Moves(Traffic(-stream.row), Traffic(-stream.row))
-    return depth(stream, config) + width_norm(stream, config) + not_read
+    once = Traffic(-Site.of(stream, config).stream)
+    return depth(stream, config) + width_norm(stream, config) + Moves(once, once)
 
 
-def frac_boundary(stream: Stream, config: FracConfig) -> Moves:
-    """A layer alone as the kernels run it: width, boundary, depth: 9 + 13 rows."""
+def layer_alone(stream: Stream, config: ConnectionConfig) -> Moves:
+    """A layer alone as kernels run it: width, boundary, depth: 5r + 4 and 7r + 6 rows, of FC 9 + 13."""
     return width_norm(stream, config) + boundary(stream, config) + depth(stream, config)
 
 
-def frac_across(stream: Stream, config: FracConfig) -> Moves:
-    """A layer after another, with which it meets in a boundary of their own: 8 + 12 rows."""
+def layer_across(stream: Stream, config: ConnectionConfig) -> Moves:
+    """A layer after another, with which it meets in a boundary of their own: 4r + 4 and 6r + 6 rows, of FC 8 + 12."""
     return boundary(stream, config) * 2
 
 
-def frac_in_a_row(stream: Stream, config: FracConfig, layers: float) -> Moves:
+def layers_in_a_row(stream: Stream, config: ConnectionConfig, layers: float) -> Moves:
     """The average of so many layers in a row on a device: all but the first meet the one before them."""
-    return frac_boundary(stream, config) * (1 / layers) + frac_across(stream, config) * (1 - 1 / layers)
+    return layer_alone(stream, config) * (1 / layers) + layer_across(stream, config) * (1 - 1 / layers)
 
 
-def frac_two_operations(stream: Stream, config: FracConfig) -> Moves:
-    """A layer without the boundary: width and depth connection, twice: 10 + 14 rows."""
+def layer_in_two_operations(stream: Stream, config: ConnectionConfig) -> Moves:
+    """A layer without the boundary: width and depth connection, twice: 6r + 4 and 8r + 6 rows, of FC 10 + 14."""
     return (width_norm(stream, config) + depth(stream, config)) * 2
 
 
-def frac_pure(stream: Stream, config: FracConfig) -> Moves:
-    """A layer whose norm slots return x alone, without hand-over: 12 + 24 rows.
+def layer_pure(stream: Stream, config: ConnectionConfig) -> Moves:
+    """A layer whose norm slots return x alone, without hand-over: 8r + 4 and 18r + 6 rows, of FC 12 + 24.
 
-    The depth connection finds beta and alpha from h anew: 1 row, and in backward g of the mixed residual and h in, a
-    gradient of h out, 3 rows. The width connection's backward has no mixed residual then: 3 rows in place of 4. The
-    two gradients of h, and those of the parameters, are summed by autograd. Megatron's selective recompute of
-    `layernorm` takes this form, and runs the width connection once more in backward: 4 rows per layer on top.
+    The depth connection finds beta and alpha from h anew: r rows, and in backward g of the mixed residual and h in, a
+    gradient of h out, 3r rows. The width connection's backward has no mixed residual then: 2r + 1 rows in place of
+    3r + 1. The two gradients of h, and those of the parameters, are summed by autograd. Megatron's selective recompute
+    of `layernorm` takes this form, and runs the width connection once more in backward: 2r + 2 rows per layer on top.
     """
-    row, site = stream.row, Site.of(stream, config)
-    p = site.parameters
+    site = Site.of(stream, config)
+    p, r = site.parameters, site.stream / stream.row
     once_more = Moves(
-        Traffic(row, site.beta + site.alpha, p),
-        Traffic(2 * row + site.beta, row, p, p),
+        Traffic(site.stream, site.beta + site.alpha, p),
+        Traffic(2 * site.stream + site.beta, site.stream, p, p),
     )
-    without_mixed = Moves(Traffic(), Traffic(-row - site.beta))
+    without_mixed = Moves(Traffic(), Traffic(-site.stream - site.beta))
     parameter_sums = Moves(Traffic(), Traffic(0, 0, 2 * p, p))
     half = width_norm(stream, config) + without_mixed + once_more + depth(stream, config)
-    return (half + gradient_sum(stream) + parameter_sums) * 2
+    return (half + gradient_sum(stream) * r + parameter_sums) * 2
 
 
 # Hyper-Connections.
@@ -262,9 +268,7 @@ def frac_pure(stream: Stream, config: FracConfig) -> Moves:
 def hyper_ideal(stream: Stream, config: HyperConfig) -> Moves:
     """A layer of Hyper-Connections, n streams, every tensor moved once: computed, no implementation is known to do it.
 
-    Per sub-layer one pass as `boundary`: forward reads n streams and o, writes n streams and x, 2n+2 rows; backward
-    reads g_x, n gradients, n streams and o, writes n gradients and g_o, 3n+3 rows. At n = 4: 20 + 30 rows per layer.
-    Terms that are not rows are left out. Kept: n streams and o.
+    The rows of `layer_across`, 20 + 30 at n = 4, without the terms that are not rows. Kept: n streams and o.
     """
     row, n = stream.row, config.slots
     half = Moves(Traffic((n + 1) * row, (n + 1) * row), Traffic((2 * n + 2) * row, (n + 1) * row), (n + 1) * row)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from megatron_fc.connections.config import FracConfig, HyperConfig
 from megatron_fc.connections.costs.eager_traffic import hyper_unfused
-from megatron_fc.connections.costs.traffic import Moves, Stream, frac_in_a_row, hyper_ideal, residual
+from megatron_fc.connections.costs.traffic import Moves, Stream, hyper_ideal, layers_in_a_row, residual
 from megatron_fc.planning.counts import Phase
 from megatron_fc.profiling.records import Report, Run
 
@@ -60,7 +60,7 @@ def side_by_side(report: Report, against: Sequence[Report] = ()) -> list[StreamB
 def _fused(stream: Stream, frac: FracConfig, run: Run) -> Moves:
     """Layers that full recompute runs again do not meet the one before them."""
     in_a_row = run.model["num_layers"] / (run.layout["pp"] * run.layout["vpp"])
-    return frac_in_a_row(stream, frac, 1 if _recomputed(run) else in_a_row)
+    return layers_in_a_row(stream, frac, 1 if _recomputed(run) else in_a_row)
 
 
 def _with_ratios(streams: Sequence[StreamBytes], base: StreamBytes | None) -> list[StreamBytes]:

@@ -14,14 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counted_layers import count, hyper_layer, layer, saved_bytes
+from counted_layers import connected_layer, count, layer, saved_bytes, unfused_hyper_layer
 from megatron_fc import FracConfig, FracConnection
-from megatron_fc.connections import HyperConfig, reference
+from megatron_fc.connections import HyperConfig, ManifoldConfig, reference
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.costs import eager_traffic as eager
 from megatron_fc.connections.costs import traffic as model
 from megatron_fc.connections.costs.traffic import Moves, Stream, Traffic
 from megatron_fc.planning.counts import total_device
 from rank import one_rank
+from support.family import name
 
 TOKENS, WIDTH = 256, 512
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,7 +69,7 @@ def test_residual(dtype: torch.dtype) -> None:
 )
 def test_torch_backend(frac: FracConfig, dtype: torch.dtype) -> None:
     connected = layer(replace(frac, backend="torch"), WIDTH, dtype)
-    agree(connected, eager.frac_torch(stream_of(dtype), frac), dtype)
+    agree(connected, eager.torch_backend(stream_of(dtype), frac), dtype)
 
 
 @DTYPES
@@ -76,7 +78,28 @@ def test_torch_backend(frac: FracConfig, dtype: torch.dtype) -> None:
 def test_hyper_connections(n: int, dynamic: bool, dtype: torch.dtype) -> None:
     config = HyperConfig(slots=n, norm="layernorm") if dynamic else HyperConfig(slots=n, dynamic=False)
     expected = eager.hyper_unfused(stream_of(dtype), config)
-    agree(hyper_layer(config, WIDTH, dtype), expected, dtype, config.stream_width(WIDTH))
+    agree(unfused_hyper_layer(config, WIDTH, dtype), expected, dtype, config.stream_width(WIDTH))
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "config",
+    [
+        HyperConfig(slots=4),
+        HyperConfig(slots=2, norm="layernorm"),
+        HyperConfig(slots=4, dynamic=False),
+        HyperConfig(slots=4, fractions=2),
+        HyperConfig(slots=4, dynamic_alpha=False),
+        FracConfig(rate=4, dynamic_beta=False, norm_affine=False),
+        ManifoldConfig(slots=4),
+        ManifoldConfig(slots=2),
+        ManifoldConfig(slots=4, fractions=4),
+    ],
+    ids=name,
+)
+def test_torch_backend_of_other_kinds(config: ConnectionConfig, dtype: torch.dtype) -> None:
+    expected = eager.torch_backend(stream_of(dtype), config)
+    agree(connected_layer(config, WIDTH, dtype), expected, dtype, config.stream_width(WIDTH))
 
 
 class Reference(nn.Module):
@@ -109,10 +132,17 @@ def test_readable_reference(frac: FracConfig, dtype: torch.dtype) -> None:
 ROWS: list[tuple[Callable[..., Moves], tuple[Any, ...], int, int]] = [
     (model.residual, (), 10, 12),
     (model.fused_residual, (), 10, 8),
-    (model.frac_boundary, (FracConfig(),), 9, 13),
-    (model.frac_across, (FracConfig(),), 8, 12),
-    (model.frac_two_operations, (FracConfig(),), 10, 14),
-    (model.frac_pure, (FracConfig(),), 12, 24),
+    (model.layer_alone, (FracConfig(),), 9, 13),
+    (model.layer_across, (FracConfig(),), 8, 12),
+    (model.layer_in_two_operations, (FracConfig(),), 10, 14),
+    (model.layer_pure, (FracConfig(),), 12, 24),
+    (model.layer_alone, (HyperConfig(slots=4),), 24, 34),
+    (model.layer_across, (HyperConfig(slots=4),), 20, 30),
+    (model.layer_across, (HyperConfig(slots=4, fractions=2),), 12, 18),
+    (model.layer_across, (ManifoldConfig(slots=4),), 20, 30),
+    (model.layer_across, (ManifoldConfig(slots=4, fractions=4),), 8, 12),
+    (model.layer_in_two_operations, (HyperConfig(slots=4),), 28, 38),
+    (model.layer_pure, (HyperConfig(slots=4),), 36, 78),
     (model.hyper_ideal, (HyperConfig(slots=1),), 8, 12),
     (model.hyper_ideal, (HyperConfig(slots=4),), 20, 30),
     (eager.hyper_unfused, (HyperConfig(slots=4),), 80, 178),
@@ -136,3 +166,16 @@ def test_a_step_adds_up() -> None:
     assert traffic.total_bytes(tokens=7) == 7 * 5 + 30
     assert moves.step_bytes(tokens=7) == 3 * 65
     assert moves.step_bytes(tokens=7, micro_batches=2, layers=5, recompute=True) == 10 * 4 * 65
+
+
+@pytest.mark.parametrize(
+    ("operation", "forward", "backward"),
+    [(model.width_norm, 5, 13), (model.depth, 9, 6), (model.boundary, 10, 15)],
+)
+def test_rows_of_four_streams(operation: Callable[..., Moves], forward: int, backward: int) -> None:
+    """And of one, 2 + 4, 3 + 3 and 4 + 6, which FC has: with r streams r + 1 and 3r + 1, and so on."""
+    stream = Stream(2**16)
+    moves = operation(stream, HyperConfig(slots=4))
+    for traffic, rows in ((moves.forward, forward), (moves.backward, backward)):
+        per_token = traffic.read_bytes_per_token + traffic.written_bytes_per_token
+        assert per_token / stream.row == pytest.approx(rows, rel=2e-3)

@@ -164,7 +164,7 @@ LAYERNORM_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["
 
 @pytest.mark.parametrize("frac", [TRITON, replace(TRITON, rate=2), replace(TRITON, dynamic=False)])
 @pytest.mark.parametrize(
-    ("form", "options"), [(traffic.frac_boundary, {}), (traffic.frac_pure, LAYERNORM_AGAIN)], ids=["boundary", "pure"]
+    ("form", "options"), [(traffic.layer_alone, {}), (traffic.layer_pure, LAYERNORM_AGAIN)], ids=["boundary", "pure"]
 )
 def test_a_layer_moves_what_the_model_says(form: Any, options: dict[str, Any], frac: FracConfig) -> None:
     """All between the sub-layers of a transformer layer."""
