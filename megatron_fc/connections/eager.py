@@ -188,4 +188,5 @@ def _in_fp32[Site: AnyOperands](p: Site, h: Tensor) -> Site:
     dtype = torch.promote_types(h.dtype, torch.float32)
     if p[0].dtype == dtype:
         return p
-    return type(p)(*(q.to(dtype) if isinstance(q, Tensor) else q for q in p))
+    values: Any = (q.to(dtype) if isinstance(q, Tensor) else q for q in p)
+    return type(p)(*values)

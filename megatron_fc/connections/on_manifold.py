@@ -16,7 +16,7 @@ network in n copies, while the loss falls as it should.
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
@@ -24,7 +24,22 @@ from megatron_fc.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_fc.connections.config import ManifoldConfig
+
+class OnManifold(Protocol):
+    """A configuration of such a kind: n, m, the epsilons, and how the network closes."""
+
+    @property
+    def slots(self) -> int: ...
+    @property
+    def fractions(self) -> int: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def sinkhorn_eps(self) -> float: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def leave(self) -> str: ...
 
 
 class ManifoldParameters(NamedTuple):
@@ -48,7 +63,7 @@ def blocks(slots: int, fractions: int) -> tuple[int, int, int]:
     return slots * fractions, slots, slots * slots
 
 
-def parameter_shapes(config: ConnectionConfig, stream_width: int) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(config: OnManifold, stream_width: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a site's parameters by name, in order.
 
     Bias and scales have one dimension and W has two, so that W alone decays under Megatron's rule.
@@ -57,7 +72,7 @@ def parameter_shapes(config: ConnectionConfig, stream_width: int) -> dict[str, t
     return {"mapping_weight": (rows, stream_width), "mapping_bias": (rows,), "mapping_scale": (3,)}
 
 
-def leave_shapes(config: ConnectionConfig, stream_width: int) -> dict[str, tuple[int, ...]]:
+def leave_shapes(config: OnManifold, stream_width: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a learned leave's parameters: a gamma of its own for one fraction."""
     return {"leave_weight": (config.slots, stream_width), "leave_bias": (config.slots,), "leave_scale": (1,)}
 
@@ -67,7 +82,7 @@ def residual_bias(slots: int) -> float:
     return -math.log(slots - 1)
 
 
-def is_identity(config: ConnectionConfig, name: str, tensor: "Tensor") -> bool:
+def is_identity(config: OnManifold, name: str, tensor: "Tensor") -> bool:
     """True of mHC if the scales are 0, which switches W off, and the bias makes beta 1 and gamma 1/n.
 
     The streams are then equal for ever, and alpha, whatever it is, carries each to itself.
@@ -83,19 +98,20 @@ def is_identity(config: ConnectionConfig, name: str, tensor: "Tensor") -> bool:
     return True
 
 
-def recognise(kind: "type[ManifoldConfig]", sizes: Mapping[str, int]) -> "ManifoldConfig | None":
+def recognise[Kind: ConnectionConfig](kind: type[Kind], sizes: Mapping[str, int]) -> Kind | None:
     """`ConnectionConfig.recognise`: n and m from the number of rows, of which mHC's are the first guess."""
     rows, width = sizes.get("mapping_bias", 0), sizes.get("mapping_weight", 0)
-    leave: Any = "learned" if "leave_weight" in sizes else "mean"
+    learned = "leave_weight" in sizes
     shapes = ((n, m) for n in range(1, rows) for m in (1, n) if sum(blocks(n, m)) == rows and width % n == 0)
     for n, m in shapes:
-        config = kind(slots=n, fractions=m, leave="mean" if m == n else leave)
+        options: dict[str, Any] = {"slots": n, "fractions": m, "leave": "learned" if learned and m < n else "mean"}
+        config = kind(**options)
         if config.last_dimensions(width * m // n) == dict(sizes):
             return config
     return None
 
 
-def check_options(config: "ManifoldConfig") -> None:
+def check_options(config: OnManifold) -> None:
     """Check the shape, and that every epsilon is positive.
 
     Raises:
