@@ -52,8 +52,8 @@ def coefficients_backward(
         predicted: of `coefficients`.
         p: the site.
     """
-    halves = products.split((p.fractions, p.slots), 2)
-    statics = (g_beta.sum(0), *(half.sum(0).flatten() for half in halves))
+    gamma, alpha = (half.sum(0).flatten() for half in products.split((p.fractions, p.slots), 2))
+    statics = (g_beta.sum(0), gamma, alpha)
     if predicted is None:
         return PerSlotParameters(*statics)
     g_coefficients = _dynamic(torch.cat((g_beta.unsqueeze(0), products.permute(2, 0, 1))), p)
