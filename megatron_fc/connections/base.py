@@ -185,8 +185,21 @@ class Connection(Protocol):
         """
         ...
 
-    def depth(self, o: "Tensor", h: "Tensor", handover: Any = None) -> "Tensor":
-        """The depth connection: the sub-layer's output, and the stream that went into it -> the next stream."""
+    def depth(
+        self, o: "Tensor", h: "Tensor", handover: Any = None, bias: "Tensor | None" = None, dropout: float = 0.0
+    ) -> "Tensor":
+        """The depth connection.
+
+        Args:
+            o: the sub-layer's output [..., d].
+            h: the stream that went into it.
+            handover: what the width connection handed over for h.
+            bias: [d], added to o.
+            dropout: probability for an element of o to be dropped.
+
+        Returns:
+            The next stream.
+        """
         ...
 
     def leave(self, h: "Tensor") -> "Tensor":
@@ -194,6 +207,14 @@ class Connection(Protocol):
 
         Raises:
             UserError: that module has parameters, which belong to the network and not to a site.
+        """
+        ...
+
+    def start_as_residual(self) -> None:
+        """Set initial values at which the network is the residual one with the same weights.
+
+        Raises:
+            UserError: the kind has none.
         """
         ...
 
