@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import ManifoldConfig
 from megatron_fc.connections.fp32 import Fp32Parameters
-from megatron_fc.connections.on_manifold import LEAVE_NAMES
+from megatron_fc.connections.on_manifold import LEAVE_NAMES, residual_bias
 
 
 def enter(h: Tensor, config: ConnectionConfig) -> Tensor:
@@ -31,6 +31,9 @@ class MeanLeave(nn.Module):
     def __init__(self, config: ConnectionConfig) -> None:
         super().__init__()
         self.config = config
+
+    def start_as_residual(self) -> None:
+        """Nothing to set."""
 
     def forward(self, h: Tensor) -> Tensor:
         return mean(h, self.config)
@@ -62,6 +65,13 @@ class LearnedLeave(Fp32Parameters):
             nn.init.xavier_uniform_(self.leave_weight)
             self.leave_bias.fill_(0)
             self.leave_scale.fill_(0.01)
+
+    def start_as_residual(self) -> None:
+        """Set the values at which equal streams leave as one of them, up to eps: the scale 0, every weight 1/n."""
+        self.reset_parameters()
+        with torch.no_grad():
+            self.leave_bias.fill_(residual_bias(self.config.slots))
+            self.leave_scale.fill_(0)
 
     def forward(self, h: Tensor) -> Tensor:
         with torch.autocast(h.device.type, enabled=False):

@@ -83,16 +83,16 @@ def residual_bias(slots: int) -> float:
 
 
 def is_identity(config: OnManifold, name: str, tensor: "Tensor") -> bool:
-    """True of mHC if the scales are 0, which switches W off, and the bias makes beta 1 and gamma 1/n.
+    """True of mHC if the scales are 0, which switches W off, and the bias makes beta 1 and gamma 1/n; of a leave alike.
 
     The streams are then equal for ever, and alpha, whatever it is, carries each to itself.
     """
     n = config.slots
     if config.fractions > 1 or n == 1:
         return False
-    if name == "mapping_scale":
+    if name in ("mapping_scale", "leave_scale"):
         return not bool(tensor.any())
-    if name == "mapping_bias":
+    if name in ("mapping_bias", "leave_bias"):
         pre, post = tensor[..., :n], tensor[..., n : 2 * n]
         return bool((pre - residual_bias(n)).abs().max() < 1e-6) and not bool(post.any())
     return True

@@ -55,6 +55,17 @@ def test_the_learned_leave_belongs_to_the_network() -> None:
     torch.testing.assert_close(leave(ends.enter(h, config)), 2 * h, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_learned_leave_starts_as_the_residual_networks(n: int) -> None:
+    config = ManifoldConfig(slots=n, leave="learned")
+    leave = config.build_leave(D)
+    assert not config.is_identity("leave_scale", leave.get_parameter("leave_scale"))
+    leave.start_as_residual()  # type: ignore[operator]
+    assert all(config.is_identity(key, p) for key, p in leave.named_parameters())
+    h = torch.randn(50, D)
+    torch.testing.assert_close(leave(ends.enter(h, config)), h, rtol=1e-5, atol=0)
+
+
 def test_the_learned_leaves_gradients() -> None:
     leave = ManifoldConfig(slots=3, leave="learned").build_leave(4).double()
     torch.nn.init.normal_(leave.get_parameter("leave_bias"))

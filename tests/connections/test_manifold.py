@@ -192,7 +192,7 @@ def test_equals_deepseek_v4_in_transformers(n: int) -> None:
     stream = ours.depth(o, h, handover)
 
     def equal(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
-        error = float((found - expected).abs().max() / expected.abs().max())
+        error = ((found - expected).abs().max() / expected.abs().max()).item()
         assert error < tolerance
 
     equal(handover.beta.view(3, 5, n), post)
