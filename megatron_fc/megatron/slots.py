@@ -31,6 +31,7 @@ from megatron_fc.connections.norm import HandsOutWeights
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norms import hand_out_weights
 from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
+from megatron_fc.megatron.versions import check_norm_protocol
 
 _CARRIED, _RETURNED_BY = "_frac_carried", "_frac_returned_by"
 
@@ -117,6 +118,7 @@ class FracNorm(MegatronModule):
         pairing: Pairing,
     ) -> None:
         super().__init__(config=config)
+        check_norm_protocol()
         refuse_unsupported_config(config)
         self.connection = FracConnection(hidden_size, frac)
         for parameter in self.connection.parameters():
@@ -135,6 +137,11 @@ class FracNorm(MegatronModule):
             config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
         )
         pairing.offer(self)
+
+    @property
+    def returns_residual(self) -> bool:
+        """Whether `forward` returns (x, h): asked by Megatron 0.20 when it builds the layer; 0.19 sees the tuple."""
+        return self.hands_over
 
     def forward(self, h: Tensor | PendingDepth) -> Any:
         """Residual stream [s, b, d] -> normed input of the sub-layer [s, b, d], and the stream if the layer takes it.

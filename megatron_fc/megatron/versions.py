@@ -2,6 +2,7 @@
 
 import runpy
 import warnings
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,27 @@ def check_megatron_version() -> None:
         warnings.warn(
             f"megatron-core {found} is newer than {NEWEST_TESTED}, the newest that megatron_fc was tested with",
             stacklevel=2,
+        )
+
+
+@cache
+def check_norm_protocol() -> None:
+    """Refuse a megatron-core whose layers may not take (x, h) from a norm slot, when the first one is built.
+
+    Those of 0.19 take whatever tuple a norm returns. Since 0.20 a norm has to declare it, as `returns_residual`, and
+    the interface of norms says so; anything else is not known here.
+
+    Raises:
+        UserError: a newer minor version that does neither.
+    """
+    from megatron.core.transformer import torch_norm
+
+    found = megatron_version()
+    declared = getattr(getattr(torch_norm, "LayerNormInterface", None), "__annotations__", {})
+    if found is not None and found.release[:2] > NEWEST_TESTED.release[:2] and "returns_residual" not in declared:
+        raise UserError(
+            f"megatron-core {found} takes a norm's residual in a way that megatron_fc does not know: use "
+            f"megatron-core {OLDEST} to {NEWEST_TESTED}, or a newer one that has the attribute returns_residual"
         )
 
 
