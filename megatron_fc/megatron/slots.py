@@ -30,6 +30,7 @@ from megatron_fc.connections.handover import Handover
 from megatron_fc.connections.norm import HandsOutWeights
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norms import hand_out_weights
+from megatron_fc.megatron.plain_names import TakesPlainNames
 from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
 from megatron_fc.megatron.versions import check_norm_protocol
 
@@ -95,7 +96,7 @@ class Pairing:
         return norm
 
 
-class FracNorm(MegatronModule):
+class FracNorm(TakesPlainNames, MegatronModule):
     """Norm slot: width connection, then the norm that stood in the slot (Identity where TE fuses it).
 
     Args:

@@ -58,6 +58,21 @@ def test_the_newer_one_gives_the_same_gradients(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.usefixtures("newer_protocol")
+@pytest.mark.parametrize("observed", ["", "norm", "connection"])
+def test_hooks_registered_behind_the_build_change_nothing(observed: str) -> None:
+    """A layer of the newer protocol does not ask again."""
+    model = tiny.build("mixed", DFC)
+    expected = gradients(tiny.build("mixed", DFC))
+    for module in model.modules():
+        if isinstance(module, FracNorm):
+            module.get_submodule(observed).register_forward_hook(lambda *_: None)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("returns_stream", "options", "declared"),
     [

@@ -113,7 +113,7 @@ def build(
 def build_without_hand_over(kind: str, frac: FracConfig | None, **options: Any) -> torch.nn.Module:
     """Build a model whose norm slots return x alone, so that every depth connection looks at h by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_fc.megatron.specs.Pairing", _silent_pairing)
+        patch.setattr("megatron_fc.megatron.specs.connect.Pairing", _silent_pairing)
         return build(kind, frac, **options)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_fc.checkpoints.location import latest_checkpoint
-from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
+from megatron_fc.megatron.stored_connections import stored_structure
 from megatron_fc.runs.metrics import Metrics, read_metrics
 from megatron_fc.runs.summary import read_summary
 from megatron_fc.training.loop import EventsOnDisk
