@@ -4,6 +4,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from megatron_fc.connections import kinds
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.kinds import is_connection_key
@@ -12,17 +16,29 @@ from megatron_fc.megatron.flags import stored_frac_config
 
 
 def stored_structure(checkpoint: Path) -> dict[str, int]:
-    """Return the last dimension of every parameter of a connection in a `torch_dist` checkpoint, {} for a plain one.
+    """Return the last dimension of every parameter of a connection in a distributed checkpoint, {} for a plain one.
 
     Megatron stacks the layers of most models along a first axis.
     """
-    from megatron.core import dist_checkpointing
+    return {
+        key.rpartition(".")[2]: shape[-1]
+        for key, shape in _shapes(checkpoint).items()
+        if is_connection_key(key) and not key.startswith("optimizer.")
+    }
 
-    sizes: dict[str, int] = {}
-    for key, tensor in dist_checkpointing.load_tensors_metadata(str(checkpoint)).items():
-        if is_connection_key(key) and not key.startswith("optimizer."):
-            sizes[key.rpartition(".")[2]] = int(tensor.global_shape[-1])
-    return sizes
+
+def _shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Of the global tensors, by name."""
+    if _is_megatrons(checkpoint):
+        tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+        return {key: tuple(tensor.global_shape) for key, tensor in tensors.items()}
+    # torch's own format, as torch_dcp and fsdp_dtensor write it.
+    stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {key: tuple(value.size) for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+
+
+def _is_megatrons(checkpoint: Path) -> bool:
+    return bool(dist_checkpointing.check_is_distributed_checkpoint(str(checkpoint)))
 
 
 def describe_structure(sizes: dict[str, int]) -> str:
@@ -34,7 +50,7 @@ def describe_structure(sizes: dict[str, int]) -> str:
 
 
 def difference(checkpoint: Path, frac: FracConfig | None, hidden_size: int) -> str | None:
-    """Say how the connections of a `torch_dist` checkpoint differ from a model's, None if they do not.
+    """Say how the connections of a distributed checkpoint differ from a model's, None if they do not.
 
     What no parameter shows is compared where the checkpoint keeps `--frac-*` flags.
     """
@@ -53,8 +69,8 @@ def difference(checkpoint: Path, frac: FracConfig | None, hidden_size: int) -> s
 def refuse_other_checkpoint(args: Namespace | None, frac: FracConfig) -> None:
     """Check the checkpoint that Megatron's arguments name, before a model of a named spec is built for it.
 
-    Megatron itself leaves out what a model does not ask for (its default strictness). Checkpoints of its other formats
-    are seen when they are loaded, by `plain_names`.
+    Megatron itself leaves out what a model does not ask for (its default strictness). Those of the format
+    `torch` are seen when they are loaded, by `plain_names`.
 
     Raises:
         UserError: the connections in it differ from the model's.
@@ -72,8 +88,7 @@ def refuse_other_checkpoint(args: Namespace | None, frac: FracConfig) -> None:
 
 
 def _checkpoint_to_load(args: Namespace) -> Path | None:
-    """The folder of a `torch_dist` checkpoint, as Megatron finds it; read by this rank alone, without a collective."""
-    from megatron.core import dist_checkpointing
+    """The folder of a distributed checkpoint, as Megatron finds it; read by this rank alone, without a collective."""
     from megatron.training.checkpointing import get_checkpoint_name, get_checkpoint_tracker_filename
 
     for folder in (args.load, getattr(args, "pretrained_checkpoint", None)):
@@ -81,14 +96,14 @@ def _checkpoint_to_load(args: Namespace) -> Path | None:
         if tracker is not None and tracker.is_file():
             word = tracker.read_text().strip()
             step = getattr(args, "ckpt_step", None) or (int(word) if word.isdigit() else 0)
-            found = get_checkpoint_name(folder, step, word == "release", return_base_dir=True)
-            return Path(found) if dist_checkpointing.check_is_distributed_checkpoint(found) else None
+            found = Path(get_checkpoint_name(folder, step, word == "release", return_base_dir=True))
+            return found if (found / ".metadata").exists() else None
     return None
 
 
 def _stamp(checkpoint: Path) -> FracConfig | None:
     """The options among the arguments that Megatron keeps in a checkpoint; None without `--frac-*` flags."""
-    from megatron.core import dist_checkpointing
-
+    if not _is_megatrons(checkpoint):
+        return None
     args: Any = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
     return stored_frac_config(args) if args is not None else None

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
+from torch.distributed.checkpoint import save as save_in_torchs_format
 
 from megatron_fc import FracConfig, FracConnection, UserError
 from megatron_fc.megatron import specs
@@ -323,5 +324,15 @@ def test_which_checkpoint_is_looked_at(tmp_path: Path, monkeypatch: pytest.Monke
     for flags in (f"--load {old}", f"--load {empty} --pretrained-checkpoint {old}"):
         with pytest.raises(UserError, match="iter_0000007 has dfc_x2 connections"):
             build_gpt(parse(monkeypatch, f"{flags} {SPEC} dfc_x4"))
-    (old / "iter_0000007" / "metadata.json").unlink()  # of another format
+    (old / "iter_0000007" / ".metadata").unlink()  # as the format torch, which is seen when it is loaded
     assert build_gpt(parse(monkeypatch, f"--load {old} {SPEC} dfc_x4"))
+
+
+def test_a_checkpoint_in_torchs_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch_dcp and fsdp_dtensor are; neither looks for what the checkpoint has beyond the model."""
+    state = {"model": tiny.build("dense", FracConfig(rate=4)).state_dict(), "iteration": 5}
+    save_in_torchs_format(state, checkpoint_id=tmp_path / "iter_0000005", no_dist=True)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    assert build_gpt(parse(monkeypatch, f"--load {tmp_path} {SPEC} dfc_x4"))
+    with pytest.raises(UserError, match="has dfc_x4 connections, this run has sfc_x4"):
+        build_gpt(parse(monkeypatch, f"--load {tmp_path} {SPEC} sfc_x4"))

@@ -39,11 +39,13 @@ class GPTSpec(TransformerBlockSubmodules):
     Args:
         name: what `--spec` calls it.
         config: the options of the connections, or what returns them when a model is built.
+        checks_load: refuse a checkpoint of other connections, as nobody else does behind `--spec`.
     """
 
-    def __init__(self, name: str, config: FracConfig | Callable[[], FracConfig]) -> None:
+    def __init__(self, name: str, config: FracConfig | Callable[[], FracConfig], checks_load: bool = True) -> None:
         self.name = name
         self._config = config
+        self._checks_load = checks_load
 
     def __call__(self, model_config: Any, vp_stage: int | None = None) -> Any:
         from megatron.training.models.gpt import default_layer_spec
@@ -56,12 +58,12 @@ class GPTSpec(TransformerBlockSubmodules):
                 stacklevel=2,
             )
         install_order(model_config, args)
-        if self.name:
+        if self._checks_load:
             refuse_other_checkpoint(args, config)
         return frac_connect(default_layer_spec(model_config, vp_stage), config)
 
     @property
-    def layer_specs(self) -> NoReturn:  # type: ignore[override]
+    def layer_specs(self) -> NoReturn:
         """Asked for by older GPT builders."""
         raise NotASpec(f"this script does not call what --spec names: use {_MODULE} layer_{self.name}")
 
@@ -75,7 +77,7 @@ class GPTSpec(TransformerBlockSubmodules):
     def __repr__(self) -> str:
         return f"GPTSpec({self.name!r})"
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # type: ignore[assignment]
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
 
 class UncalledSpec(ModuleSpec):
@@ -97,20 +99,20 @@ class UncalledSpec(ModuleSpec):
             self._made = args, self._make(args)
         return self._made[1]
 
-    module = property(lambda self: self._spec().module)  # type: ignore[assignment]
-    params = property(lambda self: self._spec().params)  # type: ignore[assignment]
+    module = property(lambda self: self._spec().module)
+    params = property(lambda self: self._spec().params)
     submodules = property(lambda self: self._spec().submodules)
-    metainfo = property(lambda self: self._spec().metainfo)  # type: ignore[assignment]
+    metainfo = property(lambda self: self._spec().metainfo)
 
     def __repr__(self) -> str:
         return f"UncalledSpec({self.name!r})"
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # type: ignore[assignment]
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
 
 def gpt_spec(config: FracConfig) -> GPTSpec:
     """Return what a GPTModelConfig takes as its `transformer_layer_spec`."""
-    return GPTSpec("", config)
+    return GPTSpec(config.label, config, checks_load=False)
 
 
 def named_spec(name: str) -> Any:
