@@ -1,4 +1,4 @@
-"""What a checkpoint holds, checked before anything is built or written over: connections, optimizer state."""
+"""The content of a checkpoint, checked before anything is built or written over: connections, optimizer state."""
 
 from pathlib import Path
 from typing import Any

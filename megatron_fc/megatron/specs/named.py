@@ -1,4 +1,4 @@
-"""What stands behind the names: specs that are made for the model that a script builds.
+"""Named specs, made for the model that a script builds.
 
 Megatron's GPT builder calls what `--spec` names with the model's config, unless it is a ModuleSpec. All other builders
 take it as it is. So there are two kinds of named specs, and each tells the other's scripts which one is theirs.
