@@ -2,7 +2,10 @@
 
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
+
+from megatron_fc.connections.observers import observed
 
 NormKind = Literal["rmsnorm", "layernorm"]
 
@@ -35,10 +38,16 @@ class HandsOutWeights:
         return _read(self) if x is None else super().forward(x)  # type: ignore[misc]
 
 
-def norm_weights(norm: Any) -> NormWeights | None:
-    """Return the weights of a norm, None where the kernels cannot apply it."""
-    hands_out = isinstance(norm, HandsOutWeights)
-    return norm() if hands_out else None
+def norm_weights(norm: Any, stream: Tensor) -> NormWeights | None:
+    """Return the weights of a norm, None where the kernels cannot apply it as it would itself.
+
+    They return the stream's dtype. A norm in another dtype, or any under autocast, decides for itself what it returns;
+    and a norm that is observed is called.
+    """
+    if not isinstance(norm, HandsOutWeights) or torch.is_autocast_enabled(stream.device.type) or observed(norm):
+        return None
+    weights: NormWeights = norm()
+    return weights if weights.weight.dtype == stream.dtype else None
 
 
 def _read(norm: Any) -> NormWeights:

@@ -1,0 +1,284 @@
+"""Megatron models with Frac-Connections under what people do to look inside and to intervene, on both backends.
+
+Each is held against the same model on the torch backend whose slots hand over nothing to each other: every width and
+depth connection is a function of the stream alone there.
+"""
+
+import copy
+import inspect
+import io
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_fc import FracConfig, FracConnection, UserError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from megatron_fc.training import cpu_lane
+
+    cpu_lane.install()
+    import rank
+    from megatron_fc.megatron.slots import FracAdd, FracNorm
+    from support import tiny
+
+FEW = tiny.tokens(batch=1)[:, :6]
+BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
+# Sums of fp32 in another order; measured 2e-6, what is looked for here is of order one.
+CLOSE = {"rtol": 1e-3, "atol": 1e-5}
+Hook = Callable[[nn.Module, Any, Any], Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    with rank.one_rank():
+        yield
+
+
+def build(backend: str | None, **options: Any) -> Any:
+    """A model whose layers know which one comes next; None for the one that hands over nothing."""
+    model: Any = tiny.build("dense", FracConfig(rate=4, backend=backend or "torch"), **options)  # type: ignore[arg-type]
+    tiny.randomise_connections(model)
+    for module in model.modules():
+        if isinstance(module, FracNorm) and backend is None:
+            module.hands_over = False
+    tiny.loss(model, FEW).backward()
+    model.zero_grad()
+    return model
+
+
+def step(model: nn.Module) -> dict[str, Tensor | None]:
+    """The loss, and the gradients by name."""
+    loss = tiny.loss(model, FEW)
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def on_layers(hook: Hook) -> Callable[[Any], None]:
+    return lambda model: model.decoder.layers[0].register_forward_hook(hook)
+
+
+def put_in_place(module: nn.Module, args: Any, output: Any) -> None:
+    with torch.no_grad():
+        output[0][2:5] += 1.0
+
+
+def put_other_storage(module: nn.Module, args: Any, output: Any) -> None:
+    output[0].data = output[0].data + 1.0
+
+
+def put_before(model: Any) -> None:
+    def hook(module: nn.Module, args: Any) -> None:
+        with torch.no_grad():
+            args[0][2:5] += 1.0
+
+    model.decoder.layers[0].pre_mlp_layernorm.register_forward_pre_hook(hook)
+
+
+EDITS = [on_layers(put_in_place), on_layers(put_other_storage), put_before]
+
+
+@BACKENDS
+@pytest.mark.parametrize("edit", EDITS, ids=["in place", "other storage", "inside a layer"])
+def test_what_is_handed_over_does_not_outlive_its_value(backend: str, edit: Callable[[Any], None]) -> None:
+    found, expected = build(backend), build(None)
+    for model in (found, expected):
+        edit(model)
+    close(step(found), step(expected))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            close(tiny.logits(found, FEW), tiny.logits(expected, FEW))
+
+
+def test_a_residual_stream_that_is_written_to_between_the_slots_of_a_layer() -> None:
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        layer, plain = (build(backend).decoder.layers[0] for backend in ("torch", None))
+        with mode():
+            h, o = torch.randn(2, 6, 1, tiny.WIDTH)
+            _, stream = layer.input_layernorm(h.clone())
+            stream.detach()[2:5] += 1.0
+            found = layer.self_attn_bda(False, False)((o, None), stream, 0.0)
+            expected = plain.self_attn_bda(False, False)((o, None), stream, 0.0)
+        assert torch.equal(found, expected)
+
+
+@BACKENDS
+@pytest.mark.parametrize("options", [{}, {"hidden_dropout": 0.1}], ids=["", "dropout"])
+def test_a_sub_layer_that_is_left_out_keeps_the_gradients_of_the_residual_path(
+    backend: str, options: dict[str, Any]
+) -> None:
+    """Its output is zero and has no gradient, as LayerDrop's; against one whose gradient is zero."""
+    results = []
+    for nothing in (torch.zeros_like, lambda x: 0.0 * x):
+        model = build(backend, **options)
+        first, second = model.decoder.layers
+        first.mlp.forward = second.self_attention.forward = lambda x, *_, made=nothing, **__: (made(x), None)
+        tiny.seed_dropout(3)
+        results.append(step(model))
+        with torch.no_grad():  # and nothing is kept where there are none
+            assert not model(*tiny.inputs(FEW)).requires_grad
+    found, expected = results
+    left_out = ("layers.0.mlp.", "layers.1.self_attention.")
+    for name, gradient in expected.items():
+        if not any(part in name for part in left_out):
+            assert gradient is not None
+            assert found[name] is not None, name
+            close(found[name], gradient)
+
+
+@BACKENDS
+def test_the_gradient_of_a_layers_output(backend: str) -> None:
+    """By `retain_grad`, by hooks of tensors and by `torch.autograd.grad`, also of what only looked at it before."""
+    gradients: dict[str | None, list[Tensor]] = {}
+    for backend_or_none in (backend, None):
+        model, outputs = build(backend_or_none), []
+        for layer in model.decoder.layers:
+            layer.register_forward_hook(lambda module, args, output, kept=outputs: kept.append(output[0]))
+        found: list[Tensor] = []
+        loss = tiny.loss(model, FEW)
+        found += torch.autograd.grad(loss, outputs, retain_graph=True)
+        outputs[0].retain_grad()
+        outputs[0].register_hook(found.append)
+        loss.backward(retain_graph=True)
+        found += [outputs[0].grad, *(p.grad.clone() for p in model.parameters())]  # type: ignore[list-item, union-attr]
+        model.zero_grad()
+        outputs[0].register_hook(lambda g: 2 * g)  # what it makes of the gradient counts
+        loss.backward(retain_graph=True)
+        found += [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+        model.zero_grad()
+        outputs[0].register_hook(lambda g: g.mul_(2) and None)  # in place
+        (loss + outputs[0].square().sum()).backward()  # with another use
+        found += [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+        gradients[backend_or_none] = found
+    close(gradients[backend], gradients[None])
+
+
+OURS = (FracNorm, FracConnection)
+
+
+def our_modules(model: nn.Module) -> list[nn.Module]:
+    """The slots, what they own, and the norms inside."""
+    return [m for slot in model.modules() if isinstance(slot, FracNorm) for m in (slot, slot.connection, slot.norm)]
+
+
+def is_plain(value: Any) -> bool:
+    return type(value) in (Tensor, nn.Parameter)
+
+
+@BACKENDS
+@pytest.mark.parametrize("everywhere", [False, True], ids=["on modules", "global"])
+def test_hooks_of_modules_are_shown_tensors(backend: str, everywhere: bool) -> None:
+    model, plain = build(backend), build(None)
+    seen: dict[str, list[nn.Module]] = {"before": [], "after": [], "backward": []}
+
+    def before(module: nn.Module, args: Any) -> None:
+        if module in watched:
+            assert [is_plain(value) for value in args] == [True], (module, args)
+            seen["before"].append(module)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if module in watched:
+            assert is_plain(output), (module, output)
+            seen["after"].append(module)
+
+    def backward(module: nn.Module, g_in: Any, g_out: Any) -> None:
+        if module in watched:
+            assert is_plain(g_out[0]), (module, g_out)
+            seen["backward"].append(module)
+
+    watched = our_modules(model)
+    if everywhere:
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(before),
+            nn.modules.module.register_module_forward_hook(after),
+        ]
+        seen.pop("backward")
+    else:
+        handles = []
+        for module in watched:
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+            handles.append(module.register_full_backward_hook(backward))
+    found = step(model)
+    for handle in handles:
+        handle.remove()
+    close(found, step(plain))
+    for calls in seen.values():  # each module once
+        assert len(calls) == len(watched)
+        assert set(calls) == set(watched)
+
+
+@BACKENDS
+@pytest.mark.parametrize("way", ["hook", "forward"])
+@pytest.mark.parametrize("which", ["slot", "connection", "norm"])
+def test_what_is_changed_at_a_module_counts(backend: str, which: str, way: str) -> None:
+    """Of one layer's second slot, whose input a boundary would have made; by a hook, or by a forward in its place."""
+    shift = torch.linspace(-1, 1, tiny.WIDTH)
+    model, expected = build(backend), build(None)
+    slot = model.decoder.layers[1].pre_mlp_layernorm
+    module = {"slot": slot, "connection": slot.connection, "norm": slot.norm}[which]
+    if way == "hook":
+        module.register_forward_hook(lambda _, args, output: output + shift)
+    else:
+        original = module.forward
+        module.forward = lambda *args: original(*args) + shift
+    # The same, one module further on.
+    layer = expected.decoder.layers[1]
+    behind = layer.pre_mlp_layernorm.norm if which == "connection" else layer.mlp
+    behind.register_forward_pre_hook(lambda _, args: (args[0] + shift, *args[1:]))
+    close(step(model), step(expected))
+
+
+@BACKENDS
+def test_nothing_rides_along_into_pickles_and_copies(backend: str) -> None:
+    model = build(backend)
+    kept: list[Tensor] = []
+
+    def save(module: nn.Module, args: Any, output: Any) -> None:
+        file = io.BytesIO()
+        torch.save(output[0], file)
+        file.seek(0)
+        kept.append(torch.load(file, weights_only=True))
+        assert vars(output[0]) == vars(copy.copy(output[0])) == {}
+        assert torch.equal(kept[-1], output[0])
+
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(save)
+    tiny.loss(model, FEW).backward()
+    assert len(kept) == 2
+    layer = model.decoder.layers[0]
+    layer._forward_hooks.clear()
+    own = sum(p.numel() for p in layer.parameters())
+    assert len(pickle.dumps(copy.deepcopy(layer).mlp_bda)) < 4 * own, "the next layer's slot comes along"
+    again = copy.deepcopy(model)
+    for each in (model, again):
+        for layer in each.decoder.layers:
+            layer._forward_hooks.clear()
+    model.zero_grad()
+    again.zero_grad()
+    close(step(again), step(model))
+
+
+def test_a_copied_layer_holds_no_other() -> None:
+    layer = copy.deepcopy(build("torch").decoder.layers[0])
+    reached = [m for add in layer.modules() if isinstance(add, FracAdd) for m in (*add._norm, *add._following)]
+    assert {id(m) for m in reached} <= {id(m) for m in layer.modules()}
+
+
+def test_a_norm_slot_has_no_weight_as_far_as_others_can_tell() -> None:
+    slot = build("torch").decoder.layers[0].input_layernorm
+    assert not hasattr(slot, "weight")
+    assert dict(inspect.getmembers(slot))["norm"] is slot.norm
+    for error in (AttributeError, UserError):
+        with pytest.raises(error, match="this norm slot carries a Frac-Connection"):
+            slot.weight  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'wieght'"):
+        slot.wieght  # noqa: B018
