@@ -259,6 +259,7 @@ class _BoundaryDepth(torch.autograd.Function):
     def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
         o, _, beta, _, _, bias, seed, ctx.dropout = depth = values[:_N_DEPTH]
         h, x, next_beta, next_alpha = _boundary(*depth, *values[_N_DEPTH])
+        ctx.set_materialize_grads(False)  # of what has none: rows of zeros
         ctx.mark_non_differentiable(x, next_beta, next_alpha)
         ctx.save_for_backward(o, beta, bias, seed)
         ctx.made = None
@@ -266,8 +267,10 @@ class _BoundaryDepth(torch.autograd.Function):
 
     @staticmethod
     @differentiated_once
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
         made, ctx.made = ctx.made, None
+        if g is None:
+            return (None,) * (_N_DEPTH + 1)
         o, beta, bias, seed = ctx.saved_tensors
         if made is not None and made[0] is g and made[1] == g._version:
             g_o, g_beta = made[2:]

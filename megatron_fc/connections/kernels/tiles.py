@@ -189,9 +189,9 @@ def token_sum(values, S: tl.constexpr):
 
 
 @triton.jit
-def spoiled(rows, S: tl.constexpr):
-    """NaN in the rows of each token with a row that is not finite, else zero; [R]."""
-    return tl.where(token_sum(tl.where(is_finite(rows), 0.0, 1.0), S) > 0.0, float("nan"), 0.0)
+def spoiled(products, S: tl.constexpr):
+    """NaN in the rows of each token with rows whose products [R, R] are not finite, else zero; [R]."""
+    return tl.sum(tl.where(same_token(S) & ~is_finite(products), float("nan"), 0.0), axis=1)
 
 
 @triton.jit

@@ -111,7 +111,7 @@ def coefficients(products, p, w_sums, S: tl.constexpr):
     table = static_table(p, S)
     if S.DYNAMIC:
         table += scales(p, S)[None, :] * t
-    table += spoiled(diagonal(gram, S), S)[:, None]
+    table += spoiled(gram, S)[:, None]
     return table, z, t, mean, deviation
 
 
@@ -259,7 +259,7 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
         table, z, t, mean, deviation = coefficients(products, p, w_sums, S)
         with_x = tl.where(same_token(S), tl.sum(with_x, axis=0), 0.0)
         with_mixed = tl.where(same_token(S), tl.sum(with_mixed, axis=0), 0.0)
-        table += spoiled(tl.sum(tl.abs(with_x) + tl.abs(with_mixed), axis=1), S)[:, None]
+        table += spoiled(tl.abs(with_x) + tl.abs(with_mixed), S)[:, None]
         gamma, alpha = from_table(table, 1, S), from_table(table, 1 + S.M, S)
         if S.SUB_NORM != "none":
             with_x, sub = input_gradient_products(gamma, with_x, tl.sum(u_sums, axis=0), products, S)
