@@ -1,5 +1,6 @@
 """The norm in front of a sub-layer, as weights that a kernel can apply in the width connection's pass."""
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +37,21 @@ class HandsOutWeights:
 
     def forward(self, x: Any = None) -> Any:
         return _read(self) if x is None else super().forward(x)  # type: ignore[misc]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickles and copies: the class is made at run time (`handing_out`), so they make it anew."""
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+@functools.cache
+def handing_out(norm: type) -> type:
+    """The class of a norm with `HandsOutWeights`, under the same name."""
+    return type(norm.__name__, (HandsOutWeights, norm), {})
+
+
+def _blank(norm: type) -> Any:
+    kind = handing_out(norm)
+    return kind.__new__(kind)
 
 
 def norm_weights(norm: Any, stream: Tensor) -> NormWeights | None:

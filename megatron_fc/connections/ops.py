@@ -46,7 +46,10 @@ def frac_depth(
 
 
 class Prepared(NamedTuple):
-    """What a width connection will make, as plain values without gradient, and of which parameters' values."""
+    """What a width connection will make, as plain values without gradient, and of which parameters' values.
+
+    Good for one call, which puts x and beta into its graph.
+    """
 
     x: Tensor
     beta: Tensor
@@ -77,7 +80,7 @@ def frac_prepared_width(
     """`frac_width` of a boundary's h', where its values are there already; None if parameters have others by now."""
     if prepared.values != _values(p, norm):
         return None
-    x, beta, mixed = _PreparedWidth.apply(h, prepared.x, prepared.beta, *p, *_norm_values(norm))
+    x, beta, mixed = _PreparedWidth.apply(h, prepared, *p, *_norm_values(norm))
     return x, Handover(beta, prepared.alpha, mixed, "triton")
 
 
@@ -283,11 +286,11 @@ class _PreparedWidth(torch.autograd.Function):
     """The width connection's part: from h' to x, beta and the mixed residual."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, x: Tensor, beta: Tensor, *values: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, h: Tensor, prepared: Prepared, *values: Any) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, *values[:N_PARAMETERS], *values[N_OPERANDS : N_OPERANDS + 2])
         ctx.values = (values[N_PARAMETERS:N_OPERANDS], values[N_OPERANDS + 2 :])
-        return x, beta, without_storage(h)
+        return prepared.x, prepared.beta, without_storage(h)
 
     @staticmethod
     @differentiated_once
@@ -302,7 +305,7 @@ class _PreparedWidth(torch.autograd.Function):
             depth.made = (g, g._version, g_o, g_before)
         else:
             g, *gradients = _width_backward(g_x, g_beta, g_mixed, h, *values)
-        return g, None, None, *_placed(gradients, tensors, g_x is not None)
+        return g, None, *_placed(gradients, tensors, g_x is not None)
 
 
 def _boundary_backward_impl(g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_fc import FracConfig, FracConnection, UserError
+from megatron_fc import FracConfig, UserError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -24,10 +24,10 @@ with warnings.catch_warnings():
 
     cpu_lane.install()
     import rank
-    from megatron_fc.megatron.slots import FracAdd, FracNorm
+    from megatron_fc.megatron.slots import FracNorm
     from support import tiny
 
-FEW = tiny.tokens(batch=1)[:, :6]
+FEW = tiny.tokens(batch=1)[:, :5]  # one tile of rows: the interpreter takes seconds for a step
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 # Sums of fp32 in another order; measured 2e-6, what is looked for here is of order one.
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
@@ -47,8 +47,7 @@ def build(backend: str | None, **options: Any) -> Any:
     for module in model.modules():
         if isinstance(module, FracNorm) and backend is None:
             module.hands_over = False
-    tiny.loss(model, FEW).backward()
-    model.zero_grad()
+    tiny.loss(model, FEW)
     return model
 
 
@@ -94,9 +93,8 @@ def test_what_is_handed_over_does_not_outlive_its_value(backend: str, edit: Call
     for model in (found, expected):
         edit(model)
     close(step(found), step(expected))
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            close(tiny.logits(found, FEW), tiny.logits(expected, FEW))
+    with torch.inference_mode():
+        close(tiny.logits(found, FEW), tiny.logits(expected, FEW))
 
 
 def test_a_residual_stream_that_is_written_to_between_the_slots_of_a_layer() -> None:
@@ -112,14 +110,11 @@ def test_a_residual_stream_that_is_written_to_between_the_slots_of_a_layer() -> 
 
 
 @BACKENDS
-@pytest.mark.parametrize("options", [{}, {"hidden_dropout": 0.1}], ids=["", "dropout"])
-def test_a_sub_layer_that_is_left_out_keeps_the_gradients_of_the_residual_path(
-    backend: str, options: dict[str, Any]
-) -> None:
+def test_a_sub_layer_that_is_left_out_keeps_the_gradients_of_the_residual_path(backend: str) -> None:
     """Its output is zero and has no gradient, as LayerDrop's; against one whose gradient is zero."""
     results = []
     for nothing in (torch.zeros_like, lambda x: 0.0 * x):
-        model = build(backend, **options)
+        model = build(backend, hidden_dropout=0.1)
         first, second = model.decoder.layers
         first.mlp.forward = second.self_attention.forward = lambda x, *_, made=nothing, **__: (made(x), None)
         tiny.seed_dropout(3)
@@ -127,7 +122,7 @@ def test_a_sub_layer_that_is_left_out_keeps_the_gradients_of_the_residual_path(
         with torch.no_grad():  # and nothing is kept where there are none
             assert not model(*tiny.inputs(FEW)).requires_grad
     found, expected = results
-    left_out = ("layers.0.mlp.", "layers.1.self_attention.")
+    left_out = ("0.mlp.", "0.pre_mlp_layernorm.norm.", "1.self_attention.", "1.input_layernorm.norm.")
     for name, gradient in expected.items():
         if not any(part in name for part in left_out):
             assert gradient is not None
@@ -135,34 +130,42 @@ def test_a_sub_layer_that_is_left_out_keeps_the_gradients_of_the_residual_path(
             close(found[name], gradient)
 
 
+def by_autograd_grad(loss: Tensor, kept: list[Tensor]) -> list[Any]:
+    return list(torch.autograd.grad(loss, kept))
+
+
+def by_retain_grad(loss: Tensor, kept: list[Tensor]) -> list[Any]:
+    kept[0].retain_grad()
+    loss.backward()
+    return [kept[0].grad]
+
+
+def by_hook(loss: Tensor, kept: list[Tensor]) -> list[Any]:
+    seen: list[Tensor] = []
+    kept[0].register_hook(lambda g: seen.append(g.clone()))
+    kept[0].register_hook(lambda g: 2 * g)  # what it makes of the gradient counts
+    kept[1].register_hook(lambda g: g.mul_(2) and None)  # in place, too
+    loss.backward()
+    return seen
+
+
+def with_another_use(loss: Tensor, kept: list[Tensor]) -> list[Any]:
+    (loss + kept[0].square().sum()).backward()
+    return []
+
+
 @BACKENDS
-def test_the_gradient_of_a_layers_output(backend: str) -> None:
-    """By `retain_grad`, by hooks of tensors and by `torch.autograd.grad`, also of what only looked at it before."""
-    gradients: dict[str | None, list[Tensor]] = {}
-    for backend_or_none in (backend, None):
-        model, outputs = build(backend_or_none), []
+@pytest.mark.parametrize("look", [by_autograd_grad, by_retain_grad, by_hook, with_another_use])
+def test_the_gradient_of_a_layers_output(backend: str, look: Callable[[Tensor, list[Tensor]], list[Any]]) -> None:
+    """Asked for when the forward pass is over already; and how it was asked for changes no other."""
+    results = []
+    for which in (backend, None):
+        model, kept = build(which), []
         for layer in model.decoder.layers:
-            layer.register_forward_hook(lambda module, args, output, kept=outputs: kept.append(output[0]))
-        found: list[Tensor] = []
-        loss = tiny.loss(model, FEW)
-        found += torch.autograd.grad(loss, outputs, retain_graph=True)
-        outputs[0].retain_grad()
-        outputs[0].register_hook(found.append)
-        loss.backward(retain_graph=True)
-        found += [outputs[0].grad, *(p.grad.clone() for p in model.parameters())]  # type: ignore[list-item, union-attr]
-        model.zero_grad()
-        outputs[0].register_hook(lambda g: 2 * g)  # what it makes of the gradient counts
-        loss.backward(retain_graph=True)
-        found += [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
-        model.zero_grad()
-        outputs[0].register_hook(lambda g: g.mul_(2) and None)  # in place
-        (loss + outputs[0].square().sum()).backward()  # with another use
-        found += [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
-        gradients[backend_or_none] = found
-    close(gradients[backend], gradients[None])
-
-
-OURS = (FracNorm, FracConnection)
+            layer.register_forward_hook(lambda _, args, output, kept=kept: kept.append(output[0]))
+        found = look(tiny.loss(model, FEW), kept)
+        results.append([*found, *(p.grad for p in model.parameters())])
+    close(*results)
 
 
 def our_modules(model: nn.Module) -> list[nn.Module]:
@@ -217,8 +220,9 @@ def test_hooks_of_modules_are_shown_tensors(backend: str, everywhere: bool) -> N
 
 
 @BACKENDS
-@pytest.mark.parametrize("way", ["hook", "forward"])
-@pytest.mark.parametrize("which", ["slot", "connection", "norm"])
+@pytest.mark.parametrize(
+    ("which", "way"), [("slot", "hook"), ("connection", "hook"), ("norm", "hook"), ("norm", "forward")]
+)
 def test_what_is_changed_at_a_module_counts(backend: str, which: str, way: str) -> None:
     """Of one layer's second slot, whose input a boundary would have made; by a hook, or by a forward in its place."""
     shift = torch.linspace(-1, 1, tiny.WIDTH)
@@ -254,23 +258,11 @@ def test_nothing_rides_along_into_pickles_and_copies(backend: str) -> None:
         layer.register_forward_hook(save)
     tiny.loss(model, FEW).backward()
     assert len(kept) == 2
-    layer = model.decoder.layers[0]
-    layer._forward_hooks.clear()
-    own = sum(p.numel() for p in layer.parameters())
-    assert len(pickle.dumps(copy.deepcopy(layer).mlp_bda)) < 4 * own, "the next layer's slot comes along"
-    again = copy.deepcopy(model)
-    for each in (model, again):
-        for layer in each.decoder.layers:
-            layer._forward_hooks.clear()
-    model.zero_grad()
-    again.zero_grad()
-    close(step(again), step(model))
-
-
-def test_a_copied_layer_holds_no_other() -> None:
-    layer = copy.deepcopy(build("torch").decoder.layers[0])
-    reached = [m for add in layer.modules() if isinstance(add, FracAdd) for m in (*add._norm, *add._following)]
-    assert {id(m) for m in reached} <= {id(m) for m in layer.modules()}
+    for layer in model.decoder.layers:
+        [next_slot] = layer.self_attn_bda._following
+        for again in (copy.deepcopy(layer.self_attn_bda), pickle.loads(pickle.dumps(layer.self_attn_bda))):
+            assert again._following == (), "another slot comes along"
+            assert again._norm[0].connection.config == next_slot.connection.config
 
 
 def test_a_norm_slot_has_no_weight_as_far_as_others_can_tell() -> None:

@@ -305,7 +305,7 @@ class _ReturnsWeightsDtype(torch.nn.RMSNorm):
         return torch.nn.functional.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
-class OwnDtype(HandsOutWeights, _ReturnsWeightsDtype): ...
+class OwnDtypeRMSNorm(HandsOutWeights, _ReturnsWeightsDtype): ...
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -323,7 +323,7 @@ def test_the_input_has_the_dtype_that_its_norm_gives(
 ) -> None:
     """A residual stream in fp32 above all, with norms in bf16; of a boundary, too."""
     site = FracConnection(64, FracConfig(rate=4, backend=backend))
-    for kind in (OwnDtype, RMSNorm):
+    for kind in (OwnDtypeRMSNorm, RMSNorm):
         norm = kind(64, eps=1e-5, dtype=weight)
         torch.nn.init.normal_(norm.weight)
         h = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(stream)
