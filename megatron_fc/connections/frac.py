@@ -139,11 +139,11 @@ class FracConnection(nn.Module):
         weights = norm_weights(norm, h) if backend == "triton" else None
         behind = norm if weights is None else None
 
-        def width(h: Tensor) -> tuple[Tensor, Handover]:
+        def width(h: Tensor, prepared: Prepared | None = None) -> tuple[Tensor, Handover]:
             x, handover = self._width(h, backend, weights, prepared)
             return x if behind is None else behind(x), handover
 
-        x, handover = recomputed(width, h) if self.config.recompute else width(h)
+        x, handover = recomputed(width, h) if self.config.recompute else width(h, prepared)
         return (x, handover) if hand_over else x
 
     def width(self, h: Tensor) -> Tensor:

@@ -60,7 +60,9 @@ def norm_weights(norm: Any, stream: Tensor) -> NormWeights | None:
     They return the stream's dtype. A norm in another dtype, or any under autocast, decides for itself what it returns;
     and a norm that is observed is called.
     """
-    if not isinstance(norm, HandsOutWeights) or torch.is_autocast_enabled(stream.device.type) or observed(norm):
+    if not isinstance(norm, HandsOutWeights) or observed(norm):
+        return None
+    if not stream.is_meta and torch.is_autocast_enabled(stream.device.type):
         return None
     weights: NormWeights = norm()
     return weights if weights.weight.dtype == stream.dtype else None
