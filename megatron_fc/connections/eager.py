@@ -17,6 +17,8 @@ from torch import Tensor
 from megatron_fc.connections.operands import Operands
 from megatron_fc.connections.reference import FracParameters
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 def _as_written[**Arguments, Result](function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Run it without autograd and without autocast, which would round coefficients.
@@ -52,7 +54,7 @@ def width_forward(h: Tensor, p: Operands, want_x: bool = True) -> tuple[Tensor |
     m = p.rate
     f, p = _fractions(h, m), _in_fp32(p, h)
     beta, gamma, alpha = _coefficients(_predict(f, p), p, f.shape[0]).split((1, m, m))
-    x = _mix(gamma.transpose(0, 1), f).view(h.shape).to(h.dtype) if want_x else None
+    x = _shaped(_mix(gamma.transpose(0, 1), f), h) if want_x else None
     # A copy, since beta is kept for backward and would keep all coefficients with it.
     return x, beta[0].clone(), alpha.permute(1, 2, 0).reshape(f.shape[0], m * m)
 
@@ -109,7 +111,7 @@ def depth_forward(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:
     tokens, m = beta.shape
     mixed = _mix(alpha.view(tokens, m, m).transpose(1, 2), _fractions(h, m))
     mixed.addcmul_(beta.view(-1, 1), o.reshape(mixed.shape))
-    return mixed.view(h.shape).to(h.dtype)
+    return _shaped(mixed, h)
 
 
 @_as_written
@@ -236,6 +238,11 @@ _kept_bags = lru_cache(maxsize=8)(_bags)
 def _tanh(z: Tensor) -> Tensor:
     """tanh(z) = 1 - 2 sigmoid(-2z): twice as fast as torch.tanh on CPUs, 0 at 0, within 1e-7 everywhere (fp32)."""
     return torch.rsub((-2 * z).sigmoid_(), 1, alpha=2)
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """[T*m, c] -> [..., d] in the dtype of a stream; no view to autograd, which forbids to write to one."""
+    return _unsafe_view(rows, like.shape).to(like.dtype)
 
 
 def _fractions(stream: Tensor, rate: int) -> Tensor:

@@ -13,9 +13,12 @@ from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.handover import Handover
 from megatron_fc.connections.norm import NormWeights, norm_weights
 from megatron_fc.connections.operands import Operands
+from megatron_fc.connections.ops import Prepared
 from megatron_fc.connections.recompute import recomputed
 from megatron_fc.connections.reference import FracParameters
 from megatron_fc.errors import UserError
+
+_PRECISIONS = (torch.float32, torch.float64)
 
 
 class PendingDepth(NamedTuple):
@@ -81,8 +84,19 @@ class FracConnection(nn.Module):
         return FracParameters(**{name: getattr(self, name) for name in FracParameters._fields})
 
     def operands(self) -> Operands:
-        """Return the site as the operations take it."""
-        return Operands.of(self.site_parameters(), self.config)
+        """Return the site as the operations take it.
+
+        Raises:
+            UserError: a parameter has 16 bits: somebody has gone around `_apply`.
+        """
+        p = self.site_parameters()
+        for name, parameter in zip(p._fields, p, strict=True):
+            if parameter is not None and parameter.dtype not in _PRECISIONS:
+                raise UserError(
+                    f"{name} of a Frac-Connection is {parameter.dtype}, too coarse for what it learns: keep its "
+                    f"parameters in fp32 (connection.float(); with FSDP2 leave them to ignored_params)"
+                )
+        return Operands.of(p, self.config)
 
     def enter(self, h: Tensor) -> Tensor:
         """The residual stream is the embedding itself, [..., d]: its fractions are the slots."""
@@ -97,6 +111,7 @@ class FracConnection(nn.Module):
         h: "Tensor | PendingDepth",
         norm: Callable[[Tensor], Tensor] | None = None,
         hand_over: bool = False,
+        prepared: Prepared | None = None,
     ) -> Any:
         """Width connection: residual stream [..., d] -> sub-layer input [..., d].
 
@@ -108,25 +123,27 @@ class FracConnection(nn.Module):
             norm: the sub-layer's norm, applied to the result: in the same pass where it hands out its weights and a
                 kernel can apply them, else called; with `recompute` its input is not kept for backward.
             hand_over: also return what `depth` can take over instead of looking at h again.
+            prepared: what a `PendingDepth` that made h has prepared.
 
         Returns:
-            x; with `hand_over` (x, handover); for a `PendingDepth` (h, x, handover).
+            x; with `hand_over` (x, handover); for a `PendingDepth` (h, prepared).
 
         Raises:
-            UserError: the last dimension is not the hidden size or not contiguous, or the backend cannot run.
+            UserError: the last dimension is not the hidden size or not contiguous, a parameter has 16 bits, or the
+                backend cannot run.
         """
         if isinstance(h, PendingDepth):
             return self._boundary(h, norm)
         self._check("h", h)
         backend = choose_backend(self.config, h)
-        weights = norm_weights(norm) if backend == "triton" else None
+        weights = norm_weights(norm, h) if backend == "triton" else None
         behind = norm if weights is None else None
 
-        def width(h: Tensor) -> tuple[Tensor, Handover]:
-            x, handover = self._width(h, backend, weights)
+        def width(h: Tensor, prepared: Prepared | None = None) -> tuple[Tensor, Handover]:
+            x, handover = self._width(h, backend, weights, prepared)
             return x if behind is None else behind(x), handover
 
-        x, handover = recomputed(width, h) if self.config.recompute else width(h)
+        x, handover = recomputed(width, h) if self.config.recompute else width(h, prepared)
         return (x, handover) if hand_over else x
 
     def width(self, h: Tensor) -> Tensor:
@@ -135,21 +152,25 @@ class FracConnection(nn.Module):
         return x
 
     def _width(
-        self, h: Tensor, backend: str, norm: NormWeights | None = None, want_x: bool = True
+        self,
+        h: Tensor,
+        backend: str,
+        norm: NormWeights | None = None,
+        prepared: Prepared | None = None,
+        want_x: bool = True,
     ) -> tuple[Tensor, Handover]:
-        if backend == "triton":
-            return ops.frac_width(h, self.operands(), norm, want_x)
-        return eager_autograd.frac_width(h, self.operands(), want_x)
+        p = self.operands()
+        if backend == "torch":
+            return eager_autograd.frac_width(h, p, want_x)
+        made = None if prepared is None else ops.frac_prepared_width(h, prepared, p, norm)
+        return ops.frac_width(h, p, norm, want_x) if made is None else made
 
-    def _boundary(
-        self, pending: "PendingDepth", norm: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, Tensor, Handover]:
+    def _boundary(self, pending: "PendingDepth", norm: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Prepared]:
         o, h, handover, bias, dropout = pending
         self._check("h", h)
         self._check_output(o, h)
-        weights, seed = norm_weights(norm), dropout_seed(h, dropout)
-        h, x, following = ops.frac_boundary(o, h, handover, bias, seed, dropout, self.operands(), weights)
-        return h, x if norm is None or weights is not None else norm(x), following
+        weights, seed = norm_weights(norm, h), dropout_seed(h, dropout)
+        return ops.frac_boundary(o, h, handover, bias, seed, dropout, self.operands(), weights)
 
     def depth(
         self,

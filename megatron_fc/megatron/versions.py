@@ -32,21 +32,22 @@ def check_megatron_version() -> None:
         )
 
 
+def norms_declare_residual() -> bool:
+    """Whether layers ask a norm when they are built if it returns (x, h), as since 0.20; before, they see the tuple."""
+    from megatron.core.transformer import torch_norm
+
+    return "returns_residual" in getattr(getattr(torch_norm, "LayerNormInterface", None), "__annotations__", {})
+
+
 @cache
 def check_norm_protocol() -> None:
     """Refuse a megatron-core whose layers may not take (x, h) from a norm slot, when the first one is built.
 
-    Those of 0.19 take whatever tuple a norm returns. Since 0.20 a norm has to declare it, as `returns_residual`, and
-    the interface of norms says so; anything else is not known here.
-
     Raises:
-        UserError: a newer minor version that does neither.
+        UserError: a newer minor version than those tested, in which norms do not declare it.
     """
-    from megatron.core.transformer import torch_norm
-
     found = megatron_version()
-    declared = getattr(getattr(torch_norm, "LayerNormInterface", None), "__annotations__", {})
-    if found is not None and found.release[:2] > NEWEST_TESTED.release[:2] and "returns_residual" not in declared:
+    if found is not None and found.release[:2] > NEWEST_TESTED.release[:2] and not norms_declare_residual():
         raise UserError(
             f"megatron-core {found} takes a norm's residual in a way that megatron_fc does not know: use "
             f"megatron-core {OLDEST} to {NEWEST_TESTED}, or a newer one that has the attribute returns_residual"

@@ -18,6 +18,10 @@ from support import tiny
 DFC = FracConfig(rate=4)
 
 
+class Declaring:
+    returns_residual: bool
+
+
 @pytest.fixture
 def newer_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers unpack what a norm returns where it says so, as those of Megatron 0.20, and take it as it is elsewhere."""
@@ -37,6 +41,7 @@ def newer_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
         return applied
 
     monkeypatch.setattr(transformer_layer, "apply_module", as_newer)
+    monkeypatch.setattr(torch_norm, "LayerNormInterface", Declaring)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -88,10 +93,6 @@ def test_declared_is_what_is_returned(returns_stream: bool, options: dict[str, A
     slot.paired = True
     assert slot.returns_residual is declared
     assert isinstance(slot(torch.randn(3, 2, tiny.WIDTH)), tuple) is declared
-
-
-class Declaring:
-    returns_residual: bool
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_the_width_connection_knows_te_norms_by_their_weights() -> None:
 
     layer = build("dense", FracConfig(rate=4)).decoder.layers[0]
     for slot in (layer.input_layernorm, layer.pre_mlp_layernorm):
-        weights = norm_weights(slot.norm)
+        weights = norm_weights(slot.norm, torch.empty(1, tiny.WIDTH))
         assert weights is not None
         assert weights.kind == "rmsnorm"
         assert weights.weight is slot.norm.weight
