@@ -7,6 +7,7 @@ from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.nodes import Requirements
 from megatron_fc.training.data_files import data_files
 from megatron_fc.training.recipe import Recipe
+from megatron_fc.training.rehearsal import rehearse
 from megatron_fc.training.setup import parse
 
 
@@ -17,6 +18,7 @@ def requirements_of(recipe: Recipe) -> Requirements:
         UserError: they are refused.
     """
     args = parse(recipe)
+    rehearse(args, recipe)
     # Without a CUDA device the recipe adapts itself to the CPU lane; on a cluster only a config that says so means it.
     asked = {name: value for values in recipe.sections.values() for name, value in values.items()}
     return Requirements(

@@ -28,6 +28,8 @@ from megatron_fc.runs.rank_log import is_log_rank, real_stdout, run_log
 from megatron_fc.training import cpu_lane
 from megatron_fc.training.precision import refuse_unquantizable
 from megatron_fc.training.recipe import Recipe
+from megatron_fc.training.refusal import Refusals
+from megatron_fc.training.rehearsal import rehearse
 from megatron_fc.training.setup import join_world, model_config, parse
 from megatron_fc.training.steps import Steps
 
@@ -88,6 +90,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     began = time.perf_counter()
     join_world()
     args = parse(recipe)
+    rehearse(args, recipe)
     _refuse_async_save_without_device(args)
     options = StartOptions(recipe.run_dir, recipe.frac, recipe.on_damage, _say)
     start = choose_start(args, options)
@@ -140,7 +143,7 @@ def _own(
     if start.checkpoint is not None and start.plain is None and has_state(start.checkpoint):
         refuse_unquantizable(args)
         own.append(ModelOptState(lambda: starting.start.checkpoint))
-    return [*own, CheckpointErrors(args), record, EventsOnDisk()]
+    return [*own, CheckpointErrors(args), Refusals(), record, EventsOnDisk()]
 
 
 def _refuse_async_save_without_device(args: Namespace) -> None:

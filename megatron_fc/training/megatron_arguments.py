@@ -33,6 +33,10 @@ class MegatronArguments:
     def names(self) -> set[str]:
         return {name for name in self._actions if not name.startswith(("frac_", "no_frac_"))}
 
+    def default(self, dest: str) -> Any:
+        """The value of an attribute of the arguments where nothing sets it."""
+        return self._parser.get_default(dest)
+
     def refuse_connection_flags(self, flags: Sequence[str]) -> None:
         """Check that no flag behind `--` speaks of the connection, which the section frac alone decides.
 

@@ -1,11 +1,10 @@
 """From a recipe to what Megatron trains: the world of ranks, its validated arguments, the model's configuration."""
 
 import contextlib
-import linecache
+import io
 import logging
 import os
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,9 @@ from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import add_frac_args, frac_config_from_args
 from megatron_fc.megatron.parameter_order import install_order
+from megatron_fc.training.counts import refuse_small_counts
 from megatron_fc.training.recipe import Recipe
+from megatron_fc.training.refusal import refusals_named
 
 
 def join_world() -> None:
@@ -45,36 +46,20 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
     # Megatron reads the process's arguments.
     program, sys.argv = sys.argv, ["megatron-fc", *recipe.argv]
     try:
-        with open(os.devnull, "w") as nowhere:
-            stdout, sys.stdout = sys.stdout, nowhere
-            try:
-                args = parse_args(extra_args_provider=add_frac_args)
-                args.frac_parameters_first = True  # `model_config` arranges it
-                refuse_unsupported_data(args)
-                frac_config_from_args(args)
-                if check is not None:
-                    check(args)
-                validate_args(args, {})
-            finally:
-                sys.stdout = stdout
-    except (AssertionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"Megatron refuses the arguments: {' '.join(str(error).split()) or _condition(error)}"
-        ) from error
+        with refusals_named("the arguments"), contextlib.redirect_stdout(io.StringIO()) as said:
+            args = parse_args(extra_args_provider=add_frac_args)
+            args.frac_parameters_first = True  # `model_config` arranges it
+            refuse_unsupported_data(args)
+            refuse_small_counts(args)
+            frac_config_from_args(args)
+            if check is not None:
+                check(args)
+            validate_args(args, {})
+    except SystemExit:  # Megatron's way out of some arguments of earlier releases, with code 0
+        raise UserError(f"Megatron refuses the arguments: {said.getvalue().strip().splitlines()[-1]}") from None
     finally:
         sys.argv = program
     return args
-
-
-def _condition(error: Exception) -> str:
-    """The line that raised an error without words, as most of Megatron's assertions have none."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    lines = (
-        linecache.getline(frame.filename, number) for number in range(frame.lineno or 0, (frame.end_lineno or 0) + 1)
-    )
-    return f"{' '.join(' '.join(lines).split())} ({frame.filename}:{frame.lineno})"
 
 
 def model_config(args: Namespace, recipe: Recipe) -> Any:
