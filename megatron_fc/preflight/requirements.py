@@ -5,10 +5,11 @@ from pathlib import Path
 
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.nodes import Requirements
-from megatron_fc.training.data_files import data_files
+from megatron_fc.training.data_files import blends, data_files, refuse_damaged_files
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.rehearsal import rehearse
-from megatron_fc.training.setup import parse
+from megatron_fc.training.setup import parse, written_folders
+from megatron_fc.training.token_data import TokenDataset
 
 
 def requirements_of(recipe: Recipe) -> Requirements:
@@ -19,10 +20,11 @@ def requirements_of(recipe: Recipe) -> Requirements:
     """
     args = parse(recipe)
     rehearse(args, recipe)
+    refuse_damaged_files(args)
     # Without a CUDA device the recipe adapts itself to the CPU lane; on a cluster only a config that says so means it.
     asked = {name: value for values in recipe.sections.values() for name, value in values.items()}
     return Requirements(
-        run_dir=recipe.run_dir,
+        folders=written_folders(args, recipe.run_dir),
         files=data_files(args),
         indexes=_indexes(args),
         on_devices=asked.get("distributed_backend", "nccl") == "nccl",
@@ -35,7 +37,7 @@ def _indexes(args: Namespace) -> dict[Path, str]:
     if args.data_cache_path:
         folders = {Path(args.data_cache_path): f"correct data_cache_path={args.data_cache_path}"}
     else:
-        prefixes = [file.with_suffix("") for file in data_files(args) if file.suffix == ".idx"]
+        prefixes = [Path(prefix) for blend in blends(args) for prefix in blend.prefixes]
         remedy = "set data_cache_path to a folder that all nodes share"
-        folders = {prefix / "cache" / "GPTDataset_indices": remedy for prefix in prefixes}
+        folders = {prefix / "cache" / f"{TokenDataset.__name__}_indices": remedy for prefix in prefixes}
     return {folder: remedy for folder, remedy in folders.items() if not any(folder.glob("*-shuffle_index.npy"))}

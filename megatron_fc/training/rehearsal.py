@@ -102,6 +102,4 @@ def _refuse_groups(args: Namespace) -> None:
     """Which Megatron finds in the first forward pass, as a shape."""
     groups, heads = args.num_query_groups, args.num_attention_heads
     if args.group_query_attention and groups and heads % groups:
-        raise UserError(
-            f"num_query_groups={groups} does not divide num_attention_heads={heads}: choose a number of groups that does"
-        )
+        raise UserError(f"num_query_groups={groups} does not divide num_attention_heads={heads}: choose one that does")

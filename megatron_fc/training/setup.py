@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron_fc.megatron.parameter_order import install_order
 from megatron_fc.training.counts import refuse_small_counts
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
+from megatron_fc.training.unused_options import refuse_unused_options
 
 
 def join_world() -> None:
@@ -41,15 +43,13 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
     """
     from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_fc.training.batches import refuse_unsupported_data
-
     # Megatron reads the process's arguments.
     program, sys.argv = sys.argv, ["megatron-fc", *recipe.argv]
     try:
         with refusals_named("the arguments"), contextlib.redirect_stdout(io.StringIO()) as said:
             args = parse_args(extra_args_provider=add_frac_args)
             args.frac_parameters_first = True  # `model_config` arranges it
-            refuse_unsupported_data(args)
+            refuse_unused_options(args)
             refuse_small_counts(args)
             frac_config_from_args(args)
             if check is not None:
@@ -60,6 +60,15 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
     finally:
         sys.argv = program
     return args
+
+
+def written_folders(args: Namespace, run_dir: Path) -> dict[Path, str]:
+    """Return the folders that all ranks write, each with the setting that names it."""
+    folders = {run_dir: "run_dir"}
+    for name in ("save", "tensorboard_dir"):
+        if (value := getattr(args, name)) and not Path(value).is_relative_to(run_dir):
+            folders[Path(value)] = name
+    return folders
 
 
 def model_config(args: Namespace, recipe: Recipe) -> Any:

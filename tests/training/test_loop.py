@@ -15,7 +15,7 @@ from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
 from megatron_fc.runs.metrics import Metrics, read_metrics
 from megatron_fc.runs.summary import read_summary
-from megatron_fc.training.loop import EventsOnDisk
+from megatron_fc.training.events import EventsOnDisk
 from support.disk import SlowDisk
 from support.patience import wait_for_iteration
 from support.training_runs import ITERATIONS, command, environment, figures, train
@@ -149,7 +149,7 @@ def test_checkpoint_knows_its_connections(finished: Path) -> None:
         (["tanh=false"], "was trained with FracConfig(rate=4, dynamic=True, norm='rmsnorm', tanh=True"),
         (
             ["num_attention_heads=3"],
-            "Megatron refuses the arguments: assert args.hidden_size % args.num_attention_heads == 0 (",
+            "hidden_size % num_attention_heads == 0 does not hold for hidden_size=32, num_attention_heads=3 (",
         ),
         (["sft=true"], "sft is not supported by megatron-fc train"),
         (["optimizer.optimizer=muon", "decoupled_lr=0.01"], "optimizer=muon leaves dynamic_weight to Adam"),

@@ -1,0 +1,22 @@
+"""Whether a folder can be written, asked of the system by doing it."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def failure_to_write(folder: Path, size: int = 1 << 20) -> OSError | None:
+    """Return what the system says to a file of `size` bytes there, None where it takes it; the folder is made."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(bytes(size))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+    return None
