@@ -98,9 +98,7 @@ class IndexedFiles:
             wrong = (lengths < 0) | (self._pointers[start : start + _CHUNK] != wanted[:-1])
             if wrong.any():
                 sequence = start + int(wrong.argmax())
-                raise self._refusal(
-                    f"sequence {sequence:,} of {self.prefix}.idx does not begin where the last one ends"
-                )
+                raise self._refusal(f"sequence {sequence:,} of {self.prefix}.idx begins at a place that it cannot")
             place = int(wanted[-1])
         for start in range(0, self.ends - 1, _CHUNK):
             if (np.diff(self._document_ends[start : start + _CHUNK + 1]) < 0).any():

@@ -84,7 +84,7 @@ def raised(body: str, module: str) -> BaseException:
         (
             "assert args.width % args.heads == 0",
             "megatron.core.x",
-            "width % heads == 0 does not hold for width=12, heads=5",
+            "width % heads == 0 does not hold for width=12, heads",
         ),
         ("assert args.heads is None, 'no  heads'", "megatron.core.x", "no heads"),
         ("raise RuntimeError('world size')", "megatron.training.x", "world size"),
