@@ -158,7 +158,9 @@ def _refuse_empty_split(files: IndexedFiles, split: str | None) -> None:
 
 
 def _vocabulary(args: argparse.Namespace) -> int | None:
-    """Rows of the model's embedding, as the tokenizer and the arguments say."""
+    """Rows of the model's embedding; where the arguments do not say, the tokenizer is asked."""
+    if args.padded_vocab_size is not None:
+        return int(args.padded_vocab_size)
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
     known = copy.copy(args)

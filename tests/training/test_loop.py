@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
 from megatron_fc.runs.metrics import Metrics, read_metrics
 from megatron_fc.runs.summary import read_summary
-from megatron_fc.training.events import EventsOnDisk
 from support.disk import SlowDisk
 from support.patience import wait_for_iteration
 from support.training_runs import ITERATIONS, command, environment, figures, train
@@ -39,16 +37,6 @@ def test_a_run_learns_and_leaves_its_figures(finished: Path) -> None:
     scalars = read_metrics(finished).scalars
     for tag in ("lm loss", "load_balancing_loss", "z_loss", "grad-norm", "learning-rate"):
         assert list(scalars[tag]) == list(range(1, ITERATIONS + 1)), tag
-
-
-def test_the_last_validation_is_on_disk_when_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = SummaryWriter(str(tmp_path / "tensorboard"))
-    monkeypatch.setattr("megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER", writer)
-    # The writer's thread computes its checksum in Python, which takes it far longer than a reader to begin.
-    writer.add_text("arguments", "x" * 2**20)
-    writer.add_scalar("lm loss validation", 8.25, 4)
-    EventsOnDisk().end()
-    assert read_metrics(tmp_path).validation == {4: 8.25}
 
 
 def metrics_of(file: Path) -> Metrics:
@@ -180,6 +168,21 @@ def test_mistake_in_a_process_of_its_own(config: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "megatron-fc: unknown key in section model: 'num_layer': did you mean 'num_layers'?\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("setting", ["run_dir", "save", "tensorboard_dir"])
+def test_folders_that_cannot_be_written(
+    config: Path, tmp_path: Path, setting: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "file").touch()
+    for folder, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "x", "Not a directory")):
+        assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", f"{setting}={folder}", "load=null"]) == 2
+        assert capsys.readouterr().err == f"megatron-fc: {setting}={folder} cannot be written, {why}: choose another\n"
+    readonly = Path("/proc/megatron_fc")  # which takes no folder, from root neither
+    assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", f"{setting}={readonly}", "load=null"]) == 2
+    assert f"{setting}={readonly} cannot be written, No such file or directory" in capsys.readouterr().err
 
 
 def test_asynchronous_checkpoints_are_refused_without_a_cuda_device(

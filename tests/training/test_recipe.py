@@ -169,6 +169,13 @@ def test_malformed_files(tmp_path: Path, content: str, sentence: str) -> None:
         load_recipe(path)
 
 
+def test_a_file_in_latin_1(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("model: {}\n# für\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.yaml is not UTF-8, line 2 has a byte that is none: save it as UTF-8"):
+        load_recipe(path)
+
+
 def test_missing_file() -> None:
     with pytest.raises(UserError, match=r"cannot read the config nowhere\.yaml: No such file"):
         load_recipe(Path("nowhere.yaml"))
