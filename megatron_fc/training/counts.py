@@ -7,7 +7,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.training.megatron_arguments import megatron_arguments
 
 _COUNTS = re.compile(
-    r".*_(interval|size)|num_(layers|experts|attention_heads|query_groups)|moe_router_topk|kv_channels|seed"
+    r".*_(interval|size)|num_(layers|attention_heads|query_groups)|moe_router_topk|kv_channels|seed"
     r"|(encoder_|decoder_)?seq_length|max_position_embeddings|train_(iters|samples)"
 )
 _LEFT_OUT_BY = {"eval_interval": "eval_iters=0 leaves validation out"}

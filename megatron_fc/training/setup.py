@@ -100,11 +100,12 @@ def build(args: Namespace, recipe: Recipe, *, in_wrapper: bool = True) -> list[A
     from megatron.core.transformer.module import Float16Module
 
     config = model_config(args, recipe)
-    chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
-        ProcessGroupCollection.use_mpu_process_groups(),
-        wrap_with_ddp=False,
-        mixed_precision_wrapper=Float16Module if in_wrapper else None,
-    )
+    with refusals_named("the model"):
+        chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
+            ProcessGroupCollection.use_mpu_process_groups(),
+            wrap_with_ddp=False,
+            mixed_precision_wrapper=Float16Module if in_wrapper else None,
+        )
     return chunks
 
 

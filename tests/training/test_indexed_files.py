@@ -85,11 +85,11 @@ def test_tokens_of_large_data_are_looked_at_in_places(tmp_path: Path, monkeypatc
     assert [len(ids) for _, ids in windows] == [32] * 4
     assert windows[0][0] == 0
     assert windows[-1][0] + 32 == files.tokens
-    put(tmp_path / "data.bin", 2 * windows[2][0] + 10, "<H", 299)
+    put(tmp_path / "data.bin", 2 * windows[2][0] + 10, "<H", 400)
     with pytest.raises(
-        UserError, match=f"token {windows[2][0] + 5:,} of .* is 299, and the model's vocabulary has 299"
+        UserError, match=f"token {windows[2][0] + 5:,} of .* is 400, and the model's vocabulary has 300"
     ):
-        files.refuse_damage(299)
+        files.refuse_damage(300)
 
 
 def test_negative_tokens(tmp_path: Path) -> None:

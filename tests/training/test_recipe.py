@@ -24,7 +24,7 @@ BASE = {
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    write_indexed(tmp_path / "train", [[1, 2]] * 100, 128, eod=0)
+    write_indexed(tmp_path / "train", [[1, 2]] * 1000, 128, eod=0)
     data = {"data_path": [str(tmp_path / "train")], "tokenizer_type": "NullTokenizer", "vocab_size": 128}
     path = tmp_path / "base.yaml"
     path.write_text(yaml.safe_dump({**BASE, "data": data, "logging": {"run_dir": str(tmp_path / "run")}}))
