@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_fc.errors import UserError
+from megatron_fc.training.precision import has_dense_mlp
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
 from megatron_fc.training.setup import model_config
@@ -68,6 +69,8 @@ def rehearse_model(args: Namespace, recipe: Recipe) -> Any:
     if args.padded_vocab_size is None and args.vocab_size is None:
         args.padded_vocab_size = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     _refuse_groups(args)
+    _refuse_pattern(args)
+    _refuse_indivisible(args)
     with refusals_named("the model"):
         return model_config(args, recipe)
 
@@ -96,6 +99,33 @@ def _refuse_long_warmup(args: Namespace) -> None:
             f"lr_warmup_{unit}={warmup} is not below {named}={decay}, which counts the warm-up in: lower it, or raise "
             f"lr_decay_{unit}"
         )
+
+
+def _refuse_pattern(args: Namespace) -> None:
+    """Which Megatron finds when it builds the layers."""
+    pattern, layers = args.moe_layer_freq, args.num_layers
+    if isinstance(pattern, list) and args.num_experts and len(pattern) != layers and not args.hybrid_layer_pattern:
+        raise UserError(f"moe_layer_freq={pattern} has {len(pattern)} entries, and num_layers={layers}: give one each")
+    if isinstance(pattern, int) and pattern < 1:
+        raise UserError(f"moe_layer_freq={pattern} must be at least 1; a list of 0 and 1, one per layer, says which")
+
+
+def _refuse_indivisible(args: Namespace) -> None:
+    """Sizes that tensor parallelism divides, which Megatron finds when it builds a layer or runs it."""
+    tensor, expert_tensor = args.tensor_model_parallel_size, args.expert_tensor_parallel_size
+    split = []
+    if has_dense_mlp(args):
+        split.append(("ffn_hidden_size", args.ffn_hidden_size, "tensor_model_parallel_size", tensor))
+    if args.num_experts:
+        moe_size, shared = args.moe_ffn_hidden_size or args.ffn_hidden_size, args.moe_shared_expert_intermediate_size
+        split.append(("moe_ffn_hidden_size", moe_size, "expert_tensor_parallel_size", expert_tensor))
+        split.append(("moe_shared_expert_intermediate_size", shared or 0, "tensor_model_parallel_size", tensor))
+    if args.sequence_parallel:
+        ranks = tensor * args.context_parallel_size
+        split.append(("seq_length", args.seq_length, "tensor x context parallelism", ranks))
+    for name, size, by, ranks in split:
+        if size % ranks:
+            raise UserError(f"{name}={size} is no multiple of {by}={ranks}: choose another size, or fewer ranks")
 
 
 def _refuse_groups(args: Namespace) -> None:

@@ -26,6 +26,8 @@ SETTINGS = [
     (["adam_beta1=1.5"], "Megatron refuses the schedule: Invalid beta parameter at index 0: 1.5"),
     (["moe_router_num_groups=3", "moe_router_group_topk=1"], "should be divisible by moe_router_num_groups (3)."),
     (["group_query_attention=true", "num_query_groups=3"], "num_query_groups=3 does not divide num_attention_heads=2"),
+    (["moe_layer_freq='([1,0,1])'"], "moe_layer_freq=[1, 0, 1] has 3 entries, and num_layers=2: give one each"),
+    (["moe_layer_freq=0"], "moe_layer_freq=0 must be at least 1"),
     (["checkpoint_activations=true"], "--checkpoint-activations is no longer valid, use --recompute-activations"),
     (["ffn_hidden_size=0"], "ffn_hidden_size=0 must be at least 1"),
 ]
@@ -51,6 +53,27 @@ def test_one_sentence_in_the_run_and_on_the_login_node(
     assert said.startswith("megatron-fc: ")
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["moe_ffn_hidden_size=33"], "moe_ffn_hidden_size=33 is no multiple of expert_tensor_parallel_size=2: choose"),
+        (
+            ["num_experts=null", "ffn_hidden_size=33"],
+            "ffn_hidden_size=33 is no multiple of tensor_model_parallel_size",
+        ),
+        (["sequence_parallel=true", "seq_length=31"], "seq_length=31 is no multiple of tensor x context parallelism=2"),
+    ],
+)
+def test_what_tensor_parallelism_cannot_divide(
+    config: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["tensor_model_parallel_size=2", "--nodes", "1", "--gpus-per-node", "2"]
+    assert main(["topology", str(config), *words, *options]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
 
 
 def test_what_only_the_run_can_see_is_a_sentence_too(config: Path, tmp_path: Path) -> None:
