@@ -1,4 +1,4 @@
-"""Whether a folder can be written, asked of the system by doing it."""
+"""A folder that can be written, or the system's answer why not."""
 
 import os
 from contextlib import suppress
