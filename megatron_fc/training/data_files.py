@@ -114,26 +114,25 @@ def repetition(args: argparse.Namespace) -> str | None:
     """
     samples = args.train_samples or (args.train_iters or 0) * (args.global_batch_size or 0)
     blend = next((b for b in blends(args) if b.setting in ("data_path", "data_args_path", "train_data_path")), None)
-    if not samples or blend is None or not args.seq_length:
-        return None
-    tokens = [IndexedFiles.read(prefix, blend.setting).tokens for prefix in blend.prefixes]
-    if blend.setting in ("data_path", "data_args_path"):
-        begin, end = _shares(args.split)[0] or (0.0, 0.0)
-        tokens = [count * (end - begin) for count in tokens]
-    wanted = samples * args.seq_length
-    weights = blend.weights or [count / sum(tokens) for count in tokens]
-    shares = [weight / sum(weights) for weight in weights]
-    epochs, prefix = max(
-        (wanted * share / count, prefix) for share, count, prefix in zip(shares, tokens, blend.prefixes, strict=True)
+    begin, end = (
+        (0.0, 1.0) if args.train_data_path or args.per_split_data_args_path else _shares(args.split)[0] or (0, 0)
     )
-    if epochs <= 1:
+    if not samples or blend is None or not args.seq_length or begin == end:
         return None
-    if blend.weights is None and len(blend.prefixes) > 1:  # Megatron takes each sample once, and then has none left
-        raise UserError(
-            f"{blend.setting} without weights has {sum(tokens):,.0f} tokens for training, and the run reads "
-            f"{wanted:,}: give each data set a weight, which lets Megatron repeat them, or train for fewer"
-        )
-    return f"the run reads {wanted:,} tokens, {prefix} {epochs:.2f} times over"
+    tokens = [IndexedFiles.read(prefix, blend.setting).tokens * (end - begin) for prefix in blend.prefixes]
+    if blend.weights is None and len(tokens) > 1 and args.dataloader_type != "cyclic":
+        once = sum(int(count - 1) // args.seq_length for count in tokens)  # Megatron ends where they do, in mid-run
+        if samples > once:
+            raise UserError(
+                f"{blend.setting} without weights has {once:,} samples of {args.seq_length:,} tokens for training, and the "
+                f"run takes {samples:,}: give each data set a weight, which lets Megatron repeat them, or train for fewer"
+            )
+    weights = blend.weights or tokens
+    epochs, prefix = max(
+        (samples * args.seq_length * weight / sum(weights) / count, prefix)
+        for weight, count, prefix in zip(weights, tokens, blend.prefixes, strict=True)
+    )
+    return f"the run reads {prefix} {epochs:.2f} times over" if epochs > 1 else None
 
 
 def _shares(split: str | None) -> list[tuple[float, float] | None]:

@@ -4,6 +4,7 @@
 [d] int64 of each document, counted in sequences, with a 0 before the first. Megatron reads it without a look at `.bin`.
 """
 
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,8 +51,10 @@ class IndexedFiles:
         """
         idx, bin_ = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
         for file in (idx, bin_):
-            if not file.exists():
+            if not file.is_file():
                 raise UserError(f"{setting}: {file} does not exist; `megatron-fc data demo` makes the demo's data")
+            if not os.access(file, os.R_OK):
+                raise UserError(f"{setting}: {file} cannot be read: change who may")
         with idx.open("rb") as stream:
             head = stream.read(_HEADER.size)
         if len(head) < _HEADER.size or not head.startswith(_INDEX_HEADER):

@@ -56,14 +56,14 @@ def refuse_unused_options(args: Namespace) -> None:
     """
     known = megatron_arguments()
     for name, remedy in OTHER_LOOPS.items():
-        if getattr(args, name) != known.default(name):
+        if getattr(args, name, None) != known.default(name):
             raise UserError(f"{name} is not supported by megatron-fc train: {remedy}")
     for name, remedy in NEVER_READ.items():
-        if getattr(args, name) != known.default(name):
+        if getattr(args, name, None) != known.default(name):
             raise UserError(f"{name} has no effect in Megatron 0.19: {remedy}")
     for group in OTHER_GROUPS:
         for name in known.group(group):
-            if getattr(args, name) != known.default(name):
+            if getattr(args, name, None) != known.default(name):
                 raise UserError(
                     f"{name} is one of Megatron's options for {group}, which megatron-fc train does not do: drop it"
                 )

@@ -12,7 +12,15 @@ from support.token_files import write_tokens
 
 
 def arguments(**settings: Any) -> Namespace:
-    names = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "split")
+    names = (
+        "data_path",
+        "train_data_path",
+        "valid_data_path",
+        "test_data_path",
+        "data_args_path",
+        "split",
+        "dataloader_type",
+    )
     unset = dict.fromkeys((*names, "per_split_data_args_path", "tokenizer_model", "train_samples", "train_iters"))
     return Namespace(**{**unset, "mock_data": False, "seq_length": 16, "global_batch_size": 4, **settings})
 
@@ -67,10 +75,10 @@ def test_how_often_data_are_read(tmp_path: Path) -> None:
     iterations = tokens[a] // (4 * 16)
     assert repetition(arguments(train_data_path=[a], train_iters=iterations)) is None
     said = repetition(arguments(train_data_path=[a], train_iters=3 * iterations))
-    assert said == f"the run reads {3 * iterations * 64:,} tokens, {a} {3 * iterations * 64 / tokens[a]:.2f} times over"
+    assert said == f"the run reads {a} {3 * iterations * 64 / tokens[a]:.2f} times over"
     samples = arguments(train_data_path=["3", a, "1", b], train_samples=8 * iterations)
     assert f"{a} {0.75 * 8 * iterations * 16 / tokens[a]:.2f} times over" in (repetition(samples) or "")
     half = repetition(arguments(data_path=[b], split="50,50,0", train_iters=2 * iterations))
     assert f"{b} {2 * iterations * 64 / tokens[b] / 0.5:.2f} times" in (half or "")
-    with pytest.raises(UserError, match=r"without weights has .* tokens for training, and the run reads"):
+    with pytest.raises(UserError, match=r"without weights has \d+ samples of 16 tokens for training, and the run"):
         repetition(arguments(train_data_path=[a, b], train_iters=3 * iterations))
