@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,18 +93,30 @@ def refuse_missing_files(args: argparse.Namespace) -> None:
         raise UserError("no data: set data_path, or train_data_path and valid_data_path")
 
 
-def refuse_damaged_files(args: argparse.Namespace) -> None:
+def refuse_damaged_files(args: argparse.Namespace, *, remember: bool = False) -> None:
     """Read a run's indexes, and tokens of its data, for those that cannot be; one rank does it for all.
 
     Args:
         args: Megatron's, validated.
+        remember: note beside Megatron's indexes which files were right, and do not read these again.
 
     Raises:
         UserError: an index is damaged, or tokens are not of the model's vocabulary.
     """
     vocabulary = _vocabulary(args)
     for files in indexed_files(args):
-        files.refuse_damage(vocabulary)
+        note = index_folder(args, files.prefix) / f"{files.fingerprint(vocabulary)}.checked"
+        if not note.exists():
+            files.refuse_damage(vocabulary)
+            if remember:
+                with suppress(OSError):
+                    note.parent.mkdir(parents=True, exist_ok=True)
+                    note.touch()
+
+
+def index_folder(args: argparse.Namespace, prefix: str) -> Path:
+    """Where Megatron keeps the order of a data set's samples."""
+    return Path(args.data_cache_path or Path(prefix) / "cache" / "TokenDataset_indices")
 
 
 def repetition(args: argparse.Namespace) -> str | None:
@@ -114,18 +127,18 @@ def repetition(args: argparse.Namespace) -> str | None:
     """
     samples = args.train_samples or (args.train_iters or 0) * (args.global_batch_size or 0)
     blend = next((b for b in blends(args) if b.setting in ("data_path", "data_args_path", "train_data_path")), None)
-    begin, end = (
-        (0.0, 1.0) if args.train_data_path or args.per_split_data_args_path else _shares(args.split)[0] or (0, 0)
-    )
-    if not samples or blend is None or not args.seq_length or begin == end:
+    if not samples or blend is None or not args.seq_length:
+        return None
+    begin, end = (0.0, 1.0) if blend.setting == "train_data_path" else _shares(args.split)[0] or (0.0, 0.0)
+    if begin == end:
         return None
     tokens = [IndexedFiles.read(prefix, blend.setting).tokens * (end - begin) for prefix in blend.prefixes]
     if blend.weights is None and len(tokens) > 1 and args.dataloader_type != "cyclic":
         once = sum(int(count - 1) // args.seq_length for count in tokens)  # Megatron ends where they do, in mid-run
         if samples > once:
             raise UserError(
-                f"{blend.setting} without weights has {once:,} samples of {args.seq_length:,} tokens for training, and the "
-                f"run takes {samples:,}: give each data set a weight, which lets Megatron repeat them, or train for fewer"
+                f"{blend.setting} without weights has {once:,} samples of {args.seq_length:,} tokens for training, and "
+                f"the run takes {samples:,}: give each data set a weight, then they repeat, or train for fewer"
             )
     weights = blend.weights or tokens
     epochs, prefix = max(

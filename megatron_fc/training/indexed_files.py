@@ -4,6 +4,7 @@
 [d] int64 of each document, counted in sequences, with a 0 before the first. Megatron reads it without a look at `.bin`.
 """
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -80,6 +81,12 @@ class IndexedFiles:
         if ends < 1 or files._document_ends[0] != 0 or files._document_ends[-1] != sequences:
             raise _damaged(setting, f"the documents of {idx} do not end where its {sequences:,} sequences end")
         return files
+
+    def fingerprint(self, vocabulary: int | None) -> str:
+        """Of what `refuse_damage` looks at, by sizes and times."""
+        stats = [os.stat(f"{self.prefix}{suffix}") for suffix in (".idx", ".bin")]
+        facts = [self.prefix, vocabulary, *((stat.st_size, stat.st_mtime_ns) for stat in stats)]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
     def is_empty(self, begin: int, end: int) -> bool:
         """Whether these sequences have no token."""

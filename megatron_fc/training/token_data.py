@@ -73,7 +73,7 @@ def versions(args: Namespace) -> dict[str, str]:
     found: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         try:
-            refuse_damaged_files(args)
+            refuse_damaged_files(args, remember=True)
             found = [{files.prefix: files.version for files in indexed_files(args)}]
         except UserError as error:
             found = [error]

@@ -1,5 +1,6 @@
 """Blends and splits of data, and how often a run reads them."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -7,21 +8,15 @@ from typing import Any
 import pytest
 
 from megatron_fc.errors import UserError
-from megatron_fc.training.data_files import Blend, blends, refuse_missing_files, repetition
+from megatron_fc.training.data_files import Blend, blends, refuse_damaged_files, refuse_missing_files, repetition
+from megatron_fc.training.token_data import TokenDataset
 from support.token_files import write_tokens
 
 
 def arguments(**settings: Any) -> Namespace:
-    names = (
-        "data_path",
-        "train_data_path",
-        "valid_data_path",
-        "test_data_path",
-        "data_args_path",
-        "split",
-        "dataloader_type",
-    )
-    unset = dict.fromkeys((*names, "per_split_data_args_path", "tokenizer_model", "train_samples", "train_iters"))
+    names = ["data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "split"]
+    names += ["per_split_data_args_path", "tokenizer_model", "train_samples", "train_iters", "dataloader_type"]
+    unset = dict.fromkeys([*names, "data_cache_path"])
     return Namespace(**{**unset, "mock_data": False, "seq_length": 16, "global_batch_size": 4, **settings})
 
 
@@ -67,6 +62,26 @@ def test_a_split_without_data(tmp_path: Path) -> None:
     for split in (None, "99,1,0"):
         with pytest.raises(UserError, match=r"split=[0-9, ]+ leaves \w+ nothing of 40 sequences: give it more, or 0"):
             refuse_missing_files(arguments(data_path=[prefix], split=split))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_files_that_were_right_are_not_read_again(tmp_path: Path, beside: bool) -> None:
+    """Until they change: the index of trillions of tokens has gigabytes."""
+    prefix = write_tokens(tmp_path / "data")
+    cache = {} if beside else {"data_cache_path": str(tmp_path / "cache")}
+    args = arguments(train_data_path=[str(prefix)], padded_vocab_size=300, **cache)
+    refuse_damaged_files(args)
+    folder = prefix / "cache" / f"{TokenDataset.__name__}_indices" if beside else tmp_path / "cache"
+    assert not folder.exists(), "a look leaves nothing"
+    refuse_damaged_files(args, remember=True)
+    assert len(list(folder.iterdir())) == 1
+    file, before = tmp_path / "data.bin", (tmp_path / "data.bin").stat()
+    file.write_bytes(b"\xff" * before.st_size)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    refuse_damaged_files(args)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(UserError, match="is 65,535, and the model's vocabulary has 300"):
+        refuse_damaged_files(args)
 
 
 def test_how_often_data_are_read(tmp_path: Path) -> None:
