@@ -37,6 +37,8 @@ def rehearse_schedule(args: Namespace) -> None:
     from megatron.core import num_microbatches_calculator as micro_batches
     from megatron.training import global_vars, training
 
+    if args.lr is None and not args.skip_train:
+        raise UserError("lr is not set: set it")
     _refuse_long_warmup(args)
     args, before = copy.deepcopy(args), (global_vars._GLOBAL_ARGS, micro_batches._GLOBAL_NUM_MICROBATCHES_CALCULATOR)
     global_vars._GLOBAL_ARGS, micro_batches._GLOBAL_NUM_MICROBATCHES_CALCULATOR = args, None

@@ -18,6 +18,7 @@ SETTINGS = [
     (["eval_interval=0"], "eval_interval=0 must be at least 1; eval_iters=0 leaves validation out"),
     (["log_interval=0"], "log_interval=0 must be at least 1; the default is 100"),
     (["tensorboard_log_interval=0"], "tensorboard_log_interval=0 must be at least 1"),
+    (["lr=null"], "lr is not set: set it"),
     (["seq_length=0"], "seq_length=0 must be at least 1"),
     (["seed=0"], "seed=0 must be at least 1"),
     (["lr_warmup_iters=40"], "lr_warmup_iters=40 is not below lr_decay_iters=40, which counts the warm-up in"),
