@@ -9,7 +9,7 @@ _ENTRY = "use Megatron's pretrain_gpt.py with --spec megatron_fc.megatron.specs 
 _DROP = "drop it"
 
 # Groups of Megatron's parser, as their titles say, of models and loops that are not this one.
-OTHER_GROUPS = ("biencoder", "vision", "rl", "sft", "In-process restart")
+OTHER_GROUPS = ("biencoder", "vision", "rl")
 
 # Read by other entry points or loops than this one.
 OTHER_LOOPS = {
@@ -19,6 +19,7 @@ OTHER_LOOPS = {
     "hybrid_context_parallel": _ENTRY,
     "logits_load_dir": "use megatron-fc distill",
     "perform_rl_step": "use Megatron's train_rl.py",
+    "inprocess_restart": "launch/ starts a run again",
     "lazy_mpu_init": _DROP,
     "yaml_cfg": "write its settings into the config",
     "use_checkpoint_args": "write them into the config",
