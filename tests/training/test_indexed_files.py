@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fc.cli.main import main
 from megatron_fc.errors import UserError
 from megatron_fc.training import indexed_files
 from megatron_fc.training.indexed_files import IndexedFiles
 from support.token_files import write_tokens
-from support.training_runs import config as config
 
 SEQUENCES, VOCABULARY = 40, 300
 HEAD = 34
@@ -97,26 +95,3 @@ def test_negative_tokens(tmp_path: Path) -> None:
     put(tmp_path / "data.bin", 12, "<i", -2)
     with pytest.raises(UserError, match=r"token 3 of \S+ is -2, and"):
         IndexedFiles.read(str(prefix), "data_path=x").refuse_damage(70_000)
-
-
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (lambda p: None, None),
-        (lambda p: put(p.with_suffix(".idx"), ENDS + 40, "<q", 10**9), "do not follow each other: copy both"),
-        (lambda p: write_tokens(p, 5000), ", and the model's vocabulary has 384: give the tokenizer"),
-    ],
-)
-def test_the_login_node_looks(
-    config: Path,
-    tmp_path: Path,
-    damage: Callable[[Path], None],
-    sentence: str | None,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    prefix = write_tokens(tmp_path / "data")
-    damage(prefix)
-    words = ["topology", str(config), f"train_data_path=[{prefix}]", "--nodes", "1", "--gpus-per-node", "1"]
-    assert main(words) == 0
-    assert main([*words, "--check-files"]) == (0 if sentence is None else 2)
-    assert (sentence or "") in capsys.readouterr().err

@@ -12,10 +12,12 @@ import torch
 from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
+from megatron_fc.mpi import free_port
 from megatron_fc.runs.metrics import Metrics, read_metrics
 from megatron_fc.runs.summary import read_summary
 from support.disk import SlowDisk
-from support.patience import wait_for_iteration
+from support.patience import PATIENCE, wait_for_iteration
+from support.token_files import write_tokens
 from support.training_runs import ITERATIONS, command, environment, figures, train
 from support.training_runs import config as config
 from support.training_runs import finished as finished
@@ -110,6 +112,27 @@ def test_two_ranks_train_as_one(config: Path, finished: Path) -> None:
     # The same global batch in another order of summation.
     assert summary["first_loss"] == pytest.approx(alone["first_loss"], rel=1e-5)
     assert (run_dir / "logs" / "rank0.log").exists()
+
+
+def test_two_ranks_of_tensor_parallelism_hear_of_it(config: Path, tmp_path: Path) -> None:
+    """Without the check both train to the end: Megatron's embedding takes such a token for another rank's."""
+    prefix = write_tokens(tmp_path / "data", vocabulary=5000)
+    words = [f"train_data_path=[{prefix}]", "tensor_model_parallel_size=2", "train_iters=2", "save_interval=null"]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            command(config, f"run_dir={tmp_path / 'run'}", *words),
+            env=environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    for text in said:
+        assert "and the model's vocabulary has 512: give the tokenizer that made these data, or make them again" in text
 
 
 def test_checkpoint_knows_its_connections(finished: Path) -> None:

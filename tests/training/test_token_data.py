@@ -1,6 +1,5 @@
 """Samples of tokens: from the files that are there now, and never a token that the model does not have."""
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,9 @@ from megatron.core.tokenizers import MegatronTokenizer
 from torch.utils.data import DataLoader
 
 from megatron_fc.errors import UserError
-from megatron_fc.mpi import free_port
 from megatron_fc.training.indexed_files import IndexedFiles
 from megatron_fc.training.token_data import ForeignTokenError, TokenDataConfig, TokenDataset, TokenErrors
-from support.patience import PATIENCE
 from support.token_files import write_tokens
-from support.training_runs import command, environment
-from support.training_runs import config as config
 
 
 def dataset(prefixes: list[Path], samples: int, cache: Path, vocabulary: int = 300) -> Any:
@@ -75,24 +70,3 @@ def test_a_foreign_token_ends_the_run_in_a_sentence(tmp_path: Path, workers: int
     )
     assert "\n" not in str(error)
     assert TokenErrors().failed(other := RuntimeError("x")) is other
-
-
-def test_two_ranks_of_tensor_parallelism_hear_of_it(config: Path, tmp_path: Path) -> None:
-    """Without the check both train to the end: Megatron's embedding takes such a token for another rank's."""
-    prefix = write_tokens(tmp_path / "data", vocabulary=5000)
-    words = [f"train_data_path=[{prefix}]", "tensor_model_parallel_size=2", "train_iters=2", "save_interval=null"]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            command(config, f"run_dir={tmp_path / 'run'}", *words),
-            env=environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2]
-    for text in said:
-        assert "and the model's vocabulary has 512: give the tokenizer that made these data, or make them again" in text
