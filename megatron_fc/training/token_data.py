@@ -13,7 +13,7 @@ from megatron_fc.training.data_files import indexed_files, refuse_damaged_files
 
 
 @dataclass
-class TokenDataConfig(GPTDatasetConfig):  # type: ignore[misc]
+class TokenDataConfig(GPTDatasetConfig):
     """Megatron's configuration, and:
 
     Attributes:
@@ -32,7 +32,7 @@ class ForeignTokenError(Exception):
     """
 
 
-class TokenDataset(GPTDataset):  # type: ignore[misc]
+class TokenDataset(GPTDataset):
     """Samples of one data set."""
 
     def __init__(

@@ -21,7 +21,7 @@ OF_INFERENCE = ("inference_", "bert_", "output_bert_")
 
 
 # An attribute that is read, directly or by getattr; no assignment.
-_READ = re.compile(r"\.(\w+)\b(?!\s*=[^=])|(?:get|has)attr\(\w+,\s*[\"'](\w+)")
+_READ = re.compile(r"\.(\w+)\b(?!\s*=[^=])|(?:get|has)attr\(\s*\w+,\s*[\"'](\w+)")
 
 
 def names_read(file: Path) -> Iterator[str]:
