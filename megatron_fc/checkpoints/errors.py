@@ -1,6 +1,5 @@
 """Errors of Megatron's while it loads or writes a checkpoint, as one sentence that names the remedy."""
 
-import os
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from megatron_fc.callbacks import Callback
 from megatron_fc.checkpoints.integrity import way_on
 from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.errors import UserError
+from megatron_fc.runs.writable import failure_to_write
 
 _WRITING = {"save_checkpoint", "maybe_finalize_async_save"}  # Megatron's functions
 
@@ -54,7 +54,7 @@ def named(error: BaseException, args: Namespace) -> BaseException:
     passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if "load_checkpoint" in passed:
         sentence = _cannot_load(args, cause_of(error))
-    elif passed & _WRITING and (failure := _failure_to_write(Path(args.save))):
+    elif passed & _WRITING and (failure := failure_to_write(Path(args.save))):
         sentence = _cannot_write(args, failure)
     else:
         return error
@@ -78,22 +78,6 @@ def _cannot_load(args: Namespace, said: str) -> str:
         f"Megatron cannot load {checkpoint}, {said}: give the config of the run that wrote it; if this is that "
         f"config, {way_on(checkpoint)}"
     )
-
-
-def _failure_to_write(folder: Path) -> OSError | None:
-    """What the system says to a write of one MiB: of its writers' errors Megatron keeps no more than the name."""
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        with open(probe, "wb") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error
-    finally:
-        with suppress(OSError):
-            probe.unlink()
-    return None
 
 
 def _cannot_write(args: Namespace, failure: OSError) -> str:

@@ -10,7 +10,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.planning.layout import Layout
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.validation import Validated, validate
-from megatron_fc.training.data_files import refuse_missing_files
+from megatron_fc.training.data_files import refuse_damaged_files, refuse_missing_files, repetition
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Topology:
         flops_per_token: forward and backward, by Megatron's count; None without vocab_size.
         throughput: basis of the GPU-hours.
         unchecked: what this machine could not check, in words.
+        repetition: how often the data are read, in words; None without a look at them, or where once is enough.
     """
 
     layout: Layout
@@ -68,6 +69,7 @@ class Topology:
     flops_per_token: float | None
     throughput: Throughput
     unchecked: list[str]
+    repetition: str | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -110,6 +112,7 @@ class Topology:
             "gpu_hours": self.gpu_hours,
             "gpu_hours_basis": str(self.throughput),
             "unchecked": self.unchecked,
+            "repetition": self.repetition,
         }
 
     def lines(self) -> list[str]:
@@ -130,6 +133,8 @@ class Topology:
         ]
         if self.tokens != self.target_tokens:
             lines[-1] += f" (the target is {self.target_tokens:,}: whole batches only)"
+        if self.repetition:
+            lines.append(f"data       {self.repetition}")
         if self.flops_per_token is None:
             lines.append("compute    not known without vocab_size in the config")
         else:
@@ -173,11 +178,13 @@ def topology(
         flops_per_token=_flops_per_token(run.args),
         throughput=throughput,
         unchecked=run.unchecked,
+        repetition=repetition(run.args) if check_files else None,
     )
 
 
 def _refuse_missing(run: Validated) -> None:
     refuse_missing_files(run.args)
+    refuse_damaged_files(run.args)
     if space := disk_space_of(run.recipe, run.args):
         space.check()
 

@@ -13,7 +13,8 @@ from megatron_fc.megatron.refusals import refuse_unsupported_args
 from megatron_fc.planning.layout import Layout
 from megatron_fc.training.machine import has_transformer_engine
 from megatron_fc.training.recipe import Recipe, load_recipe
-from megatron_fc.training.setup import model_config, parse
+from megatron_fc.training.rehearsal import rehearse_model, rehearse_schedule
+from megatron_fc.training.setup import parse
 
 # Speed alone; Megatron refuses them where it finds no Transformer Engine, before it checks the rest.
 _TE_FUSIONS = ("apply_rope_fusion", "moe_permute_fusion")
@@ -71,6 +72,7 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
 
     with _world_of(max(nodes * gpus_per_node, 1)):
         args = parse(recipe, check)
+    rehearse_schedule(args)
     set_padded_vocabulary(args)
     return Validated(recipe, args, layouts[0], _check_model(args, recipe))
 
@@ -147,23 +149,14 @@ def set_padded_vocabulary(args: Namespace) -> None:
 
 def _check_model(args: Namespace, recipe: Recipe) -> list[str]:
     """Let Megatron check its model config; returns what it could not check without Transformer Engine."""
-    from megatron.training.argument_utils import hybrid_config_from_args
-
-    if args.padded_vocab_size is None:
-        return ["Megatron's model config was not checked, which needs vocab_size in the config"]
     if not has_transformer_engine():
         for name in _TE_FUSIONS:
             setattr(args, name, False)
     try:
-        if recipe.family == "hybrid":
-            hybrid_config_from_args(args)  # its stack of layers would need the GPU machine's packages
-        else:
-            model_config(args, recipe)
-    except (AssertionError, ValueError, ImportError) as error:
+        rehearse_model(args, recipe)
+    except (UserError, ImportError) as error:
         said = " ".join(str(error).split())
         if not has_transformer_engine() and _NAMES_TE.search(said):
             return [f"Megatron's model config was not checked to its end, which needs Transformer Engine here: {said}"]
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"Megatron refuses the model: {said or repr(error)}") from error
+        raise
     return []

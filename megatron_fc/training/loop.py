@@ -25,31 +25,16 @@ from megatron_fc.resilience.rejected_results import RejectedResults
 from megatron_fc.resilience.run_record import RunRecord
 from megatron_fc.runs.progress import ProgressDisplay
 from megatron_fc.runs.rank_log import is_log_rank, real_stdout, run_log
+from megatron_fc.runs.writable import failure_to_write
 from megatron_fc.training import cpu_lane
+from megatron_fc.training.events import EventsOnDisk, outlive_full_disk
 from megatron_fc.training.precision import refuse_unquantizable
 from megatron_fc.training.recipe import Recipe
-from megatron_fc.training.setup import join_world, model_config, parse
+from megatron_fc.training.refusal import Refusals
+from megatron_fc.training.rehearsal import rehearse
+from megatron_fc.training.setup import join_world, model_config, parse, written_folders
 from megatron_fc.training.steps import Steps
-
-
-class EventsOnDisk(Callback):
-    """Writes TensorBoard's events to disk after every step: by itself their writer does so every two minutes.
-
-    And at the end, behind the last validation, which the summary reads.
-    """
-
-    def after_step(self, iteration: int) -> None:
-        _flush_events()
-
-    def end(self) -> None:
-        _flush_events()
-
-
-def _flush_events() -> None:
-    from megatron.training.global_vars import get_tensorboard_writer
-
-    if writer := get_tensorboard_writer():
-        writer.flush()
+from megatron_fc.training.token_data import TokenErrors
 
 
 @dataclass(frozen=True)
@@ -88,6 +73,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     began = time.perf_counter()
     join_world()
     args = parse(recipe)
+    rehearse(args, recipe)
     _refuse_async_save_without_device(args)
     options = StartOptions(recipe.run_dir, recipe.frac, recipe.on_damage, _say)
     start = choose_start(args, options)
@@ -96,6 +82,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     record = RunRecord(recipe.run_dir, args, starting)
     every = Callbacks([*_own(args, recipe, start, starting, record, callbacks), *callbacks])
     every.arguments_valid(args)
+    _refuse_unwritable_folders(args, recipe.run_dir)
 
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
@@ -140,7 +127,7 @@ def _own(
     if start.checkpoint is not None and start.plain is None and has_state(start.checkpoint):
         refuse_unquantizable(args)
         own.append(ModelOptState(lambda: starting.start.checkpoint))
-    return [*own, CheckpointErrors(args), record, EventsOnDisk()]
+    return [*own, CheckpointErrors(args), Refusals(), TokenErrors(), record, EventsOnDisk()]
 
 
 def _refuse_async_save_without_device(args: Namespace) -> None:
@@ -149,6 +136,12 @@ def _refuse_async_save_without_device(args: Namespace) -> None:
             "async_save=true, but Megatron's worker for asynchronous checkpoints needs a CUDA device: set "
             "async_save=false and use_persistent_ckpt_worker=false"
         )
+
+
+def _refuse_unwritable_folders(args: Namespace, run_dir: Path) -> None:
+    for folder, setting in written_folders(args, run_dir).items():
+        if failure := failure_to_write(folder, size=0):
+            raise UserError(f"{setting}={folder} cannot be written, {failure.strerror}: choose another")
 
 
 def _leave() -> None:
@@ -165,6 +158,7 @@ def _pretrain(args: Namespace, recipe: Recipe, record: RunRecord, steps: Steps, 
     from megatron_fc.training.batches import datasets, forward_step
 
     set_global_variables(args)
+    outlive_full_disk()
     record.listen()
     if args.save and cpu_lane.needed():
         cpu_lane.fork_checkpoint_helper()

@@ -134,13 +134,13 @@ def test_a_first_rank_that_makes_no_plan_is_named() -> None:
 
 
 def test_a_node_whose_files_never_answer_is_named(tmp_path: Path) -> None:
-    plan = Requirements(tmp_path, {}, {}, on_devices=False, disk_space=None)
+    plan = Requirements({}, {}, {}, on_devices=False, disk_space=None)
     said = two_ranks(0, lambda: plan, {"_look": wait_for_ever})
     assert said == f"rank 1 on {HOST} did not look at its files within 3 s, 1 of 2 are missing"
 
 
 def test_a_rank_that_is_lost_in_the_network_is_a_sentence(tmp_path: Path) -> None:
-    plan = Requirements(tmp_path, {}, {}, on_devices=False, disk_space=None)
+    plan = Requirements({}, {}, {}, on_devices=False, disk_space=None)
     said = two_ranks(0, lambda: plan, {"_add_up": lambda *_: os._exit(1)})
     assert said.startswith(f"all-reduce failed on {HOST}: ")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from megatron_fc.cli.main import main
 from megatron_fc.training.machine import has_transformer_engine
+from support.token_files import write_tokens
 
 # The fixture; pytest finds it by its name here.
 from support.training_runs import config as config
@@ -123,3 +125,24 @@ def test_room_for_the_checkpoints_is_a_file_check(
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert ask(*words, "num_layers=1", "moe_ffn_hidden_size=8", "hidden_size=64", "--check-files") == 0
+
+
+def test_damaged_data_and_foreign_tokens_are_a_file_check(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = write_tokens(tmp_path / "data")
+    words = ["topology", str(config), f"train_data_path=[{prefix}]", "train_iters=100", "lr_decay_iters=100"]
+    words += ["--nodes", "1", "--gpus-per-node", "1"]
+    assert main([*words, "--check-files"]) == 0
+    assert f"data       the run reads {prefix} 9." in capsys.readouterr().out
+    write_tokens(prefix, vocabulary=5000)
+    assert main([*words, "--check-files"]) == 2
+    assert ", and the model's vocabulary has 384: give the tokenizer that made these data" in capsys.readouterr().err
+    write_tokens(prefix)
+    with open(f"{prefix}.idx", "r+b") as index:
+        index.seek(34 + 12 * 40 + 8 * 5)  # the end of a document in the middle
+        index.write(struct.pack("<q", 10**9))
+    assert main([*words, "--check-files"]) == 2
+    assert "do not follow each other: copy both files again" in capsys.readouterr().err
+    assert main(words) == 0, "no files are asked for"
+    assert [file.name for file in tmp_path.iterdir() if file.is_dir()] == [], "a look leaves nothing"

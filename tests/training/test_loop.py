@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.cli.main import main
 from megatron_fc.megatron.stored_connections import stored_structure
+from megatron_fc.mpi import free_port
 from megatron_fc.runs.metrics import Metrics, read_metrics
 from megatron_fc.runs.summary import read_summary
-from megatron_fc.training.loop import EventsOnDisk
 from support.disk import SlowDisk
-from support.patience import wait_for_iteration
+from support.patience import PATIENCE, wait_for_iteration
+from support.token_files import write_tokens
 from support.training_runs import ITERATIONS, command, environment, figures, train
 from support.training_runs import config as config
 from support.training_runs import finished as finished
@@ -39,16 +39,6 @@ def test_a_run_learns_and_leaves_its_figures(finished: Path) -> None:
     scalars = read_metrics(finished).scalars
     for tag in ("lm loss", "load_balancing_loss", "z_loss", "grad-norm", "learning-rate"):
         assert list(scalars[tag]) == list(range(1, ITERATIONS + 1)), tag
-
-
-def test_the_last_validation_is_on_disk_when_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = SummaryWriter(str(tmp_path / "tensorboard"))
-    monkeypatch.setattr("megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER", writer)
-    # The writer's thread computes its checksum in Python, which takes it far longer than a reader to begin.
-    writer.add_text("arguments", "x" * 2**20)
-    writer.add_scalar("lm loss validation", 8.25, 4)
-    EventsOnDisk().end()
-    assert read_metrics(tmp_path).validation == {4: 8.25}
 
 
 def metrics_of(file: Path) -> Metrics:
@@ -124,6 +114,27 @@ def test_two_ranks_train_as_one(config: Path, finished: Path) -> None:
     assert (run_dir / "logs" / "rank0.log").exists()
 
 
+def test_two_ranks_of_tensor_parallelism_hear_of_it(config: Path, tmp_path: Path) -> None:
+    """Without the check both train to the end: Megatron's embedding takes such a token for another rank's."""
+    prefix = write_tokens(tmp_path / "data", vocabulary=5000)
+    words = [f"train_data_path=[{prefix}]", "tensor_model_parallel_size=2", "train_iters=2", "save_interval=null"]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            command(config, f"run_dir={tmp_path / 'run'}", *words),
+            env=environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    for text in said:
+        assert "and the model's vocabulary has 512: give the tokenizer that made these data, or make them again" in text
+
+
 def test_checkpoint_knows_its_connections(finished: Path) -> None:
     checkpoint = latest_checkpoint(finished / "checkpoints")
     assert checkpoint is not None
@@ -149,7 +160,7 @@ def test_checkpoint_knows_its_connections(finished: Path) -> None:
         (["tanh=false"], "was trained with FracConfig(rate=4, dynamic=True, norm='rmsnorm', tanh=True"),
         (
             ["num_attention_heads=3"],
-            "Megatron refuses the arguments: assert args.hidden_size % args.num_attention_heads == 0 (",
+            "hidden_size % num_attention_heads == 0 does not hold for hidden_size=32, num_attention_heads=3 (",
         ),
         (["sft=true"], "sft is not supported by megatron-fc train"),
         (["optimizer.optimizer=muon", "decoupled_lr=0.01"], "optimizer=muon leaves dynamic_weight to Adam"),
@@ -180,6 +191,21 @@ def test_mistake_in_a_process_of_its_own(config: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "megatron-fc: unknown key in section model: 'num_layer': did you mean 'num_layers'?\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("setting", ["run_dir", "save", "tensorboard_dir"])
+def test_folders_that_cannot_be_written(
+    config: Path, tmp_path: Path, setting: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "file").touch()
+    for folder, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "x", "Not a directory")):
+        assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", f"{setting}={folder}", "load=null"]) == 2
+        assert capsys.readouterr().err == f"megatron-fc: {setting}={folder} cannot be written, {why}: choose another\n"
+    readonly = Path("/proc/megatron_fc")  # which takes no folder, from root neither
+    assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", f"{setting}={readonly}", "load=null"]) == 2
+    assert f"{setting}={readonly} cannot be written, No such file or directory" in capsys.readouterr().err
 
 
 def test_asynchronous_checkpoints_are_refused_without_a_cuda_device(

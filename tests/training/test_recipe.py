@@ -9,6 +9,7 @@ import yaml
 
 from megatron_fc import FracConfig, UserError
 from megatron_fc.cli.main import main
+from megatron_fc.data.indexed import write_indexed
 from megatron_fc.megatron.flags import add_frac_args
 from megatron_fc.training.machine import has_transformer_engine
 from megatron_fc.training.recipe import Recipe, load_recipe
@@ -23,8 +24,7 @@ BASE = {
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    for name in ("train.bin", "train.idx"):
-        (tmp_path / name).touch()
+    write_indexed(tmp_path / "train", [[1, 2]] * 1000, 128, eod=0)
     data = {"data_path": [str(tmp_path / "train")], "tokenizer_type": "NullTokenizer", "vocab_size": 128}
     path = tmp_path / "base.yaml"
     path.write_text(yaml.safe_dump({**BASE, "data": data, "logging": {"run_dir": str(tmp_path / "run")}}))
@@ -166,6 +166,13 @@ def test_malformed_files(tmp_path: Path, content: str, sentence: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(UserError, match=sentence):
+        load_recipe(path)
+
+
+def test_a_file_in_latin_1(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("model: {}\n# für\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.yaml is not UTF-8, line 2 has a byte that is none: save it as UTF-8"):
         load_recipe(path)
 
 
