@@ -1,7 +1,6 @@
 """`python -m megatron_fc`, which launchers such as torchrun use."""
 
-import sys
-
 from megatron_fc.cli.main import main
+from megatron_fc.resilience.exit_codes import end_with
 
-sys.exit(main())
+end_with(main)

@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from megatron_fc.cli.main import main
 from megatron_fc.errors import UserError
+from megatron_fc.resilience.exit_codes import WRONG_INPUT, end_with
 
 
 def free_port() -> int:
@@ -57,10 +58,14 @@ def join(*, stay: bool = False) -> None:
         MPI.Finalize()
 
 
-if __name__ == "__main__":
+def _main() -> int:
     try:
         join(stay=sys.argv[1:3] == ["traffic", "run"])
     except UserError as error:
         print(f"megatron-fc: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(main())
+        return WRONG_INPUT
+    return main()
+
+
+if __name__ == "__main__":
+    end_with(_main)

@@ -17,7 +17,7 @@ SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
 def login_node(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Without sbatch, and without the check of config and data, which has tests of its own."""
     programs = tmp_path_factory.mktemp("bin")
-    for name in ("bash", "basename", "date", "dirname", "env", "id", "mkdir", "rm", "sed", "cat"):
+    for name in ("bash", "basename", "date", "dirname", "env", "id", "ln", "mkdir", "readlink", "rm", "sed", "cat"):
         if path := shutil.which(name):
             (programs / name).symlink_to(path)
     monkeypatch.setenv("PATH", str(programs))
@@ -39,7 +39,7 @@ def test_dry_run_shows_both_commands(site: Site) -> None:
     sbatch, srun = done.stdout.splitlines()[:2]
     assert sbatch.startswith("sbatch '--job-name=x y' "), "singleton goes by it"
     assert sbatch.rstrip().endswith(
-        "--nodes=8 " + f"{REPOSITORY}/launch/moe7b.sh connection=residual 'run_dir=/tmp/x y'"
+        "--nodes=8 " + f"{REPOSITORY}/launch/moe7b.sh connection=residual 'run_dir=/tmp/x y' checked=8x8"
     )
     assert "--container" not in srun
     assert "train configs/olmoe_7b.yaml on_damage=previous keep_last=3 " in srun
