@@ -9,7 +9,7 @@
 | 75 | another rank is lost, or a node or the network is at fault: the same again may work |
 
 A rank that ends with 2 often takes others with it, which end with 75, or are killed with 137. Launchers return the
-highest code, so that the one that says what to do is lost: with `EXIT_CODES=ranked` in the environment it is a high one.
+highest code, and the one that says what to do is lost: with `EXIT_CODES=ranked` in the environment it is a high one.
 """
 
 import os

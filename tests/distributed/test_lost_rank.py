@@ -14,7 +14,7 @@ import pytest
 
 from megatron_fc.checkpoints.location import TRACKER
 from megatron_fc.mpi import free_port
-from megatron_fc.resilience.rank_watch import LOST_RANK_EXIT_CODE
+from megatron_fc.resilience.exit_codes import TEMPORARY
 from megatron_fc.runs.metrics import read_metrics
 from support import fork_server, harness
 from support.patience import PATIENCE, wait_for_iteration
@@ -98,7 +98,7 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
         killed = fork_server.process_id(processes[2])
         processes[2].kill()
         codes = [process.wait(PATIENCE) for process in processes]
-    assert codes == [LOST_RANK_EXIT_CODE, LOST_RANK_EXIT_CODE, -signal.SIGKILL, LOST_RANK_EXIT_CODE]
+    assert codes == [TEMPORARY, TEMPORARY, -signal.SIGKILL, TEMPORARY]
     saved = last_checkpoint(run_dir)
     for rank in (0, 1, 3):
         said = stderr(run_dir, rank).read_text()

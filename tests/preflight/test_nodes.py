@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from megatron_fc.errors import UserError
+from megatron_fc.errors import NodeError, UserError
 from megatron_fc.mpi import free_port
 from megatron_fc.preflight import nodes, rendezvous
 from megatron_fc.preflight.nodes import DiskSpace, Requirements
-from megatron_fc.preflight.rendezvous import NodeError
 from support import fork_server
 from support.patience import PATIENCE
 from support.training_runs import config as config
