@@ -38,7 +38,7 @@ _VERDICT_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
 # A file system that is dead may be why all end: notes and advice wait for it this long, the rank itself that long.
 _FILES_SECONDS, _EXIT_SECONDS = 10.0, 15.0
-# What ranks say: that they go; where do you stand; end with this code, for this reason; I fail with this code and reason.
+# What ranks say: I go; where do you stand; end with this code, for this reason; I fail with this code, for this reason.
 _BYE, _WHERE, _END, _FAILED = "bye", "where?", "end", "failed"
 _HANG = "no step for"
 
