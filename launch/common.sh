@@ -31,10 +31,9 @@ JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
 JOB=${JOB:-${SLURM_JOB_ID:-}}
 
 # What a task does: its rank comes from SLURM. With SHIFT=1 each rank of a node computes on its neighbour's GPU.
-# A signal would kill a Python that has not yet set up its handlers. Of the codes of all ranks srun returns the highest:
-# ranks put high ones in the place of those that decide (megatron_fc/resilience/exit_codes.py), `follow` takes them back.
+# A signal would kill a Python that has not yet set up its handlers; one that saves nothing may be ended by TERM.
 # shellcheck disable=SC2016  # expanded in the task
-TASK='trap "" USR1 TERM; export EXIT_CODES=ranked RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$(((SLURM_LOCALID + SHIFT) % SLURM_NTASKS_PER_NODE)); exec "$@"'
+TASK='trap "" ${IGNORED:-USR1 TERM}; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$(((SLURM_LOCALID + SHIFT) % SLURM_NTASKS_PER_NODE)); exec "$@"'
 # The first step of all tasks, where they come from SLURM.
 ROLL_CALL=()
 
@@ -224,7 +223,7 @@ compare() { # in every task: its node has that many tasks, each with a GPU; the 
   if [[ $tasks != "$TASKS_PER_NODE" ]] || ((gpus && gpus != tasks)); then
     ((SLURM_LOCALID)) || echo "launch: $SLURMD_NODENAME has $gpus GPUs for tasks: $SLURM_STEP_TASKS_PER_NODE; every" \
       "GPU has a task: give --ntasks-per-node=G --gpus-per-node=G, and no other option for tasks or GPUs" >&2
-    exit 202
+    exit 2
   fi
   ((SLURM_PROCID)) || echo "$SLURMD_NODENAME"
 }
@@ -259,7 +258,7 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
   SHIFT=$(cat "$RUN_DIR/shift" 2>/dev/null || echo 0)
   trap 'pass_on USR1' USR1
   trap 'pass_on TERM' TERM
-  ((!${#ROLL_CALL[@]})) || roll_call
+  [[ $SIGNAL || ! ${ROLL_CALL[*]} ]] || roll_call
   [[ $CODE != 0 || $SIGNAL ]] || step preflight
   [[ $CODE != 0 || $SIGNAL ]] || step "${COMMAND[@]}"
   if [[ $CODE == 16 ]]; then echo $((SHIFT + 1)) >"$RUN_DIR/shift"; else rm -f "$RUN_DIR/shift"; fi
@@ -267,7 +266,7 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
   if [[ $CODE:$SIGNAL == 0: && $(tail -n1 "$RUN_DIR/starts.jsonl" 2>/dev/null) == *'"reason": "signal TERM"'* ]]; then preempted; fi
   case $CODE:$(state) in
     0:done) say "the target is reached"; return 0 ;;
-    2:*) stuck "what was asked for is wrong, or a checkpoint cannot be read or written (exit code 2)" ;;
+    2:*) stuck "the input is wrong, or a checkpoint cannot be read or written (exit code 2)" ;;
     17:*) stuck "a loss was NaN or infinite (exit code 17), the end of $RUN_DIR/starts.jsonl says where" ;;
   esac
   say "ended with code $CODE${SIGNAL:+ after $SIGNAL}, not at the target"
@@ -313,20 +312,43 @@ stuck() {
 }
 
 step() { # step COMMAND ...: one task per GPU; sets CODE
-  local at_once=0 # a rank of a training that ends is a matter of the others, of any other command it ends all
-  [[ $1 == train || $1 == traffic ]] || at_once=1
-  SLURM_KILL_BAD_EXIT=$at_once follow "${START[@]}" "$@" "${ARGS[@]}"
+  # That a rank of a training ends is a matter of the others; of any other command it ends all.
+  local -x SLURM_KILL_BAD_EXIT=0 IGNORED="USR1 TERM"
+  [[ $1 == train || $1 == traffic ]] || SLURM_KILL_BAD_EXIT=1 IGNORED=USR1
+  follow "${START[@]}" "$@" "${ARGS[@]}"
 }
 
 follow() { # follow COMMAND ...: through signals, to its end; sets CODE, among its ranks' the one that decides
-  "$@" >&"${ANSWERS:-1}" &
+  local pipe reader decided
+  pipe=$(mktemp -u)
+  mkfifo "$pipe"
+  decide <"$pipe" &
+  reader=$!
+  "$@" >&"${ANSWERS:-1}" 2>"$pipe" &
   STEP=$!
   while # a trap interrupts wait
     wait "$STEP" && CODE=0 || CODE=$?
     kill -0 "$STEP" 2>/dev/null
   do :; done
   STEP=''
-  case $CODE in 201) CODE=16 ;; 202) CODE=2 ;; 203) CODE=17 ;; esac
+  rm "$pipe"
+  while # as above
+    wait "$reader" && decided=0 || decided=$?
+    kill -0 "$reader" 2>/dev/null
+  do :; done
+  [[ $decided == 0 ]] || CODE=$decided
+}
+
+decide() { # hands on what srun and the ranks say; returns the code that decides, if a rank ended with one, else 0
+  # srun itself returns the highest signal or code: of a rank that it had to kill, or that was lost after the other one.
+  trap '' USR1 TERM
+  local line code=0
+  while IFS= read -r line; do
+    printf '%s\n' "$line" >&2
+    [[ $line =~ ^srun:\ error:.*\ Exited\ with\ exit\ code\ (2|16|17)$ ]] || continue
+    case $code:${BASH_REMATCH[1]} in 17:* | 2:16) ;; *) code=${BASH_REMATCH[1]} ;; esac
+  done
+  return "$code"
 }
 
 preempted() { echo preempted >>"$RUN_DIR/launches"; } # such a start has not failed

@@ -29,7 +29,7 @@ for name in $(env -i bash -c 'source "$1" >&2; compgen -e' _ "$SITE" 2>/dev/null
 done
 # A signal would kill a Python that has not yet set up its handlers.
 # shellcheck disable=SC2016  # expanded in the task
-task='trap "" USR1 TERM; export EXIT_CODES=ranked SHIFT=$(cat "$1" 2>/dev/null || echo 0); exec env "${@:2}"'
+task='trap "" USR1 TERM; export SHIFT=$(cat "$1" 2>/dev/null || echo 0); exec env "${@:2}"'
 START=("${mpi[@]}" bash -c "$task" task "$RUN_DIR/shift" "${environment[@]}" "$PYTHON" -m megatron_fc.mpi)
 
 if [[ $DRY_RUN ]]; then

@@ -12,7 +12,6 @@ from contextlib import suppress
 
 from megatron_fc.cli.main import main
 from megatron_fc.errors import UserError
-from megatron_fc.resilience.exit_codes import WRONG_INPUT, end_with
 
 
 def free_port() -> int:
@@ -58,14 +57,10 @@ def join(*, stay: bool = False) -> None:
         MPI.Finalize()
 
 
-def _main() -> int:
+if __name__ == "__main__":
     try:
         join(stay=sys.argv[1:3] == ["traffic", "run"])
     except UserError as error:
         print(f"megatron-fc: {error}", file=sys.stderr)
-        return WRONG_INPUT
-    return main()
-
-
-if __name__ == "__main__":
-    end_with(_main)
+        sys.exit(2)
+    sys.exit(main())

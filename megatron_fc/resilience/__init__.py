@@ -6,5 +6,4 @@
 * `rejected_results`: what Megatron's rerun state machine found
 * `run_record`: signals, and the record of starts and ends
 * `helpers`: helper processes end with their rank
-* `exit_codes`: which code of all ranks decides
 """

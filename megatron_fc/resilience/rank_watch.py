@@ -27,11 +27,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_fc.callbacks import Callback, ForwardStep
 from megatron_fc.errors import UserError
-from megatron_fc.resilience.exit_codes import TEMPORARY, WRONG_INPUT, ranked
 from megatron_fc.resilience.hang import SILENT, StepClock, describe, place
 from megatron_fc.resilience.star import Star, line_of
 from megatron_fc.runs.rank_log import is_log_rank
 
+# "Temporary failure" of sysexits.h: a scheduler may start the same again. After the other one that would be in vain.
+LOST_RANK_EXIT_CODE, WRONG_INPUT_EXIT_CODE = os.EX_TEMPFAIL, 2
 # A rank that fails in a collective has mostly lost another one, of which it hears within this time; a rank that can
 # answer does so within it.
 _VERDICT_SECONDS = 5.0
@@ -74,12 +75,12 @@ class RankWatch(Callback):
         if isinstance(error, SystemExit):  # Megatron's way to end before the target, on all ranks
             self._leave(_BYE)
         elif isinstance(error, UserError):
-            self._leave(f"{_FAILED} {WRONG_INPUT} {self._name} failed: {' '.join(str(error).split())}")
+            self._leave(f"{_FAILED} {WRONG_INPUT_EXIT_CODE} {self._name} failed: {' '.join(str(error).split())}")
         elif isinstance(error, (Exception, CheckpointException)):
             if self._peers and isinstance(error, Exception):  # checkpoint errors tell of no lost rank
                 time.sleep(_VERDICT_SECONDS)
             what = f"{type(error).__name__}: {error}"
-            self._leave(f"{_FAILED} {TEMPORARY} {self._name} failed: {shorten(' '.join(what.split()), 300)}")
+            self._leave(f"{_FAILED} {LOST_RANK_EXIT_CODE} {self._name} failed: {shorten(' '.join(what.split()), 300)}")
         self._close()
         return error
 
@@ -150,8 +151,8 @@ class RankWatch(Callback):
             places[name] = line_of(peer) or SILENT
         self._end(f"{what}: {describe(places)}")
 
-    def _end(self, reason: str, code: int = TEMPORARY, is_told: bool = False) -> NoReturn:
-        last = threading.Timer(_EXIT_SECONDS, os._exit, [ranked(code)])
+    def _end(self, reason: str, code: int = LOST_RANK_EXIT_CODE, is_told: bool = False) -> NoReturn:
+        last = threading.Timer(_EXIT_SECONDS, os._exit, [code])
         last.daemon = True
         last.start()
         try:
@@ -159,7 +160,7 @@ class RankWatch(Callback):
             notes = self._is_first or (not is_told and is_log_rank())  # the last one, where the first is gone
             advice = self._advice(reason, notes)
             # A wrong input says itself what to do.
-            rest = "" if code == WRONG_INPUT else f", so this rank ends: {advice}"
+            rest = "" if code == WRONG_INPUT_EXIT_CODE else f", so this rank ends: {advice}"
             for stream in dict.fromkeys((sys.__stderr__, sys.stderr)):  # the terminal, then the rank's log, a file
                 if stream is not None:
                     stream.write(f"megatron-fc: {reason}{rest}\n")
@@ -168,7 +169,7 @@ class RankWatch(Callback):
                 faulthandler.dump_traceback(sys.stderr)
         finally:
             # The main thread may wait in a collective for ever.
-            os._exit(ranked(code))
+            os._exit(code)
 
     def _advice(self, reason: str, notes: bool) -> str:
         """What to do, which rests on the run's files: they may be damaged, or never answer."""

@@ -1,6 +1,7 @@
 """kill -9 of a rank of a real TP2+SP+PP2 training: all ranks end, and the same command goes on from the checkpoint."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from megatron_fc.checkpoints.location import TRACKER
 from megatron_fc.mpi import free_port
-from megatron_fc.resilience.exit_codes import TEMPORARY
+from megatron_fc.resilience.rank_watch import LOST_RANK_EXIT_CODE, WRONG_INPUT_EXIT_CODE
 from megatron_fc.runs.metrics import read_metrics
 from support import fork_server, harness
 from support.patience import PATIENCE, wait_for_iteration
@@ -81,6 +82,18 @@ def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[subprocess.
             child.wait()
 
 
+@contextmanager
+def file_system(folder: Path) -> Iterator[None]:
+    """Of its own, so that it can be made read-only, which even root must heed."""
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 def finish(config: Path, run_dir: Path, iterations: int) -> None:
     """Up to an iteration, on forked ranks: they need no time to start."""
     folder, line = run_dir.with_name(f"{run_dir.name}-finish"), words(config, run_dir, f"exit_interval={iterations}")
@@ -98,7 +111,7 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
         killed = fork_server.process_id(processes[2])
         processes[2].kill()
         codes = [process.wait(PATIENCE) for process in processes]
-    assert codes == [TEMPORARY, TEMPORARY, -signal.SIGKILL, TEMPORARY]
+    assert codes == [LOST_RANK_EXIT_CODE, LOST_RANK_EXIT_CODE, -signal.SIGKILL, LOST_RANK_EXIT_CODE]
     saved = last_checkpoint(run_dir)
     for rank in (0, 1, 3):
         said = stderr(run_dir, rank).read_text()
@@ -126,3 +139,27 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     assert last_checkpoint(run_dir) == iterations
     assert len(list((run_dir / "tensorboard").iterdir())) == 3
     assert figures(run_dir) == figures(undisturbed)
+
+
+def test_checkpoints_that_cannot_be_written_any_more_end_all_ranks_for_that(config: Path) -> None:
+    """Only the first rank meets it: it makes the folder of a checkpoint, while the others wait."""
+    run_dir = config.parent / "tp2-pp2-read-only"
+    with file_system(run_dir / "checkpoints"):
+        with ranks(config, run_dir) as processes:
+            wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
+            subprocess.run(["mount", "-o", "remount,ro", run_dir / "checkpoints"], check=True)
+            codes = [process.wait(PATIENCE) for process in processes]
+        saved = last_checkpoint(run_dir)
+    assert codes == [WRONG_INPUT_EXIT_CODE] * WORLD
+    sentence = (
+        f"Megatron cannot write a checkpoint to {run_dir}/checkpoints, Read-only file system: repair that, start the "
+        f"same command again, it goes on from {run_dir}/checkpoints/iter_{saved:07d}, which is intact"
+    )
+    for rank in range(WORLD):
+        said = stderr(run_dir, rank).read_text()
+        assert re.search(rf"^megatron-fc: (rank 0 \(process \d+ on \S+\) failed: )?{sentence}$", said, re.MULTILINE), (
+            said
+        )
+    end = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])
+    assert end["event"] == "end"
+    assert "Megatron cannot write a checkpoint to " in end["reason"]
