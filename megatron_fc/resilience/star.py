@@ -83,7 +83,9 @@ class Star:
 
     def _listen(self) -> socket.socket:
         try:
-            listener = socket.create_server(("", self._port), backlog=self._ranks)
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            listener = socket.create_server(("", self._port), family=family, backlog=self._ranks, dualstack_ipv6=both)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
@@ -106,9 +108,11 @@ class Star:
             self.peers[peer] = said["name"]
             _send(peer, {"first": self._name})
             return peer
+        why = f"{self._run} has this port: set another MASTER_PORT"
+        if said.get("run") == self._run:
+            why = "that rank has come already: end the other run, or give each process a RANK of its own"
         if said:
-            why = f"is there already, rank {said.get('rank')} too" if said.get("run") == self._run else "is another run"
-            _send(peer, {"refused": f"{self._name} of {self._run} {why}"})
+            _send(peer, {"refused": why})
         peer.close()
         return None
 

@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
+from threading import Thread
 
 import psutil
 import pytest
@@ -38,9 +40,9 @@ def words(config: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 @contextmanager
-def ranks(config: Path, run_dir: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def ranks(config: Path, run_dir: Path, port: int | None = None) -> Iterator[list[subprocess.Popen[bytes]]]:
     """One process per rank, as srun starts them: nobody ends the others."""
-    world = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
     with ended(
         [
             start(words(config, run_dir), stderr(run_dir, rank), {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -163,3 +165,21 @@ def test_checkpoints_that_cannot_be_written_any_more_end_all_ranks_for_that(conf
     end = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])
     assert end["event"] == "end"
     assert "Megatron cannot write a checkpoint to " in end["reason"]
+
+
+def test_a_busy_port_is_one_sentence_on_every_rank(config: Path) -> None:
+    """Megatron's ranks would wait for each other for ten minutes."""
+    run_dir = config.parent / "busy"
+    with TCPServer(("", 0), BaseRequestHandler) as other:  # hangs up on everybody
+        Thread(target=other.serve_forever, daemon=True).start()
+        port = other.server_address[1]
+        with ranks(config, run_dir, port) as processes:
+            assert [process.wait(PATIENCE) for process in processes] == [LOST_RANK_EXIT_CODE] * WORLD
+        other.shutdown()
+    assert f"port {port} of " in stderr(run_dir, 0).read_text()
+    for rank in range(WORLD):
+        said = stderr(run_dir, rank).read_text()
+        assert said.startswith("megatron-fc: ")
+        assert said.endswith(", or set another MASTER_PORT\n")
+        assert said.count("\n") == 1
+    assert not run_dir.exists()
