@@ -48,7 +48,8 @@ class Star:
         self.peers: dict[socket.socket, str] = {}
         self._rank, self._ranks, self._name, self._run = rank, ranks, name, run
         self._deadline = time.monotonic() + COME_SECONDS
-        self._address, self._store = os.environ["MASTER_ADDR"], None
+        self._store: TCPStore | None = None
+        self._address = os.environ["MASTER_ADDR"]
         # Else the ranks can speak already, and the port of MASTER_PORT is taken.
         self._is_new = not dist.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._port = int(os.environ["MASTER_PORT"]) if self._is_new else 0

@@ -72,7 +72,7 @@ def start(line: list[str], errors: Path, more: dict[str, str]) -> subprocess.Pop
 
 @contextmanager
 def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Leave nothing behind, the checkpoint helper of a killed rank included, which Megatron starts and nobody ends."""
+    """Leave nothing behind."""
     try:
         yield processes
     finally:
@@ -111,8 +111,12 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     with ranks(config, run_dir) as processes:
         wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
         killed = fork_server.process_id(processes[2])
-        processes[2].kill()
+        helpers = psutil.Process(killed).children(recursive=True)
+        assert helpers, "Megatron's for checkpoints"
+        os.kill(killed, signal.SIGKILL)  # it alone
         codes = [process.wait(PATIENCE) for process in processes]
+        _, alive = psutil.wait_procs(helpers, PATIENCE)
+        assert not alive
     assert codes == [LOST_RANK_EXIT_CODE, LOST_RANK_EXIT_CODE, -signal.SIGKILL, LOST_RANK_EXIT_CODE]
     saved = last_checkpoint(run_dir)
     for rank in (0, 1, 3):
