@@ -19,17 +19,23 @@ RUNS=runs PYTHON=python IMAGE='' MOUNTS='' CHECK_PYTHON=.venv/bin/python SITE_OV
 # A run that has started this often from the same checkpoint does not start again; preempted starts do not count.
 MAX_STARTS=3
 # Seconds after which srun kills the ranks that still run when one has ended, e.g. one that hangs.
-WAIT=120
+WAIT=60
 
 # The signal that this job got. One that comes before `attempt` listens, as in a start shorter than its notice, is kept:
 # bash would end, and the job fail.
 SIGNAL=''
 [[ ! ${SLURM_JOB_ID:-} ]] || trap 'SIGNAL=USR1' USR1
 
+# The job as SLURM's commands name it: of an array this element alone.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+JOB=${JOB:-${SLURM_JOB_ID:-}}
+
 # What a task does: its rank comes from SLURM. With SHIFT=1 each rank of a node computes on its neighbour's GPU.
-# A signal would kill a Python that has not yet set up its handlers.
+# A signal would kill a Python that has not yet set up its handlers; one that saves nothing may be ended by TERM.
 # shellcheck disable=SC2016  # expanded in the task
-TASK='trap "" USR1 TERM; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$(((SLURM_LOCALID + SHIFT) % SLURM_NTASKS_PER_NODE)); exec "$@"'
+TASK='trap "" ${IGNORED:-USR1 TERM}; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$(((SLURM_LOCALID + SHIFT) % SLURM_NTASKS_PER_NODE)); exec "$@"'
+# The first step of all tasks, where they come from SLURM.
+ROLL_CALL=()
 
 say() { echo "$(date +'%F %T') launch: $*"; }
 fail() { echo "launch: $*" >&2; exit 2; }
@@ -39,7 +45,8 @@ source launch/words.sh
 
 launch() {
   prepare "$@"
-  START=(srun --label --kill-on-bad-exit=0 --wait="$WAIT" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(option cpus-per-task)}")
+  ROLL_CALL=(srun bash -c "$(declare -f compare); compare" task)
+  START=(srun --label --wait="$WAIT" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(option cpus-per-task)}")
   if [[ $IMAGE ]]; then
     START+=(--container-image="$IMAGE" ${MOUNTS:+--container-mounts="$MOUNTS"} --container-workdir="$PWD")
   fi
@@ -90,14 +97,16 @@ submit() {
     fi
     [[ ${!said-} ]] || unset "$said"
   done
+  refuse_options
   [[ $(option nodes) =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$(option nodes): give one number, the layout depends on it"
-  [[ $(gpus) == "$(option ntasks-per-node)" ]] ||
+  [[ $(gpus) == 0 || $(gpus) == "$(option ntasks-per-node)" ]] ||
     fail "--gpus-per-node=$(gpus) and --ntasks-per-node=$(option ntasks-per-node) differ: every GPU has a task, give both"
   [[ ${COMMAND[0]} != train || $(state) != 'done' ]] ||
     fail "the target is reached already; to train on, remove $RUN_DIR/state"
   # A chain's jobs wait for each other.
   [[ $(option dependency) == singleton ]] || refuse_second
-  words=(--job-name="$(basename "$RUN_DIR")" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
+  words=(--job-name="$(basename "$RUN_DIR")" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR"
+    "checked=$(option nodes)x$(option ntasks-per-node)")
   if [[ $DRY_RUN ]]; then
     show "${placeholders[@]}" sbatch "${words[@]}"
     show "${START[@]}" "${COMMAND[@]}" "${ARGS[@]}"
@@ -106,15 +115,29 @@ submit() {
   [[ ${CHECK:-} == no ]] || check
   if [[ ! $DRY_RUN ]]; then
     [[ $(state) != stuck ]] || rm "$RUN_DIR/state" "$RUN_DIR/launches"
-    said=$(sbatch "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
-    echo "$said"
-    if [[ $(option dependency) != singleton && $said =~ job\ ([0-9]+) ]]; then
-      echo "${BASH_REMATCH[1]}" >"$RUN_DIR/job"
+    if [[ $(option dependency) == singleton ]]; then
+      hand_in "${words[@]}"
+    else
+      claim "$HOSTNAME, process $$"
+      refuse_second
+      hand_in "${words[@]}"
+      [[ ! $ID ]] || echo "${ID%%;*}" >"$RUN_DIR/job"
+      release
     fi
   elif [[ ! $IS_EXAMPLE ]] && type sbatch >/dev/null 2>&1; then
     said=$(sbatch --test-only "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
     echo "$said"
   fi
+}
+
+hand_in() { # hand_in WORDS: to sbatch; sets ID, which is the job's whatever sbatch is told to print
+  local said line
+  ID=''
+  said=$(sbatch --parsable "$@" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
+  while IFS= read -r line; do
+    if [[ $line =~ ^[0-9]+(\;.*)?$ ]]; then ID=$line; else echo "$line" >&2; fi
+  done <<<"$said"
+  if [[ " ${OPTIONS[*]} " == *" --parsable "* ]]; then echo "$ID"; else echo "Submitted batch job ${ID%%;*}"; fi
 }
 
 gpus() { # per node; sbatch takes --gpus-per-node=h100:8 as well
@@ -153,24 +176,28 @@ check() { # names, values, files and layout, before a node is asked for
   fi
   ((${#files[@]})) || [[ $IS_EXAMPLE ]] ||
     echo "note: MOUNTS gives folders other names, so data are looked for in the job only" >&2
-  "$python" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(gpus)" "${files[@]}"
+  "$python" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option ntasks-per-node)" "${files[@]}"
 }
 
 # --- in the job ----------------------------------------------------------------------------------------------------
 
 job() {
-  say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR"
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-  MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that outgoing connections take
-  export MASTER_ADDR MASTER_PORT
+  say "job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR"
+  export MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that outgoing connections take
+  compare_job
   attempt && exit 0
   trap '' USR1 TERM # requeueing sends TERM
+  local restarts said
+  restarts=$(shown Restarts) || true
+  if ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0})); then
+    say "SLURM itself requeues this job"
+    exit 0
+  fi
   if [[ $SIGNAL == TERM ]]; then
     say "cancelled, not requeued; where SLURM itself requeues, after a preemption, it does that now"
     exit 143
   fi
-  local said
-  if said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || [[ $said == *pending* ]]; then # SLURM may have been faster
+  if said=$(scontrol requeue "$JOB" 2>&1) || [[ $said == *pending* ]]; then # SLURM may have been faster
     say "requeued"
     exit 0
   fi
@@ -178,11 +205,49 @@ job() {
   [[ $SIGNAL ]] || exit 75
 }
 
+compare_job() { # ranks, GPUs and the layout that was checked; what differs would train on other ranks than it seems
+  local nodes=${SLURM_NNODES:-1} tasks=${SLURM_NTASKS_PER_NODE:-}
+  [[ $tasks ]] || fail "sbatch was given no --ntasks-per-node: give it, and as many --gpus-per-node"
+  [[ ! $CHECKED || $CHECKED == "${nodes}x$tasks" ]] ||
+    fail "SLURM gives $nodes nodes x $tasks tasks, and $CHECKED were checked: submit again with --nodes=$nodes" \
+      "--ntasks-per-node=$tasks, or find out what changes these"
+  [[ ${SLURM_NTASKS:-} == $((nodes * tasks)) ]] ||
+    fail "SLURM gives ${SLURM_NTASKS:-no} tasks for $nodes nodes x $tasks tasks: give --nodes and --ntasks-per-node," \
+      "and no --ntasks"
+  export TASKS_PER_NODE=$tasks
+}
+
+compare() { # in every task: its node has that many tasks, each with a GPU; the first task says where it is
+  trap '' USR1 TERM
+  local tasks=${SLURM_STEP_TASKS_PER_NODE%%(*} gpus=${SLURM_GPUS_ON_NODE:-0}
+  if [[ $tasks != "$TASKS_PER_NODE" ]] || ((gpus && gpus != tasks)); then
+    ((SLURM_LOCALID)) || echo "launch: $SLURMD_NODENAME has $gpus GPUs for tasks: $SLURM_STEP_TASKS_PER_NODE; every" \
+      "GPU has a task: give --ntasks-per-node=G --gpus-per-node=G, and no other option for tasks or GPUs" >&2
+    exit 2
+  fi
+  ((SLURM_PROCID)) || echo "$SLURMD_NODENAME"
+}
+
+roll_call() { # sets CODE and MASTER_ADDR, which need not be the first node of the list
+  local output
+  output=$(mktemp)
+  exec {ANSWERS}>"$output"
+  SLURM_KILL_BAD_EXIT=1 follow "${ROLL_CALL[@]}"
+  exec {ANSWERS}>&-
+  ANSWERS=1
+  MASTER_ADDR=$(cat "$output")
+  rm "$output"
+  export MASTER_ADDR
+  [[ $CODE != 2 ]] || exit 2
+}
+
 attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it cannot
   CODE=0 STEP=''
   mkdir -p "$RUN_DIR"
+  claim "job ${JOB:-of $HOSTNAME, process $$}"
   refuse_second
-  [[ ! ${SLURM_JOB_ID:-} ]] || echo "$SLURM_JOB_ID" >"$RUN_DIR/job"
+  [[ ! $JOB ]] || echo "$JOB" >"$RUN_DIR/job"
+  release
   case $(state) in
     done) say "the target is reached already; to train on, remove $RUN_DIR/state"; return 0 ;;
     stuck) say "stopped earlier as stuck; to try again, remove $RUN_DIR/state and $RUN_DIR/launches"; exit 3 ;;
@@ -193,7 +258,8 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
   SHIFT=$(cat "$RUN_DIR/shift" 2>/dev/null || echo 0)
   trap 'pass_on USR1' USR1
   trap 'pass_on TERM' TERM
-  [[ $SIGNAL ]] || step preflight
+  [[ $SIGNAL || ! ${ROLL_CALL[*]} ]] || roll_call
+  [[ $CODE != 0 || $SIGNAL ]] || step preflight
   [[ $CODE != 0 || $SIGNAL ]] || step "${COMMAND[@]}"
   if [[ $CODE == 16 ]]; then echo $((SHIFT + 1)) >"$RUN_DIR/shift"; else rm -f "$RUN_DIR/shift"; fi
   # Before a preemption SLURM sends TERM to the ranks alone, which save and end.
@@ -209,10 +275,25 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
 
 state() { cat "$RUN_DIR/state" 2>/dev/null || true; } # done, continue or stuck
 
+claim() { # claim OWNER: nobody else looks whose run_dir is and writes it down, until `release`
+  local tries
+  for ((tries = 0; ; tries++)); do
+    # A link is made in one piece also on network file systems.
+    ln -s "$1" "$RUN_DIR/job.lock" 2>/dev/null && break
+    [[ -L $RUN_DIR/job.lock ]] || ((tries < 3)) || fail "run_dir=$RUN_DIR cannot be written: choose another"
+    ((tries < 60)) || fail "$RUN_DIR/job.lock has been held for a minute by $(readlink "$RUN_DIR/job.lock"): where" \
+      "that has ended, remove it"
+    sleep 1
+  done
+  trap release EXIT
+}
+
+release() { rm -f "$RUN_DIR/job.lock" && trap - EXIT; }
+
 refuse_second() { # two jobs would write into the same folder
   local other
   other=$(cat "$RUN_DIR/job" 2>/dev/null) || return 0
-  [[ $other == "${SLURM_JOB_ID:-}" || ! $(squeue -h -j "$other" -t PENDING,RUNNING,SUSPENDED 2>/dev/null) ]] ||
+  [[ $other == "$JOB" || ! $(squeue -h -j "$other" -t PENDING,RUNNING,SUSPENDED 2>/dev/null) ]] ||
     fail "job $other has run_dir=$RUN_DIR: scancel $other, wait for it, or choose another run_dir"
 }
 
@@ -230,14 +311,44 @@ stuck() {
   exit 3
 }
 
-step() { # step COMMAND ...: one task per GPU; sets CODE, the highest exit code among them
-  "${START[@]}" "$@" "${ARGS[@]}" &
+step() { # step COMMAND ...: one task per GPU; sets CODE
+  # That a rank of a training ends is a matter of the others; of any other command it ends all.
+  local -x SLURM_KILL_BAD_EXIT=0 IGNORED="USR1 TERM"
+  [[ $1 == train || $1 == traffic ]] || SLURM_KILL_BAD_EXIT=1 IGNORED=USR1
+  follow "${START[@]}" "$@" "${ARGS[@]}"
+}
+
+follow() { # follow COMMAND ...: through signals, to its end; sets CODE, among its ranks' the one that decides
+  local pipe reader decided
+  pipe=$(mktemp -u)
+  mkfifo "$pipe"
+  decide <"$pipe" &
+  reader=$!
+  "$@" >&"${ANSWERS:-1}" 2>"$pipe" &
   STEP=$!
   while # a trap interrupts wait
     wait "$STEP" && CODE=0 || CODE=$?
     kill -0 "$STEP" 2>/dev/null
   do :; done
   STEP=''
+  rm "$pipe"
+  while # as above
+    wait "$reader" && decided=0 || decided=$?
+    kill -0 "$reader" 2>/dev/null
+  do :; done
+  [[ $decided == 0 ]] || CODE=$decided
+}
+
+decide() { # hands on what srun and the ranks say; returns the code that decides, if a rank ended with one, else 0
+  # srun itself returns the highest signal or code: of a rank that it had to kill, or that was lost after the other one.
+  trap '' USR1 TERM
+  local line code=0
+  while IFS= read -r line; do
+    printf '%s\n' "$line" >&2
+    [[ $line =~ ^srun:\ error:.*\ Exited\ with\ exit\ code\ (2|16|17)$ ]] || continue
+    case $code:${BASH_REMATCH[1]} in 17:* | 2:16) ;; *) code=${BASH_REMATCH[1]} ;; esac
+  done
+  return "$code"
 }
 
 preempted() { echo preempted >>"$RUN_DIR/launches"; } # such a start has not failed
@@ -254,8 +365,12 @@ pass_on() { # the ranks save and end; those that do not listen yet are told agai
   done &
 }
 
+shown() { # shown FIELD: what SLURM says of this job
+  scontrol show job "${JOB:-none}" 2>/dev/null | sed -n "s/^\(.* \)\{0,1\}$1=\([^ ]*\).*/\2/p"
+}
+
 time_left() { # seconds to the job's time limit, or else a year
   local end
-  end=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/.* EndTime=\([-0-9T:]*\).*/\1/p')
-  if [[ $end ]]; then echo $(($(date -d "$end" +%s) - $(date +%s))); else echo 31536000; fi
+  end=$(shown EndTime)
+  if [[ $end == [0-9]* ]]; then echo $(($(date -d "$end" +%s) - $(date +%s))); else echo 31536000; fi
 }

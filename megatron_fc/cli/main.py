@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_fc.cli import COMMANDS
-from megatron_fc.errors import UserError
+from megatron_fc.errors import NodeError, UserError
 from megatron_fc.extras import remedy
 
 
@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"megatron-fc: {error}", file=sys.stderr)
         return 2
+    except NodeError as error:
+        print(f"megatron-fc: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except ModuleNotFoundError as error:
         if (missing := remedy(error)) is None:
             raise

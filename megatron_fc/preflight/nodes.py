@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_fc.errors import UserError
-from megatron_fc.preflight.rendezvous import NodeError, Rendezvous
+from megatron_fc.errors import NodeError, UserError
+from megatron_fc.preflight.rendezvous import Rendezvous
 from megatron_fc.runs.writable import failure_to_write
 
 RENDEZVOUS = timedelta(seconds=300)  # a rank's first start reads Python's packages from a file system that all share
@@ -140,9 +140,13 @@ def _devices(seen: Sequence[_Seen], needs: Requirements) -> str:
         return "no devices needed"
     for host in dict.fromkeys(s.host for s in seen):
         here = [s for s in seen if s.host == host]
-        if min(s.devices for s in here) < len(here):
-            raise NodeError(
-                f"{host} has {min(s.devices for s in here)} CUDA devices for {len(here)} ranks: drain it", True
+        devices = min(s.devices for s in here)
+        if devices < len(here):
+            raise NodeError(f"{host} has {devices} CUDA devices for {len(here)} ranks: drain it", True)
+        if devices > len(here):
+            raise UserError(
+                f"{host} has {devices} CUDA devices for {len(here)} ranks, and some would be idle: start one rank for "
+                f"each, or hide the others (CUDA_VISIBLE_DEVICES)"
             )
     return f"{min(s.devices for s in seen)} CUDA devices each"
 

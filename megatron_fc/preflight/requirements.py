@@ -1,10 +1,12 @@
 """Requirements of a recipe: what it needs of nodes and file systems."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.nodes import Requirements
+from megatron_fc.preflight.validation import layout_of
 from megatron_fc.training.data_files import blends, data_files, index_folder, refuse_damaged_files
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.rehearsal import rehearse
@@ -17,7 +19,7 @@ def requirements_of(recipe: Recipe) -> Requirements:
     Raises:
         UserError: they are refused.
     """
-    args = parse(recipe)
+    args = parse(recipe, _refuse_impossible)
     rehearse(args, recipe)
     refuse_damaged_files(args, remember=True)
     # Without a CUDA device the recipe adapts itself to the CPU lane; on a cluster only a config that says so means it.
@@ -29,6 +31,15 @@ def requirements_of(recipe: Recipe) -> Requirements:
         on_devices=asked.get("distributed_backend", "nccl") == "nccl",
         disk_space=disk_space_of(recipe, args),
     )
+
+
+def _refuse_impossible(args: Namespace) -> None:
+    """Check the layout of the ranks that are really there."""
+    if args.step_batch_size_schedule is not None:
+        return  # has no one batch
+    ranks = int(os.environ["WORLD_SIZE"])
+    per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
+    layout_of(args, max(ranks // per_node, 1), min(per_node, ranks)).refuse_impossible()
 
 
 def _indexes(args: Namespace) -> dict[Path, str]:

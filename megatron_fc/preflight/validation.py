@@ -66,7 +66,8 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
 
     def check(args: Namespace) -> None:
         if recipe.frac is not None:
-            refuse_unsupported_args(args, on_gpu=True)
+            # A run that says so is one for the CPU lane.
+            refuse_unsupported_args(args, on_gpu=args.distributed_backend != "gloo")
         layouts.append(layout_of(args, nodes, gpus_per_node))
         layouts[0].refuse_impossible()
 

@@ -20,6 +20,7 @@ from megatron_fc.checkpoints.start import Start, StartCallback, StartOptions, ch
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount, count_parameters
 from megatron_fc.resilience.hang import StepClock
+from megatron_fc.resilience.helpers import bind_helpers
 from megatron_fc.resilience.rank_watch import RankWatch
 from megatron_fc.resilience.rejected_results import RejectedResults
 from megatron_fc.resilience.run_record import RunRecord
@@ -72,6 +73,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     """
     began = time.perf_counter()
     join_world()
+    bind_helpers()
     args = parse(recipe)
     rehearse(args, recipe)
     _refuse_async_save_without_device(args)
@@ -80,6 +82,8 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     start.apply(args)
     starting = StartCallback(start, options)
     record = RunRecord(recipe.run_dir, args, starting)
+    if args.save and cpu_lane.needed():
+        cpu_lane.fork_checkpoint_helper()
     every = Callbacks([*_own(args, recipe, start, starting, record, callbacks), *callbacks])
     every.arguments_valid(args)
     _refuse_unwritable_folders(args, recipe.run_dir)
@@ -119,15 +123,15 @@ def _own(
     own: list[Callback] = []
     if recipe.retention and args.save:
         own.append(Pruner(recipe.retention, Path(args.save)))
-    own += [
-        RejectedResults(args, record.explain),
-        RankWatch(StepClock(args), partial(_when_all_end, args, record, Callbacks(given))),
-        starting,
-    ]
+    own += [RejectedResults(args, record.explain), starting]
     if start.checkpoint is not None and start.plain is None and has_state(start.checkpoint):
         refuse_unquantizable(args)
         own.append(ModelOptState(lambda: starting.start.checkpoint))
-    return [*own, CheckpointErrors(args), Refusals(), TokenErrors(), record, EventsOnDisk()]
+    # The watch hears of errors in their last words.
+    watch = RankWatch(
+        StepClock(args), f"run_dir={recipe.run_dir}", partial(_when_all_end, args, record, Callbacks(given))
+    )
+    return [*own, CheckpointErrors(args), Refusals(), TokenErrors(), watch, record, EventsOnDisk()]
 
 
 def _refuse_async_save_without_device(args: Namespace) -> None:
@@ -160,8 +164,6 @@ def _pretrain(args: Namespace, recipe: Recipe, record: RunRecord, steps: Steps, 
     set_global_variables(args)
     outlive_full_disk()
     record.listen()
-    if args.save and cpu_lane.needed():
-        cpu_lane.fork_checkpoint_helper()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
 

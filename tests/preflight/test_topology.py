@@ -39,6 +39,12 @@ def test_a_run_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
 
 
+def test_a_run_over_gloo_may_do_what_gpus_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the CPU lane has to: Megatron resumes no distributed optimizer there."""
+    words = ["use_distributed_optimizer=false", "overlap_param_gather=false", "distributed_backend=gloo"]
+    assert ask(*words) == 0, capsys.readouterr().err
+
+
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["tensor_model_parallel_size=2", "make_vocab_size_divisible_by=64", "pipeline_model_parallel_size=4"]
     assert ask(*words, "num_virtual_stages_per_pipeline_rank=2", "--json") == 0
@@ -84,7 +90,7 @@ def test_the_clusters_packages_count_not_this_machines(capsys: pytest.CaptureFix
             "expert_model_parallel_size=8 does not fit 3 nodes of 8 GPUs: 24 ranks are no multiple of PP2 x ETP1 x EP8 "
             "= 16; possible with TP1 PP2 EP8 ETP1: 2, 4, 8,",
         ),
-        # What only GPU machines are refused has to be refused here too.
+        # What only GPU machines are refused has to be refused here too, but not for a run without them, see below.
         (["use_distributed_optimizer=false", "overlap_param_gather=false"], 8, "set use_distributed_optimizer"),
         (["seq_length=4100"], 8, "Megatron refuses the arguments: max_position_embeddings (4096) must be greater"),
         (["context_parallel_size=4", "seq_length=4092"], 8, "Megatron refuses the arguments: seq-length should be"),
