@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"megatron-fc: {args.command} needs {missing}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        print(f"megatron-fc: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
 
 

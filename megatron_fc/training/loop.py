@@ -22,14 +22,19 @@ from megatron_fc.megatron.parameter_count import ParameterCount, count_parameter
 from megatron_fc.resilience.hang import StepClock
 from megatron_fc.resilience.rank_watch import RankWatch
 from megatron_fc.resilience.rejected_results import RejectedResults
+from megatron_fc.resilience.run_lock import run_lock
 from megatron_fc.resilience.run_record import RunRecord
 from megatron_fc.runs.progress import ProgressDisplay
 from megatron_fc.runs.rank_log import is_log_rank, real_stdout, run_log
 from megatron_fc.training import cpu_lane
+from megatron_fc.training.exact_resume import exact_resume
 from megatron_fc.training.precision import refuse_unquantizable
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.setup import join_world, model_config, parse
 from megatron_fc.training.steps import Steps
+from megatron_fc.training.tokenizer_digest import tokenizer_digest
+
+_INTERRUPTED = 130  # a shell's code for Ctrl-C
 
 
 class EventsOnDisk(Callback):
@@ -58,6 +63,7 @@ class Trained:
 
     Attributes:
         parameters: of the whole model.
+        tokens: trained in all, those of earlier starts included.
         tokens_per_iteration: global batch size times sequence length.
         peak_memory_bytes: of the rank that needed most: device memory, or resident memory on the CPU lane.
         seconds: wall time of the training call.
@@ -65,6 +71,7 @@ class Trained:
     """
 
     parameters: ParameterCount
+    tokens: int
     tokens_per_iteration: int
     peak_memory_bytes: int
     seconds: float
@@ -101,7 +108,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
     steps = Steps(args, every)
     try:
-        with run_log(recipe.run_dir, args.rank, display, steps.over):
+        with run_lock(recipe.run_dir), run_log(recipe.run_dir, args.rank, display, steps.over):
             try:
                 parameters = _pretrain(args, recipe, record, steps, every)
                 peak = _peak_memory()
@@ -112,12 +119,18 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
                 if named is error:
                     raise
                 raise named from error
+    except KeyboardInterrupt as interrupt:
+        if not is_log_rank():
+            raise SystemExit(_INTERRUPTED) from interrupt
+        advice = _when_all_end(args, record, Callbacks(callbacks), "", notes=False)
+        raise KeyboardInterrupt(f"interrupted: {advice}") from interrupt
     except SystemExit as end:
         _say(f"{recipe.connection}  ended early: {record.why(end)}")
         _leave()
         raise
     _leave()
-    return Trained(parameters, tokens, peak, time.perf_counter() - began, args.world_size)
+    done = args.consumed_train_samples * args.seq_length
+    return Trained(parameters, done, tokens, peak, time.perf_counter() - began, args.world_size)
 
 
 def _own(
@@ -160,11 +173,12 @@ def _pretrain(args: Namespace, recipe: Recipe, record: RunRecord, steps: Steps, 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.global_vars import set_global_variables
+    from megatron.training.global_vars import get_tokenizer, set_global_variables
 
     from megatron_fc.training.batches import datasets, forward_step
 
     set_global_variables(args)
+    args.tokenizer_digest = tokenizer_digest(args, get_tokenizer())
     record.listen()
     if args.save and cpu_lane.needed():
         cpu_lane.fork_checkpoint_helper()
@@ -177,7 +191,8 @@ def _pretrain(args: Namespace, recipe: Recipe, record: RunRecord, steps: Steps, 
 
     model.pre_wrap_hooks.append(built)
     step = steps.around_forward_step(forward_step)
-    pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
+    with exact_resume(args):
+        pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
     return counts[0]
 
 
