@@ -1,5 +1,6 @@
 """`megatron-fc train` as a user runs it: processes of their own, real text, checkpoints, kill -9."""
 
+import json
 import os
 import signal
 import subprocess
@@ -71,9 +72,10 @@ def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Pa
         words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     wait_for_iteration(run_dir, 20, victim)  # which is not saved, and repeated with those before
+    holder = json.loads((run_dir / LOCK).read_text())
     second = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
     assert (second.returncode, second.stderr.count("\n")) == (2, 1)
-    assert second.stderr.startswith(f"megatron-fc: run_dir={run_dir} belongs to process {victim.pid} on ")
+    assert second.stderr.startswith(f"megatron-fc: run_dir={run_dir} belongs to process {holder['process']} on ")
     assert second.stderr.endswith(f"if it is gone, delete {run_dir / LOCK}\n")
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
