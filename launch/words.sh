@@ -25,7 +25,7 @@ read_words() { # sets DRY_RUN, OPTIONS (sbatch's, as --name=value), WORDS (overr
         fail "$word would hold for every start: write ${word#*=} into run_dir's" \
           "checkpoints/latest_checkpointed_iteration.txt instead"
         ;;
-      run_dir=* | *.run_dir=*) RUN_DIR=${word#*=} && continue ;;
+      run_dir=* | *.run_dir=*) RUN_DIR=${word#*=} RUN_DIR=${RUN_DIR/#"~/"/"$HOME/"} && continue ;;
       checked=*) CHECKED=${word#*=} && continue ;; # nodes x tasks, which `submit` tells the job
       *=*) WORDS+=("$word") && continue ;;
       *) fail "'$word' is neither an option of sbatch (--nodes 8) nor an override (key=value)" ;;

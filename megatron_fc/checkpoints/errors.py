@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import shorten
 
 from megatron_fc.callbacks import Callback
+from megatron_fc.checkpoints.changes import changes, described, stored_args
 from megatron_fc.checkpoints.integrity import way_on
 from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.errors import UserError
@@ -74,6 +75,12 @@ def cause_of(error: BaseException) -> str:
 def _cannot_load(args: Namespace, said: str) -> str:
     checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step)
     assert checkpoint is not None, "Megatron loads it"
+    if changed := changes(stored_args(checkpoint), args):
+        return (
+            f"Megatron cannot load {checkpoint} with what has changed since: {described(changed)}: give what it was "
+            f"written with, or begin a run of its own, no_load_optim=true load={checkpoint.parent} and another run_dir "
+            f"({said})"
+        )
     return (
         f"Megatron cannot load {checkpoint}, {said}: give the config of the run that wrote it; if this is that "
         f"config, {way_on(checkpoint)}"

@@ -46,7 +46,7 @@ def _table(runs: list[Run]) -> Table:
             run.run_dir,
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             _short(run.tokens),
-            f"{run.iteration / run.iterations:.1%}" if run.iterations else "-",
+            f"{done:.1%}" if (done := _done(run)) is not None else "-",
             f"{run.tokens_per_second:,.0f}" if run.tokens_per_second else "-",
             _duration(run.eta_seconds),
             str(len(run.starts)) if run.starts else "-",
@@ -54,6 +54,13 @@ def _table(runs: list[Run]) -> Table:
             str(run.newest) if run.newest is not None else "-",
         )
     return table
+
+
+def _done(run: Run) -> float | None:
+    """The part that is trained; of its tokens where they are known, as steps may have had several sizes."""
+    if run.tokens is not None and run.target_tokens:
+        return run.tokens / run.target_tokens
+    return run.iteration / run.iterations if run.iterations else None
 
 
 def _details(run: Run) -> Iterator[str]:

@@ -23,12 +23,14 @@ from megatron_fc.resilience.hang import StepClock
 from megatron_fc.resilience.helpers import bind_helpers
 from megatron_fc.resilience.rank_watch import RankWatch
 from megatron_fc.resilience.rejected_results import RejectedResults
+from megatron_fc.resilience.run_lock import run_lock
 from megatron_fc.resilience.run_record import RunRecord
 from megatron_fc.runs.progress import ProgressDisplay
 from megatron_fc.runs.rank_log import is_log_rank, real_stdout, run_log
 from megatron_fc.runs.writable import failure_to_write
 from megatron_fc.training import cpu_lane
 from megatron_fc.training.events import EventsOnDisk, outlive_full_disk
+from megatron_fc.training.exact_resume import exact_resume
 from megatron_fc.training.precision import refuse_unquantizable
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import Refusals
@@ -36,6 +38,9 @@ from megatron_fc.training.rehearsal import rehearse
 from megatron_fc.training.setup import join_world, model_config, parse, written_folders
 from megatron_fc.training.steps import Steps
 from megatron_fc.training.token_data import TokenErrors
+from megatron_fc.training.tokenizer_digest import tokenizer_digest
+
+_INTERRUPTED = 130  # a shell's code for Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Trained:
 
     Attributes:
         parameters: of the whole model.
+        tokens: trained in all, those of earlier starts included.
         tokens_per_iteration: global batch size times sequence length.
         peak_memory_bytes: of the rank that needed most: device memory, or resident memory on the CPU lane.
         seconds: wall time of the training call.
@@ -51,6 +57,7 @@ class Trained:
     """
 
     parameters: ParameterCount
+    tokens: int
     tokens_per_iteration: int
     peak_memory_bytes: int
     seconds: float
@@ -92,7 +99,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
     steps = Steps(args, every)
     try:
-        with run_log(recipe.run_dir, args.rank, display, steps.over):
+        with run_lock(recipe.run_dir), run_log(recipe.run_dir, args.rank, display, steps.over):
             try:
                 parameters = _pretrain(args, recipe, record, steps, every)
                 peak = _peak_memory()
@@ -103,12 +110,18 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
                 if named is error:
                     raise
                 raise named from error
+    except KeyboardInterrupt as interrupt:
+        if not is_log_rank():
+            raise SystemExit(_INTERRUPTED) from interrupt
+        advice = _when_all_end(args, record, Callbacks(callbacks), "", notes=False)
+        raise KeyboardInterrupt(f"interrupted: {advice}") from interrupt
     except SystemExit as end:
         _say(f"{recipe.connection}  ended early: {record.why(end)}")
         _leave()
         raise
     _leave()
-    return Trained(parameters, tokens, peak, time.perf_counter() - began, args.world_size)
+    done = args.consumed_train_samples * args.seq_length
+    return Trained(parameters, done, tokens, peak, time.perf_counter() - began, args.world_size)
 
 
 def _own(
@@ -157,12 +170,13 @@ def _pretrain(args: Namespace, recipe: Recipe, record: RunRecord, steps: Steps, 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.global_vars import set_global_variables
+    from megatron.training.global_vars import get_tokenizer, set_global_variables
 
     from megatron_fc.training.batches import datasets, forward_step
 
     set_global_variables(args)
     outlive_full_disk()
+    args.tokenizer_digest = tokenizer_digest(args, get_tokenizer())
     record.listen()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
@@ -173,7 +187,8 @@ def _pretrain(args: Namespace, recipe: Recipe, record: RunRecord, steps: Steps, 
 
     model.pre_wrap_hooks.append(built)
     step = steps.around_forward_step(forward_step)
-    pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
+    with exact_resume(args):
+        pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
     return counts[0]
 
 

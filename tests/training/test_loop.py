@@ -1,5 +1,6 @@
 """`megatron-fc train` as a user runs it: processes of their own, real text, checkpoints, kill -9."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,10 +14,12 @@ from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.cli.main import main
 from megatron_fc.megatron.stored_connections import stored_structure
 from megatron_fc.mpi import free_port
+from megatron_fc.resilience.run_lock import LOCK
 from megatron_fc.runs.metrics import Metrics, read_metrics
 from megatron_fc.runs.summary import read_summary
 from support.disk import SlowDisk
 from support.patience import PATIENCE, wait_for_iteration
+from support.random_state import random_state
 from support.token_files import write_tokens
 from support.training_runs import ITERATIONS, command, environment, figures, train
 from support.training_runs import config as config
@@ -59,15 +62,23 @@ def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Pa
         words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     wait_for_iteration(run_dir, 20, victim)  # which is not saved, and repeated with those before
+    holder = json.loads((run_dir / LOCK).read_text())
+    second = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+    assert second.stderr.startswith(f"megatron-fc: run_dir={run_dir} belongs to process {holder['process']} on ")
+    assert second.stderr.endswith(f"if it is gone, delete {run_dir / LOCK}\n")
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     assert latest_checkpoint(run_dir / "checkpoints") == run_dir / "checkpoints/iter_0000010"
 
-    train(config, run_dir)
+    train(config, run_dir)  # which takes over the lock of the dead
+    assert not (run_dir / LOCK).exists()
     first, second = (metrics_of(file) for file in sorted((run_dir / "tensorboard").iterdir()))
     assert list(first.loss) == list(range(1, 21))
     assert list(second.loss) == list(range(11, ITERATIONS + 1))
     assert figures(run_dir) == figures(finished)
+    last = f"checkpoints/iter_{ITERATIONS:07d}"
+    assert random_state(run_dir / last) == random_state(finished / last)
 
 
 def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path) -> None:
@@ -88,6 +99,7 @@ def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path)
 def test_bf16_run_resumes(config: Path) -> None:
     run_dir = config.parent / "bf16"
     options = ("bf16=true", "connection=sfc", "rate=2", "lr_decay_iters=12", "save_interval=6")
+    options += ("hidden_dropout=0.1", "attention_dropout=0.1")  # drawn from generators that the resume restores
     train(config, run_dir, *options, "train_iters=6")
     resumed = train(config, run_dir, *options, "train_iters=12")
     straight = train(config, config.parent / "bf16_straight", *options, "train_iters=12")
@@ -95,6 +107,8 @@ def test_bf16_run_resumes(config: Path) -> None:
     for tag in ("lm loss", "grad-norm", "learning-rate"):
         assert figures(run_dir)[tag] == figures(config.parent / "bf16_straight")[tag]
     assert resumed["last_loss"] == straight["last_loss"]
+    last = "checkpoints/iter_0000012"
+    assert random_state(run_dir / last) == random_state(config.parent / "bf16_straight" / last)
 
 
 def test_two_ranks_train_as_one(config: Path, finished: Path) -> None:
@@ -163,6 +177,23 @@ def test_checkpoint_knows_its_connections(finished: Path) -> None:
             "hidden_size % num_attention_heads == 0 does not hold for hidden_size=32, num_attention_heads=3 (",
         ),
         (["sft=true"], "sft is not supported by megatron-fc train"),
+        (["num_layers=3"], "num_layers: 2 in CHECKPOINT, 3 here, which makes another model: give what it was written"),
+        (["num_experts=8"], "num_experts: 4 in CHECKPOINT, 8 here, which makes another model"),
+        (["moe_router_topk=1", "moe_router_pre_softmax=true"], "moe_router_topk: 2 in CHECKPOINT, 1 here"),
+        (["rotary_base=500000"], "rotary_base: 10000 in CHECKPOINT, 500000 here, which makes another model"),
+        (["norm_epsilon=1e-6"], "layernorm_epsilon: 1e-05 in CHECKPOINT, 1e-06 here, which makes another model"),
+        (["precision=bf16"], "bf16: False in CHECKPOINT, True here, which makes another state: give what it was"),
+        (["optimizer.optimizer=sgd"], "optimizer: adam in CHECKPOINT, sgd here, which makes another state"),
+        (["seq_length=16"], "seq_length: 32 in CHECKPOINT, 16 here, which makes other samples"),
+        (
+            ["tokenizer_type=NullTokenizer", "vocab_size=300"],
+            "tokenizer_type: HuggingFaceTokenizer in CHECKPOINT, Null",
+        ),
+        (["override_ckpt_iteration=10"], "override_ckpt_iteration=10 would hold for every start"),
+        (
+            ["pretrained_checkpoint=x"],
+            "pretrained_checkpoint=x is what load and finetune say: set load=x",
+        ),
         (["optimizer.optimizer=muon", "decoupled_lr=0.01"], "optimizer=muon leaves dynamic_weight to Adam"),
     ],
 )
@@ -179,7 +210,7 @@ def test_what_the_run_cannot_continue_is_refused(
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert main(["train", str(config), f"run_dir={finished}", *overrides]) == 2
     error = capsys.readouterr().err
-    assert sentence in error
+    assert sentence.replace("CHECKPOINT", f"{finished}/checkpoints/iter_{ITERATIONS:07d}") in error
     assert error.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
