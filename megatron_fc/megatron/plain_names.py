@@ -37,7 +37,7 @@ def refuse_what_would_be_dropped(
     torch fails in any case where a parameter has another shape. Here a whole one would be left out, the dynamic part of
     a DFC in an SFC model, and the model would compute another function than the one that was trained.
     """
-    own = {name for name, _ in slot.named_parameters()}
+    own = {name for name, _ in (*slot.named_parameters(), *slot.named_buffers())}
     found = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
     if dropped := sorted(name for name in found - own if not name.endswith("_extra_state")):
         label = slot.get_submodule("connection").config.label  # type: ignore[union-attr]

@@ -14,6 +14,9 @@ from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import stored_frac_config
 
+# Of Megatron's `--dist-ckpt-strictness`: with the others it fails where the checkpoint lacks what the model asks for.
+_STARTS_WHAT_IS_MISSING = ("log_all", "return_all", "ignore_all")
+
 
 def stored_structure(checkpoint: Path) -> dict[str, int]:
     """Return the last dimension of every parameter of a connection in a distributed checkpoint, {} for a plain one.
@@ -78,11 +81,14 @@ def refuse_other_checkpoint(args: Namespace | None, frac: FracConfig) -> None:
     checkpoint = None if args is None else _checkpoint_to_load(args)
     if args is None or checkpoint is None:
         return
+    stored = stored_structure(checkpoint)
+    drops_nothing = stored.items() < frac.last_dimensions(args.hidden_size).items()
+    if drops_nothing and args.dist_ckpt_strictness in _STARTS_WHAT_IS_MISSING:
+        return
     if differs := difference(checkpoint, frac, args.hidden_size):
-        plain = not stored_structure(checkpoint)
         raise UserError(
             f"{differs}: "
-            + ("convert it by `megatron-fc upcycle`" if plain else "name the spec that it was trained with")
+            + ("name the spec that it was trained with" if stored else "convert it by `megatron-fc upcycle`")
             + ", or give another --load"
         )
 

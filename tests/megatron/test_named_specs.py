@@ -315,6 +315,18 @@ def test_a_checkpoint_of_other_connections(
             build(args)
 
 
+@pytest.mark.parametrize("strictness", ["log_all", "ignore_all"])
+def test_what_is_missing_may_start_at_the_identity_where_megatron_is_told_so(
+    strictness: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, stored in (("plain", None), ("static", FracConfig(rate=4, dynamic=False))):
+        write(tmp_path / name, "iter_0000005", stored)
+        load = f"--load {tmp_path / name} --dist-ckpt-strictness {strictness}"
+        assert build_gpt(parse(monkeypatch, f"{load} {SPEC} dfc_x4"))
+    with pytest.raises(UserError, match="has sfc_x4 connections, this run has dfc_x2"):
+        build_gpt(parse(monkeypatch, f"{load} {SPEC} dfc_x2"))
+
+
 def test_which_checkpoint_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "old", "iter_0000005", FracConfig(rate=4))
     write(tmp_path / "old", "iter_0000007", FracConfig(rate=2))
