@@ -4,7 +4,9 @@ The login node (`megatron-fc topology`), the pre-flight check and the run call t
 all refuse. None needs a GPU, data or a process group.
 """
 
+import contextlib
 import copy
+import io
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +57,7 @@ def rehearse_schedule(args: Namespace) -> None:
             )
         if args.skip_train:
             return
-        with refusals_named("the schedule"):
+        with refusals_named("the schedule"), contextlib.redirect_stdout(io.StringIO()):
             optimizer, _ = training.get_megatron_optimizer_config(args)
             _refuse_as_adam_does(optimizer)
             training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
