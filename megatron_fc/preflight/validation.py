@@ -154,7 +154,7 @@ def _check_model(args: Namespace, recipe: Recipe) -> list[str]:
         for name in _TE_FUSIONS:
             setattr(args, name, False)
     try:
-        rehearse_model(args, recipe)
+        rehearse_model(args, recipe, elsewhere=True)
     except (UserError, ImportError) as error:
         said = " ".join(str(error).split())
         if not has_transformer_engine() and _NAMES_TE.search(said):

@@ -4,7 +4,9 @@ The login node (`megatron-fc topology`), the pre-flight check and the run call t
 all refuse. None needs a GPU, data or a process group.
 """
 
+import contextlib
 import copy
+import io
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +57,7 @@ def rehearse_schedule(args: Namespace) -> None:
             )
         if args.skip_train:
             return
-        with refusals_named("the schedule"):
+        with refusals_named("the schedule"), contextlib.redirect_stdout(io.StringIO()):
             optimizer, _ = training.get_megatron_optimizer_config(args)
             _refuse_as_adam_does(optimizer)
             training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))
@@ -65,8 +67,14 @@ def rehearse_schedule(args: Namespace) -> None:
         global_vars._GLOBAL_ARGS, micro_batches._GLOBAL_NUM_MICROBATCHES_CALCULATOR = before
 
 
-def rehearse_model(args: Namespace, recipe: Recipe) -> Any:
-    """Megatron's configuration of the model, with a stand-in for a vocabulary that only the tokenizer knows."""
+def rehearse_model(args: Namespace, recipe: Recipe, *, elsewhere: bool = False) -> None:
+    """Megatron's configuration of the model, with a stand-in for a vocabulary that only the tokenizer knows.
+
+    Args:
+        elsewhere: the run is for other machines, whose packages the layers of a hybrid stack would need.
+    """
+    from megatron.training.argument_utils import hybrid_config_from_args
+
     args = copy.deepcopy(args)
     if args.padded_vocab_size is None and args.vocab_size is None:
         args.padded_vocab_size = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
@@ -74,7 +82,10 @@ def rehearse_model(args: Namespace, recipe: Recipe) -> Any:
     _refuse_pattern(args)
     _refuse_indivisible(args)
     with refusals_named("the model"):
-        return model_config(args, recipe)
+        if elsewhere and recipe.family == "hybrid":
+            hybrid_config_from_args(args)
+        else:
+            model_config(args, recipe)
 
 
 def _refuse_as_adam_does(config: Any) -> None:
