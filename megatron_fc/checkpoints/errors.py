@@ -77,9 +77,9 @@ def _cannot_load(args: Namespace, said: str) -> str:
     assert checkpoint is not None, "Megatron loads it"
     if changed := changes(stored_args(checkpoint), args):
         return (
-            f"Megatron cannot load {checkpoint} with what has changed since: {described(changed)}: give what it was "
-            f"written with, or begin a run of its own, no_load_optim=true load={checkpoint.parent} and another run_dir "
-            f"({said})"
+            f"Megatron cannot load {checkpoint}, {said}: changed since it was written: {described(changed)}; give what "
+            f"it was written with, or begin a run of its own, no_load_optim=true load={checkpoint.parent} and another "
+            f"run_dir; if that is not why, {way_on(checkpoint)}"
         )
     return (
         f"Megatron cannot load {checkpoint}, {said}: give the config of the run that wrote it; if this is that "

@@ -5,7 +5,8 @@ they may not. Its holder, the first rank, gives a sign of life twice a minute. A
 known to be dead:
 
 * its process is gone, on this machine; or the machine has booted since;
-* it is an earlier start of this SLURM job, which SLURM had ended before it requeued; or SLURM runs its job no more;
+* it is an earlier start of this SLURM job, which SLURM had ended before it requeued;
+* SLURM runs its job no more, or the launch scripts have given the run to this job (`run_dir/job`), which they do then;
 * it has given no sign for ten minutes, by the clock of the file system. If it was only stopped it sees, when it goes
   on, that the lock is another's, and ends.
 """
@@ -29,6 +30,7 @@ from megatron_fc.errors import UserError
 LOCK = "lock"
 _SIGN_SECONDS, _SILENT_SECONDS = 30.0, 600.0
 _SQUEUE_SECONDS, _WRITE_SECONDS = 20.0, 5.0
+_JOIN_SECONDS, _LOOK_SECONDS = 300.0, 0.5  # hundreds of ranks that import PyTorch from a cold file system need some
 
 
 @contextmanager
@@ -43,8 +45,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     """
     lock, own = run_dir / LOCK, _own()
     if own["rank"] != 0:
-        if (holder := _read(lock)) and holder["launch"] != own["launch"]:
-            _refuse_living(lock, holder, own)
+        _await_first(lock, own)
         yield
         return
     _acquire(lock, own)
@@ -99,6 +100,16 @@ def _acquire(lock: Path, own: dict[str, Any]) -> None:
         ) from error
 
 
+def _await_first(lock: Path, own: dict[str, Any]) -> None:
+    """Wait for what the first rank finds where another start's lock lies: it may know more of the holder's machine."""
+    deadline = time.monotonic() + _JOIN_SECONDS
+    while (holder := _read(lock)) and holder["launch"] != own["launch"]:
+        if time.monotonic() > deadline:
+            _refuse_living(lock, holder, own)
+            return
+        time.sleep(_LOOK_SECONDS)
+
+
 def _create(lock: Path, own: dict[str, Any]) -> bool:
     """Create the lock; False if there is one."""
     try:
@@ -137,7 +148,7 @@ def _remove_dead(lock: Path, holder: dict[str, Any]) -> None:
 
 def _refuse_living(lock: Path, holder: dict[str, Any], own: dict[str, Any]) -> None:
     silent = _silence(lock)
-    if _is_dead(holder, own) or silent > _SILENT_SECONDS:
+    if _is_dead(holder, own, _job_of(lock.parent)) or silent > _SILENT_SECONDS:
         return
     job = f" of job {holder['job']}" if holder["job"] else ""
     raise UserError(
@@ -147,18 +158,24 @@ def _refuse_living(lock: Path, holder: dict[str, Any], own: dict[str, Any]) -> N
     )
 
 
-def _is_dead(holder: dict[str, Any], own: dict[str, Any]) -> bool:
+def _is_dead(holder: dict[str, Any], own: dict[str, Any], job_of_run: str | None) -> bool:
     """Whether the holder of a lock is known to have ended."""
-    if holder["host"] == own["host"]:
-        if holder["boot"] != own["boot"]:
-            return True
+    if holder["boot"] == own["boot"]:
         if holder["processes"] == own["processes"]:
             return _began(holder["process"]) != holder["began"]
+    elif holder["host"] == own["host"]:
+        return True
     if holder["job"] is None:
         return False
     if holder["job"] == own["job"]:
         return bool(holder["restart"] < own["restart"])
-    return not _runs_in_slurm(holder["job"])
+    return (own["job"] is not None and own["job"] == job_of_run) or not _runs_in_slurm(holder["job"])
+
+
+def _job_of(run_dir: Path) -> str | None:
+    """The job that the launch scripts have given a run to, once no other one had it."""
+    job = run_dir / "job"
+    return job.read_text().strip() if job.exists() else None
 
 
 def _runs_in_slurm(job: str) -> bool:

@@ -36,6 +36,7 @@ class Start:
         host: its nodes.
         iteration: the last one that was done before.
         end: the reason, None while it runs or if nobody could note it.
+        changed: settings that it changed of its checkpoint's, with both values.
     """
 
     time: str
@@ -43,6 +44,7 @@ class Start:
     host: str
     iteration: int
     end: str | None
+    changed: dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,7 @@ def _starts(events: list[dict[str, Any]]) -> list[Start]:
                 host=hosts if isinstance(hosts, str) else " ".join(hosts),
                 iteration=int(event.get("iteration") or 0),
                 end=str(after.get("reason")) if ended else (None if after is None else "no end was noted"),
+                changed=event.get("changed") or {},
             )
         )
     return starts

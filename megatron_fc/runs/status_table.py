@@ -76,6 +76,9 @@ def _details(run: Run) -> Iterator[str]:
         job = f"job {start.job}, " if start.job else ""
         title = "starts" if number == 0 else ""
         yield f"{title:<12} {start.time}  {job}{start.host}, from iteration {start.iteration}: {end}"
+        if start.changed:
+            listed = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in start.changed.items())
+            yield f"{'':<12} there changed {listed}"
     if len(run.starts) > 1:
         reasons = Counter(start.end or "no end was noted" for start in run.starts[:-1])
         listed = ", ".join(f"{reason} ({count})" if count > 1 else reason for reason, count in reasons.items())

@@ -16,6 +16,7 @@ import pytest
 from megatron_fc.errors import UserError
 from megatron_fc.resilience.run_lock import LOCK, run_lock
 
+BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 HOLD = """
 import sys
 from pathlib import Path
@@ -111,6 +112,8 @@ def test_a_stopped_one_still_holds_it_and_ends_where_it_has_lost_it(tmp_path: Pa
         ({"job": "18", "restart": 1}, False),  # SLURM has requeued it since, perhaps on another node
         ({"job": "18", "restart": 2}, True),  # this very start, by another step
         ({"host": os.uname().nodename}, False),  # booted since
+        ({"host": "a container's", "boot": BOOT, "processes": "pid:[1]"}, True),  # which numbers its own
+        ({"boot": BOOT, "process": 2**22 + 1}, False),  # gone, on a machine that was renamed
     ],
 )
 def test_who_is_known_to_be_dead(
@@ -148,6 +151,17 @@ def test_slurm_says_whether_another_job_runs(
     assert is_taken(tmp_path / "run") == is_living
 
 
+def test_the_launch_scripts_give_a_run_to_the_next_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a chain's, in a container without squeue."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "18")
+    (tmp_path / "job").write_text("17\n")
+    left_behind(tmp_path, job="17")
+    assert is_taken(tmp_path)
+    (tmp_path / "job").write_text("18\n")
+    assert not is_taken(tmp_path)
+
+
 def test_one_of_many_takes_a_dead_ones_lock(tmp_path: Path) -> None:
     left_behind(tmp_path, host=os.uname().nodename)
     words = [sys.executable, "-c", HOLD, str(tmp_path)]
@@ -165,6 +179,7 @@ def test_one_of_many_takes_a_dead_ones_lock(tmp_path: Path) -> None:
 def test_ranks_of_one_start_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "n0")
     monkeypatch.setenv("MASTER_PORT", "20001")
+    monkeypatch.setattr("megatron_fc.resilience.run_lock._JOIN_SECONDS", 0.1)
     with run_lock(tmp_path):
         before = (tmp_path / LOCK).read_text()
         monkeypatch.setenv("RANK", "3")
@@ -174,6 +189,21 @@ def test_ranks_of_one_start_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("MASTER_PORT", "20002")
         with pytest.raises(UserError, match="belongs to process"), run_lock(tmp_path):
             pass
+
+
+def test_other_ranks_wait_for_the_first_one_to_take_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which runs where the last start was killed, and so knows that it was."""
+    lock, waiting = left_behind(tmp_path), []
+    monkeypatch.setenv("MASTER_ADDR", "n0")
+    monkeypatch.setenv("RANK", "3")
+
+    def first_rank(_: float) -> None:
+        waiting.append(lock.read_text())
+        lock.write_text(json.dumps(json.loads(waiting[-1]) | {"launch": "n0:None"}))
+
+    monkeypatch.setattr("megatron_fc.resilience.run_lock.time.sleep", first_rank)
+    with run_lock(tmp_path):
+        assert len(waiting) == 1
 
 
 def test_a_torn_lock_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
