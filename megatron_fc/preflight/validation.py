@@ -156,7 +156,7 @@ def _check_model(args: Namespace, recipe: Recipe) -> list[str]:
     try:
         rehearse_model(args, recipe, elsewhere=True)
     except (UserError, ImportError) as error:
-        said = " ".join(str(error).split())
+        said = " ".join(str(error).split()).removeprefix("Megatron refuses the model: ")
         if not has_transformer_engine() and _NAMES_TE.search(said):
             return [f"Megatron's model config was not checked to its end, which needs Transformer Engine here: {said}"]
         raise

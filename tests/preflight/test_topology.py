@@ -140,7 +140,8 @@ def test_damaged_data_and_foreign_tokens_are_a_file_check(
     words = ["topology", str(config), f"train_data_path=[{prefix}]", "train_iters=100", "lr_decay_iters=100"]
     words += ["--nodes", "1", "--gpus-per-node", "1"]
     assert main([*words, "--check-files"]) == 0
-    assert f"data       the run reads {prefix} 9." in capsys.readouterr().out
+    epochs = 100 * 4 * 32 / (Path(f"{prefix}.bin").stat().st_size / 2)
+    assert f"data       the run reads {prefix} {epochs:.2f} times over\n" in capsys.readouterr().out
     write_tokens(prefix, vocabulary=5000)
     assert main([*words, "--check-files"]) == 2
     assert ", and the model's vocabulary has 384: give the tokenizer that made these data" in capsys.readouterr().err
