@@ -1,4 +1,4 @@
-"""What a resumed run needs of Megatron to go on exactly, and with the settings that it is given now.
+"""Repairs to Megatron while it trains, so that a resumed run goes on exactly, and with the settings it is given now.
 
 Megatron 0.19 does two things otherwise, in functions that take no options. They are wrapped while it trains:
 
