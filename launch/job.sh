@@ -144,6 +144,7 @@ follow() { # follow COMMAND ...: through signals, to its end; sets CODE, among i
   mkfifo "$pipe"
   decide <"$pipe" &
   reader=$!
+  # shellcheck disable=SC2261  # a descriptor's number behind >& is that of the output alone
   "$@" >&"${ANSWERS:-1}" 2>"$pipe" &
   STEP=$!
   while # a trap interrupts wait

@@ -1,5 +1,7 @@
 """Norms of Megatron's layers whose weights a kernel can apply."""
 
+from typing import Any
+
 from torch import nn
 
 from megatron_fc.connections.norm import handing_out
@@ -12,7 +14,8 @@ _CLASSES = ("RMSNorm", "LayerNorm", "FusedRMSNorm", "FusedLayerNorm")
 def hand_out_weights(norm: nn.Module) -> nn.Module:
     """Make a norm hand out its weights, if it is one that the kernels know; it stays an instance of its class."""
     if _is_known(norm):
-        norm.__class__ = handing_out(type(norm))
+        kind: Any = type(norm)
+        norm.__class__ = handing_out(kind)
     return norm
 
 
