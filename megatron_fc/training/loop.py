@@ -99,12 +99,13 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
     steps = Steps(args, every)
     try:
-        with run_lock(recipe.run_dir), run_log(recipe.run_dir, args.rank, display, steps.over):
+        with run_log(recipe.run_dir, args.rank, display, steps.over):
             try:
-                parameters = _pretrain(args, recipe, record, steps, every)
-                peak = _peak_memory()
-                steps.end()
-                every.end()
+                with run_lock(recipe.run_dir):
+                    parameters = _pretrain(args, recipe, record, steps, every)
+                    peak = _peak_memory()
+                    steps.end()
+                    every.end()
             except BaseException as error:
                 named = every.failed(error)
                 if named is error:
