@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.nodes import Requirements
-from megatron_fc.preflight.validation import layout_of
+from megatron_fc.preflight.validation import layout_of, refuse_impossible
 from megatron_fc.training.data_files import blends, data_files, index_folder, refuse_damaged_files
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.rehearsal import rehearse
@@ -35,11 +35,9 @@ def requirements_of(recipe: Recipe) -> Requirements:
 
 def _refuse_impossible(args: Namespace) -> None:
     """Check the layout of the ranks that are really there."""
-    if args.step_batch_size_schedule is not None:
-        return  # has no one batch
     ranks = int(os.environ["WORLD_SIZE"])
     per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
-    layout_of(args, max(ranks // per_node, 1), min(per_node, ranks)).refuse_impossible()
+    refuse_impossible(args, layout_of(args, max(ranks // per_node, 1), min(per_node, ranks)))
 
 
 def _indexes(args: Namespace) -> dict[Path, str]:

@@ -70,6 +70,17 @@ def test_whole_batches_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 steps, 4,194,304 tokens (the target is 8,192,000: whole batches only)" in capsys.readouterr().out
 
 
+def test_a_schedule_of_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = ["global_batch_size=null", "step_batch_size_schedule='0:512 2621440:1024'", "train_samples=2000"]
+    assert ask(*schedule) == 0
+    printed = capsys.readouterr().out
+    assert "schedule   batches of 512 sequences from sample 0, 1,024 sequences from sample 640 on; shown" in printed
+    # Two of 512, the second over the threshold, and one of 1,024, over the target.
+    assert "run        3 steps, 8,388,608 tokens (the target is 8,192,000: whole batches only)" in printed
+    assert ask("global_batch_size=null", "step_batch_size_schedule='0:500 2621440:1024'", "train_samples=2000") == 2
+    assert "global_batch_size=500 does not fit 8 nodes" in capsys.readouterr().err
+
+
 def test_the_clusters_packages_count_not_this_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert ask("moe_permute_fusion=true") == 0
     assert "note:" not in capsys.readouterr().out
