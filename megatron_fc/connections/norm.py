@@ -44,7 +44,7 @@ class HandsOutWeights:
 
 
 @functools.cache
-def handing_out(norm: type) -> type:
+def handing_out(norm: Any) -> Any:
     """The class of a norm with `HandsOutWeights`, under the same name."""
     return type(norm.__name__, (HandsOutWeights, norm), {})
 
@@ -60,7 +60,8 @@ def norm_weights(norm: Any, stream: Tensor) -> NormWeights | None:
     They return the stream's dtype. A norm in another dtype, or any under autocast, decides for itself what it returns;
     and a norm that is observed is called.
     """
-    if not isinstance(norm, HandsOutWeights) or observed(norm):
+    hands_out = isinstance(norm, HandsOutWeights)
+    if not hands_out or observed(norm):
         return None
     if not stream.is_meta and torch.is_autocast_enabled(stream.device.type):
         return None

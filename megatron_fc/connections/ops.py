@@ -298,8 +298,9 @@ class _PreparedWidth(torch.autograd.Function):
         h, *tensors = ctx.saved_tensors
         site, norm = ctx.values
         values = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
-        depth = h.grad_fn
-        if isinstance(depth, _BoundaryDepth._backward_cls):
+        depth: Any = h.grad_fn
+        follows_boundary = isinstance(depth, _BoundaryDepth._backward_cls)
+        if follows_boundary:
             before = (*depth.saved_tensors, depth.dropout)
             g, g_o, g_before, *gradients = _boundary_backward(g_x, g_beta, g_mixed, h, *before, *values)
             depth.made = (g, g._version, g_o, g_before)

@@ -229,11 +229,11 @@ class FracAdd(nn.Module):
         [norm] = self._norm
         if o.requires_grad or norm.differentiates is not None:
             return o.requires_grad or bool(norm.differentiates)
-        return training and (h.requires_grad or norm.connection.static_gamma.requires_grad)
+        return training and (h.requires_grad or any(p.requires_grad for p in norm.connection.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the layer that follows, which a copy or a pickle of this one alone would take along."""
-        return {**super().__getstate__(), "_following": ()}  # type: ignore[misc]
+        return {**super().__getstate__(), "_following": ()}
 
 
 # By whom a stream was returned, of the one that was returned last.
