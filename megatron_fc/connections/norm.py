@@ -1,6 +1,5 @@
 """The norm in front of a sub-layer, as weights that a kernel can apply in the width connection's pass."""
 
-import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,7 +42,6 @@ class HandsOutWeights:
         return _blank, (type(self).__bases__[1],), self.__dict__
 
 
-@functools.cache
 def handing_out(norm: Any) -> Any:
     """The class of a norm with `HandsOutWeights`, under the same name."""
     return type(norm.__name__, (HandsOutWeights, norm), {})

@@ -299,8 +299,8 @@ class _PreparedWidth(torch.autograd.Function):
         site, norm = ctx.values
         values = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
         depth: Any = h.grad_fn
-        behind_boundary = isinstance(depth, _BoundaryDepth._backward_cls)
-        if behind_boundary:
+        follows_boundary = isinstance(depth, _BoundaryDepth._backward_cls)
+        if follows_boundary:
             before = (*depth.saved_tensors, depth.dropout)
             g, g_o, g_before, *gradients = _boundary_backward(g_x, g_beta, g_mixed, h, *before, *values)
             depth.made = (g, g._version, g_o, g_before)

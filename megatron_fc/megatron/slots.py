@@ -239,7 +239,7 @@ class FracAdd(nn.Module):
         [norm] = self._norm
         if o.requires_grad or norm.differentiates is not None:
             return o.requires_grad or bool(norm.differentiates)
-        return training and bool(h.requires_grad or norm.connection.static_gamma.requires_grad)
+        return training and (h.requires_grad or any(p.requires_grad for p in norm.connection.parameters()))
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the layer that follows, which a copy or a pickle of this one alone would take along."""
