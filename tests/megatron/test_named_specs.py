@@ -11,6 +11,7 @@ import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import import_module
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
@@ -62,6 +63,7 @@ def build_uncalled(args: Namespace) -> torch.nn.Module:
 
 
 def build_hybrid(args: Namespace) -> torch.nn.Module:
+    destroy_moe_metrics_tracker()  # it is global and sized for the number of layers that it saw first
     config = hybrid_config_from_args(args)
     config.vocab_size = 128
     config.position_embedding_type = "rope"
