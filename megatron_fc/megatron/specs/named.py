@@ -167,7 +167,7 @@ def _layers(name: str, config: FracConfig, args: Namespace | None) -> ModuleSpec
 
 def _config_from_args() -> FracConfig:
     args = training_args()
-    if args is None or not hasattr(args, "frac_rate"):
+    if args is None or not hasattr(args, "frac_from_residual"):
         raise UserError(
             f"{_MODULE} from_args reads flags that this script does not have: let it parse its arguments with "
             f"extra_args_provider=megatron_fc.megatron.flags.add_frac_args, or name a spec, as {_MODULE} dfc_x4"
