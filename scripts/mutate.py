@@ -103,7 +103,8 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> tuple[str, ...]:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
     if done.returncode == 0:
         return ()
-    return tuple(FAILED.findall(done.stdout)[:1]) or tuple(re.findall(r"^ERROR (\S+)", done.stdout, re.MULTILINE)[:1])
+    # The last: a test that runs pytest itself prints what that said, before.
+    return tuple(FAILED.findall(done.stdout)[-1:]) or tuple(re.findall(r"^ERROR (\S+)", done.stdout, re.MULTILINE)[-1:])
 
 
 def draw(seed: str) -> None:

@@ -79,6 +79,8 @@ def test_room_is_asked_for_what_does_not_lie_there_yet(
     assert 0.5 * written < new.checkpoint_bytes < written, "a tiny model's archives have their share"
 
     folder = Path(shutil.copytree(kept, tmp_path / "damaged" / "checkpoints"))
+    (folder / "iter_0000010" / "of_an_older_release").write_bytes(b"x" * 1000)
+    assert room(config, folder.parent).checkpoint_bytes == written, "the newest tells"
     cut(folder / "iter_0000012" / SHARD)
     assert room(config, folder.parent, "keep_last=5").checkpoints == 4
 

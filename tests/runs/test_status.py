@@ -146,11 +146,13 @@ def test_torn_lines_are_left_out(tmp_path: Path) -> None:
     assert run.tokens == 7 * 1024 * 4096
 
 
-def test_the_last_validation_not_the_test_after_it(tmp_path: Path) -> None:
+def test_the_last_validation_not_the_test_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = write_log(tmp_path, 5)
     with open(log, "a") as file:
         file.write(VALIDATION.format(name="validation", loss=2.0) + VALIDATION.format(name="test", loss=3.0))
     assert read_run(tmp_path).validation == (5, 2.0)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "validation   5: 2.0000\n" in capsys.readouterr().out
 
 
 def test_without_a_line_yet_the_starts_tell(tmp_path: Path) -> None:
