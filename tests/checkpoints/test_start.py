@@ -140,6 +140,8 @@ def test_what_differs_from_the_checkpoint_is_refused_or_announced(saved: Path) -
         UserError, match=r"set global_batch_size=null step_batch_size_schedule='0:4 384:8', which says f"
     ):
         chosen(told, load=str(saved), global_batch_size=8, train_samples=100)
+    by_schedule = {"global_batch_size": 2, "train_samples": 100, "step_batch_size_schedule": "0:4 384:8"}
+    assert set(chosen(told, load=str(saved), **by_schedule)[0].changed) == {"train_samples", "step_batch_size_schedule"}
 
 
 def test_what_nobody_has_thought_of_is_announced() -> None:
