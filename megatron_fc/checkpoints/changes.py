@@ -185,6 +185,8 @@ def _refuse(checkpoint: Path, name: str, values: tuple[Any, Any], what: str, rem
 def _is_derived(name: str, now: dict[str, Any]) -> bool:
     if name in _FILLED_IN and now[name] is None:
         return True
+    if name == "global_batch_size" and now.get("step_batch_size_schedule"):
+        return True
     return name == "num_query_groups" and not now.get("group_query_attention")
 
 

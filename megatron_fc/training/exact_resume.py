@@ -1,6 +1,6 @@
-"""Repairs to Megatron while it trains, so that a resumed run goes on exactly, and with the settings it is given now.
+"""Two functions of Megatron's, wrapped so that a resumed run goes on exactly, and with the settings that it has now.
 
-Megatron 0.19 does two things otherwise, in functions that take no options. They are wrapped while it trains:
+Megatron 0.19 does two things otherwise, in functions that take no options:
 
 * Its data loaders draw their seeds from torch's generator, after that was restored from a checkpoint: with every resume
   the generator moves on, and dropout with it.

@@ -127,7 +127,7 @@ def test_what_differs_from_the_checkpoint_is_refused_or_announced(saved: Path) -
     ]
     for given, sentence in {
         ("num_layers", 5): f"num_layers: 1 in {checkpoint}, 5 here, which makes another model: give what it was",
-        ("swiglu", True): f"swiglu: False in {checkpoint}, True here, which makes another model",
+        ("rotary_base", 500): f"rotary_base: 10000 in {checkpoint}, 500 here, which makes another model",
         ("expert_model_parallel_size", 2): f"expert_model_parallel_size: 1 in {checkpoint}, 2 here",
     }.items():
         with pytest.raises(UserError, match=f"^{sentence}"):
@@ -140,6 +140,8 @@ def test_what_differs_from_the_checkpoint_is_refused_or_announced(saved: Path) -
         UserError, match=r"set global_batch_size=null step_batch_size_schedule='0:4 384:8', which says f"
     ):
         chosen(told, load=str(saved), global_batch_size=8, train_samples=100)
+    by_schedule = {"global_batch_size": 2, "train_samples": 100, "step_batch_size_schedule": "0:4 384:8"}
+    assert set(chosen(told, load=str(saved), **by_schedule)[0].changed) == {"train_samples", "step_batch_size_schedule"}
 
 
 def test_what_nobody_has_thought_of_is_announced() -> None:
@@ -245,7 +247,7 @@ def test_a_run_goes_on_with_other_rates_and_another_batch(config: Path, finished
 
     run = read_run(run_dir)
     assert (run.tokens, run.target_tokens, run.state) == (samples * 32, samples * 32, "done")
-    summary = train(config, run_dir, *SHORT, *changed, "train_iters=11", "save_interval=null")
+    summary = train(config, run_dir, *SHORT, *changed, "train_iters=11", "save_interval=100")
     assert "note: ckpt_step=8 was applied at an earlier start" in summary["printed"]
     assert events(run_dir)[4]["iteration"] == 10
     assert summary["tokens"] == (samples + 8) * 32
