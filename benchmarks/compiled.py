@@ -40,7 +40,7 @@ _DEPTH = launch.DepthInputs(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type
 _BACK = _DEPTH._replace(h=None, alpha=None, g_o=STREAM, g_beta=FP32)  # type: ignore[arg-type]
 _BIAS_DROPOUT = {"bias": STREAM, "seed": "*i64", "dropout": 0.1}
 _FORWARD = {"h": STREAM, "p": _P, "norm": _NORM, "x": STREAM, "beta": FP32, "alpha": FP32}
-_GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "g_other": None, "h": STREAM, "p": _P, "norm": _NORM}
+_GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "h": STREAM, "p": _P, "norm": _NORM}
 _BACKWARD = {**_GRADIENTS, "g_h": STREAM, "partial": _PARTIAL}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0)}),

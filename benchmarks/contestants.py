@@ -90,10 +90,10 @@ def _ours(operation: str, case: Case, backend: str, boundary: bool = True) -> Pr
     def layer() -> Sequence[Tensor]:
         x, handover = first(h, norm, hand_over=True)
         if boundary and backend == "triton":
-            h2, x2, handover2 = second(PendingDepth(o, h, handover), norm2)
+            h2, prepared = second(PendingDepth(o, h, handover), norm2)
         else:
-            h2 = first.depth(o, h, handover)
-            x2, handover2 = second(h2, norm2, hand_over=True)
+            h2, prepared = first.depth(o, h, handover), None
+        x2, handover2 = second(h2, norm2, hand_over=True, prepared=prepared)
         return x, x2, second.depth(o2, h2, handover2)
 
     def plain() -> Sequence[Tensor]:
@@ -108,7 +108,8 @@ def _ours(operation: str, case: Case, backend: str, boundary: bool = True) -> Pr
         return [first.depth(o, h, given)]
 
     def meeting() -> Sequence[Tensor]:
-        _, x, handover = second(PendingDepth(o, h, given), norm2)
+        h2, prepared = second(PendingDepth(o, h, given), norm2)
+        x, handover = second(h2, norm2, hand_over=True, prepared=prepared)
         return x, handover.beta, handover.mixed
 
     incoming = [case.g_x, case.g_beta, case.g_h]

@@ -19,27 +19,36 @@ RUNS=runs PYTHON=python IMAGE='' MOUNTS='' CHECK_PYTHON=.venv/bin/python SITE_OV
 # A run that has started this often from the same checkpoint does not start again; preempted starts do not count.
 MAX_STARTS=3
 # Seconds after which srun kills the ranks that still run when one has ended, e.g. one that hangs.
-WAIT=120
+WAIT=60
 
 # The signal that this job got. One that comes before `attempt` listens, as in a start shorter than its notice, is kept:
 # bash would end, and the job fail.
 SIGNAL=''
 [[ ! ${SLURM_JOB_ID:-} ]] || trap 'SIGNAL=USR1' USR1
 
+# The job as SLURM's commands name it: of an array this element alone.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}
+JOB=${JOB:-${SLURM_JOB_ID:-}}
+
 # What a task does: its rank comes from SLURM. With SHIFT=1 each rank of a node computes on its neighbour's GPU.
-# A signal would kill a Python that has not yet set up its handlers.
+# A signal would kill a Python that has not yet set up its handlers; one that saves nothing may be ended by TERM.
 # shellcheck disable=SC2016  # expanded in the task
-TASK='trap "" USR1 TERM; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$(((SLURM_LOCALID + SHIFT) % SLURM_NTASKS_PER_NODE)); exec "$@"'
+TASK='trap "" ${IGNORED:-USR1 TERM}; export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$(((SLURM_LOCALID + SHIFT) % SLURM_NTASKS_PER_NODE)); exec "$@"'
+# The first step of all tasks, where they come from SLURM.
+ROLL_CALL=()
 
 say() { echo "$(date +'%F %T') launch: $*"; }
 fail() { echo "launch: $*" >&2; exit 2; }
 
 # shellcheck source=launch/words.sh
 source launch/words.sh
+# shellcheck source=launch/job.sh
+source launch/job.sh
 
 launch() {
   prepare "$@"
-  START=(srun --label --kill-on-bad-exit=0 --wait="$WAIT" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(option cpus-per-task)}")
+  ROLL_CALL=(srun bash -c "$(declare -f compare); compare" task)
+  START=(srun --label --wait="$WAIT" --cpus-per-task="${SLURM_CPUS_PER_TASK:-$(option cpus-per-task)}")
   if [[ $IMAGE ]]; then
     START+=(--container-image="$IMAGE" ${MOUNTS:+--container-mounts="$MOUNTS"} --container-workdir="$PWD")
   fi
@@ -79,7 +88,7 @@ no_options() { # no_options WHY
   ((!${#OPTIONS[@]})) || fail "${OPTIONS[0]}: $1"
 }
 
-# --- on the login node ---------------------------------------------------------------------------------------------
+# --- on the login node ------------------------------------------------------------------------------------------------
 
 submit() {
   local words said placeholders=()
@@ -90,14 +99,16 @@ submit() {
     fi
     [[ ${!said-} ]] || unset "$said"
   done
+  refuse_options
   [[ $(option nodes) =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$(option nodes): give one number, the layout depends on it"
-  [[ $(gpus) == "$(option ntasks-per-node)" ]] ||
+  [[ $(gpus) == 0 || $(gpus) == "$(option ntasks-per-node)" ]] ||
     fail "--gpus-per-node=$(gpus) and --ntasks-per-node=$(option ntasks-per-node) differ: every GPU has a task, give both"
   [[ ${COMMAND[0]} != train || $(state) != 'done' ]] ||
     fail "the target is reached already; to train on, remove $RUN_DIR/state"
   # A chain's jobs wait for each other.
   [[ $(option dependency) == singleton ]] || refuse_second
-  words=(--job-name="$(basename "$RUN_DIR")" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
+  words=(--job-name="$(basename "$RUN_DIR")" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR"
+    "checked=$(option nodes)x$(option ntasks-per-node)")
   if [[ $DRY_RUN ]]; then
     show "${placeholders[@]}" sbatch "${words[@]}"
     show "${START[@]}" "${COMMAND[@]}" "${ARGS[@]}"
@@ -106,15 +117,29 @@ submit() {
   [[ ${CHECK:-} == no ]] || check
   if [[ ! $DRY_RUN ]]; then
     [[ $(state) != stuck ]] || rm "$RUN_DIR/state" "$RUN_DIR/launches"
-    said=$(sbatch "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
-    echo "$said"
-    if [[ $(option dependency) != singleton && $said =~ job\ ([0-9]+) ]]; then
-      echo "${BASH_REMATCH[1]}" >"$RUN_DIR/job"
+    if [[ $(option dependency) == singleton ]]; then
+      hand_in "${words[@]}"
+    else
+      claim "$HOSTNAME, process $$"
+      refuse_second
+      hand_in "${words[@]}"
+      [[ ! $ID ]] || echo "${ID%%;*}" >"$RUN_DIR/job"
+      release
     fi
   elif [[ ! $IS_EXAMPLE ]] && type sbatch >/dev/null 2>&1; then
     said=$(sbatch --test-only "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
     echo "$said"
   fi
+}
+
+hand_in() { # hand_in WORDS: to sbatch; sets ID, which is the job's whatever sbatch is told to print
+  local said line
+  ID=''
+  said=$(sbatch --parsable "$@" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
+  while IFS= read -r line; do
+    if [[ $line =~ ^[0-9]+(\;.*)?$ ]]; then ID=$line; else echo "$line" >&2; fi
+  done <<<"$said"
+  if [[ " ${OPTIONS[*]} " == *" --parsable "* ]]; then echo "$ID"; else echo "Submitted batch job ${ID%%;*}"; fi
 }
 
 gpus() { # per node; sbatch takes --gpus-per-node=h100:8 as well
@@ -153,109 +178,5 @@ check() { # names, values, files and layout, before a node is asked for
   fi
   ((${#files[@]})) || [[ $IS_EXAMPLE ]] ||
     echo "note: MOUNTS gives folders other names, so data are looked for in the job only" >&2
-  "$python" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(gpus)" "${files[@]}"
-}
-
-# --- in the job ----------------------------------------------------------------------------------------------------
-
-job() {
-  say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST, run_dir=$RUN_DIR"
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-  MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that outgoing connections take
-  export MASTER_ADDR MASTER_PORT
-  attempt && exit 0
-  trap '' USR1 TERM # requeueing sends TERM
-  if [[ $SIGNAL == TERM ]]; then
-    say "cancelled, not requeued; where SLURM itself requeues, after a preemption, it does that now"
-    exit 143
-  fi
-  local said
-  if said=$(scontrol requeue "$SLURM_JOB_ID" 2>&1) || [[ $said == *pending* ]]; then # SLURM may have been faster
-    say "requeued"
-    exit 0
-  fi
-  say "SLURM does not requeue this job ($said): submit the same command again"
-  [[ $SIGNAL ]] || exit 75
-}
-
-attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it cannot
-  CODE=0 STEP=''
-  mkdir -p "$RUN_DIR"
-  refuse_second
-  [[ ! ${SLURM_JOB_ID:-} ]] || echo "$SLURM_JOB_ID" >"$RUN_DIR/job"
-  case $(state) in
-    done) say "the target is reached already; to train on, remove $RUN_DIR/state"; return 0 ;;
-    stuck) say "stopped earlier as stuck; to try again, remove $RUN_DIR/state and $RUN_DIR/launches"; exit 3 ;;
-  esac
-  guard
-  # After a start that ended with 16, Megatron wants the same step on another GPU.
-  export SHIFT
-  SHIFT=$(cat "$RUN_DIR/shift" 2>/dev/null || echo 0)
-  trap 'pass_on USR1' USR1
-  trap 'pass_on TERM' TERM
-  [[ $SIGNAL ]] || step preflight
-  [[ $CODE != 0 || $SIGNAL ]] || step "${COMMAND[@]}"
-  if [[ $CODE == 16 ]]; then echo $((SHIFT + 1)) >"$RUN_DIR/shift"; else rm -f "$RUN_DIR/shift"; fi
-  # Before a preemption SLURM sends TERM to the ranks alone, which save and end.
-  if [[ $CODE:$SIGNAL == 0: && $(tail -n1 "$RUN_DIR/starts.jsonl" 2>/dev/null) == *'"reason": "signal TERM"'* ]]; then preempted; fi
-  case $CODE:$(state) in
-    0:done) say "the target is reached"; return 0 ;;
-    2:*) stuck "the input is wrong, or a checkpoint cannot be read or written (exit code 2)" ;;
-    17:*) stuck "a loss was NaN or infinite (exit code 17), the end of $RUN_DIR/starts.jsonl says where" ;;
-  esac
-  say "ended with code $CODE${SIGNAL:+ after $SIGNAL}, not at the target"
-  return 1
-}
-
-state() { cat "$RUN_DIR/state" 2>/dev/null || true; } # done, continue or stuck
-
-refuse_second() { # two jobs would write into the same folder
-  local other
-  other=$(cat "$RUN_DIR/job" 2>/dev/null) || return 0
-  [[ $other == "${SLURM_JOB_ID:-}" || ! $(squeue -h -j "$other" -t PENDING,RUNNING,SUSPENDED 2>/dev/null) ]] ||
-    fail "job $other has run_dir=$RUN_DIR: scancel $other, wait for it, or choose another run_dir"
-}
-
-guard() { # stop when the last starts all began where this one would begin
-  local from
-  from=$(cat "$RUN_DIR/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null || echo 0)
-  echo "$from" >>"$RUN_DIR/launches"
-  (($(uniq -c "$RUN_DIR/launches" | tail -n1 | awk '{print $1}') <= MAX_STARTS)) ||
-    stuck "the last $MAX_STARTS starts began at iteration $from and left no newer checkpoint"
-}
-
-stuck() {
-  echo stuck >"$RUN_DIR/state" || true # the disk may be full
-  say "stuck: $1; see above and $RUN_DIR/logs, and start again when it is repaired"
-  exit 3
-}
-
-step() { # step COMMAND ...: one task per GPU; sets CODE, the highest exit code among them
-  "${START[@]}" "$@" "${ARGS[@]}" &
-  STEP=$!
-  while # a trap interrupts wait
-    wait "$STEP" && CODE=0 || CODE=$?
-    kill -0 "$STEP" 2>/dev/null
-  do :; done
-  STEP=''
-}
-
-preempted() { echo preempted >>"$RUN_DIR/launches"; } # such a start has not failed
-
-pass_on() { # the ranks save and end; those that do not listen yet are told again, those that never do are ended
-  say "got $1: the ranks save and end"
-  SIGNAL=$1
-  [[ $SIGNAL != TERM ]] || preempted # or cancelled
-  [[ $STEP ]] || return 0
-  local said=USR1 last_call=$((SECONDS + $(time_left) - 60))
-  while kill -"$said" "$STEP" 2>/dev/null; do # srun ends the ranks at TERM
-    sleep 20
-    ((SECONDS < last_call)) || { [[ $said == TERM ]] && said=KILL || said=TERM; }
-  done &
-}
-
-time_left() { # seconds to the job's time limit, or else a year
-  local end
-  end=$(scontrol show job "${SLURM_JOB_ID:-none}" 2>/dev/null | sed -n 's/.* EndTime=\([-0-9T:]*\).*/\1/p')
-  if [[ $end ]]; then echo $(($(date -d "$end" +%s) - $(date +%s))); else echo 31536000; fi
+  "$python" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option ntasks-per-node)" "${files[@]}"
 }

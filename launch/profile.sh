@@ -48,7 +48,8 @@ attempt() { # in place of a training's: each run once, and a report in any case
   local run_dir=$RUN_DIR twin=$RUN_DIR/residual
   trap cut USR1 TERM
   [[ ! $SIGNAL ]] || { say "the time limit is near before anything is counted: give more --time"; exit 75; }
-  step preflight
+  roll_call
+  [[ $CODE != 0 ]] || step preflight
   [[ $CODE == 0 ]] || exit "$CODE"
   if [[ $TWIN == yes ]]; then
     ARGS+=(connection=residual "run_dir=$twin")

@@ -9,9 +9,9 @@
 NO_VALUE=" contiguous exclusive get-user-env hold ignore-pbs nice no-kill no-requeue overcommit oversubscribe parsable \
 propagate quiet reboot requeue share spread-job stepmgr test-only use-min-nodes verbose version wait "
 
-read_words() { # sets DRY_RUN, OPTIONS (sbatch's, as --name=value), WORDS (overrides) and, where one is given, RUN_DIR
+read_words() { # sets DRY_RUN, OPTIONS (sbatch's, as --name=value), WORDS (overrides), RUN_DIR and CHECKED, if given
   local word name value
-  DRY_RUN='' OPTIONS=() WORDS=() RUN_DIR=''
+  DRY_RUN='' OPTIONS=() WORDS=() RUN_DIR='' CHECKED=''
   while (($#)); do
     word=$1 && shift
     case $word in
@@ -25,7 +25,8 @@ read_words() { # sets DRY_RUN, OPTIONS (sbatch's, as --name=value), WORDS (overr
         fail "$word would hold for every start: write ${word#*=} into run_dir's" \
           "checkpoints/latest_checkpointed_iteration.txt instead"
         ;;
-      run_dir=* | *.run_dir=*) RUN_DIR=${word#*=} && continue ;;
+      run_dir=* | *.run_dir=*) RUN_DIR=${word#*=} RUN_DIR=${RUN_DIR/#"~/"/"$HOME/"} && continue ;;
+      checked=*) CHECKED=${word#*=} && continue ;; # nodes x tasks, which `submit` tells the job
       *=*) WORDS+=("$word") && continue ;;
       *) fail "'$word' is neither an option of sbatch (--nodes 8) nor an override (key=value)" ;;
     esac
@@ -53,9 +54,44 @@ long_name() { # sets LONG to the name of sbatch's option -$1
   esac
 }
 
-option() { # option NAME: the value given to sbatch, else that of the script's #SBATCH line
+# What the scripts read, or refuse, has to be written out: sbatch takes --gpus-per-n, too.
+WRITTEN_OUT="nodes ntasks-per-node gpus-per-node gpus-per-task gpus-per-socket ntasks-per-gpu gres tres-per-task \
+cpus-per-task array signal output dependency job-name wait wrap"
+
+refuse_options() { # those that change the number of ranks or GPUs, or what the script rests on; sbatch's variables, too
+  local word name known
+  for word in "${OPTIONS[@]}"; do
+    name=${word#--} && name=${name%%=*}
+    for known in $WRITTEN_OUT; do
+      [[ $known != "$name"?* || $name == gpus || $name == ntasks ]] || fail "$word: write --$known out"
+    done
+    refuse_option "$name" "${word#*=}" "$word"
+  done
+  for name in gpus gpus-per-task gres array-inx signal wait; do
+    word=SBATCH_${name^^} && word=${word//-/_}
+    [[ ! ${!word:-} ]] || refuse_option "${name%-inx}" "${!word}" "$word=${!word}"
+  done
+}
+
+refuse_option() { # refuse_option NAME VALUE AS_GIVEN
+  local tasks="the layout depends on the number of tasks and GPUs: give --nodes, --ntasks-per-node and --gpus-per-node"
+  case $1 in
+    gres | tres-per-task) [[ $2 != *gpu* ]] || fail "$3: $tasks" ;;
+    gpus | gpus-per-task | gpus-per-socket | ntasks | ntasks-per-gpu) fail "$3: $tasks" ;;
+    array) fail "$3: its jobs would share run_dir: launch/chain.sh N SCRIPT ..., or one command for each run" ;;
+    signal) [[ $2 =~ ^R?B:(SIG)?USR1(@[0-9]+)?$ ]] || fail "$3: the script listens for B:USR1@SECONDS" ;;
+    wait) fail "$3: sbatch would return at the end of the job, which is written down before: leave it out" ;;
+    wrap) fail "$3: the script is what is submitted: leave it out" ;;
+  esac
+}
+
+option() { # option NAME: the value given to sbatch, else in its variable, else that of the script's #SBATCH line
   local word value
   value=$(sed -n "s/^#SBATCH --$1=//p" "$0")
+  case $1 in
+    gpus-per-node) value=${SBATCH_GPUS_PER_NODE:-$value} ;;
+    output) value=${SBATCH_OUTPUT:-$value} ;;
+  esac
   for word in "${OPTIONS[@]}"; do [[ $word == "--$1="* ]] && value=${word#*=}; done
   echo "$value"
 }

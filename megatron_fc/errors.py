@@ -1,4 +1,4 @@
-"""The error of a wrong input: one sentence that names the field, the value and the remedy."""
+"""Errors that are one sentence for the user: a wrong input, with field, value and remedy; a node at fault."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,18 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Wrong input. Its message is all that the user sees; commands end with exit code 2."""
+
+
+class NodeError(Exception):
+    """A node or the network is at fault: the same may work elsewhere or later. Commands end with exit code 75.
+
+    Attributes:
+        seen_by_all: all ranks raise it, with the same words.
+    """
+
+    def __init__(self, text: str, seen_by_all: bool = False) -> None:
+        super().__init__(text)
+        self.seen_by_all = seen_by_all
 
 
 def unknown(what: str, name: str, valid: Iterable[str]) -> str:

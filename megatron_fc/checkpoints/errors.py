@@ -1,6 +1,5 @@
 """Errors of Megatron's while it loads or writes a checkpoint, as one sentence that names the remedy."""
 
-import os
 import traceback
 from argparse import Namespace
 from collections.abc import Iterator
@@ -9,9 +8,11 @@ from pathlib import Path
 from textwrap import shorten
 
 from megatron_fc.callbacks import Callback
+from megatron_fc.checkpoints.changes import changes, described, stored_args
 from megatron_fc.checkpoints.integrity import way_on
 from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.errors import UserError
+from megatron_fc.runs.writable import failure_to_write
 
 _WRITING = {"save_checkpoint", "maybe_finalize_async_save"}  # Megatron's functions
 
@@ -54,7 +55,7 @@ def named(error: BaseException, args: Namespace) -> BaseException:
     passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if "load_checkpoint" in passed:
         sentence = _cannot_load(args, cause_of(error))
-    elif passed & _WRITING and (failure := _failure_to_write(Path(args.save))):
+    elif passed & _WRITING and (failure := failure_to_write(Path(args.save))):
         sentence = _cannot_write(args, failure)
     else:
         return error
@@ -74,26 +75,16 @@ def cause_of(error: BaseException) -> str:
 def _cannot_load(args: Namespace, said: str) -> str:
     checkpoint = latest_checkpoint(Path(args.load), args.ckpt_step)
     assert checkpoint is not None, "Megatron loads it"
+    if changed := changes(stored_args(checkpoint), args):
+        return (
+            f"Megatron cannot load {checkpoint}, {said}: changed since it was written: {described(changed)}; give what "
+            f"it was written with, or begin a run of its own, no_load_optim=true load={checkpoint.parent} and another "
+            f"run_dir; if that is not why, {way_on(checkpoint)}"
+        )
     return (
         f"Megatron cannot load {checkpoint}, {said}: give the config of the run that wrote it; if this is that "
         f"config, {way_on(checkpoint)}"
     )
-
-
-def _failure_to_write(folder: Path) -> OSError | None:
-    """What the system says to a write of one MiB: of its writers' errors Megatron keeps no more than the name."""
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        with open(probe, "wb") as file:
-            file.write(bytes(1 << 20))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error
-    finally:
-        with suppress(OSError):
-            probe.unlink()
-    return None
 
 
 def _cannot_write(args: Namespace, failure: OSError) -> str:

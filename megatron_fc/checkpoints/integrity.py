@@ -6,6 +6,7 @@ torch.save with a checksum for each record. torch.load does not compare them: a 
 
 import io
 import json
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from megatron_fc.errors import UserError
 
 INDEX = ".metadata"
+_NAME = re.compile(r"iter_[0-9]{7,}")
 _FORMAT = "metadata.json"  # Megatron's note that the folder is a torch_dist checkpoint
 _COMMON = "common_state"  # what is no tensor; it is read before a model is built
 
@@ -56,9 +58,19 @@ def refuse_corrupt(checkpoint: Path) -> None:
         raise UserError(f"{damages[0]}: {way_on(checkpoint)}")
 
 
+def iteration_folders(folder: Path) -> list[Path]:
+    """Return the folders below `folder` that Megatron named after an iteration, the newest first.
+
+    Copies that people make (`iter_0000005.bak`), files and other names are no checkpoints of the run.
+    """
+    found = [path for path in folder.glob("iter_*") if _NAME.fullmatch(path.name)]
+    named = (path for path in found if path.name == f"iter_{step_of(path):07d}" and path.is_dir())
+    return sorted(named, key=step_of, reverse=True)
+
+
 def intact_checkpoints(folder: Path) -> list[Path]:
     """Return the folders of the complete `torch_dist` checkpoints below `folder`, the newest first."""
-    return [path for path in sorted(folder.glob("iter_*"), reverse=True) if is_complete(path)]
+    return [path for path in iteration_folders(folder) if is_complete(path)]
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fc.callbacks import Callback
-from megatron_fc.checkpoints.integrity import INDEX, is_complete, step_of
+from megatron_fc.checkpoints.integrity import INDEX, is_complete, iteration_folders, step_of
 from megatron_fc.checkpoints.location import newest_checkpoint
 from megatron_fc.errors import UserError
 from megatron_fc.runs.rank_log import is_log_rank
@@ -52,10 +52,10 @@ class Retention:
         """Return what may go from a folder of checkpoints.
 
         Args:
-            folder: with iter_ folders.
+            folder: of checkpoints.
             newest: iteration of the newest finished checkpoint; what is newer may be being written.
         """
-        checkpoints = sorted((path for path in folder.glob("iter_*") if step_of(path) <= newest), reverse=True)
+        checkpoints = [path for path in iteration_folders(folder) if step_of(path) <= newest]
         complete = 0
         for at, checkpoint in enumerate(checkpoints):
             complete += is_complete(checkpoint)

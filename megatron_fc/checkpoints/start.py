@@ -3,13 +3,22 @@
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_fc.callbacks import Callback
+from megatron_fc.checkpoints.changes import (
+    Changes,
+    announced,
+    changes,
+    refuse_changes,
+    refuse_other_batch,
+    refuse_other_vocabulary,
+    stored_args,
+)
 from megatron_fc.checkpoints.integrity import INDEX, intact_checkpoints, refuse_corrupt, refuse_damaged, step_of
 from megatron_fc.checkpoints.location import (
     TRACKER,
@@ -23,6 +32,7 @@ from megatron_fc.checkpoints.structure import has_optimizer, refuse_missing_opti
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
+from megatron_fc.runs.start_record import read_events
 
 ON_DAMAGE = ("refuse", "previous")
 
@@ -38,6 +48,9 @@ class Start:
         is_pinned: the user has set that step, and no other may be taken.
         iteration, consumed_samples: that the run goes on from.
         anew: take the weights of the checkpoint alone (`finetune`).
+        fresh_optimizer, fresh_random: leave its optimizer's or its random state (`no_load_optim`, `no_load_rng`).
+        given_step: `ckpt_step` as the command has it, be it that it was applied at an earlier start.
+        changed: settings that differ from those that the checkpoint was written with.
         plain: checkpoint without connections, of which `checkpoint` is yet to be made.
     """
 
@@ -48,12 +61,17 @@ class Start:
     iteration: int = 0
     consumed_samples: int = 0
     anew: bool = False
+    fresh_optimizer: bool = False
+    fresh_random: bool = False
+    given_step: int | None = None
+    changed: Changes = field(default_factory=dict)
     plain: Path | None = None
 
     def apply(self, args: Namespace) -> None:
         """Tell Megatron: nothing else changes what its arguments say of the start."""
         args.load = None if self.folder is None else str(self.folder)
         args.ckpt_step, args.finetune = self.step, self.anew
+        args.no_load_optim, args.no_load_rng = self.fresh_optimizer, self.fresh_random
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,8 @@ class StartOptions:
 def choose_start(args: Namespace, options: StartOptions) -> Start:
     """Choose the checkpoint that a run starts from, by its files; nothing is written.
 
-    Where a run has checkpoints of its own it goes on from them: `load` and `finetune` say how it began.
+    Where a run has checkpoints of its own it goes on from them: `load`, `finetune`, `no_load_optim`, `no_load_rng` and
+    `ckpt_step` say how it began, or once went on, and are not applied again.
 
     Args:
         args: Megatron's, validated.
@@ -85,10 +104,11 @@ def choose_start(args: Namespace, options: StartOptions) -> Start:
     Raises:
         UserError: the checkpoint is damaged, missing, or not that of this run, and no other may be taken.
     """
+    _refuse_at_every_start(args)
     if args.frac_from_residual:
         return _upcycling(args, options)
     if not args.load:
-        return Start(anew=args.finetune)
+        return _as_given(args)
     load, step = Path(args.load), args.ckpt_step
     if args.save and load != Path(args.save) and has_checkpoints(Path(args.save)):
         options.tell(f"note: this run goes on from {args.save}; load={load} was where it began")
@@ -118,6 +138,8 @@ class StartCallback(Callback):
         elif self.start.checkpoint is not None:
             self.start = self._with_intact_content(args)
             self.start.apply(args)
+        if self.start.checkpoint is not None and not self.start.anew:
+            refuse_other_vocabulary(self.start.checkpoint, args)
         return chunks
 
     def _upcycle(self, args: Namespace, chunks: list[Any]) -> None:
@@ -130,7 +152,7 @@ class StartCallback(Callback):
         assert frac is not None
         try:
             refuse_corrupt(start.plain)
-            with_optimizer = not (args.no_load_optim or start.anew)
+            with_optimizer = not (start.fresh_optimizer or start.anew)
             said = upcycle(chunks, start.plain, start.folder, frac, with_optimizer=with_optimizer)
         except UserError:
             if self._is_new_run:
@@ -150,7 +172,8 @@ class StartCallback(Callback):
                 assert start.folder is not None
                 older = _before(start.folder, start.checkpoint, error, falls_back, self._options.tell)
                 start = _start_at(start, older, args)
-        if falls_back and start.step is not None:
+        is_own = args.save is not None and start.folder == Path(args.save)
+        if start.step is not None and (falls_back or (start.is_pinned and is_own)):
             return _as_newest(start)
         return start
 
@@ -170,12 +193,45 @@ def _upcycling(args: Namespace, options: StartOptions) -> Start:
     refuse_state(plain, "upcycle the checkpoint that it was made of, and quantise the result")
     refuse_connected(plain)
     refuse_existing(own)
-    start = Start(own, anew=args.finetune, plain=plain)
-    return replace(_start_at(start, plain, args), checkpoint=own / plain.name, step=None)
+    start = replace(_as_given(args), folder=own, plain=plain)
+    found = _start_at(start, plain, args)
+    _tell_changes(found, plain, args, options.tell)
+    return replace(found, checkpoint=own / plain.name, step=None)
+
+
+def _refuse_at_every_start(args: Namespace) -> None:
+    """Check that nothing is set that would send a run back at every start, past what is checked here."""
+    if getattr(args, "override_ckpt_iteration", None) is not None:
+        raise UserError(
+            f"override_ckpt_iteration={args.override_ckpt_iteration} would hold for every start: set finetune=true "
+            f"with load and another run_dir to count from 0, or ckpt_step to go on from an older checkpoint"
+        )
+    if getattr(args, "pretrained_checkpoint", None):
+        raise UserError(
+            f"pretrained_checkpoint={args.pretrained_checkpoint} is what load and finetune say: set "
+            f"load={args.pretrained_checkpoint} finetune=true"
+        )
+
+
+def _as_given(args: Namespace) -> Start:
+    """A start without a checkpoint, with the options of its beginning as the command gives them."""
+    return Start(
+        anew=args.finetune,
+        fresh_optimizer=bool(args.no_load_optim),
+        fresh_random=bool(args.no_load_rng),
+        given_step=args.ckpt_step,
+    )
 
 
 def _chosen(load: Path, step: int | None, args: Namespace, options: StartOptions) -> Start:
     """The newest checkpoint below `load` whose files are complete, or that of iteration `step`."""
+    is_own = args.save is not None and load == Path(args.save)
+    if step is not None and is_own and _was_applied(step, options.run_dir):
+        options.tell(
+            f"note: ckpt_step={step} was applied at an earlier start; to go back once more, write {step} into "
+            f"{load / TRACKER}"
+        )
+        step = None
     checkpoint, newest = None, True
     try:
         checkpoint = latest_checkpoint(load, step)
@@ -184,17 +240,51 @@ def _chosen(load: Path, step: int | None, args: Namespace, options: StartOptions
     except UserError as error:
         falls_back = options.on_damage == "previous" and step is None
         checkpoint, newest = _before(load, checkpoint, error, falls_back, options.tell), False
-    start = Start(load, step=step, is_pinned=step is not None, anew=args.finetune)
+    start = replace(_as_given(args), folder=load, step=step, is_pinned=step is not None)
     if checkpoint is None:
         return start
     refuse_other_connection(checkpoint, options.frac, args.hidden_size)
-    if start.anew and args.save and load == Path(args.save) and has_optimizer(checkpoint):
-        options.tell(f"note: this run goes on from {checkpoint}; finetune=true was for its beginning")
-        start = replace(start, anew=False)
-    if not (start.anew or args.no_load_optim):
+    if is_own:
+        start = _going_on(start, checkpoint, options.tell)
+    if not (start.anew or start.fresh_optimizer):
         refuse_missing_optimizer(checkpoint)
     found = _start_at(start, checkpoint, args)
+    _tell_changes(found, checkpoint, args, options.tell)
     return replace(found, step=step) if newest else found
+
+
+def _was_applied(step: int, run_dir: Path) -> bool:
+    """Whether the last start of a run was given this `ckpt_step`: what came after it is the run's newest."""
+    starts = [event for event in read_events(run_dir)[0] if event.get("event") == "start"]
+    return bool(starts) and starts[-1].get("ckpt_step") == step
+
+
+def _going_on(start: Start, checkpoint: Path, tell: Callable[[str], None]) -> Start:
+    """The same start from a checkpoint that the run itself has written: with all that this holds."""
+    stored = stored_args(checkpoint)
+    dropped = []
+    if has_optimizer(checkpoint):
+        dropped += ["finetune"] * start.anew + ["no_load_optim"] * start.fresh_optimizer
+        start = replace(start, anew=False, fresh_optimizer=False)
+    if not getattr(stored, "no_save_rng", False) and not start.anew:
+        dropped += ["no_load_rng"] * start.fresh_random
+        start = replace(start, fresh_random=False)
+    if dropped:
+        named = " and ".join(f"{name}=true" for name in dropped)
+        tell(f"note: this run goes on from {checkpoint}; {named} was for its beginning")
+    return start
+
+
+def _tell_changes(start: Start, checkpoint: Path, args: Namespace, tell: Callable[[str], None]) -> None:
+    """Refuse, or announce, what the run changes of a checkpoint's settings; one that begins anew may change all."""
+    if start.anew:
+        return
+    refuse_changes(checkpoint, start.changed, fresh_optimizer=start.fresh_optimizer)
+    refuse_other_batch(checkpoint, start.changed, args)
+    for line in announced(checkpoint, start.changed):
+        tell(line)
+    if start.fresh_optimizer:
+        tell(f"note: the optimizer of {checkpoint} is left: its state is new, and the learning rate warms up again")
 
 
 def _before(
@@ -232,4 +322,5 @@ def _start_at(start: Start, checkpoint: Path, args: Namespace) -> Start:
         return replace(start, iteration=step_of(checkpoint), consumed_samples=samples)
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     samples = int(common["args"].consumed_train_samples)
-    return replace(start, iteration=int(common["iteration"]), consumed_samples=samples)
+    changed = changes(common["args"], args)
+    return replace(start, iteration=int(common["iteration"]), consumed_samples=samples, changed=changed)

@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from megatron_fc.checkpoints.derive import derive_checkpoint
-from megatron_fc.checkpoints.structure import describe_structure, stored_structure
 from megatron_fc.connections import kinds
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import store_frac_config
+from megatron_fc.megatron.stored_connections import describe_structure, stored_structure
 
 _STATE = "optimizer.state."
 # Names of the half-precision and of the distributed optimizer for a parameter's fp32 copy.

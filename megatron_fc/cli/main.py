@@ -4,9 +4,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from megatron_fc.cli import COMMANDS
-from megatron_fc.errors import UserError
+from megatron_fc.errors import NodeError, UserError
 from megatron_fc.extras import remedy
 
 
@@ -24,18 +26,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if behind:
         args.overrides += behind
     args.command_line, args.megatron_flags = words, extra
+    for name, value in vars(args).items():
+        setattr(args, name, _at_home(value))
     _quieten()
     try:
         return int(args.run(args))
     except UserError as error:
         print(f"megatron-fc: {error}", file=sys.stderr)
         return 2
+    except NodeError as error:
+        print(f"megatron-fc: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except ModuleNotFoundError as error:
         if (missing := remedy(error)) is None:
             raise
         print(f"megatron-fc: {args.command} needs {missing}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        print(f"megatron-fc: {interrupt or 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -44,6 +52,13 @@ def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
         return words, []
     at = words.index("--")
     return words[:at], words[at + 1 :]
+
+
+def _at_home(value: Any) -> Any:
+    """A path completed where it begins with ~, which a shell leaves alone behind the = of an option."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 def _parser() -> argparse.ArgumentParser:

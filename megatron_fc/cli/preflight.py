@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from megatron_fc.cli.parsing import Commands
-from megatron_fc.errors import UserError
+from megatron_fc.errors import NodeError, UserError
 
 
 def add(commands: Commands) -> None:
@@ -22,7 +22,6 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from megatron_fc.preflight.nodes import Requirements, preflight
-    from megatron_fc.preflight.rendezvous import NodeError
 
     def read_requirements() -> Requirements:
         from megatron_fc.training import cpu_lane

@@ -58,6 +58,7 @@ def train_recipe(recipe: "Recipe", brief: bool = False, callbacks: "Sequence[Cal
             "family": recipe.family,
             "parameters": trained.parameters.total,
             "frac_parameters": trained.parameters.frac,
+            "tokens": trained.tokens,
             "tokens_per_iteration": trained.tokens_per_iteration,
             "peak_memory_bytes": trained.peak_memory_bytes,
             "seconds": round(trained.seconds, 1),

@@ -19,9 +19,10 @@ from megatron_fc.checkpoints.errors import cause_of
 from megatron_fc.checkpoints.integrity import refuse_corrupt
 from megatron_fc.checkpoints.location import find_checkpoint
 from megatron_fc.checkpoints.modelopt_state import refuse_state, require_modelopt
-from megatron_fc.checkpoints.structure import refuse_other_connection, stored_structure
+from megatron_fc.checkpoints.structure import refuse_other_connection
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
+from megatron_fc.megatron.stored_connections import stored_structure
 from megatron_fc.training.batches import next_token_loss
 from megatron_fc.training.recipe import Recipe, load_recipe
 from megatron_fc.training.setup import build, join_world, parse

@@ -5,7 +5,7 @@ sub-layer's input and output [..., d] with d = m*c. `eager_per_slot` and `eager_
 Coefficients, mixing and gradients are computed in fp32, or in fp64 for an fp64 stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -17,6 +17,8 @@ from megatron_fc.connections import eager_on_manifold, eager_per_slot
 from megatron_fc.connections.operands import ManifoldOperands, Operands
 
 AnyOperands = Operands | ManifoldOperands
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def _as_written[**Arguments, Result](function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -54,7 +56,7 @@ def width_forward(h: Tensor, p: AnyOperands, want_x: bool = True) -> tuple[Tenso
     s, p = _slots(h, n), _in_fp32(p, h)
     table, _ = _of(p).coefficients(s, p)
     beta, gamma, alpha = table.split((1, m, n))
-    x = _mix(gamma.transpose(0, 1), s).view(*h.shape[:-1], m * s.shape[2]).to(h.dtype) if want_x else None
+    x = _shaped(_mix(gamma.transpose(0, 1), s), (*h.shape[:-1], m * s.shape[2]), h) if want_x else None
     # A copy, since beta is kept for backward and would keep all coefficients with it.
     return x, beta[0].clone(), alpha.permute(1, 2, 0).reshape(s.shape[0], n * n)
 
@@ -112,7 +114,7 @@ def depth_forward(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:
     mixed = _mix(alpha.view(tokens, n, n).transpose(1, 2), s)
     turns, m, c = _turns(s, o)
     mixed.view(tokens, turns, m, c).addcmul_(beta.view(tokens, turns, m, 1), o.reshape(tokens, 1, m, c))
-    return mixed.view(h.shape).to(h.dtype)
+    return _shaped(mixed, h.shape, h)
 
 
 @_as_written
@@ -181,6 +183,11 @@ def _slots(stream: Tensor, count: int) -> Tensor:
     """[..., n*c] -> [T, n, c], upcast to at least fp32."""
     s = stream.reshape(-1, count, stream.shape[-1] // count)
     return s if s.dtype.itemsize >= torch.float32.itemsize else s.float()
+
+
+def _shaped(rows: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Rows of slots in another shape, in the dtype of a stream; no view to autograd, which forbids to write to one."""
+    return _unsafe_view(rows, shape).to(like.dtype)
 
 
 def _in_fp32[Site: AnyOperands](p: Site, h: Tensor) -> Site:

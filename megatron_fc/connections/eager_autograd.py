@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_fc.connections import eager
 from megatron_fc.connections.handover import Handover, without_storage
 from megatron_fc.connections.on_manifold import ManifoldParameters
+from megatron_fc.connections.once import differentiated_once
 from megatron_fc.connections.operands import ManifoldOperands, Operands
 from megatron_fc.connections.per_slot import PerSlotParameters
 
@@ -44,6 +45,7 @@ def _width_of(kind: Any, parameters: int) -> Callable[..., tuple[Tensor, ...]]:
             return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
 
         @staticmethod
+        @differentiated_once
         def backward(
             ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, _: Tensor | None, g_mixed: Tensor | None
         ) -> tuple[Tensor | None, ...]:
@@ -74,6 +76,7 @@ class _Depth(torch.autograd.Function):
         return eager.depth_forward(o, h, beta, alpha)
 
     @staticmethod
+    @differentiated_once
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         o, beta = ctx.saved_tensors
         g_o, g_beta = eager.depth_backward(g, o, beta)

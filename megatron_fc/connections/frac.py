@@ -12,6 +12,7 @@ from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.handover import Handover
 from megatron_fc.connections.norm import NormWeights, norm_weights
 from megatron_fc.connections.operands import Operands
+from megatron_fc.connections.ops import Prepared
 from megatron_fc.connections.per_slot import PerSlotParameters, set_initial_values
 from megatron_fc.connections.recompute import recomputed
 from megatron_fc.connections.site import Site, biased, check_dropout
@@ -63,13 +64,14 @@ class FracConnection(Site):
 
     def operands(self) -> Operands:
         """Return the site as the operations take it."""
-        return Operands.of(self.site_parameters(), self.config)
+        return Operands.of(self.uncast(self.site_parameters()), self.config)
 
     def forward(
         self,
         h: "Tensor | PendingDepth",
         norm: Callable[[Tensor], Tensor] | None = None,
         hand_over: bool = False,
+        prepared: Prepared | None = None,
     ) -> Any:
         """Width connection: residual stream [..., d] -> sub-layer input [..., d].
 
@@ -81,43 +83,49 @@ class FracConnection(Site):
             norm: the sub-layer's norm, applied to the result: in the same pass where it hands out its weights and a
                 kernel can apply them, else called; with `recompute` its input is not kept for backward.
             hand_over: also return what `depth` can take over instead of looking at h again.
+            prepared: what a `PendingDepth` that made h has prepared.
 
         Returns:
-            x; with `hand_over` (x, handover); for a `PendingDepth` (h, x, handover).
+            x; with `hand_over` (x, handover); for a `PendingDepth` (h, prepared).
 
         Raises:
-            UserError: the last dimension is not the hidden size or not contiguous, or the backend cannot run.
+            UserError: the last dimension is not the hidden size or not contiguous, a parameter has 16 bits, or the
+                backend cannot run.
         """
         if isinstance(h, PendingDepth):
             return self._boundary(h, norm)
         self._check_stream(h)
         backend = choose_backend(self.config, h)
-        weights = norm_weights(norm) if backend == "triton" else None
+        weights = norm_weights(norm, h) if backend == "triton" else None
         behind = norm if weights is None else None
 
-        def width(h: Tensor) -> tuple[Tensor, Handover]:
-            x, handover = self._width(h, backend, weights)
+        def width(h: Tensor, prepared: Prepared | None = None) -> tuple[Tensor, Handover]:
+            x, handover = self._width(h, backend, weights, prepared)
             return x if behind is None else behind(x), handover
 
-        x, handover = recomputed(width, h) if self.config.recompute else width(h)
+        x, handover = recomputed(width, h) if self.config.recompute else width(h, prepared)
         return (x, handover) if hand_over else x
 
     def _width(
-        self, h: Tensor, backend: str, norm: NormWeights | None = None, want_x: bool = True
+        self,
+        h: Tensor,
+        backend: str,
+        norm: NormWeights | None = None,
+        prepared: Prepared | None = None,
+        want_x: bool = True,
     ) -> tuple[Tensor, Handover]:
-        if backend == "triton":
-            return ops.frac_width(h, self.operands(), norm, want_x)
-        return eager_autograd.width(h, self.operands(), want_x)
+        p = self.operands()
+        if backend == "torch":
+            return eager_autograd.width(h, p, want_x)
+        made = None if prepared is None else ops.frac_prepared_width(h, prepared, p, norm)
+        return ops.frac_width(h, p, norm, want_x) if made is None else made
 
-    def _boundary(
-        self, pending: "PendingDepth", norm: Callable[[Tensor], Tensor] | None
-    ) -> tuple[Tensor, Tensor, Handover]:
+    def _boundary(self, pending: "PendingDepth", norm: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Prepared]:
         o, h, handover, bias, dropout = pending
         self._check_stream(h)
         self._check_output(o, h)
-        weights, seed = norm_weights(norm), dropout_seed(h, dropout)
-        h, x, following = ops.frac_boundary(o, h, handover, bias, seed, dropout, self.operands(), weights)
-        return h, x if norm is None or weights is not None else norm(x), following
+        weights, seed = norm_weights(norm, h), dropout_seed(h, dropout)
+        return ops.frac_boundary(o, h, handover, bias, seed, dropout, self.operands(), weights)
 
     def depth(
         self,

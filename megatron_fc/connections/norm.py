@@ -2,7 +2,10 @@
 
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
+
+from megatron_fc.connections.observers import observed
 
 NormKind = Literal["rmsnorm", "layernorm"]
 
@@ -34,11 +37,34 @@ class HandsOutWeights:
     def forward(self, x: Any = None) -> Any:
         return _read(self) if x is None else super().forward(x)  # type: ignore[misc]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickles and copies: the class is made at run time (`handing_out`), so they make it anew."""
+        return _blank, (type(self).__bases__[1],), self.__dict__
 
-def norm_weights(norm: Any) -> NormWeights | None:
-    """Return the weights of a norm, None where the kernels cannot apply it."""
+
+def handing_out(norm: Any) -> Any:
+    """The class of a norm with `HandsOutWeights`, under the same name."""
+    return type(norm.__name__, (HandsOutWeights, norm), {})
+
+
+def _blank(norm: type) -> Any:
+    kind = handing_out(norm)
+    return kind.__new__(kind)
+
+
+def norm_weights(norm: Any, stream: Tensor) -> NormWeights | None:
+    """Return the weights of a norm, None where the kernels cannot apply it as it would itself.
+
+    They return the stream's dtype. A norm in another dtype, or any under autocast, decides for itself what it returns;
+    and a norm that is observed is called.
+    """
     hands_out = isinstance(norm, HandsOutWeights)
-    return norm() if hands_out else None
+    if not hands_out or observed(norm):
+        return None
+    if not stream.is_meta and torch.is_autocast_enabled(stream.device.type):
+        return None
+    weights: NormWeights = norm()
+    return weights if weights.weight.dtype == stream.dtype else None
 
 
 def _read(norm: Any) -> NormWeights:

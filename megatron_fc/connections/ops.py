@@ -5,14 +5,16 @@ For backward are kept: h (width), o and beta (depth); the coefficients gamma and
 
 from math import prod
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_fc.connections.handover import Handover, without_storage
 from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.once import differentiated_once
 from megatron_fc.connections.operands import N_OPERANDS, N_PARAMETERS, Operands
+from megatron_fc.connections.parcel import values_of
 from megatron_fc.connections.per_slot import PerSlotParameters
 
 _SITE = (
@@ -43,6 +45,18 @@ def frac_depth(
     return following
 
 
+class Prepared(NamedTuple):
+    """What a width connection will make, as plain values without gradient, and of which parameters' values.
+
+    Good for one call, which puts x and beta into its graph.
+    """
+
+    x: Tensor
+    beta: Tensor
+    alpha: Tensor
+    values: tuple[Any, ...]
+
+
 def frac_boundary(
     o: Tensor,
     h: Tensor,
@@ -52,11 +66,26 @@ def frac_boundary(
     dropout: float,
     p: Operands,
     norm: NormWeights | None,
-) -> tuple[Tensor, Tensor, Handover]:
-    """Depth connection of one site and width connection of the next in one pass: h', x and the next handover."""
+) -> tuple[Tensor, Prepared]:
+    """Depth connection of one site, and in the same pass the values of the next one's width connection: h', those."""
     depth = (o, h.detach(), *handover.tensors, bias, seed, dropout)
-    h, x, beta, alpha, mixed = _boundary(*depth, *p, *_norm_values(norm))
-    return h, x, Handover(beta, alpha, mixed, "triton")
+    # In a tuple, which autograd does not look into: h' does not depend on the next site.
+    h, x, beta, alpha = _BoundaryDepth.apply(*depth, (*p, *_norm_values(norm)))
+    return h, Prepared(x, beta, alpha, _values(p, norm))
+
+
+def frac_prepared_width(
+    h: Tensor, prepared: Prepared, p: Operands, norm: NormWeights | None
+) -> tuple[Tensor, Handover] | None:
+    """`frac_width` of a boundary's h', where its values are there already; None if parameters have others by now."""
+    if prepared.values != _values(p, norm):
+        return None
+    x, beta, mixed = _PreparedWidth.apply(h, prepared, *p, *_norm_values(norm))
+    return x, Handover(beta, prepared.alpha, mixed, "triton")
+
+
+def _values(p: Operands, norm: NormWeights | None) -> tuple[Any, ...]:
+    return values_of(*p.parameters, *((None, None) if norm is None else (norm.weight, norm.bias)))
 
 
 def _norm_values(norm: NormWeights | None) -> tuple[Any, ...]:
@@ -119,6 +148,7 @@ def _width_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.values = (values[N_PARAMETERS:N_OPERANDS], values[N_OPERANDS + 2 : N_OPERANDS + _N_NORM])
 
 
+@differentiated_once
 def _width_grad(ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, _: Any, g_mixed: Tensor | None) -> tuple[Any, ...]:
     h, *tensors = ctx.saved_tensors
     site, norm = ctx.values
@@ -182,6 +212,7 @@ def _depth_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(o, beta, bias, seed)
 
 
+@differentiated_once
 def _depth_grad(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     o, beta, bias, seed = ctx.saved_tensors
     g_o, g_beta = _depth_backward(g, o, beta, bias, seed, ctx.dropout)
@@ -210,47 +241,86 @@ def _boundary_impl(*values: Any) -> tuple[Tensor, ...]:
     p, norm = Operands(*values[_N_DEPTH : _N_DEPTH + N_OPERANDS]), _norm(values[_N_DEPTH + N_OPERANDS :])
     launch = _kernels()
     depth = launch.DepthInputs(*map(_contiguous, (o, h, beta, alpha)), bias, seed, dropout)
-    return *launch.boundary_forward(depth, p, norm), without_storage(h)
+    results: tuple[Tensor, ...] = launch.boundary_forward(depth, p, norm)
+    return results
 
 
 def _boundary_fake(*values: Any) -> tuple[Tensor, ...]:
     stream = torch.empty_like(values[1], memory_format=torch.contiguous_format)
-    return stream, torch.empty_like(stream), *_coefficients_like(stream, values[_N_DEPTH + N_PARAMETERS])
+    return stream, torch.empty_like(stream), *_coefficients_like(stream, values[_N_DEPTH + N_PARAMETERS])[:2]
 
 
-def _boundary_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    o, _, beta, _, _, bias, seed, ctx.dropout = inputs[:_N_DEPTH]
-    values = inputs[_N_DEPTH:]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(output[0], o, beta, bias, seed, *values[:N_PARAMETERS], *values[N_OPERANDS : N_OPERANDS + 2])
-    ctx.values = (values[N_PARAMETERS:N_OPERANDS], values[N_OPERANDS + 2 :])
+class _BoundaryDepth(torch.autograd.Function):
+    """The depth connection's part of a boundary in the graph: from o and the mixed residual to h'.
+
+    The two parts are nodes of their own with h' between them, so that whoever looks at h' (a hook, `retain_grad`,
+    `torch.autograd.grad`) finds its gradient there. One kernel makes both backward passes all the same: the width
+    connection's node, which comes first, leaves the results here, together with the gradient of h' that they are of.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
+        o, _, beta, _, _, bias, seed, ctx.dropout = depth = values[:_N_DEPTH]
+        h, x, next_beta, next_alpha = _boundary(*depth, *values[_N_DEPTH])
+        ctx.set_materialize_grads(False)  # of what has none: rows of zeros
+        ctx.mark_non_differentiable(x, next_beta, next_alpha)
+        ctx.save_for_backward(o, beta, bias, seed)
+        ctx.made = None
+        return h, x, next_beta, next_alpha
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        made, ctx.made = ctx.made, None
+        if g is None:
+            return (None,) * (_N_DEPTH + 1)
+        o, beta, bias, seed = ctx.saved_tensors
+        if made is not None and made[0] is g and made[1] == g._version:
+            g_o, g_beta = made[2:]
+        else:
+            g_o, g_beta = _depth_backward(g, o, beta, bias, seed, ctx.dropout)
+        return g_o, None, g_beta, None, g, _bias_gradient(g_o, bias), None, None, None
 
 
-def _boundary_grad(ctx: Any, g_h: Any, g_x: Any, g_beta: Any, _: Any, g_mixed: Any) -> tuple[Any, ...]:
-    h, o, beta, bias, seed, *tensors = ctx.saved_tensors
-    site, norm = ctx.values
-    values = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
-    g, g_o, g_before, *gradients = _boundary_backward(
-        g_h, g_x, g_beta, g_mixed, h, o, beta, bias, seed, ctx.dropout, *values
-    )
-    # The whole gradient of h' is that of the mixed residual before it.
-    before = (g_o, None, g_before, None, g, _bias_gradient(g_o, bias), None, None)
-    return (*before, *_placed(gradients, tensors, g_x is not None))
+class _PreparedWidth(torch.autograd.Function):
+    """The width connection's part: from h' to x, beta and the mixed residual."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, prepared: Prepared, *values: Any) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, *values[:N_PARAMETERS], *values[N_OPERANDS : N_OPERANDS + 2])
+        ctx.values = (values[N_PARAMETERS:N_OPERANDS], values[N_OPERANDS + 2 :])
+        return prepared.x, prepared.beta, without_storage(h)
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None) -> tuple[Any, ...]:
+        h, *tensors = ctx.saved_tensors
+        site, norm = ctx.values
+        values = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
+        depth: Any = h.grad_fn
+        follows_boundary = isinstance(depth, _BoundaryDepth._backward_cls)
+        if follows_boundary:
+            before = (*depth.saved_tensors, depth.dropout)
+            g, g_o, g_before, *gradients = _boundary_backward(g_x, g_beta, g_mixed, h, *before, *values)
+            depth.made = (g, g._version, g_o, g_before)
+        else:
+            g, *gradients = _width_backward(g_x, g_beta, g_mixed, h, *values)
+        return g, None, *_placed(gradients, tensors, g_x is not None)
 
 
-def _boundary_backward_impl(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
+def _boundary_backward_impl(g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
     o, beta, bias, seed, dropout = values[:5]
     p, norm = Operands(*values[5 : 5 + N_OPERANDS]), _norm(values[5 + N_OPERANDS :])
     launch = _kernels()
     depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, bias, seed, dropout)
-    incoming = map(_contiguous, (g_h, g_x, g_beta, g_mixed))
+    incoming = map(_contiguous, (g_x, g_beta, g_mixed))
     g, g_o, g_before = launch.boundary_backward(*incoming, h.contiguous(), depth, p, norm)
     weights = _norm_gradients(norm if g_x is not None else None, g.weight, g.bias)
     return [g.h, g_o, g_before, *_apart(g.parameters), *weights]
 
 
-def _boundary_backward_fake(g_h: Any, g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
+def _boundary_backward_fake(g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
     o, beta = values[:2]
     site = values[5:]
     norm = site[N_OPERANDS : N_OPERANDS + 2] if g_x is not None else ()
@@ -291,15 +361,13 @@ _depth_backward = _define(
 _depth = _define("frac_depth", f"({_DEPTH}) -> Tensor", _depth_impl, _depth_fake, _depth_context, _depth_grad)
 _boundary_backward = _define(
     "frac_boundary_backward",
-    f"(Tensor? g_h, {_INCOMING}, Tensor h, {_BEFORE}, {_SITE}, {_NORM}) -> Tensor[]",
+    f"({_INCOMING}, Tensor h, {_BEFORE}, {_SITE}, {_NORM}) -> Tensor[]",
     _boundary_backward_impl,
     _boundary_backward_fake,
 )
 _boundary = _define(
     "frac_boundary",
-    f"({_DEPTH}, {_SITE}, {_NORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"({_DEPTH}, {_SITE}, {_NORM}) -> (Tensor, Tensor, Tensor, Tensor)",
     _boundary_impl,
     _boundary_fake,
-    _boundary_context,
-    _boundary_grad,
 )

@@ -29,7 +29,7 @@ _MANIFEST = "manifest.json"
 _TOKENIZER = "tokenizer"
 _SPLITS = ("train", "valid")
 # What a rebuild may remove. The folders train/ and valid/ are Megatron's: it caches the sample order of a
-# prefix in `<prefix>/cache` under a key that knows the path but not the contents, so they must go too.
+# prefix in `<prefix>/cache`, of files that are then gone.
 _OWNED = frozenset({_MANIFEST, _TOKENIZER, *_SPLITS, *(f"{s}.{x}" for s in _SPLITS for x in ("bin", "idx"))})
 
 

@@ -7,12 +7,20 @@ becomes the hybrid layers 2l and 2l+1.
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
@@ -21,6 +29,20 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_fc.errors import UserError
+
+
+class LayerOfTransformerEngine:
+    """Stands in a stack of local layers for one that Megatron has of Transformer Engine only: an error to build.
+
+    Args:
+        layer: its name, with its symbol in the pattern.
+    """
+
+    def __init__(self, *_: Any, layer: str, **__: Any) -> None:
+        raise UserError(
+            f"the hybrid pattern asks for {layer}, which Megatron has of Transformer Engine only: install Transformer "
+            f"Engine, or take a pattern of *, - and E"
+        )
 
 
 def hybrid_stack(use_te: bool = HAVE_TE, qk_layernorm: bool = False) -> ModuleSpec:
@@ -45,10 +67,9 @@ def _with_qk_norm(stack: ModuleSpec) -> ModuleSpec:
 
 
 def _local_stack(qk_layernorm: bool) -> ModuleSpec:
-    """Attention, dense MLP and MoE of Megatron's own torch layers.
+    """Attention, dense MLP, MoE and multi-token prediction of Megatron's own torch layers.
 
-    Megatron ships the TE stack only. Mamba and GDN layers need CUDA packages and are left out: a pattern that asks
-    for them fails when the model is built.
+    Megatron ships the TE stack only. A pattern that asks for its other layers fails when the model is built.
     """
     dense = get_gpt_layer_local_submodules(normalization="RMSNorm", qk_layernorm=qk_layernorm)
     # The number of experts itself is read from the config; here it only has to be there.
@@ -64,9 +85,26 @@ def _local_stack(qk_layernorm: bool) -> ModuleSpec:
             pre_mlp_layernorm=source.pre_mlp_layernorm, mlp=source.mlp, mlp_bda=source.mlp_bda
         )
 
+    def absent(layer: str) -> ModuleSpec:
+        return ModuleSpec(LayerOfTransformerEngine, params={"layer": layer})
+
+    # The layers of a prediction depth are built of this very stack, by the pattern.
+    mtp_layer = MultiTokenPredictionLayerSubmodules(
+        enorm=dense.input_layernorm,
+        hnorm=dense.input_layernorm,
+        eh_proj=ColumnParallelLinear,
+        mtp_model_layer=None,
+        layer_norm=dense.input_layernorm,
+    )
+    mtp_block = MultiTokenPredictionBlockSubmodules([ModuleSpec(MultiTokenPredictionLayer, submodules=mtp_layer)])
     return ModuleSpec(
         HybridStack,
         submodules=HybridStackSubmodules(
+            mamba_layer=absent("a Mamba layer (M)"),
+            gdn_layer=absent("a gated delta net (G)"),
+            dsa_layer=absent("sparse attention (D)"),
+            mla_layer=absent("multi-latent attention (+)"),
+            mtp_block_spec=ModuleSpec(MultiTokenPredictionBlock, submodules=mtp_block),
             attention_layer=ModuleSpec(TransformerLayer, submodules=attention_layer),
             mlp_layer=ModuleSpec(MLPLayer, submodules=mlp_layer(dense)),
             moe_layer=ModuleSpec(MoETransformerLayer, submodules=mlp_layer(moe)),

@@ -3,10 +3,11 @@
 A layer computes `x = norm(h); o = sub_layer(x); h = bias_dropout_add(o, h)`. `FracNorm` stands in the norm slot
 and owns the site; `FracAdd` stands in the bias-dropout-add slot and refers to it.
 
-The norm slot returns x and h, as Megatron's layers allow, and that very h carries what the depth connection can take
-over from it. With the fused kernels the depth connection of a sub-layer also makes the next one's input in the same
-pass, and the stream that it returns carries that. Neither is needed: a slot that finds a tensor which carries nothing
-(recomputed, detached, sent, out of a CUDA graph) computes from the tensor itself, with the same result.
+The norm slot returns x and h, as Megatron's layers allow, and leaves for its depth connection what that can take over.
+With the fused kernels the depth connection of a sub-layer also makes the next one's input in the same pass, and leaves
+it for that norm slot. Neither is needed: a slot that finds nothing left for the very value that it is given
+(recomputed, detached, sent, written to, out of a CUDA graph) computes from the tensor itself, with the same result.
+Modules that somebody observes by hooks of his own hand over nothing: they take a tensor and return one.
 
 Which sub-layer comes next is known inside a layer when it is built. From one layer to the next it shows when a stream
 arrives as the very object that the layer before returned, both with gradients: so never across the border of a pipeline
@@ -15,7 +16,7 @@ stage, of a recomputed region or of a sharded module, where it is another object
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
@@ -28,30 +29,14 @@ from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.frac import FracConnection, PendingDepth
 from megatron_fc.connections.handover import Handover
 from megatron_fc.connections.norm import HandsOutWeights
+from megatron_fc.connections.observers import observed
+from megatron_fc.connections.ops import Prepared
+from megatron_fc.connections.parcel import Parcel
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norms import hand_out_weights
+from megatron_fc.megatron.plain_names import TakesPlainNames
 from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
-
-_CARRIED, _RETURNED_BY = "_frac_carried", "_frac_returned_by"
-
-
-class _Carried(NamedTuple):
-    """Carried by a stream: for which site, the sub-layer's input if it is there already, and the handover."""
-
-    site: FracConnection
-    x: Tensor | None
-    handover: Handover
-
-
-def _load(stream: Tensor, carried: _Carried) -> Tensor:
-    setattr(stream, _CARRIED, carried)
-    return stream
-
-
-def _unload(stream: Tensor, site: FracConnection) -> _Carried | None:
-    """Take off a stream what it carries, so that it lives no longer than its use; None if it is not for this site."""
-    carried: _Carried | None = stream.__dict__.pop(_CARRIED, None)
-    return carried if carried is not None and carried.site is site else None
+from megatron_fc.megatron.versions import check_norm_protocol, norms_declare_residual
 
 
 class Pairing:
@@ -94,7 +79,7 @@ class Pairing:
         return norm
 
 
-class FracNorm(MegatronModule):
+class FracNorm(TakesPlainNames, MegatronModule):
     """Norm slot: width connection, then the norm that stood in the slot (Identity where TE fuses it).
 
     Args:
@@ -117,6 +102,7 @@ class FracNorm(MegatronModule):
         pairing: Pairing,
     ) -> None:
         super().__init__(config=config)
+        check_norm_protocol()
         refuse_unsupported_config(config)
         self.connection = FracConnection(hidden_size, frac)
         for parameter in self.connection.parameters():
@@ -128,45 +114,69 @@ class FracNorm(MegatronModule):
             matrix.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         self.norm = hand_out_weights(norm(config=config, hidden_size=hidden_size, eps=eps))
         self.paired = False
+        self.handover: Parcel[Handover] = Parcel()
+        self.prepared: Parcel[Prepared] = Parcel()
+        # Whether the layer ran with gradients last. Not seen inside selective recompute, which turns them off.
+        self.differentiates: bool | None = None
+        self._recomputed = config.recompute_granularity == "selective" and "layernorm" in (
+            config.recompute_modules or ()
+        )
         # A layer captured on its own would compute the next one's input in vain: it is no output of the graph.
         self.learns_predecessor = config.cuda_graph_impl not in ("local", "transformer_engine")
         # Selective recompute frees the storage of all that the norm slot returns, and h must outlive it.
-        self.hands_over = pairing.returns_stream and not (
-            config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
-        )
+        self.hands_over = pairing.returns_stream and not self._recomputed
         pairing.offer(self)
 
-    def forward(self, h: Tensor | PendingDepth) -> Any:
+    @property
+    def returns_residual(self) -> bool:
+        """Whether `forward` returns (x, h): asked by Megatron 0.20 when it builds the layer; 0.19 sees the tuple."""
+        return self.hands_over
+
+    def forward(self, h: Tensor) -> Any:
         """Residual stream [s, b, d] -> normed input of the sub-layer [s, b, d], and the stream if the layer takes it.
 
-        Given a depth connection still to be made, makes both in one pass and returns the stream with x hanging on it.
+        Observers are shown x alone, as of any norm, where the layer does not insist on what was declared.
         """
         if not self.paired:
             raise UserError("the depth connection of this layer was replaced after frac_connect: call it last")
-        site = self.connection
-        if isinstance(h, PendingDepth):
-            stream, x, handover = site(h, self.norm)
-            return _load(stream, _Carried(site, x, handover))
-        carried, before = _unload(h, site), h.__dict__.pop(_RETURNED_BY, None)
-        differentiates = torch.is_grad_enabled() and h.requires_grad
-        if before is not None and self.learns_predecessor and differentiates:
+        site, gradients = self.connection, torch.is_grad_enabled()
+        if not self._recomputed:
+            self.differentiates = gradients
+        before, prepared = _returned.take(h), self.prepared.take(h)
+        if before is not None and self.learns_predecessor and gradients:
             before.followed_by(self)
-        if carried is not None and carried.x is not None and (carried.x.requires_grad or not differentiates):
-            x, handover = carried.x, carried.handover
-        elif not self.hands_over:
-            return site(h, self.norm)
-        else:
-            x, handover = site(h, self.norm, hand_over=True)
-        # A view, since a tensor that hung on h itself would keep h, and so itself, alive.
-        return x, _load(h.view_as(h), _Carried(site, None, handover))
+        if not self.is_handing_over:
+            x = self.norm(site(h)) if observed(site) else site(h, self.norm)
+            return (x, h) if self.hands_over and norms_declare_residual() else x
+        x, handover = site(h, self.norm, hand_over=True, prepared=prepared)
+        # For a view, since a handover keeps h itself alive.
+        stream = h.view_as(h)
+        self.handover.leave(stream, handover)
+        return x, stream
 
     @property
-    def weight(self) -> Tensor:
-        """Asked for by what exports a norm slot as a norm, as ModelOpt does, and would leave the connection behind."""
-        raise UserError(
-            "this norm slot carries a Frac-Connection, which other formats cannot hold: keep Megatron's checkpoint, or "
-            "export a model trained with plain residuals"
-        )
+    def is_handing_over(self) -> bool:
+        """Whether h is returned as what the depth connection knows again: not where somebody looks."""
+        return self.hands_over and not observed(self, self.connection)
+
+    @property
+    def takes_boundary(self) -> bool:
+        """Whether the kernels can make this slot's result along with the stream."""
+        kernels_can = isinstance(self.norm, (IdentityOp, HandsOutWeights))
+        return kernels_can and self.is_handing_over and not observed(self.norm)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            # Asked for by what exports a norm slot as a norm, as ModelOpt does, and would leave the connection behind.
+            raise NotANorm(
+                "this norm slot carries a Frac-Connection, which other formats cannot hold: keep Megatron's "
+                "checkpoint, or export a model trained with plain residuals"
+            )
+        return super().__getattr__(name)
+
+
+class NotANorm(UserError, AttributeError):
+    """A norm's attribute that its slot does not have; an `AttributeError`, so that `hasattr` and `inspect` go on."""
 
 
 class FracAdd(nn.Module):
@@ -177,12 +187,12 @@ class FracAdd(nn.Module):
         norm = pairing.take(self)
         norm.paired = True
         # In tuples, so that the parameters are registered once, in the norm slots.
-        self._site = (norm.connection,)
+        self._norm = (norm,)
         self._following: tuple[FracNorm, ...] = ()
 
     def followed_by(self, norm: FracNorm) -> None:
         """Told whose width connection comes next, on the stream that this slot returns."""
-        if norm.hands_over and norm.connection.config == self._site[0].config:
+        if norm.hands_over and norm.connection.config == self._norm[0].connection.config:
             self._following = (norm,)
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
@@ -196,29 +206,45 @@ class FracAdd(nn.Module):
         self, training: bool, o_with_bias: tuple[Tensor, Tensor | None], h: Tensor, dropout: float
     ) -> Tensor:
         o, bias = o_with_bias
-        site, carried = self._site[0], _unload(h, self._site[0])
-        handover = None if carried is None else carried.handover
         dropout = dropout if training else 0.0
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(o, h)):
+        [norm] = self._norm
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(training, o, h)):
+            handover = norm.handover.take(h)
             if handover is not None and self._following and self._in_one_pass(handover):
-                stream: Tensor = self._following[0](PendingDepth(o, h, handover, bias, dropout))
+                [following] = self._following
+                pending = PendingDepth(o, h, handover, bias, dropout)
+                # The connection itself is called, since the slot has no parameters whose gathers wait for its call.
+                stream, prepared = following.connection(pending, following.norm)
+                following.prepared.leave(stream, prepared)
             else:
-                stream = site.depth(o, h, handover, bias, dropout)
+                stream = norm.connection.depth(o, h, handover, bias, dropout)
         if stream.requires_grad:
-            setattr(stream, _RETURNED_BY, self)
+            _returned.leave(stream, self)
         return stream
 
     def _in_one_pass(self, handover: Handover) -> bool:
         """Whether the kernels can make the next sub-layer's input along with the stream."""
-        if handover.backend != "triton" or self._site[0].config.recompute:
+        if handover.backend != "triton" or self._norm[0].connection.config.recompute:
             return False
-        return isinstance(self._following[0].norm, (IdentityOp, HandsOutWeights))
+        return self._following[0].takes_boundary
 
-    def _gradients_are_on(self, o: Tensor, h: Tensor) -> bool:
+    def _gradients_are_on(self, training: bool, o: Tensor, h: Tensor) -> bool:
         """Whether the layer runs with gradients.
 
         Megatron enables them around this slot in any case, under no_grad too: in an evaluation, in the first pass of
         full recompute. The stock sum keeps nothing there; the depth connection would, and tie its layers into one
-        graph. The sub-layer's output depends on h and gamma and so says how it was computed.
+        graph. The norm slot saw whether they were on. Where it could not, they are kept in doubt: a sub-layer may have
+        been left out, whose output then says nothing.
         """
-        return o.requires_grad or not (h.requires_grad or self._site[0].static_gamma.requires_grad)
+        [norm] = self._norm
+        if o.requires_grad or norm.differentiates is not None:
+            return o.requires_grad or bool(norm.differentiates)
+        return training and (h.requires_grad or any(p.requires_grad for p in norm.connection.parameters()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the layer that follows, which a copy or a pickle of this one alone would take along."""
+        return {**super().__getstate__(), "_following": ()}
+
+
+# By whom a stream was returned, of the one that was returned last.
+_returned: Parcel[FracAdd] = Parcel()

@@ -2,6 +2,7 @@
 
 import runpy
 import warnings
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,28 @@ def check_megatron_version() -> None:
         warnings.warn(
             f"megatron-core {found} is newer than {NEWEST_TESTED}, the newest that megatron_fc was tested with",
             stacklevel=2,
+        )
+
+
+def norms_declare_residual() -> bool:
+    """Whether layers ask a norm when they are built if it returns (x, h), as since 0.20; before, they see the tuple."""
+    from megatron.core.transformer import torch_norm
+
+    return "returns_residual" in getattr(getattr(torch_norm, "LayerNormInterface", None), "__annotations__", {})
+
+
+@cache
+def check_norm_protocol() -> None:
+    """Refuse a megatron-core whose layers may not take (x, h) from a norm slot, when the first one is built.
+
+    Raises:
+        UserError: a newer minor version than those tested, in which norms do not declare it.
+    """
+    found = megatron_version()
+    if found is not None and found.release[:2] > NEWEST_TESTED.release[:2] and not norms_declare_residual():
+        raise UserError(
+            f"megatron-core {found} takes a norm's residual in a way that megatron_fc does not know: use "
+            f"megatron-core {OLDEST} to {NEWEST_TESTED}, or a newer one that has the attribute returns_residual"
         )
 
 

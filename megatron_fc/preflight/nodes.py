@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_fc.errors import UserError
-from megatron_fc.preflight.rendezvous import NodeError, Rendezvous
+from megatron_fc.errors import NodeError, UserError
+from megatron_fc.preflight.rendezvous import Rendezvous
+from megatron_fc.runs.writable import failure_to_write
 
 RENDEZVOUS = timedelta(seconds=300)  # a rank's first start reads Python's packages from a file system that all share
 CHECK = timedelta(seconds=60)
@@ -61,14 +62,14 @@ class Requirements:
     """What a run needs.
 
     Attributes:
-        run_dir: where it writes.
+        folders: that it writes, on every node, with the setting that names each.
         files: that it reads, on every node, with the setting that names each.
         indexes: folders where its first rank will write indexes of the data, which all read, with the way out.
         on_devices: it trains on CUDA devices, one per rank.
         disk_space: for checkpoints; None if it saves none.
     """
 
-    run_dir: Path
+    folders: dict[Path, str]
     files: dict[Path, str]
     indexes: dict[Path, str]
     on_devices: bool
@@ -126,23 +127,12 @@ def _look(needs: Requirements) -> _Seen:
             problem = f"{setting}: {file} does not exist there: mount it, or correct the config"
     if os.environ["RANK"] == "0":
         for folder, remedy in needs.indexes.items():
-            if why := _refusal(_existing(folder)):
-                problem = f"indexes of the data cannot be written to {folder}, {why}: {remedy}"
-    if why := _refusal(needs.run_dir):
-        problem = f"run_dir={needs.run_dir} cannot be written, {why}: mount it, or choose another"
+            if why := failure_to_write(_existing(folder), size=0):
+                problem = f"indexes of the data cannot be written to {folder}, {why.strerror}: {remedy}"
+    for folder, setting in needs.folders.items():
+        if why := failure_to_write(folder, size=0):
+            problem = f"{setting}={folder} cannot be written, {why.strerror}: mount it, or choose another"
     return _Seen(socket.gethostname(), torch.cuda.device_count(), clock, problem)
-
-
-def _refusal(folder: Path) -> str | None:
-    """What the system says to a file there."""
-    probe = folder / f".preflight-{os.environ['RANK']}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        return error.strerror
-    return None
 
 
 def _devices(seen: Sequence[_Seen], needs: Requirements) -> str:
@@ -150,9 +140,13 @@ def _devices(seen: Sequence[_Seen], needs: Requirements) -> str:
         return "no devices needed"
     for host in dict.fromkeys(s.host for s in seen):
         here = [s for s in seen if s.host == host]
-        if min(s.devices for s in here) < len(here):
-            raise NodeError(
-                f"{host} has {min(s.devices for s in here)} CUDA devices for {len(here)} ranks: drain it", True
+        devices = min(s.devices for s in here)
+        if devices < len(here):
+            raise NodeError(f"{host} has {devices} CUDA devices for {len(here)} ranks: drain it", True)
+        if devices > len(here):
+            raise UserError(
+                f"{host} has {devices} CUDA devices for {len(here)} ranks, and some would be idle: start one rank for "
+                f"each, or hide the others (CUDA_VISIBLE_DEVICES)"
             )
     return f"{min(s.devices for s in seen)} CUDA devices each"
 

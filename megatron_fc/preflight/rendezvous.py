@@ -16,22 +16,10 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from megatron_fc.errors import UserError
+from megatron_fc.errors import NodeError, UserError
 
 # For what the first rank says to arrive: it knows better than those who wait for it, and its end ends the store.
 GRACE = timedelta(seconds=10)
-
-
-class NodeError(Exception):
-    """A node or the network is at fault: the same may work elsewhere or later.
-
-    Attributes:
-        seen_by_all: all ranks raise it, with the same words.
-    """
-
-    def __init__(self, text: str, seen_by_all: bool = False) -> None:
-        super().__init__(text)
-        self.seen_by_all = seen_by_all
 
 
 class Rendezvous:

@@ -1,13 +1,16 @@
 """Requirements of a recipe: what it needs of nodes and file systems."""
 
+import os
 from argparse import Namespace
 from pathlib import Path
 
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.nodes import Requirements
-from megatron_fc.training.data_files import data_files
+from megatron_fc.preflight.validation import layout_of, refuse_impossible
+from megatron_fc.training.data_files import blends, data_files, index_folder, refuse_damaged_files
 from megatron_fc.training.recipe import Recipe
-from megatron_fc.training.setup import parse
+from megatron_fc.training.rehearsal import rehearse
+from megatron_fc.training.setup import parse, written_folders
 
 
 def requirements_of(recipe: Recipe) -> Requirements:
@@ -16,11 +19,13 @@ def requirements_of(recipe: Recipe) -> Requirements:
     Raises:
         UserError: they are refused.
     """
-    args = parse(recipe)
+    args = parse(recipe, _refuse_impossible)
+    rehearse(args, recipe)
+    refuse_damaged_files(args, remember=True)
     # Without a CUDA device the recipe adapts itself to the CPU lane; on a cluster only a config that says so means it.
     asked = {name: value for values in recipe.sections.values() for name, value in values.items()}
     return Requirements(
-        run_dir=recipe.run_dir,
+        folders=written_folders(args, recipe.run_dir),
         files=data_files(args),
         indexes=_indexes(args),
         on_devices=asked.get("distributed_backend", "nccl") == "nccl",
@@ -28,12 +33,19 @@ def requirements_of(recipe: Recipe) -> Requirements:
     )
 
 
+def _refuse_impossible(args: Namespace) -> None:
+    """Check the layout of the ranks that are really there."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    per_node = int(os.environ.get("SLURM_NTASKS_PER_NODE") or os.environ.get("LOCAL_WORLD_SIZE") or ranks)
+    refuse_impossible(args, layout_of(args, max(ranks // per_node, 1), min(per_node, ranks)))
+
+
 def _indexes(args: Namespace) -> dict[Path, str]:
     """Where Megatron writes indexes of the data at a run's first start; those that are there need only be read."""
     if args.data_cache_path:
         folders = {Path(args.data_cache_path): f"correct data_cache_path={args.data_cache_path}"}
     else:
-        prefixes = [file.with_suffix("") for file in data_files(args) if file.suffix == ".idx"]
+        prefixes = [prefix for blend in blends(args) for prefix in blend.prefixes]
         remedy = "set data_cache_path to a folder that all nodes share"
-        folders = {prefix / "cache" / "GPTDataset_indices": remedy for prefix in prefixes}
+        folders = {index_folder(args, prefix): remedy for prefix in prefixes}
     return {folder: remedy for folder, remedy in folders.items() if not any(folder.glob("*-shuffle_index.npy"))}

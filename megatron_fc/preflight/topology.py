@@ -8,9 +8,10 @@ from typing import Any
 
 from megatron_fc.errors import UserError
 from megatron_fc.planning.layout import Layout
+from megatron_fc.preflight.batch_schedule import batch_sizes
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.validation import Validated, validate
-from megatron_fc.training.data_files import refuse_missing_files
+from megatron_fc.training.data_files import refuse_damaged_files, refuse_missing_files, repetition
 
 
 @dataclass(frozen=True)
@@ -54,29 +55,30 @@ class Topology:
     Attributes:
         layout: sizes of all kinds of parallelism.
         sequence: tokens per sequence.
+        batches: sample from which a batch size holds, and the batch, in order; `layout` has the last one.
         steps: optimizer steps of the whole run.
+        tokens: that are trained in all.
         target_tokens: that the config asks for; Megatron leaves out what does not fill a last batch.
         flops_per_token: forward and backward, by Megatron's count; None without vocab_size.
         throughput: basis of the GPU-hours.
         unchecked: what this machine could not check, in words.
+        repetition: how often the data are read, in words; None without a look at them, or where once is enough.
     """
 
     layout: Layout
     sequence: int
+    batches: list[tuple[int, int]]
     steps: int
+    tokens: int
     target_tokens: int
     flops_per_token: float | None
     throughput: Throughput
     unchecked: list[str]
+    repetition: str | None
 
     @property
     def tokens_per_step(self) -> int:
         return self.layout.global_batch * self.sequence
-
-    @property
-    def tokens(self) -> int:
-        """That are trained in all."""
-        return self.steps * self.tokens_per_step
 
     @property
     def gpu_hours(self) -> float | None:
@@ -110,6 +112,7 @@ class Topology:
             "gpu_hours": self.gpu_hours,
             "gpu_hours_basis": str(self.throughput),
             "unchecked": self.unchecked,
+            "repetition": self.repetition,
         }
 
     def lines(self) -> list[str]:
@@ -128,8 +131,13 @@ class Topology:
             f"step       {self.tokens_per_step:,} tokens, {self.sequence:,} per sequence",
             f"run        {self.steps:,} steps, {self.tokens:,} tokens",
         ]
+        if len(self.batches) > 1:
+            sizes = ", ".join(f"{batch:,} sequences from sample {first:,}" for first, batch in self.batches)
+            lines.insert(-1, f"schedule   batches of {sizes} on; shown is a step of the last")
         if self.tokens != self.target_tokens:
             lines[-1] += f" (the target is {self.target_tokens:,}: whole batches only)"
+        if self.repetition:
+            lines.append(f"data       {self.repetition}")
         if self.flops_per_token is None:
             lines.append("compute    not known without vocab_size in the config")
         else:
@@ -168,16 +176,20 @@ def topology(
     return Topology(
         layout=run.layout,
         sequence=run.args.seq_length,
+        batches=batch_sizes(run.args),
         steps=run.steps,
+        tokens=run.tokens,
         target_tokens=run.target_tokens,
         flops_per_token=_flops_per_token(run.args),
         throughput=throughput,
         unchecked=run.unchecked,
+        repetition=repetition(run.args) if check_files else None,
     )
 
 
 def _refuse_missing(run: Validated) -> None:
     refuse_missing_files(run.args)
+    refuse_damaged_files(run.args)
     if space := disk_space_of(run.recipe, run.args):
         space.check()
 

@@ -5,15 +5,17 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.refusals import refuse_unsupported_args
 from megatron_fc.planning.layout import Layout
+from megatron_fc.preflight.batch_schedule import batch_sizes, steps_and_samples
 from megatron_fc.training.machine import has_transformer_engine
 from megatron_fc.training.recipe import Recipe, load_recipe
-from megatron_fc.training.setup import model_config, parse
+from megatron_fc.training.rehearsal import rehearse_model, rehearse_schedule
+from megatron_fc.training.setup import parse
 
 # Speed alone; Megatron refuses them where it finds no Transformer Engine, before it checks the rest.
 _TE_FUSIONS = ("apply_rope_fusion", "moe_permute_fusion")
@@ -39,13 +41,17 @@ class Validated:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return int(self.args.train_iters or self.args.train_samples // self.args.global_batch_size)
+        return steps_and_samples(self.args)[0]
+
+    @property
+    def tokens(self) -> int:
+        """That are trained in all."""
+        return int(steps_and_samples(self.args)[1] * self.args.seq_length)
 
     @property
     def target_tokens(self) -> int:
         """That the config asks for."""
-        samples = self.args.train_samples or self.args.train_iters * self.args.global_batch_size
-        return int(samples * self.args.seq_length)
+        return int(self.args.train_samples * self.args.seq_length) if self.args.train_samples else self.tokens
 
 
 def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: int) -> Validated:
@@ -65,12 +71,14 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
 
     def check(args: Namespace) -> None:
         if recipe.frac is not None:
-            refuse_unsupported_args(args, on_gpu=True)
+            # A run that says so is one for the CPU lane.
+            refuse_unsupported_args(args, on_gpu=args.distributed_backend != "gloo")
         layouts.append(layout_of(args, nodes, gpus_per_node))
-        layouts[0].refuse_impossible()
+        refuse_impossible(args, layouts[0])
 
     with _world_of(max(nodes * gpus_per_node, 1)):
         args = parse(recipe, check)
+    rehearse_schedule(args)
     set_padded_vocabulary(args)
     return Validated(recipe, args, layouts[0], _check_model(args, recipe))
 
@@ -92,17 +100,15 @@ def _world_of(size: int) -> Iterator[None]:
 
 
 def layout_of(args: Namespace, nodes: int, gpus_per_node: int) -> Layout:
-    """Return the layout that arguments ask for, whether Megatron has validated them or not.
+    """Return the layout that arguments ask for, with their last batch size, whether Megatron has validated them or not.
 
     Raises:
         UserError: something that a layout needs is not set.
     """
-    if args.step_batch_size_schedule is not None:
-        raise UserError("step_batch_size_schedule changes the batch: topology needs one global_batch_size instead")
     if not (args.train_samples or args.train_iters):
         raise UserError("the run has no end: set train_samples or train_iters")
     for name in ("micro_batch_size", "global_batch_size", "num_attention_heads"):
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not (name == "global_batch_size" and args.step_batch_size_schedule):
             raise UserError(f"{name} is not set: set it")
     per_stage = args.num_layers_per_virtual_pipeline_stage
     stages = args.num_virtual_stages_per_pipeline_rank or 1
@@ -128,11 +134,21 @@ def layout_of(args: Namespace, nodes: int, gpus_per_node: int) -> Layout:
         expert=args.expert_model_parallel_size,
         expert_tensor=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
         micro_batch=args.micro_batch_size,
-        global_batch=args.global_batch_size,
+        global_batch=batch_sizes(args)[-1][1],
         heads=args.num_attention_heads,
         layers=None if is_uneven else args.num_layers,
         experts=args.num_experts or 0,
     )
+
+
+def refuse_impossible(args: Namespace, layout: Layout) -> None:
+    """Check a layout with every batch size of the run.
+
+    Raises:
+        UserError: it is impossible.
+    """
+    for _, batch in batch_sizes(args):
+        replace(layout, global_batch=batch).refuse_impossible()
 
 
 def set_padded_vocabulary(args: Namespace) -> None:
@@ -147,23 +163,14 @@ def set_padded_vocabulary(args: Namespace) -> None:
 
 def _check_model(args: Namespace, recipe: Recipe) -> list[str]:
     """Let Megatron check its model config; returns what it could not check without Transformer Engine."""
-    from megatron.training.argument_utils import hybrid_config_from_args
-
-    if args.padded_vocab_size is None:
-        return ["Megatron's model config was not checked, which needs vocab_size in the config"]
     if not has_transformer_engine():
         for name in _TE_FUSIONS:
             setattr(args, name, False)
     try:
-        if recipe.family == "hybrid":
-            hybrid_config_from_args(args)  # its stack of layers would need the GPU machine's packages
-        else:
-            model_config(args, recipe)
-    except (AssertionError, ValueError, ImportError) as error:
-        said = " ".join(str(error).split())
+        rehearse_model(args, recipe, elsewhere=True)
+    except (UserError, ImportError) as error:
+        said = " ".join(str(error).split()).removeprefix("Megatron refuses the model: ")
         if not has_transformer_engine() and _NAMES_TE.search(said):
             return [f"Megatron's model config was not checked to its end, which needs Transformer Engine here: {said}"]
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"Megatron refuses the model: {said or repr(error)}") from error
+        raise
     return []

@@ -76,6 +76,8 @@ class RunRecord(Callback):
                 consumed_samples=start.consumed_samples,
                 target_samples=self._target(),
                 checkpoint=str(start.checkpoint) if start.checkpoint else None,
+                ckpt_step=start.given_step,
+                changed=start.changed,
             )
         return chunks
 
@@ -85,6 +87,8 @@ class RunRecord(Callback):
     def failed(self, error: BaseException) -> BaseException:
         if isinstance(error, SystemExit):
             self._end(self.why(error), step_is_done=not error.code)
+        elif isinstance(error, KeyboardInterrupt):
+            self._end("interrupted")
         else:
             self._end(shorten(f"{type(error).__name__}: {error}", 300))
         return error
@@ -124,7 +128,8 @@ class RunRecord(Callback):
     def _target(self) -> int:
         batch = self._args.global_batch_size
         if self._args.train_samples is None:
-            return int(self._args.train_iters * batch)
+            start = self._starting.start  # whose samples may have been trained in batches of another size
+            return int(start.consumed_samples + max(self._args.train_iters - start.iteration, 0) * batch)
         # Megatron trains no part of a batch.
         return int(
             self._args.train_samples

@@ -6,6 +6,7 @@ scripts write when they give up.
 
 import json
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ def record_start(
     consumed_samples: int,
     target_samples: int,
     checkpoint: str | None,
+    ckpt_step: int | None = None,
+    changed: Mapping[str, tuple[Any, Any]] = {},
 ) -> None:
     """Note that a run starts.
 
@@ -32,9 +35,12 @@ def record_start(
         consumed_samples: up to there.
         target_samples: at which the run is done.
         checkpoint: that the run goes on from.
+        ckpt_step: as the command gives it.
+        changed: settings that differ from the checkpoint's, with the value there and now.
     """
     facts = {"host": list(dict.fromkeys(hosts)), "world_size": len(hosts), "iteration": iteration}
     facts |= {"consumed_samples": consumed_samples, "target_samples": target_samples, "checkpoint": checkpoint}
+    facts |= {"ckpt_step": ckpt_step, "changed": {name: list(values) for name, values in changed.items()}}
     _append(run_dir, "start", facts)
     _write_state(run_dir, "continue")
 
@@ -46,12 +52,30 @@ def record_end(run_dir: Path, *, iteration: int, consumed_samples: int, target_s
     _write_state(run_dir, "done" if reason == REACHED else "continue")
 
 
+def read_events(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the starts and ends, and how many lines cannot be read: a machine that dies tears the one it writes."""
+    path = run_dir / STARTS
+    if not path.exists():
+        return [], 0
+    events, unreadable = [], 0
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            event = None
+        if isinstance(event, dict):
+            events.append(event)
+        else:
+            unreadable += 1
+    return events, unreadable
+
+
 def _append(run_dir: Path, event: str, facts: dict[str, Any]) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), "job": job, "restart": restart}
     with open(run_dir / STARTS, "a") as file:
-        file.write(json.dumps(line | facts) + "\n")
+        file.write(json.dumps(line | facts, default=str) + "\n")
 
 
 def _write_state(run_dir: Path, word: str) -> None:

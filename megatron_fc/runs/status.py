@@ -6,7 +6,6 @@ older release, or end in the middle of a line.
 """
 
 import itertools
-import json
 import re
 import statistics
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from megatron_fc.errors import UserError
 from megatron_fc.runs.arguments import read_arguments
 from megatron_fc.runs.log_lines import parse_iteration, parse_validation
+from megatron_fc.runs.start_record import read_events
 
 _FILES, _FOLDERS = ("starts.jsonl", "summary.json"), ("logs", "tensorboard", "checkpoints")
 _TAIL_BYTES = 1 << 18
@@ -36,6 +36,7 @@ class Start:
         host: its nodes.
         iteration: the last one that was done before.
         end: the reason, None while it runs or if nobody could note it.
+        changed: settings that it changed of its checkpoint's, with both values.
     """
 
     time: str
@@ -43,6 +44,7 @@ class Start:
     host: str
     iteration: int
     end: str | None
+    changed: dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -140,16 +142,21 @@ def read_run(run_dir: Path, now: float | None = None) -> Run:
 
 
 def _read_run(run_dir: Path, now: float) -> Run:
-    events, unreadable = _events(run_dir / "starts.jsonl")
+    events, unreadable = read_events(run_dir)
     starts = _starts(events)
     log, records, validation = _iterations(run_dir)
     arguments = read_arguments(run_dir)
     last = records[-1] if records else {}
 
     batch = int(last.get("global_batch_size", 0)) or _number(arguments, "global_batch_size")
-    iterations = last.get("iterations") or _iterations_of(events, batch)
+    target = next((int(event["target_samples"]) for event in reversed(events) if event.get("target_samples")), None)
+    iterations = last.get("iterations") or (target // batch if target and batch else None)
     iteration = last.get("iteration") or (events[-1].get("iteration", 0) if events else 0)
-    per_iteration = (batch or 0) * (_number(arguments, "seq_length") or 0) or None
+    sequence = _number(arguments, "seq_length")
+    per_iteration = (batch or 0) * (sequence or 0) or None
+    # A run's batch may change between its starts: samples count, where they are known.
+    samples = last.get("consumed_samples", iteration * batch if batch else None)
+    target = target or (iterations * batch if iterations and batch else None)
     seen = [path.stat().st_mtime for path in (log, run_dir / "starts.jsonl") if path is not None and path.exists()]
     silent = now - max(seen) if seen else None
     state = _state(run_dir, events, bool(records), iteration, iterations, silent)
@@ -161,8 +168,8 @@ def _read_run(run_dir: Path, now: float) -> Run:
         state=state,
         iteration=iteration,
         iterations=iterations,
-        tokens=_tokens(last.get("consumed_samples"), iteration, batch, per_iteration),
-        target_tokens=iterations * per_iteration if iterations and per_iteration else None,
+        tokens=int(samples) * sequence if samples is not None and sequence else None,
+        target_tokens=target * sequence if target and sequence else None,
         tokens_per_second=per_iteration / step_ms * 1e3 if per_iteration and step_ms else None,
         eta_seconds=(iterations - iteration) * step_ms / 1e3 if state == "running" and iterations and step_ms else None,
         silent_seconds=silent,
@@ -195,23 +202,6 @@ def _state(
     return "running" if silent is not None and silent < _QUIET_SECONDS else "silent"
 
 
-def _events(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of starts.jsonl, and how many cannot be read: a machine that dies tears the one it writes."""
-    if not path.exists():
-        return [], 0
-    events, unreadable = [], 0
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            event = None
-        if isinstance(event, dict):
-            events.append(event)
-        else:
-            unreadable += 1
-    return events, unreadable
-
-
 def _starts(events: list[dict[str, Any]]) -> list[Start]:
     """Each start with the end that follows it before the next one."""
     starts = []
@@ -227,6 +217,7 @@ def _starts(events: list[dict[str, Any]]) -> list[Start]:
                 host=hosts if isinstance(hosts, str) else " ".join(hosts),
                 iteration=int(event.get("iteration") or 0),
                 end=str(after.get("reason")) if ended else (None if after is None else "no end was noted"),
+                changed=event.get("changed") or {},
             )
         )
     return starts
@@ -260,18 +251,6 @@ def _last_lines(path: Path) -> Iterator[str]:
 def _number(arguments: dict[str, str], name: str) -> int | None:
     text = arguments.get(name, "")
     return int(text) if text.isdecimal() else None
-
-
-def _iterations_of(events: list[dict[str, Any]], batch: int | None) -> int | None:
-    targets = [event["target_samples"] for event in events if event.get("target_samples")]
-    return int(targets[-1]) // batch if targets and batch else None
-
-
-def _tokens(samples: float | None, iteration: int, batch: int | None, per_iteration: int | None) -> int | None:
-    if not (batch and per_iteration):
-        return None
-    sequence = per_iteration // batch
-    return (int(samples) if samples is not None else iteration * batch) * sequence
 
 
 def _connection(arguments: dict[str, str]) -> str | None:

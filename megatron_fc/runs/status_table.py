@@ -46,7 +46,7 @@ def _table(runs: list[Run]) -> Table:
             run.run_dir,
             f"[{_COLOURS[run.state]}]{run.state}[/]",
             _short(run.tokens),
-            f"{run.iteration / run.iterations:.1%}" if run.iterations else "-",
+            f"{done:.1%}" if (done := _done(run)) is not None else "-",
             f"{run.tokens_per_second:,.0f}" if run.tokens_per_second else "-",
             _duration(run.eta_seconds),
             str(len(run.starts)) if run.starts else "-",
@@ -54,6 +54,13 @@ def _table(runs: list[Run]) -> Table:
             str(run.newest) if run.newest is not None else "-",
         )
     return table
+
+
+def _done(run: Run) -> float | None:
+    """The part that is trained; of its tokens where they are known, as steps may have had several sizes."""
+    if run.tokens is not None and run.target_tokens:
+        return run.tokens / run.target_tokens
+    return run.iteration / run.iterations if run.iterations else None
 
 
 def _details(run: Run) -> Iterator[str]:
@@ -69,6 +76,9 @@ def _details(run: Run) -> Iterator[str]:
         job = f"job {start.job}, " if start.job else ""
         title = "starts" if number == 0 else ""
         yield f"{title:<12} {start.time}  {job}{start.host}, from iteration {start.iteration}: {end}"
+        if start.changed:
+            listed = ", ".join(f"{name} {before} -> {now}" for name, (before, now) in start.changed.items())
+            yield f"{'':<12} there changed {listed}"
     if len(run.starts) > 1:
         reasons = Counter(start.end or "no end was noted" for start in run.starts[:-1])
         listed = ", ".join(f"{reason} ({count})" if count > 1 else reason for reason, count in reasons.items())

@@ -90,10 +90,8 @@ def _figures(metrics: Metrics, tokens_per_iteration: int) -> dict[str, Any]:
     losses, step_times = list(metrics.loss.values()), list(metrics.step_seconds.values())
     # The first steps of a process allocate and warm caches up: the median is not moved by them.
     step_ms = statistics.median(step_times) * 1e3 if step_times else None
-    iterations = max(metrics.loss, default=0)
     return {
-        "iterations": iterations,
-        "tokens": iterations * tokens_per_iteration,
+        "iterations": max(metrics.loss, default=0),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "mean_last_loss": statistics.fmean(losses[-_LAST:]) if losses else None,

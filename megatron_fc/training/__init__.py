@@ -2,9 +2,12 @@
 
 * `config_file`, `megatron_arguments`, `recipe`: the config, checked, as Megatron's command line
 * `setup`: Megatron's validated arguments and the model
+* `counts`, `unused_options`, `rehearsal`, `refusal`: what is refused before the first step
 * `loop`: `train`
 * `steps`: the bounds of steps, told to callbacks (`megatron_fc.callbacks`)
-* `data_files`, `batches`: data sets, micro-batches, the loss
+* `data_files`, `indexed_files`: the files of data, looked at before they are read
+* `token_data`, `batches`: data sets, micro-batches, the loss
+* `events`: TensorBoard's, on disk after every step
 * `precision`, `machine`: what a run asks for and what the machine has
 * `cpu_lane`: Megatron without a GPU, over gloo
 """

@@ -1,6 +1,5 @@
 """Data sets, batches and the loss for Megatron's training loop: plain next-token pretraining on indexed data."""
 
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
@@ -17,39 +16,19 @@ from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_fc.errors import UserError
+from megatron_fc.training.token_data import TokenDataConfig, TokenDataset, versions
 
 _KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 _SPIKE = 10.0  # times the largest of the first losses, as in Megatron's pretrain_gpt.py
-_UNSUPPORTED = (
-    "sft",
-    "fim_data",
-    "dataloader_inter_document_masking",
-    "hybrid_context_parallel",
-    "logits_load_dir",
-    "perform_rl_step",
-)
-
-
-def refuse_unsupported_data(args: Namespace) -> None:
-    """Refuse by name the data options that only Megatron's own entry points implement.
-
-    Raises:
-        UserError: names the option and the way out.
-    """
-    for name in _UNSUPPORTED:
-        if getattr(args, name, None):
-            raise UserError(
-                f"{name} is not supported by megatron-fc train: use Megatron's pretrain_gpt.py with "
-                f"--spec megatron_fc.megatron.specs dfc_x4"
-            )
 
 
 def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
     """Build Megatron's train, validation and test sets (its `train_valid_test_dataset_provider`)."""
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    config = TokenDataConfig(
+        vocabulary=args.padded_vocab_size or args.vocab_size,
+        versions={} if args.mock_data else versions(args),
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -65,12 +44,13 @@ def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
-    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    dataset = MockGPTDataset if args.mock_data else TokenDataset
     built_here = partial(_needs_data, vp_stage)
     return BlendedMegatronDatasetBuilder(dataset, sample_counts, built_here, config).build()
 

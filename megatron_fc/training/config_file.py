@@ -1,6 +1,8 @@
 """A run's YAML file: sections of settings, and `key=value` overrides of them."""
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Hashable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError, unknown
 
 SECTIONS = ("model", "frac", "data", "optimizer", "parallel", "checkpoint", "logging")
+# A path in somebody's home, and one in a folder that a variable names.
+_HOME, _VARIABLE = re.compile(r"~[^/\s]*(/|$)"), re.compile(r"\$\w+(/|$)|\$\{\w+\}")
 _OWN = {
     "family": "model",
     "precision": "optimizer",
@@ -19,6 +23,20 @@ _OWN = {
     "keep_every": "checkpoint",
     "on_damage": "checkpoint",
 }
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would let the last of several equal keys win, and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            # Behind `<<` stand defaults, several of them where a list does, and a key of its own may replace each.
+            if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise UserError(f"{key.value} stands in the lines {lines[key.value]} and {line}: keep one")
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
 
 
 def read_sections(path: Path, overrides: Sequence[str], arguments: set[str]) -> dict[str, dict[str, Any]]:
@@ -42,14 +60,21 @@ def read_sections(path: Path, overrides: Sequence[str], arguments: set[str]) -> 
     for override in overrides:
         _override(sections, override, known)
     _refuse_repeated_names(sections)
-    return sections
+    return {
+        section: {key: _at_home(key, value) for key, value in values.items()} for section, values in sections.items()
+    }
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text("utf-8"), _Loader)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} is not UTF-8, line {line} has a byte that is none: save it as UTF-8") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -85,7 +110,7 @@ def _override(sections: dict[str, dict[str, Any]], override: str, known: set[str
         section = _section_of(key, sections)
     _check_name(section, key, known)
     try:
-        sections[section][key] = yaml.safe_load(text)
+        sections[section][key] = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"the value of {override!r} is not valid YAML: quote it") from None
 
@@ -96,6 +121,21 @@ def _section_of(key: str, sections: dict[str, dict[str, Any]]) -> str:
         if key in values:
             return section
     return _OWN.get(key, "frac" if key in _frac_names() else "model")
+
+
+def _at_home(key: str, value: Any) -> Any:
+    """A value, each path in it that begins with ~ completed, as a shell does it where a word begins."""
+    if isinstance(value, list):
+        return [_at_home(key, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if _VARIABLE.match(value):
+        raise UserError(f"{key}={value} begins with a variable, which only a shell knows: write the path itself")
+    if not _HOME.match(value):
+        return value
+    if (path := os.path.expanduser(value)) == value:
+        raise UserError(f"{key}={value} names a home folder that is not here: write the path itself")
+    return path
 
 
 def _refuse_repeated_names(sections: dict[str, dict[str, Any]]) -> None:

@@ -1,21 +1,63 @@
-"""The files that a run reads: data and tokenizer."""
+"""The files that a run reads, data and tokenizer: whether they are here, and what they say themselves to be."""
 
 import argparse
+import copy
+import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fc.errors import UserError
+from megatron_fc.training.indexed_files import IndexedFiles
+from megatron_fc.training.refusal import refusals_named
 
-_DATA_KEYS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+_SPLITS = ("train", "valid", "test")
+_DATA_KEYS = ("data_path", *(f"{split}_data_path" for split in _SPLITS))
+_DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
+_REMEDY = "`megatron-fc data demo` makes the demo's data"
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Data sets that are drawn from together.
+
+    Attributes:
+        setting: that names them.
+        prefixes: of their files.
+        weights: shares of the samples, None where the sizes of the data sets are the shares.
+    """
+
+    setting: str
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+
+
+def blends(args: argparse.Namespace) -> list[Blend]:
+    """Return what Megatron will read, a blend per setting.
+
+    Raises:
+        UserError: weights are not those of a blend, or a file that lists data cannot be read.
+    """
+    words = {name: getattr(args, name) for name in _DATA_KEYS}
+    one, per_split = (words["data_path"] or args.data_args_path), [f"{split}_data_path" for split in _SPLITS]
+    if one and (args.per_split_data_args_path or any(words[name] for name in per_split)):
+        raise UserError(f"data_path is for all splits, and Megatron would not read {', '.join(per_split)}: keep one")
+    if args.data_args_path:
+        words = {"data_args_path": _text(args.data_args_path, "data_args_path").split()}
+    elif args.per_split_data_args_path:
+        words = _per_split(args.per_split_data_args_path)
+    return [_blend(setting, listed) for setting, listed in words.items() if listed]
 
 
 def data_files(args: argparse.Namespace) -> dict[Path, str]:
     """Return the files that a run reads, data and tokenizer, each with the setting that names it."""
     files = {
-        Path(prefix + suffix): f"{name}={prefix}"
-        for name in _DATA_KEYS
-        for prefix in _prefixes(getattr(args, name) or [])
+        Path(prefix + suffix): f"{blend.setting}={prefix}"
+        for blend in blends(args)
+        for prefix in blend.prefixes
         for suffix in (".bin", ".idx")
     }
     tokenizer = args.tokenizer_model
@@ -25,27 +67,165 @@ def data_files(args: argparse.Namespace) -> dict[Path, str]:
     return files
 
 
-def refuse_missing_files(args: argparse.Namespace) -> None:
-    """Check that a run's data and tokenizer are here.
+def indexed_files(args: argparse.Namespace) -> list[IndexedFiles]:
+    """Return a run's data sets, each once, their sizes checked.
 
     Raises:
-        UserError: a file is missing, or no data are named.
+        UserError: one is missing or damaged.
+    """
+    settings = {prefix: f"{blend.setting}={prefix}" for blend in blends(args) for prefix in blend.prefixes}
+    return [IndexedFiles.read(prefix, setting) for prefix, setting in settings.items()]
+
+
+def refuse_missing_files(args: argparse.Namespace) -> None:
+    """Check that a run's data and tokenizer are here, at a cost that does not grow with the data.
+
+    Raises:
+        UserError: a file is missing or cut, a blend is none, or no data are named.
     """
     for file, setting in data_files(args).items():
         if not file.exists():
-            raise UserError(f"{setting}: {file} does not exist; `megatron-fc data demo` makes the demo's data")
-    if not args.mock_data and not any(getattr(args, name) for name in _DATA_KEYS):
+            raise UserError(f"{setting}: {file} does not exist; {_REMEDY}")
+    for files in indexed_files(args):
+        if args.data_path or args.data_args_path:
+            _refuse_empty_split(files, args.split)
+    if not args.mock_data and not blends(args):
         raise UserError("no data: set data_path, or train_data_path and valid_data_path")
 
 
-def _prefixes(words: Iterable[str]) -> list[str]:
-    """The data prefixes among Megatron's `weight prefix weight prefix` words."""
+def refuse_damaged_files(args: argparse.Namespace, *, remember: bool = False) -> None:
+    """Read a run's indexes, and tokens of its data, for those that cannot be; one rank does it for all.
 
-    def is_weight(word: str) -> bool:
-        try:
-            float(word)
-        except ValueError:
-            return False
-        return True
+    Args:
+        args: Megatron's, validated.
+        remember: note beside Megatron's indexes which files were right, and do not read these again.
 
-    return [word for word in words if not is_weight(word)]
+    Raises:
+        UserError: an index is damaged, or tokens are not of the model's vocabulary.
+    """
+    vocabulary = _vocabulary(args)
+    for files in indexed_files(args):
+        note = index_folder(args, files.prefix) / f"{files.fingerprint(vocabulary)}.checked"
+        if not note.exists():
+            files.refuse_damage(vocabulary)
+            if remember:
+                with suppress(OSError):
+                    note.parent.mkdir(parents=True, exist_ok=True)
+                    note.touch()
+
+
+def index_folder(args: argparse.Namespace, prefix: str) -> Path:
+    """Where Megatron keeps the order of a data set's samples."""
+    return Path(args.data_cache_path or Path(prefix) / "cache" / "TokenDataset_indices")
+
+
+def repetition(args: argparse.Namespace) -> str | None:
+    """Say how often a run reads its training data, None where it reads no token twice.
+
+    Args:
+        args: Megatron's, parsed.
+    """
+    samples = args.train_samples or (args.train_iters or 0) * (args.global_batch_size or 0)
+    blend = next((b for b in blends(args) if b.setting in ("data_path", "data_args_path", "train_data_path")), None)
+    if not samples or blend is None or not args.seq_length:
+        return None
+    begin, end = (0.0, 1.0) if blend.setting == "train_data_path" else _shares(args.split)[0] or (0.0, 0.0)
+    if begin == end:
+        return None
+    tokens = [IndexedFiles.read(prefix, blend.setting).tokens * (end - begin) for prefix in blend.prefixes]
+    if blend.weights is None and len(tokens) > 1 and args.dataloader_type != "cyclic":
+        once = sum(int(count - 1) // args.seq_length for count in tokens)  # Megatron ends where they do, in mid-run
+        if samples > once:
+            raise UserError(
+                f"{blend.setting} without weights has {once:,} samples of {args.seq_length:,} tokens for training, and "
+                f"the run takes {samples:,}: give each data set a weight, then they repeat, or train for fewer"
+            )
+    weights = blend.weights or tokens
+    epochs, prefix = max(
+        (samples * args.seq_length * weight / sum(weights) / count, prefix)
+        for weight, count, prefix in zip(weights, tokens, blend.prefixes, strict=True)
+    )
+    return f"the run reads {prefix} {epochs:.2f} times over" if epochs > 1 else None
+
+
+def _shares(split: str | None) -> list[tuple[float, float] | None]:
+    """Where training, validation and test begin and end in the data, None for one that has none of them."""
+    from megatron.core.datasets.blended_megatron_dataset_config import (
+        convert_split_vector_to_split_matrix,
+        parse_and_normalize_split,
+    )
+
+    with refusals_named(f"split={split}"):
+        return list(convert_split_vector_to_split_matrix(parse_and_normalize_split(split or _DEFAULT_SPLIT)))
+
+
+def _refuse_empty_split(files: IndexedFiles, split: str | None) -> None:
+    """Of one without a token Megatron would read the end for ever."""
+    for name, share in zip(_SPLITS, _shares(split), strict=True):
+        if share and files.is_empty(*(round(bound * files.sequences) for bound in share)):
+            raise UserError(
+                f"{files.setting}: split={split or _DEFAULT_SPLIT} leaves {name} nothing of {files.sequences:,} "
+                f"sequences: give it more, or 0"
+            )
+
+
+def _vocabulary(args: argparse.Namespace) -> int | None:
+    """Rows of the model's embedding; where the arguments do not say, the tokenizer is asked."""
+    if args.padded_vocab_size is not None:
+        return int(args.padded_vocab_size)
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    known = copy.copy(args)
+    with refusals_named("the tokenizer"):
+        build_tokenizer(known)
+    return known.padded_vocab_size or known.vocab_size
+
+
+def _blend(setting: str, words: Sequence[str]) -> Blend:
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    try:
+        prefixes, weights = get_blend_from_list([str(word) for word in words])
+    except AssertionError:
+        raise _half_weighted(setting, words) from None
+    if weights is None and any(_is_number(prefix) and not Path(f"{prefix}.idx").exists() for prefix in prefixes):
+        raise _half_weighted(setting, words)
+    for prefix, weight in zip(prefixes, weights or (), strict=bool(weights)):
+        if not (weight > 0 and math.isfinite(weight)):
+            raise UserError(
+                f"{setting}: the weight of {prefix} is {weight:g}, and must be a number above 0: leave the data set out"
+            )
+    return Blend(setting, tuple(prefixes), tuple(weights) if weights else None)
+
+
+def _half_weighted(setting: str, words: Sequence[str]) -> UserError:
+    return UserError(f"{setting}={' '.join(map(str, words))}: give every data set a weight before it, or none")
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _per_split(path: str) -> dict[str, list[str]]:
+    try:
+        content = json.loads(_text(path, "per_split_data_args_path"))
+        listed = {split: content[split] for split in _SPLITS}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"per_split_data_args_path={path} must be JSON with the keys {', '.join(_SPLITS)}, each a list of prefixes"
+        ) from None
+    return {
+        f"{split}_data_path": words.split() if isinstance(words, str) else words or []
+        for split, words in listed.items()
+    }
+
+
+def _text(path: str, setting: str) -> str:
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}={path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

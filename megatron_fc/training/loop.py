@@ -20,36 +20,27 @@ from megatron_fc.checkpoints.start import Start, StartCallback, StartOptions, ch
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount, count_parameters
 from megatron_fc.resilience.hang import StepClock
+from megatron_fc.resilience.helpers import bind_helpers
 from megatron_fc.resilience.rank_watch import RankWatch
 from megatron_fc.resilience.rejected_results import RejectedResults
+from megatron_fc.resilience.run_lock import run_lock
 from megatron_fc.resilience.run_record import RunRecord
 from megatron_fc.runs.progress import ProgressDisplay
 from megatron_fc.runs.rank_log import is_log_rank, real_stdout, run_log
+from megatron_fc.runs.writable import failure_to_write
 from megatron_fc.training import cpu_lane
+from megatron_fc.training.events import EventsOnDisk, outlive_full_disk
+from megatron_fc.training.exact_resume import exact_resume
 from megatron_fc.training.precision import refuse_unquantizable
 from megatron_fc.training.recipe import Recipe
-from megatron_fc.training.setup import join_world, model_config, parse
+from megatron_fc.training.refusal import Refusals
+from megatron_fc.training.rehearsal import rehearse
+from megatron_fc.training.setup import join_world, model_config, parse, written_folders
 from megatron_fc.training.steps import Steps
+from megatron_fc.training.token_data import TokenErrors
+from megatron_fc.training.tokenizer_digest import tokenizer_digest
 
-
-class EventsOnDisk(Callback):
-    """Writes TensorBoard's events to disk after every step: by itself their writer does so every two minutes.
-
-    And at the end, behind the last validation, which the summary reads.
-    """
-
-    def after_step(self, iteration: int) -> None:
-        _flush_events()
-
-    def end(self) -> None:
-        _flush_events()
-
-
-def _flush_events() -> None:
-    from megatron.training.global_vars import get_tensorboard_writer
-
-    if writer := get_tensorboard_writer():
-        writer.flush()
+_INTERRUPTED = 130  # a shell's code for Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -58,6 +49,7 @@ class Trained:
 
     Attributes:
         parameters: of the whole model.
+        tokens: trained in all, those of earlier starts included.
         tokens_per_iteration: global batch size times sequence length.
         peak_memory_bytes: of the rank that needed most: device memory, or resident memory on the CPU lane.
         seconds: wall time of the training call.
@@ -65,6 +57,7 @@ class Trained:
     """
 
     parameters: ParameterCount
+    tokens: int
     tokens_per_iteration: int
     peak_memory_bytes: int
     seconds: float
@@ -87,15 +80,20 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     """
     began = time.perf_counter()
     join_world()
+    bind_helpers()
     args = parse(recipe)
+    rehearse(args, recipe)
     _refuse_async_save_without_device(args)
     options = StartOptions(recipe.run_dir, recipe.frac, recipe.on_damage, _say)
     start = choose_start(args, options)
     start.apply(args)
     starting = StartCallback(start, options)
     record = RunRecord(recipe.run_dir, args, starting)
+    if args.save and cpu_lane.needed():
+        cpu_lane.fork_checkpoint_helper()
     every = Callbacks([*_own(args, recipe, start, starting, record, callbacks), *callbacks])
     every.arguments_valid(args)
+    _refuse_unwritable_folders(args, recipe.run_dir)
 
     tokens = args.global_batch_size * args.seq_length
     display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
@@ -103,21 +101,28 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     try:
         with run_log(recipe.run_dir, args.rank, display, steps.over):
             try:
-                parameters = _pretrain(args, recipe, record, steps, every)
-                peak = _peak_memory()
-                steps.end()
-                every.end()
+                with run_lock(recipe.run_dir):
+                    parameters = _pretrain(args, recipe, record, steps, every)
+                    peak = _peak_memory()
+                    steps.end()
+                    every.end()
             except BaseException as error:
                 named = every.failed(error)
                 if named is error:
                     raise
                 raise named from error
+    except KeyboardInterrupt as interrupt:
+        if not is_log_rank():
+            raise SystemExit(_INTERRUPTED) from interrupt
+        advice = _when_all_end(args, record, Callbacks(callbacks), "", notes=False)
+        raise KeyboardInterrupt(f"interrupted: {advice}") from interrupt
     except SystemExit as end:
         _say(f"{recipe.connection}  ended early: {record.why(end)}")
         _leave()
         raise
     _leave()
-    return Trained(parameters, tokens, peak, time.perf_counter() - began, args.world_size)
+    done = args.consumed_train_samples * args.seq_length
+    return Trained(parameters, done, tokens, peak, time.perf_counter() - began, args.world_size)
 
 
 def _own(
@@ -132,15 +137,15 @@ def _own(
     own: list[Callback] = []
     if recipe.retention and args.save:
         own.append(Pruner(recipe.retention, Path(args.save)))
-    own += [
-        RejectedResults(args, record.explain),
-        RankWatch(StepClock(args), partial(_when_all_end, args, record, Callbacks(given))),
-        starting,
-    ]
+    own += [RejectedResults(args, record.explain), starting]
     if start.checkpoint is not None and start.plain is None and has_state(start.checkpoint):
         refuse_unquantizable(args)
         own.append(ModelOptState(lambda: starting.start.checkpoint))
-    return [*own, CheckpointErrors(args), record, EventsOnDisk()]
+    # The watch hears of errors in their last words.
+    watch = RankWatch(
+        StepClock(args), f"run_dir={recipe.run_dir}", partial(_when_all_end, args, record, Callbacks(given))
+    )
+    return [*own, CheckpointErrors(args), Refusals(), TokenErrors(), watch, record, EventsOnDisk()]
 
 
 def _refuse_async_save_without_device(args: Namespace) -> None:
@@ -149,6 +154,12 @@ def _refuse_async_save_without_device(args: Namespace) -> None:
             "async_save=true, but Megatron's worker for asynchronous checkpoints needs a CUDA device: set "
             "async_save=false and use_persistent_ckpt_worker=false"
         )
+
+
+def _refuse_unwritable_folders(args: Namespace, run_dir: Path) -> None:
+    for folder, setting in written_folders(args, run_dir).items():
+        if failure := failure_to_write(folder, size=0):
+            raise UserError(f"{setting}={folder} cannot be written, {failure.strerror}: choose another")
 
 
 def _leave() -> None:
@@ -160,14 +171,14 @@ def _pretrain(args: Namespace, recipe: Recipe, record: RunRecord, steps: Steps, 
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.global_vars import set_global_variables
+    from megatron.training.global_vars import get_tokenizer, set_global_variables
 
     from megatron_fc.training.batches import datasets, forward_step
 
     set_global_variables(args)
+    outlive_full_disk()
+    args.tokenizer_digest = tokenizer_digest(args, get_tokenizer())
     record.listen()
-    if args.save and cpu_lane.needed():
-        cpu_lane.fork_checkpoint_helper()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []
 
@@ -177,7 +188,8 @@ def _pretrain(args: Namespace, recipe: Recipe, record: RunRecord, steps: Steps, 
 
     model.pre_wrap_hooks.append(built)
     step = steps.around_forward_step(forward_step)
-    pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
+    with exact_resume(args):
+        pretrain(pretrain_cfg_container_from_args(args, model), datasets, ModelType.encoder_or_decoder, step)
     return counts[0]
 
 

@@ -33,6 +33,15 @@ class MegatronArguments:
     def names(self) -> set[str]:
         return {name for name in self._actions if not name.startswith(("frac_", "no_frac_"))}
 
+    def default(self, dest: str) -> Any:
+        """The value of an attribute of the arguments where nothing sets it."""
+        return self._parser.get_default(dest)
+
+    def group(self, title: str) -> list[str]:
+        """The attributes of one of the groups that `--help` shows, those that all groups share left out."""
+        groups = [group for group in self._parser._action_groups if group.title == title]
+        return sorted({action.dest for group in groups for action in group._group_actions})
+
     def refuse_connection_flags(self, flags: Sequence[str]) -> None:
         """Check that no flag behind `--` speaks of the connection, which the section frac alone decides.
 

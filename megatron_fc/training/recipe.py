@@ -20,7 +20,7 @@ from megatron_fc.errors import UserError, unknown
 from megatron_fc.megatron.flags import frac_flags
 from megatron_fc.training import cpu_lane
 from megatron_fc.training.config_file import SECTIONS, read_sections
-from megatron_fc.training.data_files import refuse_missing_files
+from megatron_fc.training.data_files import refuse_missing_files, repetition
 from megatron_fc.training.machine import adaptations, device_capability, has_transformer_engine
 from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.precision import apply_precision, refuse_impossible, refuse_on_device
@@ -110,6 +110,8 @@ def load_recipe(
     if not elsewhere:
         refuse_on_device(args, device_capability())
         refuse_missing_files(args)
+        if said := repetition(args):
+            notes.append(said)
     return Recipe(sections, frac, family, run_dir, argv, backend, on_damage, retention, notes)
 
 

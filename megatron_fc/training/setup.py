@@ -1,13 +1,13 @@
 """From a recipe to what Megatron trains: the world of ranks, its validated arguments, the model's configuration."""
 
 import contextlib
-import linecache
+import io
 import logging
 import os
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import add_frac_args, frac_config_from_args
 from megatron_fc.megatron.parameter_order import install_order
+from megatron_fc.training.counts import refuse_small_counts
 from megatron_fc.training.recipe import Recipe
+from megatron_fc.training.refusal import refusals_named
+from megatron_fc.training.unused_options import refuse_unused_options
 
 
 def join_world() -> None:
@@ -40,41 +43,32 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
     """
     from megatron.training.arguments import parse_args, validate_args
 
-    from megatron_fc.training.batches import refuse_unsupported_data
-
     # Megatron reads the process's arguments.
     program, sys.argv = sys.argv, ["megatron-fc", *recipe.argv]
     try:
-        with open(os.devnull, "w") as nowhere:
-            stdout, sys.stdout = sys.stdout, nowhere
-            try:
-                args = parse_args(extra_args_provider=add_frac_args)
-                args.frac_parameters_first = True  # `model_config` arranges it
-                refuse_unsupported_data(args)
-                frac_config_from_args(args)
-                if check is not None:
-                    check(args)
-                validate_args(args, {})
-            finally:
-                sys.stdout = stdout
-    except (AssertionError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"Megatron refuses the arguments: {' '.join(str(error).split()) or _condition(error)}"
-        ) from error
+        with refusals_named("the arguments"), contextlib.redirect_stdout(io.StringIO()) as said:
+            args = parse_args(extra_args_provider=add_frac_args)
+            args.frac_parameters_first = True  # `model_config` arranges it
+            refuse_unused_options(args)
+            refuse_small_counts(args)
+            frac_config_from_args(args)
+            if check is not None:
+                check(args)
+            validate_args(args, {})
+    except SystemExit:  # Megatron's way out of some arguments of earlier releases, with code 0
+        raise UserError(f"Megatron refuses the arguments: {said.getvalue().strip().splitlines()[-1]}") from None
     finally:
         sys.argv = program
     return args
 
 
-def _condition(error: Exception) -> str:
-    """The line that raised an error without words, as most of Megatron's assertions have none."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    lines = (
-        linecache.getline(frame.filename, number) for number in range(frame.lineno or 0, (frame.end_lineno or 0) + 1)
-    )
-    return f"{' '.join(' '.join(lines).split())} ({frame.filename}:{frame.lineno})"
+def written_folders(args: Namespace, run_dir: Path) -> dict[Path, str]:
+    """Return the folders that all ranks write, each with the setting that names it."""
+    folders = {run_dir: "run_dir"}
+    for name in ("save", "tensorboard_dir"):
+        if (value := getattr(args, name)) and not Path(value).is_relative_to(run_dir):
+            folders[Path(value)] = name
+    return folders
 
 
 def model_config(args: Namespace, recipe: Recipe) -> Any:
@@ -106,11 +100,12 @@ def build(args: Namespace, recipe: Recipe, *, in_wrapper: bool = True) -> list[A
     from megatron.core.transformer.module import Float16Module
 
     config = model_config(args, recipe)
-    chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
-        ProcessGroupCollection.use_mpu_process_groups(),
-        wrap_with_ddp=False,
-        mixed_precision_wrapper=Float16Module if in_wrapper else None,
-    )
+    with refusals_named("the model"):
+        chunks: list[Any] = config.get_builder_cls()(config).build_distributed_models(
+            ProcessGroupCollection.use_mpu_process_groups(),
+            wrap_with_ddp=False,
+            mixed_precision_wrapper=Float16Module if in_wrapper else None,
+        )
     return chunks
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fc.checkpoints.changes import stored_args
+from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.integrity import intact_checkpoints, refuse_corrupt, refuse_damaged
 from megatron_fc.checkpoints.location import TRACKER, find_checkpoint
 from megatron_fc.cli.main import main
@@ -136,6 +138,26 @@ def test_what_megatron_cannot_load_is_named(config: Path, folder: Path) -> None:
     assert done.stderr.endswith(f"{WAY_ON.format(folder=folder)}\n")
     assert "Traceback" not in done.stderr
     assert "Traceback" in (folder.parent / "logs/rank0.log").read_text()
+
+
+def test_a_change_of_config_is_not_taken_for_damage(folder: Path) -> None:
+    """What Megatron says of PP2 -> EP2, whatever it is of another layout tomorrow."""
+    checkpoint = folder / "iter_0000008"
+    args = stored_args(checkpoint)
+    assert args is not None
+    args.load, args.ckpt_step, args.pipeline_model_parallel_size = str(folder), None, 2
+
+    def load_checkpoint() -> None:
+        raise RuntimeError("Expected 2 entries in state dict, but got 4.")
+
+    with pytest.raises(UserError) as said, checkpoint_errors_named(args):
+        load_checkpoint()
+    assert str(said.value) == (
+        f"Megatron cannot load {checkpoint}, RuntimeError: Expected 2 entries in state dict, but got 4.: changed since "
+        f"it was written: pipeline_model_parallel_size 1 -> 2; give what it was written with, or begin a run of its "
+        f"own, no_load_optim=true load={folder} and another run_dir; if that is not why, "
+        f"{WAY_ON.format(folder=folder)}"
+    )
 
 
 def test_the_named_checkpoint_goes_on_and_replaces_the_corrupt_one(config: Path, finished: Path, folder: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fc.checkpoints.integrity import intact_checkpoints, iteration_folders, way_on
 from megatron_fc.checkpoints.retention import Retention
 from megatron_fc.errors import UserError
 from megatron_fc.preflight.disk_space import disk_space_of
@@ -38,6 +39,20 @@ def test_the_only_complete_checkpoints_stay(kept: Path, tmp_path: Path) -> None:
     assert rule.superseded(folder, newest=12) == [folder / "iter_0000006"], "the newest is damaged"
     (folder / "iter_0000010" / ".metadata").unlink()
     assert rule.superseded(folder, newest=12) == []
+
+
+def test_what_is_not_named_by_megatron_is_no_checkpoint(kept: Path, tmp_path: Path) -> None:
+    """Copies that people make, in a run's own folder."""
+    folder = Path(shutil.copytree(kept, tmp_path / "copy"))
+    ours = [folder / f"iter_{number:07d}" for number in (12, 10, 6)]
+    for name in ("iter_0000010.bak", "iter_0000010 (copy)", "iter_10", "iter_00000010", "iter_old"):
+        shutil.copytree(ours[1], folder / name)
+    (folder / "iter_0000008").write_text("a file")
+    assert iteration_folders(folder) == intact_checkpoints(folder) == ours
+    assert Retention(last=1).superseded(folder, newest=12) == ours[1:]
+    assert way_on(ours[0]).startswith(f"go on from {ours[1]}, the newest intact one")
+    cut(ours[0] / SHARD)
+    assert intact_checkpoints(folder) == ours[1:]
 
 
 def room(config: Path, run_dir: Path, *overrides: str) -> DiskSpace:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fc.cli import main, train
+from megatron_fc.cli import compare, main, train
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,15 @@ def test_megatron_flags_after_two_dashes(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(train, "run", lambda args: seen.append((args.overrides, args.megatron_flags)) or 0)
     assert main.main(["train", "c.yaml", "a=1", "--", "--lr", "1", "--", "x"]) == 0
     assert seen == [(["a=1"], ["--lr", "1", "--", "x"])]
+
+
+def test_a_path_behind_an_option_may_begin_in_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Behind `=` no shell completes it, and a folder named ~ would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen: list[object] = []
+    monkeypatch.setattr(compare, "run", lambda args: seen.append((args.runs, args.plot)) or 0)
+    assert main.main(["compare", "~/a", "b", "--plot=~/c.png"]) == 0
+    assert seen == [([tmp_path / "a", Path("b")], tmp_path / "c.png")]
 
 
 @pytest.mark.parametrize(

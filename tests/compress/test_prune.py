@@ -12,11 +12,11 @@ from megatron.core import dist_checkpointing
 
 from megatron_fc import FracConfig, UserError
 from megatron_fc.checkpoints.location import latest_checkpoint
-from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
 from megatron_fc.compress.importance import Importance
 from megatron_fc.compress.prune import _Kept, _refuse_layout
 from megatron_fc.connections.kinds import is_connection_key
+from megatron_fc.megatron.stored_connections import stored_structure
 from support import fork_server, tiny
 from support import training_runs as runs
 from support.megatron_world import parallel_state as parallel_state

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_fc.demo import run
+from support.token_files import write_tokens
 
 
 def test_as_many_gpus_as_divide_the_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -19,8 +20,8 @@ def test_as_many_gpus_as_divide_the_batch(monkeypatch: pytest.MonkeyPatch, tmp_p
         return subprocess.CompletedProcess(command, 7)
 
     monkeypatch.setattr(run, "subprocess", SimpleNamespace(run=start))
-    for name in ("text.bin", "text.idx", "tokenizer.json"):
-        (tmp_path / name).touch()
+    write_tokens(tmp_path / "text")
+    (tmp_path / "tokenizer.json").touch()
     overrides = [f"{part}_data_path=['{tmp_path / 'text'}']" for part in ("train", "valid")]
     overrides += [f"tokenizer_model={tmp_path / 'tokenizer.json'}", f"run_dir={tmp_path / 'run'}"]
     overrides += ["global_batch_size=12", "micro_batch_size=12"]

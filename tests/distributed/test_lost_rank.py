@@ -1,6 +1,7 @@
 """kill -9 of a rank of a real TP2+SP+PP2 training: all ranks end, and the same command goes on from the checkpoint."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -8,13 +9,15 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
+from threading import Thread
 
 import psutil
 import pytest
 
 from megatron_fc.checkpoints.location import TRACKER
 from megatron_fc.mpi import free_port
-from megatron_fc.resilience.rank_watch import LOST_RANK_EXIT_CODE
+from megatron_fc.resilience.rank_watch import LOST_RANK_EXIT_CODE, WRONG_INPUT_EXIT_CODE
 from megatron_fc.runs.metrics import read_metrics
 from support import fork_server, harness
 from support.patience import PATIENCE, wait_for_iteration
@@ -37,9 +40,9 @@ def words(config: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 @contextmanager
-def ranks(config: Path, run_dir: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
+def ranks(config: Path, run_dir: Path, port: int | None = None) -> Iterator[list[subprocess.Popen[bytes]]]:
     """One process per rank, as srun starts them: nobody ends the others."""
-    world = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    world = {"WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
     with ended(
         [
             start(words(config, run_dir), stderr(run_dir, rank), {**world, "RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -69,7 +72,7 @@ def start(line: list[str], errors: Path, more: dict[str, str]) -> subprocess.Pop
 
 @contextmanager
 def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Leave nothing behind, the checkpoint helper of a killed rank included, which Megatron starts and nobody ends."""
+    """Leave nothing behind."""
     try:
         yield processes
     finally:
@@ -79,6 +82,18 @@ def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[subprocess.
                     process.kill()
         for child in processes:
             child.wait()
+
+
+@contextmanager
+def file_system(folder: Path) -> Iterator[None]:
+    """Of its own, so that it can be made read-only, which even root must heed."""
+    folder.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def finish(config: Path, run_dir: Path, iterations: int) -> None:
@@ -96,8 +111,12 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     with ranks(config, run_dir) as processes:
         wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
         killed = fork_server.process_id(processes[2])
-        processes[2].kill()
+        helpers = psutil.Process(killed).children(recursive=True)
+        assert helpers, "Megatron's for checkpoints"
+        os.kill(killed, signal.SIGKILL)  # it alone
         codes = [process.wait(PATIENCE) for process in processes]
+        _, alive = psutil.wait_procs(helpers, PATIENCE)
+        assert not alive
     assert codes == [LOST_RANK_EXIT_CODE, LOST_RANK_EXIT_CODE, -signal.SIGKILL, LOST_RANK_EXIT_CODE]
     saved = last_checkpoint(run_dir)
     for rank in (0, 1, 3):
@@ -126,3 +145,45 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     assert last_checkpoint(run_dir) == iterations
     assert len(list((run_dir / "tensorboard").iterdir())) == 3
     assert figures(run_dir) == figures(undisturbed)
+
+
+def test_checkpoints_that_cannot_be_written_any_more_end_all_ranks_for_that(config: Path) -> None:
+    """Only the first rank meets it: it makes the folder of a checkpoint, while the others wait."""
+    run_dir = config.parent / "tp2-pp2-read-only"
+    with file_system(run_dir / "checkpoints"):
+        with ranks(config, run_dir) as processes:
+            wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
+            subprocess.run(["mount", "-o", "remount,ro", run_dir / "checkpoints"], check=True)
+            codes = [process.wait(PATIENCE) for process in processes]
+        saved = last_checkpoint(run_dir)
+    assert codes == [WRONG_INPUT_EXIT_CODE] * WORLD
+    sentence = (
+        f"Megatron cannot write a checkpoint to {run_dir}/checkpoints, Read-only file system: repair that, start the "
+        f"same command again, it goes on from {run_dir}/checkpoints/iter_{saved:07d}, which is intact"
+    )
+    for rank in range(WORLD):
+        said = stderr(run_dir, rank).read_text()
+        assert re.search(rf"^megatron-fc: (rank 0 \(process \d+ on \S+\) failed: )?{sentence}$", said, re.MULTILINE), (
+            said
+        )
+    end = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[-1])
+    assert end["event"] == "end"
+    assert "Megatron cannot write a checkpoint to " in end["reason"]
+
+
+def test_a_busy_port_is_one_sentence_on_every_rank(config: Path) -> None:
+    """Megatron's ranks would wait for each other for ten minutes."""
+    run_dir = config.parent / "busy"
+    with TCPServer(("", 0), BaseRequestHandler) as other:  # hangs up on everybody
+        Thread(target=other.serve_forever, daemon=True).start()
+        port = other.server_address[1]
+        with ranks(config, run_dir, port) as processes:
+            assert [process.wait(PATIENCE) for process in processes] == [LOST_RANK_EXIT_CODE] * WORLD
+        other.shutdown()
+    assert f"port {port} of " in stderr(run_dir, 0).read_text()
+    for rank in range(WORLD):
+        said = stderr(run_dir, rank).read_text()
+        assert said.startswith("megatron-fc: ")
+        assert said.endswith(", or set another MASTER_PORT\n")
+        assert said.count("\n") == 1
+    assert not run_dir.exists()

@@ -57,14 +57,34 @@ def test_unknown_partition(cluster: Cluster, site: Site) -> None:
         assert done.stderr.count("\n") == 1
 
 
-def test_a_job_that_never_gets_anywhere_stops(cluster: Cluster, site: Site) -> None:
-    site.write(more="PYTHON=/bin/false\n")
+def program(path: Path, *lines: str) -> str:
+    """A program that stands in Python's place; the site's line for it. $3 is preflight or train."""
+    path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    path.chmod(0o755)
+    return f"PYTHON={path}\n"
+
+
+def test_a_job_that_never_gets_anywhere_stops(cluster: Cluster, site: Site, tmp_path: Path) -> None:
+    """A rank is killed in each of its pre-flight checks; the other one would wait for it."""
+    waits = tmp_path / "waits"
+    lines = (
+        f"((SLURM_PROCID)) || {{ touch {waits}$SLURM_RESTART_COUNT; exec sleep 300; }}",
+        f"until [[ -e {waits}$SLURM_RESTART_COUNT ]]; do sleep 0.1; done; kill -9 $$",
+    )
+    site.write(more=program(tmp_path / "python", *lines))
     run_dir = site.run_dir("hopeless")
     (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={run_dir}"))
     ended = cluster.wait(job, *END)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "3:0", "3")
     assert "stuck: the last 3 starts began at iteration 0 and left no newer checkpoint; see" in site.log(job)
     assert (run_dir / "state").read_text() == "stuck\n"
+    log = site.log(job)
+    assert len(re.findall(r"^srun: error: n\d: task 1: Killed$", log, re.MULTILINE)) == 3, log
+    began, over = (
+        [datetime.fromisoformat(time) for time in re.findall(rf"^(\S+ \S+) launch: {said}", log, re.MULTILINE)]
+        for said in (f"job {job}, start", r"ended with code 1\d\d, not")
+    )
+    assert all((last - first).seconds < 30 for first, last in zip(began[:3], over, strict=True)), "srun waits a minute"
 
 
 @pytest.fixture
@@ -95,6 +115,59 @@ def refuse_a_second_job(cluster: Cluster, site: Site, run_dir: Path, job: str) -
     second = cluster.run("sbatch", *options, script, run_dir_word, **site.variables).stdout.split()[-1]
     assert cluster.wait(second, *END)["ExitCode"] == "2:0"
     assert sentence in site.log(second)
+
+
+def test_ranks_gpus_and_what_was_checked_are_compared(cluster: Cluster, site: Site, tmp_path: Path) -> None:
+    site.write(more=program(tmp_path / "python", "echo no rank starts"))
+    script = str(REPOSITORY / "launch/moe7b.sh")
+    for name, options, sentence in (
+        ("ntasks", ["--nodes=2", "--ntasks=1"], "SLURM gives 1 tasks for 1 nodes x 2 tasks: give --nodes and"),
+        ("gpus", ["--nodes=2", "--ntasks-per-node=1"], "n0 has 2 GPUs for tasks: 1(x2); every GPU has a task: give"),
+        ("checked", [], "SLURM gives 1 nodes x 2 tasks, and 2x2 were checked: submit again"),
+    ):
+        checked = ["checked=2x2"] if name == "checked" else []
+        log = tmp_path / f"{name}.log"
+        words = ["sbatch", f"--output={log}", *NODES, *options, script, f"run_dir={site.run_dir(name)}", *checked]
+        job = cluster.run(*words, **site.variables).stdout.split()[-1]
+        ended = cluster.wait(job, *END)
+        assert (ended["ExitCode"], ended.get("Restarts", "0")) == ("2:0", "0"), log.read_text()
+        assert f"launch: {sentence}" in log.read_text()
+        assert "no rank starts" not in log.read_text()
+
+
+def test_the_first_task_is_met_and_the_code_that_decides_is_taken(cluster: Cluster, site: Site, tmp_path: Path) -> None:
+    """Where a list of hosts says which node has the first task, and the ranks end with 2, 75, and killed."""
+    (tmp_path / "hosts").write_text("n1\nn1\nn0\nn0\n")
+    lines = (
+        'echo "$3: $SLURM_PROCID on $SLURMD_NODENAME meets at $MASTER_ADDR"',
+        "[[ $3 == train ]] || exit 0",
+        "case $SLURM_PROCID in 0) exit 2 ;; 1) kill -9 $$ ;; esac",
+        "exit 75",
+    )
+    site.write(more=program(tmp_path / "python", *lines))
+    run_dir = site.run_dir("listed")
+    words = site.words("moe7b.sh", *NODES, "--nodes=2", "--distribution=arbitrary", f"run_dir={run_dir}")
+    done = cluster.run(*words, **site.variables, CHECK="no", SLURM_HOSTFILE=str(tmp_path / "hosts"))
+    job = done.stdout.split()[-1]
+    ended = cluster.wait(job, *END)
+    log = site.log(job)
+    assert sorted(re.findall(r"preflight: (\d on n\d meets at n\d)", log)) == [
+        f"{rank} on n{1 - rank // 2} meets at n1" for rank in range(4)
+    ], log
+    assert (ended["ExitCode"], ended.get("Restarts", "0")) == ("3:0", "0"), log
+    assert "launch: stuck: the input is wrong, or a checkpoint cannot be read or written (exit code 2)" in log
+
+
+def test_an_operators_requeue_is_no_scancel(cluster: Cluster, site: Site, stand_in: Path, tmp_path: Path) -> None:
+    site.write(more=f"PYTHON={tmp_path}/python\nexport LISTENS=yes\n")
+    (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={stand_in}"))
+    wait_until((stand_in / "waits").exists, lambda: site.log(job))
+    cluster.run("scontrol", "requeue", job)
+    ended = cluster.wait(job, "COMPLETED", "FAILED", "CANCELLED")
+    log = site.log(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), log
+    assert log.count("launch: SLURM itself requeues this job") == 1, log
+    assert "launch: cancelled" not in log
 
 
 def test_scancel_ends_a_run(cluster: Cluster, site: Site, stand_in: Path, tmp_path: Path) -> None:

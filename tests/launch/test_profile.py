@@ -152,7 +152,7 @@ def test_dry_run_and_mistakes(site: Site, monkeypatch: pytest.MonkeyPatch) -> No
     done = run_on_login_node(site, f"profile.sh {CONFIG}", "--dry-run", "from_step=20", "steps=5", "rate=2")
     sbatch, srun = done.stdout.splitlines()[:2]
     folder = site.run_dir("profile-olmoe_7b")
-    assert sbatch.rstrip().endswith(f"profile.sh {CONFIG} from_step=20 steps=5 rate=2 run_dir={folder}")
+    assert sbatch.rstrip().endswith(f"profile.sh {CONFIG} from_step=20 steps=5 rate=2 run_dir={folder} checked=2x8")
     assert f"-m megatron_fc traffic run --from-step 20 --steps 5 {CONFIG} " in srun
     assert srun.rstrip().endswith(f"rate=2 run_dir={folder}")
 

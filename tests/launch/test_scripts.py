@@ -17,7 +17,7 @@ SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
 def login_node(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Without sbatch, and without the check of config and data, which has tests of its own."""
     programs = tmp_path_factory.mktemp("bin")
-    for name in ("bash", "basename", "date", "dirname", "env", "id", "mkdir", "rm", "sed", "cat"):
+    for name in ("bash", "basename", "date", "dirname", "env", "id", "ln", "mkdir", "readlink", "rm", "sed", "cat"):
         if path := shutil.which(name):
             (programs / name).symlink_to(path)
     monkeypatch.setenv("PATH", str(programs))
@@ -39,7 +39,7 @@ def test_dry_run_shows_both_commands(site: Site) -> None:
     sbatch, srun = done.stdout.splitlines()[:2]
     assert sbatch.startswith("sbatch '--job-name=x y' "), "singleton goes by it"
     assert sbatch.rstrip().endswith(
-        "--nodes=8 " + f"{REPOSITORY}/launch/moe7b.sh connection=residual 'run_dir=/tmp/x y'"
+        "--nodes=8 " + f"{REPOSITORY}/launch/moe7b.sh connection=residual 'run_dir=/tmp/x y' checked=8x8"
     )
     assert "--container" not in srun
     assert "train configs/olmoe_7b.yaml on_damage=previous keep_last=3 " in srun
@@ -176,6 +176,7 @@ def test_variants_are_overrides_and_runs_of_their_own(site: Site, variant: str, 
 
 
 CKPT_STEP = "would hold for every start: write 12 into run_dir's checkpoints/latest_checkpointed_iteration.txt instead"
+GEOMETRY = "the layout depends on the number of tasks and GPUs: give --nodes, --ntasks-per-node and --gpus-per-node"
 IN_A_JOB = "nothing is submitted inside a job: give options to sbatch, before the script, and --dry-run outside"
 
 
@@ -202,6 +203,34 @@ IN_A_JOB = "nothing is submitted inside a job: give options to sbatch, before th
             "",
             "--gpus-per-node=4 and --ntasks-per-node=8 differ: every GPU has a task, give both",
         ),
+        (["--gres=gpu:4"], "", f"--gres=gpu:4: {GEOMETRY}"),
+        (["--gres=nvme:1,gpu:h100:8"], "", f"--gres=nvme:1,gpu:h100:8: {GEOMETRY}"),
+        (["-n", "16"], "", f"--ntasks=16: {GEOMETRY}"),
+        (["--gpus", "16"], "", f"--gpus=16: {GEOMETRY}"),
+        (["--gpus-per-task=1"], "", f"--gpus-per-task=1: {GEOMETRY}"),
+        (["--ntasks-per-gpu=1"], "", f"--ntasks-per-gpu=1: {GEOMETRY}"),
+        (["--ntasks-per-n=4"], "", "--ntasks-per-n=4: write --ntasks-per-node out"),
+        (["--node=4"], "", "--node=4: write --nodes out"),
+        ([], "export SBATCH_GRES=gpu:4\n", f"SBATCH_GRES=gpu:4: {GEOMETRY}"),
+        ([], "export SBATCH_GPUS=16\n", f"SBATCH_GPUS=16: {GEOMETRY}"),
+        (
+            [],
+            "export SBATCH_GPUS_PER_NODE=4\n",
+            "--gpus-per-node=4 and --ntasks-per-node=8 differ: every GPU has a task, give both",
+        ),
+        (
+            ["--array=0-3"],
+            "",
+            "--array=0-3: its jobs would share run_dir: launch/chain.sh N SCRIPT ..., or one command for each run",
+        ),
+        (["--signal=USR1@600"], "", "--signal=USR1@600: the script listens for B:USR1@SECONDS"),
+        (["--signal=B:TERM@600"], "", "--signal=B:TERM@600: the script listens for B:USR1@SECONDS"),
+        (
+            ["--wait"],
+            "",
+            "--wait: sbatch would return at the end of the job, which is written down before: leave it out",
+        ),
+        (["--wrap=x"], "", "--wrap=x: the script is what is submitted: leave it out"),
         (["--dry-run"], "SLURM_JOB_ID=7\n", f"--dry-run: {IN_A_JOB}"),
     ],
 )
@@ -211,6 +240,167 @@ def test_mistakes_are_one_sentence(site: Site, words: list[str], more: str, sent
     assert done.returncode == 2
     assert done.stderr == f"launch: {sentence.format(site=site.folder / 'site.sh')}\n"
     assert done.stdout == ""
+
+
+def test_a_gres_that_is_no_gpu_and_a_signal_of_another_length_are_the_users(site: Site) -> None:
+    site.write()
+    words = ["--gres=nvme:1", "--signal=RB:SIGUSR1@1200", "--gpus-per-node=0", "--ntasks-per-node=2"]
+    done = run_on_login_node(site, "moe7b.sh", "--dry-run", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "checked=8x2" in done.stdout
+
+
+def functions(code: str, tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run code with the scripts' functions, in a run's folder, with the programs of this machine."""
+    words = ["bash", "-c", f"source launch/common.sh; RUN_DIR={tmp_path}; WORDS=() OPTIONS=() CHECKED=''; {code}"]
+    environment = {"PATH": os.environ["PATH"]} | variables
+    return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def all_programs(monkeypatch: pytest.MonkeyPatch, login_node: None) -> None:
+    monkeypatch.undo()
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("checked", "differs", "sentence"),
+    [
+        ("2x2", {}, ""),
+        ("", {}, ""),
+        ("2x2", {"SLURM_NTASKS": "1"}, "SLURM gives 1 tasks for 2 nodes x 2 tasks: give --nodes and --ntasks-per-node"),
+        ("", {"SLURM_NTASKS": "3"}, "SLURM gives 3 tasks for 2 nodes x 2 tasks: give --nodes and --ntasks-per-node"),
+        ("2x2", {"SLURM_NNODES": "1", "SLURM_NTASKS": "2"}, "SLURM gives 1 nodes x 2 tasks, and 2x2 were checked: "),
+        ("8x8", {}, "SLURM gives 2 nodes x 2 tasks, and 8x8 were checked: submit again with --nodes=2"),
+        ("", {"SLURM_NTASKS_PER_NODE": ""}, "sbatch was given no --ntasks-per-node: give it, and as many"),
+    ],
+)
+def test_a_job_that_is_not_what_was_checked_ends(
+    checked: str, differs: dict[str, str], sentence: str, all_programs: None, tmp_path: Path
+) -> None:
+    done = functions(f"CHECKED={checked}; compare_job", tmp_path, **JOB | differs)
+    assert done.returncode == (2 if sentence else 0)
+    assert done.stderr.startswith(f"launch: {sentence}" if sentence else "")
+    assert done.stderr.count("\n") == bool(sentence)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "gpus", "said"),
+    [
+        ("2(x4)", "2", "n1\n"),
+        ("2", "", "n1\n"),
+        ("1(x4)", "2", "launch: n1 has 2 GPUs for tasks: 1(x4); every GPU has a task: give --ntasks-per-node=G "),
+        ("2,1", "2", "launch: n1 has 2 GPUs for tasks: 2,1; every GPU has a task: "),
+        ("2(x4)", "4", "launch: n1 has 4 GPUs for tasks: 2(x4); every GPU has a task: "),
+    ],
+)
+def test_every_task_compares(tasks: str, gpus: str, said: str, all_programs: None, tmp_path: Path) -> None:
+    variables = {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": gpus, "SLURMD_NODENAME": "n1"}
+    per_node = "1" if tasks == "1(x4)" else "2"
+    ids = {"SLURM_LOCALID": "0", "SLURM_PROCID": "0", "TASKS_PER_NODE": per_node}
+    done = functions("compare", tmp_path, **variables, **ids)
+    assert done.returncode == (2 if said.startswith("launch:") else 0)
+    assert (done.stdout + done.stderr).startswith(said)
+    quiet = functions("compare", tmp_path, **variables, **ids | {"SLURM_LOCALID": "1", "SLURM_PROCID": "3"})
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (done.returncode, "", "")
+
+
+@pytest.mark.parametrize(
+    ("codes", "returns", "decides"),
+    [
+        ("75", 75, 75),
+        ("", 0, 0),
+        ("2 75", 137, 2),
+        ("75 16", 75, 16),
+        ("16 2", 16, 2),
+        ("2 16", 16, 2),
+        ("17 2", 17, 17),
+        ("2 17", 17, 17),
+        ("1", 143, 143),
+    ],
+)
+def test_of_all_ranks_codes_the_one_that_decides_is_taken(
+    codes: str, returns: int, decides: int, all_programs: None, tmp_path: Path
+) -> None:
+    srun = f"""srun() {{ for code in {codes}; do
+      echo "srun: error: n1: tasks 0-3: Exited with exit code $code" >&2
+    done; echo "0: srun: error: Exited with exit code 17" >&2; return {returns}; }}"""
+    done = functions(f"{srun}; follow srun; echo $CODE", tmp_path)
+    assert done.stdout == f"{decides}\n"
+    assert done.stderr.count("\n") == len(codes.split()) + 1, "everything is handed on"
+
+
+def test_of_an_array_the_element_alone_goes_back(all_programs: None, tmp_path: Path) -> None:
+    """The last element has the array's own number (here 11), and scontrol takes that for all of them."""
+    stubs = """say() { :; }; attempt() { return 1; }; compare_job() { :; }
+    scontrol() { [[ $1 != show ]] || return 0; echo "$@" >"$RUN_DIR/said"; }"""
+    array = {"SLURM_JOB_ID": "11", "SLURM_ARRAY_JOB_ID": "11", "SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_NODELIST": "n0"}
+    done = functions(f"{stubs}; job", tmp_path, **array)
+    assert (done.returncode, (tmp_path / "said").read_text()) == (0, "requeue 11_2\n"), done.stderr
+    del array["SLURM_ARRAY_JOB_ID"], array["SLURM_ARRAY_TASK_ID"]
+    functions(f"{stubs}; job", tmp_path, **array)
+    assert (tmp_path / "said").read_text() == "requeue 11\n"
+
+
+def test_of_jobs_that_claim_a_run_at_once_one_gets_it(all_programs: None, tmp_path: Path) -> None:
+    """All look before any writes, were there no lock."""
+    claims = """squeue() { [[ $3 == [0-9]* ]] && echo "$3"; }; guard() { echo "$JOB goes on"; exit; }; attempt"""
+    words = ["bash", "-c", f"source launch/common.sh; RUN_DIR={tmp_path}; {claims}"]
+    environment = {"PATH": os.environ["PATH"]}
+    jobs = [
+        subprocess.Popen(
+            words,
+            cwd=REPOSITORY,
+            env=environment | {"SLURM_JOB_ID": str(job)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for job in range(1, 13)
+    ]
+    said = [job.communicate() for job in jobs]
+    winner = (tmp_path / "job").read_text().strip()
+    assert [out for out, _ in said if out] == [f"{winner} goes on\n"]
+    sentence = (
+        f"launch: job {winner} has run_dir={tmp_path}: scancel {winner}, wait for it, or choose another run_dir\n"
+    )
+    assert [err for _, err in said if err] == [sentence] * 11
+    assert not (tmp_path / "job.lock").is_symlink()
+
+
+def test_a_claim_that_was_never_given_back_is_named(all_programs: None, tmp_path: Path) -> None:
+    (tmp_path / "job.lock").symlink_to("job 5")
+    done = functions("sleep() { :; }; claim me", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"launch: {tmp_path}/job.lock has been held for a minute by job 5: where that has ended, remove it\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("printed", "more", "said", "job"),
+    [
+        ("17", "", "Submitted batch job 17\n", "17\n"),
+        ("17;cluster", "", "Submitted batch job 17\n", "17\n"),
+        ("17", "--parsable", "17\n", "17\n"),
+        ("17", "--quiet", "Submitted batch job 17\n", "17\n"),
+    ],
+)
+def test_a_job_is_written_down_whatever_sbatch_prints(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, more: str, said: str, job: str
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(
+        f'#!/bin/bash\n[[ $1 == --parsable ]] || exit 1\necho "sbatch: a warning" >&2\necho "{printed}"\n'
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{tmp_path}")
+    site.write()
+    done = run_on_login_node(site, "moe7b.sh", *more.split(), f"run_dir={tmp_path / 'run'}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "sbatch: a warning\n")
+    assert (tmp_path / "run/job").read_text() == job
 
 
 def test_a_run_at_its_target_is_not_submitted(site: Site, tmp_path: Path) -> None:

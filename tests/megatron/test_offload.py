@@ -17,7 +17,6 @@ from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
 )
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.slots import FracNorm
 from support import tiny
 
 DFC = FracConfig(rate=4)
@@ -42,11 +41,8 @@ def steps(frac: FracConfig | None, *modules: str, hand_over: bool = True) -> lis
     if modules:
         options = {"fine_grained_activation_offloading": True, "offload_modules": list(modules)}
         options["min_offloaded_tensor_size"] = 1
-    model = tiny.build("mixed", frac, **options)
+    model = (tiny.build if hand_over else tiny.build_without_hand_over)("mixed", frac, **options)
     tiny.randomise_connections(model)
-    for module in model.modules():
-        if isinstance(module, FracNorm):
-            module.hands_over = hand_over
     result = []
     for seed in (0, 1):
         model.zero_grad()

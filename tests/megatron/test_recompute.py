@@ -11,7 +11,6 @@ from megatron.core.tensor_parallel import random
 from megatron_fc import FracConfig
 from megatron_fc.connections import eager
 from megatron_fc.connections.kinds import is_connection_key
-from megatron_fc.megatron.slots import FracNorm
 from support import tiny
 
 DFC, SFC = FracConfig(rate=4), FracConfig(rate=4, dynamic=False)
@@ -61,10 +60,7 @@ def gradients(kind: str, frac: FracConfig, hand_over: bool = True, **options: An
 
     Without `hand_over` the depth connection looks at h by itself, as it has to with Megatron's `layernorm` recompute.
     """
-    model = tiny.build(kind, frac, **options)
-    for module in model.modules():
-        if isinstance(module, FracNorm):
-            module.hands_over = module.hands_over and hand_over
+    model = (tiny.build if hand_over else tiny.build_without_hand_over)(kind, frac, **options)
     tiny.randomise_connections(model)
     tiny.seed_dropout(3)
     loss = tiny.loss(model, tiny.tokens())

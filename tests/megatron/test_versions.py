@@ -1,6 +1,7 @@
 """The check of megatron-core's version at import of the adapter."""
 
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -56,6 +57,13 @@ def test_tested_versions_pass_in_silence(monkeypatch: pytest.MonkeyPatch) -> Non
         for version in (versions.OLDEST, versions.NEWEST_TESTED):
             monkeypatch.setattr(versions, "megatron_version", lambda version=version: version)
             versions.check_megatron_version()
+
+
+def test_what_make_compat_runs_is_there() -> None:
+    root = Path(__file__).parents[2]
+    tests = runpy.run_path(str(root / "scripts" / "compat.py"), run_name="compat")["TESTS"]
+    assert tests
+    assert not [test for test in tests if not (root / test).is_file()]
 
 
 def test_a_missing_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 
-from megatron_fc.errors import UserError
+from megatron_fc.errors import NodeError, UserError
 from megatron_fc.mpi import free_port
 from megatron_fc.preflight import nodes, rendezvous
 from megatron_fc.preflight.nodes import DiskSpace, Requirements
-from megatron_fc.preflight.rendezvous import NodeError
 from support import fork_server
 from support.patience import PATIENCE
 from support.training_runs import config as config
@@ -60,7 +59,12 @@ def test_all_is_well(config: Path, tmp_path: Path) -> None:
             2,
             ": indexes of the data cannot be written to /dev/null/x, File exists: correct data_cache_path=/dev/null/x",
         ),
-        (["pipeline_model_parallel_size=3"], 2, "Megatron refuses the arguments: "),
+        (["clip_grad=1", "hidden_size=33"], 2, "hidden_size"),
+        (
+            ["expert_model_parallel_size=4"],
+            2,
+            "expert_model_parallel_size=4 does not fit 1 node of 2 GPUs: 2 ranks are no multiple of PP1 x ETP1 x EP4",
+        ),
         (
             ["run_dir=/dev/null/x", "distributed_backend=gloo"],
             2,
@@ -134,15 +138,30 @@ def test_a_first_rank_that_makes_no_plan_is_named() -> None:
 
 
 def test_a_node_whose_files_never_answer_is_named(tmp_path: Path) -> None:
-    plan = Requirements(tmp_path, {}, {}, on_devices=False, disk_space=None)
+    plan = Requirements({}, {}, {}, on_devices=False, disk_space=None)
     said = two_ranks(0, lambda: plan, {"_look": wait_for_ever})
     assert said == f"rank 1 on {HOST} did not look at its files within 3 s, 1 of 2 are missing"
 
 
 def test_a_rank_that_is_lost_in_the_network_is_a_sentence(tmp_path: Path) -> None:
-    plan = Requirements(tmp_path, {}, {}, on_devices=False, disk_space=None)
+    plan = Requirements({}, {}, {}, on_devices=False, disk_space=None)
     said = two_ranks(0, lambda: plan, {"_add_up": lambda *_: os._exit(1)})
     assert said.startswith(f"all-reduce failed on {HOST}: ")
+
+
+@pytest.mark.parametrize(
+    ("devices", "error", "sentence"),
+    [
+        (1, NodeError, "n1 has 1 CUDA devices for 2 ranks: drain it"),
+        (8, UserError, "n1 has 8 CUDA devices for 2 ranks, and some would be idle: start one rank for each, or hide"),
+    ],
+)
+def test_every_device_has_a_rank(devices: int, error: type[Exception], sentence: str, tmp_path: Path) -> None:
+    needs = Requirements(tmp_path, {}, {}, on_devices=True, disk_space=None)
+    seen = [nodes._Seen(host, count, 0.0, None) for host, count in [("n0", 2), ("n1", devices)] for _ in range(2)]
+    with pytest.raises(error, match=f"^{sentence}"):
+        nodes._devices(seen, needs)
+    assert nodes._devices(seen[:2], needs) == "2 CUDA devices each"
 
 
 def test_clocks() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from megatron_fc.cli.main import main
 from megatron_fc.training.machine import has_transformer_engine
+from support.token_files import write_tokens
 
 # The fixture; pytest finds it by its name here.
 from support.training_runs import config as config
@@ -37,6 +39,12 @@ def test_a_run_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
 
 
+def test_a_run_over_gloo_may_do_what_gpus_cannot(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the CPU lane has to: Megatron resumes no distributed optimizer there."""
+    words = ["use_distributed_optimizer=false", "overlap_param_gather=false", "distributed_backend=gloo"]
+    assert ask(*words) == 0, capsys.readouterr().err
+
+
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["tensor_model_parallel_size=2", "make_vocab_size_divisible_by=64", "pipeline_model_parallel_size=4"]
     assert ask(*words, "num_virtual_stages_per_pipeline_rank=2", "--json") == 0
@@ -62,6 +70,17 @@ def test_whole_batches_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 steps, 4,194,304 tokens (the target is 8,192,000: whole batches only)" in capsys.readouterr().out
 
 
+def test_a_schedule_of_batches(capsys: pytest.CaptureFixture[str]) -> None:
+    schedule = ["global_batch_size=null", "step_batch_size_schedule='0:512 2621440:1024'", "train_samples=2000"]
+    assert ask(*schedule) == 0
+    printed = capsys.readouterr().out
+    assert "schedule   batches of 512 sequences from sample 0, 1,024 sequences from sample 640 on; shown" in printed
+    # Two of 512, the second over the threshold, and one of 1,024, over the target.
+    assert "run        3 steps, 8,388,608 tokens (the target is 8,192,000: whole batches only)" in printed
+    assert ask("global_batch_size=null", "step_batch_size_schedule='0:500 2621440:1024'", "train_samples=2000") == 2
+    assert "global_batch_size=500 does not fit 8 nodes" in capsys.readouterr().err
+
+
 def test_the_clusters_packages_count_not_this_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert ask("moe_permute_fusion=true") == 0
     assert "note:" not in capsys.readouterr().out
@@ -82,7 +101,7 @@ def test_the_clusters_packages_count_not_this_machines(capsys: pytest.CaptureFix
             "expert_model_parallel_size=8 does not fit 3 nodes of 8 GPUs: 24 ranks are no multiple of PP2 x ETP1 x EP8 "
             "= 16; possible with TP1 PP2 EP8 ETP1: 2, 4, 8,",
         ),
-        # What only GPU machines are refused has to be refused here too.
+        # What only GPU machines are refused has to be refused here too, but not for a run without them, see below.
         (["use_distributed_optimizer=false", "overlap_param_gather=false"], 8, "set use_distributed_optimizer"),
         (["seq_length=4100"], 8, "Megatron refuses the arguments: max_position_embeddings (4096) must be greater"),
         (["context_parallel_size=4", "seq_length=4092"], 8, "Megatron refuses the arguments: seq-length should be"),
@@ -123,3 +142,25 @@ def test_room_for_the_checkpoints_is_a_file_check(
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert ask(*words, "num_layers=1", "moe_ffn_hidden_size=8", "hidden_size=64", "--check-files") == 0
+
+
+def test_damaged_data_and_foreign_tokens_are_a_file_check(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = write_tokens(tmp_path / "data")
+    words = ["topology", str(config), f"train_data_path=[{prefix}]", "train_iters=100", "lr_decay_iters=100"]
+    words += ["--nodes", "1", "--gpus-per-node", "1"]
+    assert main([*words, "--check-files"]) == 0
+    epochs = 100 * 4 * 32 / (Path(f"{prefix}.bin").stat().st_size / 2)
+    assert f"data       the run reads {prefix} {epochs:.2f} times over\n" in capsys.readouterr().out
+    write_tokens(prefix, vocabulary=5000)
+    assert main([*words, "--check-files"]) == 2
+    assert ", and the model's vocabulary has 384: give the tokenizer that made these data" in capsys.readouterr().err
+    write_tokens(prefix)
+    with open(f"{prefix}.idx", "r+b") as index:
+        index.seek(34 + 12 * 40 + 8 * 5)  # the end of a document in the middle
+        index.write(struct.pack("<q", 10**9))
+    assert main([*words, "--check-files"]) == 2
+    assert "do not follow each other: copy both files again" in capsys.readouterr().err
+    assert main(words) == 0, "no files are asked for"
+    assert [file.name for file in tmp_path.iterdir() if file.is_dir()] == [], "a look leaves nothing"

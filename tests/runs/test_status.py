@@ -81,6 +81,26 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert run.losses[-1] == (40, 0.25)
 
 
+def test_samples_count_where_the_batch_has_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """40 steps of 512, then of 1,024."""
+    log = write_log(tmp_path, 0)
+    log.write_text(
+        "".join(LINE.format(iteration=i, samples=512 * 40 + 1024 * (i - 40), loss=2) + "\n" for i in (70, 80))
+    )
+    write_arguments(tmp_path)
+    target = 512 * 40 + 1024 * 60
+    changed = {"global_batch_size": [512, 1024]}
+    (tmp_path / "starts.jsonl").write_text(
+        event("start", 0, target_samples=512 * 100) + event("start", 40, target_samples=target, changed=changed)
+    )
+    run = read_run(tmp_path)
+    assert (run.tokens, run.target_tokens) == ((512 * 40 + 1024 * 40) * 4096, target * 4096)
+    assert main(["runs", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert " 75.0% " in printed
+    assert "there changed global_batch_size 512 -> 1024\n" in printed
+
+
 def test_the_other_states(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     assert read_run(tmp_path / "new").state == "new"

@@ -154,7 +154,7 @@ def hang(how: str, rank: int, files: str = "answer") -> None:
         return "do so"
 
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    watch = RankWatch(_clock(seconds=4), on_end)
+    watch = RankWatch(_clock(seconds=4), "hang", on_end)
     watch.join()
     if files == "block the log":
         sys.__stderr__, sys.stderr = sys.stderr, _full_pipe()  # type: ignore[misc]
@@ -184,7 +184,7 @@ def step_slowly() -> None:
     """For longer than the limit."""
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     clock = _clock(seconds=2)
-    watch = RankWatch(clock, lambda *_: "do so")
+    watch = RankWatch(clock, "slow", lambda *_: "do so")
     watch.join()
     step = watch.around_forward_step(lambda: time.sleep(0.5))
     for _ in range(8):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
@@ -20,6 +21,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_fc import FracConfig
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.hybrid import hybrid_pattern, hybrid_stack
+from megatron_fc.megatron.slots import Pairing
 from megatron_fc.megatron.specs import frac_connect
 from support.torch_attention import TorchAttention
 
@@ -106,6 +108,17 @@ def build(
         model = _build_gpt(config, frac, te, common)
     _randomise_biases(model, seed)
     return Float16Module(config, model) if config.bf16 or config.fp16 else model
+
+
+def build_without_hand_over(kind: str, frac: FracConfig | None, **options: Any) -> torch.nn.Module:
+    """Build a model whose norm slots return x alone, so that every depth connection looks at h by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_fc.megatron.specs.connect.Pairing", _silent_pairing)
+        return build(kind, frac, **options)
+
+
+def _silent_pairing(slot: str, before: Pairing | None = None, returns_stream: bool = True) -> Pairing:
+    return Pairing(slot, before, returns_stream=False)
 
 
 def _build_gpt(config: TransformerConfig, frac: FracConfig | None, te: bool, common: dict[str, Any]) -> GPTModel:

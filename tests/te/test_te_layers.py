@@ -81,6 +81,20 @@ def test_checkpoints_are_exchangeable_between_both_places_of_the_norm(
     assert all(torch.equal(value, expected[key]) for key, value in shared(plain).items() if torch.is_tensor(value))
 
 
+@pytest.mark.parametrize("input_norm", NORMS)
+@pytest.mark.parametrize("kind", ["dense", "mixed", "hybrid"])
+def test_a_plain_models_state_dict_is_taken(kind: str, input_norm: str) -> None:
+    plain, model = build(kind, None), build(kind, FracConfig(rate=4, input_norm=input_norm))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    missing, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    assert all(is_connection_key(key) for key in missing)
+    found, expected = shared(model), shared(plain)
+    assert all(torch.equal(found[key], value) for key, value in expected.items() if torch.is_tensor(value))
+
+
 def test_the_same_seed_gives_the_same_weights_wherever_the_norm_is() -> None:
     width, projection, plain = (
         shared(build("mixed", frac)) for frac in (*(FracConfig(rate=4, input_norm=norm) for norm in NORMS), None)
@@ -96,7 +110,7 @@ def test_the_width_connection_knows_te_norms_by_their_weights() -> None:
 
     layer = build("dense", FracConfig(rate=4)).decoder.layers[0]
     for slot in (layer.input_layernorm, layer.pre_mlp_layernorm):
-        weights = norm_weights(slot.norm)
+        weights = norm_weights(slot.norm, torch.empty(1, tiny.WIDTH))
         assert weights is not None
         assert weights.kind == "rmsnorm"
         assert weights.weight is slot.norm.weight

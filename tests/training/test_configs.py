@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.preflight.topology import Throughput, Topology, topology
+from megatron_fc.runs.metrics import read_metrics
 from megatron_fc.training.recipe import load_recipe
 from megatron_fc.training.setup import model_config, parse
 from support.megatron_world import parallel_state as parallel_state
 from support.megatron_world import seed as seed
+from support.training_runs import config as config
+from support.training_runs import train
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("olmoe_7b", "olmoe_1b3", "olmo2_1b")
@@ -181,3 +185,28 @@ def test_anneal_goes_linearly_from_4e5_to_nothing_over_100b_tokens() -> None:
     assert lr((begin + end) // 2) == pytest.approx(2e-5)
     assert lr(end) == pytest.approx(0.0, abs=1e-12)
     assert on_nodes("olmoe_7b", *overrides).tokens == end * 4096
+
+
+def documented(heading: str) -> list[str]:
+    """The overrides of the command below a heading of docs/configs.md."""
+    text = (CONFIGS.parent / "docs" / "configs.md").read_text().split(heading)[1]
+    command = text.split("    megatron-fc train configs/olmoe_7b.yaml ")[1].split("\n\n")[0]
+    return command.replace("\\\n", " ").split()
+
+
+def test_the_documented_anneal_trains(config: Path, tmp_path: Path) -> None:
+    """The shrunken 7B of docs/configs.md, then its anneal with a tenth of these samples, as the same run."""
+    data = yaml.safe_load(config.read_text())["data"]
+    here = [f"train_data_path={data['train_data_path']}", f"valid_data_path={data['valid_data_path']}"]
+    here += [f"tokenizer_model={data['tokenizer_model']}", f"run_dir={tmp_path}", "eval_iters=0"]
+    shrunken = [*documented("## On a machine without GPUs"), "num_layers=1", *here]
+    first = [*shrunken, "train_samples=32", "lr_decay_samples=64", "lr_warmup_samples=8", "save_interval=2"]
+    seven_b = CONFIGS / "olmoe_7b.yaml"
+    train(seven_b, tmp_path, *first)
+    anneal = [word.replace("24414208", "16").replace("1245117440", "48") for word in anneal_overrides()]
+    assert sum(word.endswith(("samples=48", "samples=16")) for word in anneal) == 3
+    printed = train(seven_b, tmp_path, *first, *anneal)["printed"]
+    assert "note: changed since iter_0000004: lr 0.0004 -> 4e-05, " in printed
+    # From 4e-5 after 32 samples; a rate is logged with the step before it.
+    rates = read_metrics(tmp_path).scalars["learning-rate"]
+    assert [rates[5], rates[6]] == pytest.approx([2e-5, 0.0], abs=1e-12)

@@ -1,5 +1,6 @@
 """`megatron-fc train` as a user runs it: processes of their own, real text, checkpoints, kill -9."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_fc.checkpoints.location import latest_checkpoint
-from megatron_fc.checkpoints.structure import stored_structure
 from megatron_fc.cli.main import main
+from megatron_fc.megatron.stored_connections import stored_structure
+from megatron_fc.mpi import free_port
+from megatron_fc.resilience.run_lock import LOCK
 from megatron_fc.runs.metrics import Metrics, read_metrics
 from megatron_fc.runs.summary import read_summary
-from megatron_fc.training.loop import EventsOnDisk
 from support.disk import SlowDisk
-from support.patience import wait_for_iteration
+from support.patience import PATIENCE, wait_for_iteration
+from support.random_state import random_state
+from support.token_files import write_tokens
 from support.training_runs import ITERATIONS, command, environment, figures, train
 from support.training_runs import config as config
 from support.training_runs import finished as finished
@@ -41,16 +44,6 @@ def test_a_run_learns_and_leaves_its_figures(finished: Path) -> None:
         assert list(scalars[tag]) == list(range(1, ITERATIONS + 1)), tag
 
 
-def test_the_last_validation_is_on_disk_when_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = SummaryWriter(str(tmp_path / "tensorboard"))
-    monkeypatch.setattr("megatron.training.global_vars._GLOBAL_TENSORBOARD_WRITER", writer)
-    # The writer's thread computes its checksum in Python, which takes it far longer than a reader to begin.
-    writer.add_text("arguments", "x" * 2**20)
-    writer.add_scalar("lm loss validation", 8.25, 4)
-    EventsOnDisk().end()
-    assert read_metrics(tmp_path).validation == {4: 8.25}
-
-
 def metrics_of(file: Path) -> Metrics:
     """The metrics of one event file alone."""
     alone = file.parents[2] / f"only-{file.name}"
@@ -69,15 +62,23 @@ def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Pa
         words, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     wait_for_iteration(run_dir, 20, victim)  # which is not saved, and repeated with those before
+    holder = json.loads((run_dir / LOCK).read_text())
+    second = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+    assert second.stderr.startswith(f"megatron-fc: run_dir={run_dir} belongs to process {holder['process']} on ")
+    assert second.stderr.endswith(f"if it is gone, delete {run_dir / LOCK}\n")
     os.killpg(victim.pid, signal.SIGKILL)
     victim.wait()
     assert latest_checkpoint(run_dir / "checkpoints") == run_dir / "checkpoints/iter_0000010"
 
-    train(config, run_dir)
+    train(config, run_dir)  # which takes over the lock of the dead
+    assert not (run_dir / LOCK).exists()
     first, second = (metrics_of(file) for file in sorted((run_dir / "tensorboard").iterdir()))
     assert list(first.loss) == list(range(1, 21))
     assert list(second.loss) == list(range(11, ITERATIONS + 1))
     assert figures(run_dir) == figures(finished)
+    last = f"checkpoints/iter_{ITERATIONS:07d}"
+    assert random_state(run_dir / last) == random_state(finished / last)
 
 
 def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path) -> None:
@@ -98,6 +99,7 @@ def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path)
 def test_bf16_run_resumes(config: Path) -> None:
     run_dir = config.parent / "bf16"
     options = ("bf16=true", "connection=sfc", "rate=2", "lr_decay_iters=12", "save_interval=6")
+    options += ("hidden_dropout=0.1", "attention_dropout=0.1")  # drawn from generators that the resume restores
     train(config, run_dir, *options, "train_iters=6")
     resumed = train(config, run_dir, *options, "train_iters=12")
     straight = train(config, config.parent / "bf16_straight", *options, "train_iters=12")
@@ -105,6 +107,8 @@ def test_bf16_run_resumes(config: Path) -> None:
     for tag in ("lm loss", "grad-norm", "learning-rate"):
         assert figures(run_dir)[tag] == figures(config.parent / "bf16_straight")[tag]
     assert resumed["last_loss"] == straight["last_loss"]
+    last = "checkpoints/iter_0000012"
+    assert random_state(run_dir / last) == random_state(config.parent / "bf16_straight" / last)
 
 
 def test_two_ranks_train_as_one(config: Path, finished: Path) -> None:
@@ -122,6 +126,27 @@ def test_two_ranks_train_as_one(config: Path, finished: Path) -> None:
     # The same global batch in another order of summation.
     assert summary["first_loss"] == pytest.approx(alone["first_loss"], rel=1e-5)
     assert (run_dir / "logs" / "rank0.log").exists()
+
+
+def test_two_ranks_of_tensor_parallelism_hear_of_it(config: Path, tmp_path: Path) -> None:
+    """Without the check both train to the end: Megatron's embedding takes such a token for another rank's."""
+    prefix = write_tokens(tmp_path / "data", vocabulary=5000)
+    words = [f"train_data_path=[{prefix}]", "tensor_model_parallel_size=2", "train_iters=2", "save_interval=null"]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            command(config, f"run_dir={tmp_path / 'run'}", *words),
+            env=environment() | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    for text in said:
+        assert "and the model's vocabulary has 512: give the tokenizer that made these data, or make them again" in text
 
 
 def test_checkpoint_knows_its_connections(finished: Path) -> None:
@@ -149,9 +174,26 @@ def test_checkpoint_knows_its_connections(finished: Path) -> None:
         (["tanh=false"], "was trained with FracConfig(rate=4, dynamic=True, norm='rmsnorm', tanh=True"),
         (
             ["num_attention_heads=3"],
-            "Megatron refuses the arguments: assert args.hidden_size % args.num_attention_heads == 0 (",
+            "hidden_size % num_attention_heads == 0 does not hold for hidden_size=32, num_attention_heads=3 (",
         ),
         (["sft=true"], "sft is not supported by megatron-fc train"),
+        (["num_layers=3"], "num_layers: 2 in CHECKPOINT, 3 here, which makes another model: give what it was written"),
+        (["num_experts=8"], "num_experts: 4 in CHECKPOINT, 8 here, which makes another model"),
+        (["moe_router_topk=1", "moe_router_pre_softmax=true"], "moe_router_topk: 2 in CHECKPOINT, 1 here"),
+        (["rotary_base=500000"], "rotary_base: 10000 in CHECKPOINT, 500000 here, which makes another model"),
+        (["norm_epsilon=1e-6"], "layernorm_epsilon: 1e-05 in CHECKPOINT, 1e-06 here, which makes another model"),
+        (["precision=bf16"], "bf16: False in CHECKPOINT, True here, which makes another state: give what it was"),
+        (["optimizer.optimizer=sgd"], "optimizer: adam in CHECKPOINT, sgd here, which makes another state"),
+        (["seq_length=16"], "seq_length: 32 in CHECKPOINT, 16 here, which makes other samples"),
+        (
+            ["tokenizer_type=NullTokenizer", "vocab_size=300"],
+            "tokenizer_type: HuggingFaceTokenizer in CHECKPOINT, Null",
+        ),
+        (["override_ckpt_iteration=10"], "override_ckpt_iteration=10 would hold for every start"),
+        (
+            ["pretrained_checkpoint=x"],
+            "pretrained_checkpoint=x is what load and finetune say: set load=x",
+        ),
         (["optimizer.optimizer=muon", "decoupled_lr=0.01"], "optimizer=muon leaves dynamic_weight to Adam"),
     ],
 )
@@ -168,7 +210,7 @@ def test_what_the_run_cannot_continue_is_refused(
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert main(["train", str(config), f"run_dir={finished}", *overrides]) == 2
     error = capsys.readouterr().err
-    assert sentence in error
+    assert sentence.replace("CHECKPOINT", f"{finished}/checkpoints/iter_{ITERATIONS:07d}") in error
     assert error.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
@@ -180,6 +222,21 @@ def test_mistake_in_a_process_of_its_own(config: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == "megatron-fc: unknown key in section model: 'num_layer': did you mean 'num_layers'?\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("setting", ["run_dir", "save", "tensorboard_dir"])
+def test_folders_that_cannot_be_written(
+    config: Path, tmp_path: Path, setting: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "file").touch()
+    for folder, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "x", "Not a directory")):
+        assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", f"{setting}={folder}", "load=null"]) == 2
+        assert capsys.readouterr().err == f"megatron-fc: {setting}={folder} cannot be written, {why}: choose another\n"
+    readonly = Path("/proc/megatron_fc")  # which takes no folder, from root neither
+    assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", f"{setting}={readonly}", "load=null"]) == 2
+    assert f"{setting}={readonly} cannot be written, No such file or directory" in capsys.readouterr().err
 
 
 def test_asynchronous_checkpoints_are_refused_without_a_cuda_device(

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_fc.training.machine import adaptations, has_apex, has_fused_weight_gradients
 from megatron_fc.training.recipe import load_recipe
+from support.token_files import write_tokens
 
 IMPOSTOR = ("apex/__init__.py",)
 APEX = ("apex/__init__.py", "apex/optimizers/__init__.py", "amp_C.py")
@@ -80,8 +81,7 @@ def test_local_layers_beside_transformer_engine_have_torchs_norms(install) -> No
 
 @pytest.mark.parametrize("files", [(), IMPOSTOR, APEX, (*APEX, FUSED)], ids=["none", "impostor", "apex", "whole apex"])
 def test_a_run_gets_the_flag_and_says_so(files: tuple[str, ...], install, tmp_path: Path) -> None:
-    for name in ("train.bin", "train.idx"):
-        (tmp_path / name).touch()
+    write_tokens(tmp_path / "train", sequences=1000)
     config = tmp_path / "run.yaml"
     model = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 16}
     config.write_text(yaml.safe_dump({"model": model, "data": {"data_path": [str(tmp_path / "train")]}}))

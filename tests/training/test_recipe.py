@@ -9,6 +9,7 @@ import yaml
 
 from megatron_fc import FracConfig, UserError
 from megatron_fc.cli.main import main
+from megatron_fc.data.indexed import write_indexed
 from megatron_fc.megatron.flags import add_frac_args
 from megatron_fc.training.machine import has_transformer_engine
 from megatron_fc.training.recipe import Recipe, load_recipe
@@ -23,8 +24,7 @@ BASE = {
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    for name in ("train.bin", "train.idx"):
-        (tmp_path / name).touch()
+    write_indexed(tmp_path / "train", [[1, 2]] * 1000, 128, eod=0)
     data = {"data_path": [str(tmp_path / "train")], "tokenizer_type": "NullTokenizer", "vocab_size": 128}
     path = tmp_path / "base.yaml"
     path.write_text(yaml.safe_dump({**BASE, "data": data, "logging": {"run_dir": str(tmp_path / "run")}}))
@@ -169,6 +169,13 @@ def test_malformed_files(tmp_path: Path, content: str, sentence: str) -> None:
         load_recipe(path)
 
 
+def test_a_file_in_latin_1(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("model: {}\n# für\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.yaml is not UTF-8, line 2 has a byte that is none: save it as UTF-8"):
+        load_recipe(path)
+
+
 def test_missing_file() -> None:
     with pytest.raises(UserError, match=r"cannot read the config nowhere\.yaml: No such file"):
         load_recipe(Path("nowhere.yaml"))
@@ -195,3 +202,45 @@ def test_shipped_configs_resolve(config: Path, base: Path) -> None:
     files = [f"train_data_path=['{prefix}']", f"valid_data_path=['{prefix}']", f"tokenizer_model={base.parent}"]
     for connection in ("residual", "sfc", "dfc"):
         load_recipe(config, [*files, f"connection={connection}"])
+
+
+TWICE = {
+    "optimizer:\n  lr: 1\n  lr: 2": "lr stands in the lines 2 and 3: keep one",
+    "optimizer:\n  lr: 1\nmodel: {}\noptimizer:\n  min_lr: 2": "optimizer stands in the lines 1 and 4: keep one",
+    "data:\n  data_path: [{a: 1, a: 2}]": "a stands in the lines 2 and 2: keep one",
+}
+
+
+@pytest.mark.parametrize("content", TWICE)
+def test_a_key_or_section_that_stands_twice_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=rf"bad\.yaml: {TWICE[content]}$"):
+        load_recipe(path)
+
+
+def test_defaults_that_a_file_merges_may_be_replaced(base: Path) -> None:
+    content = yaml.safe_load(base.read_text())
+    del content["optimizer"]
+    merged = "optimizer:\n  <<: {train_iters: 3, micro_batch_size: 2, lr: 0.5}\n  <<: {min_lr: 0.1}\n  lr: 0.25\n"
+    base.write_text(yaml.safe_dump(content) + merged)
+    recipe = load_recipe(base)
+    assert [value(recipe, flag) for flag in ("--lr", "--min-lr", "--train-iters")] == ["0.25", "0.1", "3"]
+
+
+def test_a_path_may_begin_in_a_home(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(base.parent))
+    content = yaml.safe_load(base.read_text())
+    content["data"]["data_path"] = [1, "~/train"]
+    base.write_text(yaml.safe_dump(content))
+    recipe = load_recipe(base, ["run_dir=~/elsewhere", "data_cache_path=~"])
+    assert recipe.run_dir == base.parent / "elsewhere"
+    assert recipe.sections["data"]["data_path"] == [1, f"{base.parent}/train"]
+    assert value(recipe, "--tensorboard-dir") == f"{base.parent}/elsewhere/tensorboard"
+    for word, sentence in {
+        "run_dir=~nobody-here/x": "run_dir=~nobody-here/x names a home folder that is not here",
+        "run_dir=$SCRATCH/x": r"run_dir=\$SCRATCH/x begins with a variable, which only a shell knows",
+        "data_path=['${DATA}/train']": r"data_path=\$\{DATA\}/train begins with a variable",
+    }.items():
+        with pytest.raises(UserError, match=f"^{sentence}"):
+            load_recipe(base, [word])

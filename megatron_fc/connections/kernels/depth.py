@@ -17,9 +17,9 @@ from megatron_fc.connections.kernels.tiles import (
     gathered,
     load_chunk,
     load_weight,
+    mix,
     same_token,
     store_chunk,
-    table_by_rows,
 )
 
 
@@ -66,7 +66,7 @@ def output_chunk(pre, first, count, n, like, S: tl.constexpr):
 @triton.jit
 def depth_chunk(pre, beta, alpha, first, count, n, like, S: tl.constexpr):
     """Chunk n of the next residual stream, in the dtype of the stream."""
-    mixed = table_by_rows(alpha, load_chunk(pre.h, first, count, n, S), S)
+    mixed = mix(alpha, load_chunk(pre.h, first, count, n, S), S)
     return (mixed + beta[None, :, None] * output_chunk(pre, first, count, n, like, S).to(tl.float32)).to(
         like.dtype.element_ty
     )

@@ -89,11 +89,10 @@ def width_backward(
     norm: NormWeights | None = None,
 ) -> WidthGradients:
     """Gradients of h and of all parameters; the incoming ones may be None, which stands for zero."""
-    return _width_backward(g_x, g_beta, g_mixed, None, h, DepthInputs(), p, norm)
+    return _width_backward(g_x, g_beta, g_mixed, h, DepthInputs(), p, norm)
 
 
 def boundary_backward(
-    g_h: Tensor | None,
     g_x: Tensor | None,
     g_beta: Tensor | None,
     g_mixed: Tensor | None,
@@ -102,9 +101,9 @@ def boundary_backward(
     p: Operands,
     norm: NormWeights | None = None,
 ) -> tuple[WidthGradients, Tensor, Tensor]:
-    """As `width_backward` at h, the boundary's h'; g_h is what else its gradient has. Also gradients of o and beta."""
+    """As `width_backward` at h, the boundary's h'. Also gradients of o and beta."""
     depth, g_o, g_depth = _with_gradients(depth)
-    return _width_backward(g_x, g_beta, g_mixed, g_h, h, depth, p, norm), g_o, g_depth
+    return _width_backward(g_x, g_beta, g_mixed, h, depth, p, norm), g_o, g_depth
 
 
 def depth_forward(depth: DepthInputs) -> Tensor:
@@ -147,7 +146,6 @@ def _width_backward(
     g_x: Tensor | None,
     g_beta: Tensor | None,
     g_mixed: Tensor | None,
-    g_other: Tensor | None,
     h: Tensor,
     depth: DepthInputs,
     p: Operands,
@@ -156,8 +154,7 @@ def _width_backward(
     norm = norm if g_x is not None else None
     site, g_h = site_of(h, p.fractions, p, norm, backward=True), torch.empty_like(h)
     partial = _partial(programs(_tokens(h) * p.fractions, h.device, _PROGRAMS_BACKWARD), h, site, norm)
-    gradients, weights = (g_x, g_beta, g_mixed, g_other), _weights(norm)
-    arguments = (*gradients, h, depth, p.parameters, weights, g_h, partial)
+    arguments = (g_x, g_beta, g_mixed, h, depth, p.parameters, _weights(norm), g_h, partial)
     _launch(width_backward_kernel, site, _tokens(h), h.device, *arguments, per_processor=_PROGRAMS_BACKWARD)
     parameters = _parameter_gradients(partial, p)
     weight, bias = (None if part is None else part.sum(0) for part in (partial.weight, partial.bias))

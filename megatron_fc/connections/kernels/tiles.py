@@ -2,7 +2,8 @@
 
 A stream [tokens, d] is read as rows [tokens * m, c], one row per fraction. A tile is R rows, the fractions of R / m
 tokens. What mixes fractions is then a product with a matrix [R, R] that is zero between tokens, and what the
-coefficients need are products of rows with rows; both run on tensor cores.
+coefficients need are products of rows with rows; both run on tensor cores. In such a product zero times what is not
+finite would reach other tokens, so rows are `finite` there, and a token with a row that is not has coefficients of NaN.
 
 A tile is read in chunks [W, R, K]: W warps with K columns each. Products keep the first axis, so that a warp holds only
 its own columns, and what they say of whole rows is summed over the warps once per tile.
@@ -130,6 +131,17 @@ def load_projection(p, n, like, S: tl.constexpr):
 
 
 @triton.jit
+def finite(values):
+    """Zero where a value is not finite."""
+    return tl.where(is_finite(values), values, 0.0).to(values.dtype)
+
+
+@triton.jit
+def is_finite(values):
+    return tl.abs(values) < float("inf")
+
+
+@triton.jit
 def rows_by_rows(a, b, total, S: tl.constexpr):
     """total + a b^T of each warp's columns, [W, R, R' or KP], for chunks [W, R, K] and [W, R' or KP, K]."""
     if S.EXACT:
@@ -154,6 +166,16 @@ def table_by_rows(table, b, S: tl.constexpr):
 
 
 @triton.jit
+def mix(matrix, rows, S: tl.constexpr):
+    """matrix rows for coefficients [R, R] that are zero between tokens, and a chunk [W, R, K]: [W, R, K] in fp32.
+
+    What is not finite in the rows is left out, since zero times it would reach other tokens; in its own token the
+    coefficients are NaN (`spoiled`).
+    """
+    return table_by_rows(matrix, finite(rows), S)
+
+
+@triton.jit
 def same_token(S: tl.constexpr):
     """[R, R]: true where both rows belong to one token."""
     token = tl.arange(0, S.R) // S.M
@@ -164,6 +186,12 @@ def same_token(S: tl.constexpr):
 def token_sum(values, S: tl.constexpr):
     """Sum of [R] over the rows of each token, repeated in these rows."""
     return tl.sum(tl.where(same_token(S), values[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def spoiled(products, S: tl.constexpr):
+    """NaN in the rows of each token with rows whose products [R, R] are not finite, else zero; [R]."""
+    return tl.sum(tl.where(same_token(S) & ~is_finite(products), float("nan"), 0.0), axis=1)
 
 
 @triton.jit

@@ -30,10 +30,12 @@ from megatron_fc.connections.kernels.tiles import (
     load_chunk,
     load_projection,
     load_weight,
+    mix,
     moments,
     rows_by_rows,
     same_token,
     scales,
+    spoiled,
     spread,
     static_table,
     store_chunk,
@@ -86,8 +88,7 @@ def add_products(products, h, p, n, like, S: tl.constexpr):
     z, gram, sums = products
     if S.DYNAMIC:
         z = rows_by_rows(h, load_projection(p, n, like, S), z, S)
-    if S.NORM != "none" or S.SUB_NORM != "none":
-        gram = rows_by_rows(h, h, gram, S)
+    gram = rows_by_rows(h, h, gram, S)
     if S.NORM == "layernorm" or S.SUB_NORM == "layernorm":
         sums += tl.sum(h.to(tl.float32), axis=2)
     return z, gram, sums
@@ -110,6 +111,7 @@ def coefficients(products, p, w_sums, S: tl.constexpr):
     table = static_table(p, S)
     if S.DYNAMIC:
         table += scales(p, S)[None, :] * t
+    table += spoiled(gram, S)[:, None]
     return table, z, t, mean, deviation
 
 
@@ -118,6 +120,7 @@ def input_moments(gamma, products, S: tl.constexpr):
     """Mean and reciprocal deviation of x = gamma^T h over each token's row, and the products (h_i, x_j)."""
     _, gram, sums = products
     gram_gamma = tl.dot(tl.where(same_token(S), gram, 0.0), gamma, input_precision="tf32x3")
+    gram_gamma = tl.where(same_token(S), gram_gamma, 0.0)
     squares = token_sum(tl.sum(gamma * gram_gamma, axis=1), S)
     if S.SUB_NORM == "layernorm":
         sums = token_sum(tl.sum(gamma, axis=1) * sums, S)
@@ -163,7 +166,7 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
                 mean, deviation, _ = input_moments(gamma, products, S)
             for back in tl.range(CHUNKS, disable_licm=True):
                 n = CHUNKS - 1 - back
-                out = table_by_rows(tl.trans(gamma), load_chunk(h, first, count, n, S), S)
+                out = mix(tl.trans(gamma), load_chunk(h, first, count, n, S), S)
                 if S.SUB_NORM != "none":
                     out = less(out, mean[None, :, None], S.SUB_NORM) * deviation[None, :, None]
                     out *= weight_chunk(norm, n, S)
@@ -219,10 +222,10 @@ def input_gradient_products(gamma, with_x, u_sums, products, S: tl.constexpr):
 
 
 @triton.jit
-def width_backward_kernel(g_x, g_beta, g_mixed, g_other, h, pre, p, norm, g_h, partial, count, S: tl.constexpr):
+def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, count, S: tl.constexpr):
     """count: rows of h, that is tokens times M. Absent gradients are None.
 
-    g_other is added to the gradient of h. With `pre.o`, it goes on through the depth connection that made h.
+    With `pre.o`, the gradient of h goes on through the depth connection that made h.
     """
     CHUNKS: tl.constexpr = S.CHUNKS
     w_sums = projection_sums(p, h, S)
@@ -254,11 +257,13 @@ def width_backward_kernel(g_x, g_beta, g_mixed, g_other, h, pre, p, norm, g_h, p
         between_passes()
         products = over_warps(products)
         table, z, t, mean, deviation = coefficients(products, p, w_sums, S)
-        gamma, alpha = from_table(table, 1, S), from_table(table, 1 + S.M, S)
         with_x = tl.where(same_token(S), tl.sum(with_x, axis=0), 0.0)
+        with_mixed = tl.where(same_token(S), tl.sum(with_mixed, axis=0), 0.0)
+        table += spoiled(tl.abs(with_x) + tl.abs(with_mixed), S)[:, None]
+        gamma, alpha = from_table(table, 1, S), from_table(table, 1 + S.M, S)
         if S.SUB_NORM != "none":
             with_x, sub = input_gradient_products(gamma, with_x, tl.sum(u_sums, axis=0), products, S)
-        d = to_table(with_x, 1, S) + to_table(tl.sum(with_mixed, axis=0), 1 + S.M, S)
+        d = to_table(with_x, 1, S) + to_table(with_mixed, 1 + S.M, S)
         if g_beta is not None:
             at = first + tl.arange(0, S.R)
             d_beta = tl.load(g_beta + at, mask=at < count, other=0.0)
@@ -282,24 +287,22 @@ def width_backward_kernel(g_x, g_beta, g_mixed, g_other, h, pre, p, norm, g_h, p
             if g_x is not None:
                 u = load_chunk(g_x, first, count, n, S)
                 if S.SUB_NORM != "none":
-                    normed = table_by_rows(tl.trans(gamma), rows, S)
+                    normed = mix(tl.trans(gamma), rows, S)
                     normed = less(normed, sub[0][None, :, None], S.SUB_NORM) * sub[1][None, :, None]
                     add_weight(partial.weight, u * normed, n, started, S)
                     if norm.bias is not None:
                         add_weight(partial.bias, u.to(tl.float32), n, started, S)
                     u = less(u * weight_chunk(norm, n, S), sub[3][None, :, None], S.SUB_NORM)
                     u = ((u - normed * sub[2][None, :, None]) * sub[1][None, :, None]).to(rows.dtype)
-                g += table_by_rows(gamma, u, S)
+                g += mix(gamma, u, S)
             if g_mixed is not None:
-                g += table_by_rows(alpha, load_chunk(g_mixed, first, count, n, S), S)
+                g += mix(alpha, load_chunk(g_mixed, first, count, n, S), S)
             if S.DYNAMIC:
                 g += table_by_rows(dz, load_projection(p, n, h, S), S)
                 if S.NORM != "none":
                     g -= slope[None, :, None] * less(rows.to(tl.float32), mean[None, :, None], S.NORM)
                     g = less(g, shift[None, :, None], S.NORM)
                 add_projection(partial.projection, dz, rows, n, started, S)
-            if g_other is not None:
-                g += load_chunk(g_other, first, count, n, S).to(tl.float32)
             store_chunk(g_h, g, first, count, n, S)
             if pre.o is not None:
                 rounded = g.to(g_h.dtype.element_ty)

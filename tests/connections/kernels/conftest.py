@@ -10,5 +10,5 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore = (
     ["test_in_interpreter.py", "test_compiled.py"]
     if INTERPRETING
-    else ["test_operations.py", "test_traffic.py", "test_model.py", "test_layouts_with_kernels.py"]
+    else ["test_operations.py", "test_traffic.py", "test_model.py", "test_observers.py", "test_layouts_with_kernels.py"]
 )

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 
 WITHOUT_MEGATRON = ("test_operations.py", "test_traffic.py")
-IN_MEGATRON = ("test_model.py", "test_layouts_with_kernels.py")
+IN_MEGATRON = ("test_model.py", "test_observers.py", "test_layouts_with_kernels.py")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_in_interpreter(module: str) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("module", ["test_operations.py", *IN_MEGATRON])
+@pytest.mark.parametrize("module", ["test_operations.py", "test_model.py", "test_layouts_with_kernels.py"])
 def test_more_in_interpreter(module: str) -> None:
     interpret(module, "soak")
 

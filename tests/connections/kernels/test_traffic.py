@@ -67,7 +67,7 @@ def test_boundary(case: kernel_reference.Case) -> None:
     with counted() as moved:
         h, x, _, _ = launch.boundary_forward(depth, *site)
     assert rows(moved, case.o, case.h, h, x) == 4
-    incoming = (None, case.g_x, case.g_beta, case.g_mixed)
+    incoming = (case.g_x, case.g_beta, case.g_mixed)
     with counted() as moved:
         back, g_o, _ = launch.boundary_backward(*incoming, h, depth, *site)
     assert rows(moved, case.g_x, case.g_mixed, h, case.o, back.h, g_o) == 6

@@ -34,6 +34,7 @@ def become(
         umask: the client's.
         ignored: signals that the client was started to ignore.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python does where it is not ignored
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())

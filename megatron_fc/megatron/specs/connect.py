@@ -1,14 +1,6 @@
-"""frac_connect: any Megatron layer, block or stack spec -> the same with Frac-Connections.
-
-For `--spec megatron_fc.megatron.specs NAME` of an unmodified Megatron pipeline, this module also offers
-
-* in GPT pipelines `dfc_x2 dfc_x4 dfc_x8 sfc_x2 sfc_x4`, and `from_args` for `--frac-*` flags;
-* in hybrid pipelines the same names with the prefix `hybrid_`.
-"""
+"""frac_connect: any Megatron layer, block or stack spec -> the same with Frac-Connections."""
 
 import copy
-import warnings
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -28,10 +20,8 @@ from megatron.core.transformer.transformer_layer import MoETransformerLayer, Tra
 
 from megatron_fc.connections.config import FracConfig
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.hybrid import hybrid_stack
+from megatron_fc.megatron.hybrid import LayerOfTransformerEngine
 from megatron_fc.megatron.input_norm import take_norm_out
-from megatron_fc.megatron.parameter_order import install_order
-from megatron_fc.megatron.refusals import training_args
 from megatron_fc.megatron.slots import FracAdd, FracNorm, Pairing
 
 _TRANSFORMER_SITES = (("input_layernorm", "self_attn_bda"), ("pre_mlp_layernorm", "mlp_bda"))
@@ -90,7 +80,7 @@ def _connect_fields(owner: Any, names: list[str], config: FracConfig) -> tuple[A
     owner, total = copy.copy(owner), 0
     for name in names:
         value = getattr(owner, name)
-        if value is None or value is IdentityOp:
+        if value in (None, IdentityOp) or getattr(value, "module", None) is LayerOfTransformerEngine:
             continue
         connected, sites = _connect(value, config)
         setattr(owner, name, connected)
@@ -140,56 +130,3 @@ def _name(spec: Any) -> str:
 
 def _known() -> str:
     return ", ".join(layer.__name__ for layer in _SITES)
-
-
-def gpt_spec(config: FracConfig) -> Callable[..., Any]:
-    """Return what `--spec` of `pretrain_gpt.py` takes: f(model_config, vp_stage) -> Megatron's own spec, connected.
-
-    Megatron's own spec is the one that it would build without `--spec`, MoE pattern and MLA included.
-    """
-
-    def spec(model_config: Any, vp_stage: int | None = None) -> Any:
-        from megatron.training.models.gpt import default_layer_spec
-
-        if model_config.transformer.mtp_num_layers:
-            warnings.warn(
-                "--spec reaches the decoder only: the multi-token-prediction layers keep plain residuals. Pass "
-                "frac_connect(get_gpt_mtp_block_spec(...)) to GPTModel, or train a hybrid model, to connect them",
-                stacklevel=2,
-            )
-        install_order(model_config, training_args())
-        return frac_connect(default_layer_spec(model_config, vp_stage), config)
-
-    return spec
-
-
-def from_args(model_config: Any, vp_stage: int | None = None) -> Any:
-    """`--spec` for an entry point that registers `add_frac_args`: reads the `--frac-*` flags."""
-    from megatron.training import get_args
-
-    from megatron_fc.megatron.flags import frac_config_from_args
-
-    args = get_args()
-    if args.frac_from_residual:
-        raise UserError(
-            "--frac-from-residual is a step of `megatron-fc train`: here convert the checkpoint by `megatron-fc "
-            "upcycle` first, and load the result"
-        )
-    config = frac_config_from_args(args)
-    if config is None:
-        raise UserError("--spec megatron_fc.megatron.specs from_args needs --frac-rate: set it, e.g. --frac-rate 4")
-    return gpt_spec(config)(model_config, vp_stage)
-
-
-dfc_x2 = gpt_spec(FracConfig(rate=2))
-dfc_x4 = gpt_spec(FracConfig(rate=4))
-dfc_x8 = gpt_spec(FracConfig(rate=8))
-sfc_x2 = gpt_spec(FracConfig(rate=2, dynamic=False))
-sfc_x4 = gpt_spec(FracConfig(rate=4, dynamic=False))
-
-# Hybrid builders take the attribute uncalled, so these are specs, made of the layers that this machine can run.
-hybrid_dfc_x2 = frac_connect(hybrid_stack(), FracConfig(rate=2))
-hybrid_dfc_x4 = frac_connect(hybrid_stack(), FracConfig(rate=4))
-hybrid_dfc_x8 = frac_connect(hybrid_stack(), FracConfig(rate=8))
-hybrid_sfc_x2 = frac_connect(hybrid_stack(), FracConfig(rate=2, dynamic=False))
-hybrid_sfc_x4 = frac_connect(hybrid_stack(), FracConfig(rate=4, dynamic=False))

@@ -1,0 +1,116 @@
+"""How a layer learns that its norm slot returns (x, h): 0.19 sees the tuple, 0.20 asks the norm when it is built."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import torch_norm, transformer_layer
+from packaging.version import Version
+
+from megatron_fc import FracConfig, UserError
+from megatron_fc.megatron import versions
+from megatron_fc.megatron.slots import FracNorm, Pairing
+from megatron_fc.megatron.specs import frac_connect
+from support import tiny
+
+DFC = FracConfig(rate=4)
+
+
+class Declaring:
+    returns_residual: bool
+
+
+@pytest.fixture
+def newer_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers unpack what a norm returns where it says so, as those of Megatron 0.20, and take it as it is elsewhere."""
+    apply_module = transformer_layer.apply_module
+
+    def as_newer(module: Any) -> Callable[..., Any]:
+        declares, call = getattr(module, "returns_residual", False), apply_module(module)
+
+        def applied(*args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            if declares:
+                x, h = output
+                return x, h
+            # What is no tuple is not unpacked by 0.19 either.
+            return list(output) if isinstance(module, FracNorm) and isinstance(output, tuple) else output
+
+        return applied
+
+    monkeypatch.setattr(transformer_layer, "apply_module", as_newer)
+    monkeypatch.setattr(torch_norm, "LayerNormInterface", Declaring)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    tiny.randomise_connections(model)
+    loss = tiny.loss(model, tiny.tokens())
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("build", [tiny.build, tiny.build_without_hand_over])
+def test_the_newer_one_gives_the_same_gradients(
+    kind: str, build: Callable[..., torch.nn.Module], request: pytest.FixtureRequest
+) -> None:
+    expected = gradients(build(kind, DFC))
+    request.getfixturevalue("newer_protocol")
+    found = gradients(build(kind, DFC))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("newer_protocol")
+@pytest.mark.parametrize("observed", ["", "norm", "connection"])
+def test_hooks_registered_behind_the_build_change_nothing(observed: str) -> None:
+    """A layer of the newer protocol does not ask again."""
+    model = tiny.build("mixed", DFC)
+    expected = gradients(tiny.build("mixed", DFC))
+    for module in model.modules():
+        if isinstance(module, FracNorm):
+            module.get_submodule(observed).register_forward_hook(lambda *_: None)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("returns_stream", "options", "declared"),
+    [
+        (True, {}, True),
+        (False, {}, False),  # Mamba layers
+        (True, {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, False),
+    ],
+)
+def test_declared_is_what_is_returned(returns_stream: bool, options: dict[str, Any], declared: bool) -> None:
+    config = tiny.transformer_config("dense", **options)
+    norm = torch_norm.WrappedTorchNorm
+    slot = FracNorm(config, tiny.WIDTH, 1e-5, norm=norm, frac=DFC, pairing=Pairing("norm", None, returns_stream))
+    slot.paired = True
+    assert slot.returns_residual is declared
+    assert isinstance(slot(torch.randn(3, 2, tiny.WIDTH)), tuple) is declared
+
+
+@pytest.mark.parametrize(
+    ("version", "interface", "known"),
+    [("0.19.9", object, True), ("0.21.0", Declaring, True), ("0.21.0", object, False), ("1.0", None, False)],
+)
+def test_a_newer_megatron_of_unknown_protocol_is_refused_when_a_layer_is_built(
+    version: str, interface: type | None, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "megatron_version", lambda: Version(version))
+    monkeypatch.setattr(torch_norm, "LayerNormInterface", interface)
+    versions.check_norm_protocol.cache_clear()
+    spec = frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
+    try:
+        if known:
+            spec(config=tiny.transformer_config("dense"))
+        else:
+            with pytest.raises(UserError, match=f"megatron-core {version} takes a norm's residual in a way"):
+                spec(config=tiny.transformer_config("dense"))
+    finally:
+        versions.check_norm_protocol.cache_clear()
