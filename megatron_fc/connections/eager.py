@@ -51,6 +51,7 @@ def width_forward(h: Tensor, p: Operands, want_x: bool = True) -> tuple[Tensor |
     Returns:
         x [..., d] in the dtype of h or None; beta [T, m] and alpha [T, m*m], row-major, in fp32.
     """
+    p.refuse_low_precision()
     m = p.rate
     f, p = _fractions(h, m), _in_fp32(p, h)
     beta, gamma, alpha = _coefficients(_predict(f, p), p, f.shape[0]).split((1, m, m))

@@ -18,8 +18,6 @@ from megatron_fc.connections.recompute import recomputed
 from megatron_fc.connections.reference import FracParameters
 from megatron_fc.errors import UserError
 
-_PRECISIONS = (torch.float32, torch.float64)
-
 
 class PendingDepth(NamedTuple):
     """A depth connection still to be made, as `FracConnection.depth` takes it."""
@@ -84,19 +82,8 @@ class FracConnection(nn.Module):
         return FracParameters(**{name: getattr(self, name) for name in FracParameters._fields})
 
     def operands(self) -> Operands:
-        """Return the site as the operations take it.
-
-        Raises:
-            UserError: a parameter has 16 bits: somebody has gone around `_apply`.
-        """
-        p = self.site_parameters()
-        for name, parameter in zip(p._fields, p, strict=True):
-            if parameter is not None and parameter.dtype not in _PRECISIONS:
-                raise UserError(
-                    f"{name} of a Frac-Connection is {parameter.dtype}, too coarse for what it learns: keep its "
-                    f"parameters in fp32 (connection.float(); with FSDP2 leave them to ignored_params)"
-                )
-        return Operands.of(p, self.config)
+        """Return the site as the operations take it."""
+        return Operands.of(self.site_parameters(), self.config)
 
     def enter(self, h: Tensor) -> Tensor:
         """The residual stream is the embedding itself, [..., d]: its fractions are the slots."""

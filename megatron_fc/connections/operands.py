@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_fc.connections.config import FracConfig, Norm
 from megatron_fc.connections.reference import FracParameters
+from megatron_fc.errors import UserError
 
 N_PARAMETERS = len(FracParameters._fields)
 
@@ -31,6 +33,19 @@ class Operands(NamedTuple):
     @classmethod
     def of(cls, p: FracParameters, config: FracConfig) -> "Operands":
         return cls(*p, config.rate, config.norm, config.tanh, config.norm_eps)
+
+    def refuse_low_precision(self) -> None:
+        """Check that parameters are in fp32 or fp64; a forward pass calls this.
+
+        Raises:
+            UserError: one has 16 bits: somebody has gone around `FracConnection._apply`.
+        """
+        for name, value in zip(self._fields[:N_PARAMETERS], self, strict=False):
+            if value is not None and value.dtype not in (torch.float32, torch.float64):
+                raise UserError(
+                    f"{name} of a Frac-Connection is {value.dtype}, too coarse for what it learns: keep its "
+                    f"parameters in fp32 (connection.float(); with FSDP2 leave them to ignored_params)"
+                )
 
     @property
     def parameters(self) -> FracParameters:

@@ -133,6 +133,7 @@ def _with_gradients(depth: DepthInputs) -> tuple[DepthInputs, Tensor, Tensor]:
 def _width_forward(
     h: Tensor, depth: DepthInputs, p: Operands, norm: NormWeights | None, want_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
+    p.refuse_low_precision()
     tokens, m = _tokens(h), p.rate
     x = torch.empty_like(h) if want_x else None
     beta = h.new_empty(tokens, m, dtype=torch.float32)
