@@ -77,6 +77,8 @@ def test_the_sites_environment_and_the_neighbouring_gpu(site: Site, tmp_path: Pa
         "from megatron_fc.mpi import join",
         "join()",
         'print("rank", os.environ["RANK"], "on GPU", os.environ["LOCAL_RANK"], os.environ["NETWORK"], flush=True)',
+        "from mpi4py import MPI",
+        "MPI.COMM_WORLD.Barrier()",  # mpirun ends all as soon as one has ended so
         f'sys.exit(17 if os.path.exists("{run_dir}/shift") else 16)',
     )
     site.write(more=f"{python(tmp_path / 'python', *lines)}export NETWORK='ib 0'\n")
