@@ -40,7 +40,8 @@ class Operands(NamedTuple):
         Raises:
             UserError: one has 16 bits: somebody has gone around `FracConnection._apply`.
         """
-        for name, value in zip(FracParameters._fields, self.parameters, strict=True):
+        p = self.parameters
+        for name, value in zip(p._fields, p, strict=True):
             if value is not None and value.dtype not in (torch.float32, torch.float64):
                 raise UserError(
                     f"{name} of a Frac-Connection is {value.dtype}, too coarse for what it learns: keep its "
