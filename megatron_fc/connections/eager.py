@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fc.connections import eager_on_manifold, eager_per_slot
-from megatron_fc.connections.operands import ManifoldOperands, Operands
-
-AnyOperands = Operands | ManifoldOperands
+from megatron_fc.connections.operands import AnyOperands, Operands, refuse_low_precision
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -52,6 +50,7 @@ def width_forward(h: Tensor, p: AnyOperands, want_x: bool = True) -> tuple[Tenso
     Returns:
         x [..., d] in the dtype of h or None; beta [T, n] and alpha [T, n*n], row-major, in fp32.
     """
+    refuse_low_precision(p)
     n, m = p.slots, p.fractions
     s, p = _slots(h, n), _in_fp32(p, h)
     table, _ = _of(p).coefficients(s, p)

@@ -15,11 +15,11 @@ from megatron_fc.connections import eager
 from megatron_fc.connections.handover import Handover, without_storage
 from megatron_fc.connections.on_manifold import ManifoldParameters
 from megatron_fc.connections.once import differentiated_once
-from megatron_fc.connections.operands import ManifoldOperands, Operands
+from megatron_fc.connections.operands import AnyOperands, ManifoldOperands, Operands
 from megatron_fc.connections.per_slot import PerSlotParameters
 
 
-def width(h: Tensor, p: eager.AnyOperands, want_x: bool = True) -> tuple[Tensor, Handover]:
+def width(h: Tensor, p: AnyOperands, want_x: bool = True) -> tuple[Tensor, Handover]:
     """Width connection: x [..., d] (empty without want_x), and what the depth connection takes over."""
     operation = _width_per_slot if isinstance(p, Operands) else _width_on_manifold
     x, beta, alpha, mixed = operation(h, want_x, *p)

@@ -6,10 +6,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from megatron_fc.errors import UserError
-
-_PRECISIONS = (torch.float32, torch.float64)
-
 
 class Fp32Parameters(nn.Module):
     """A module whose parameters are fp32 or wider in every model.
@@ -24,24 +20,6 @@ class Fp32Parameters(nn.Module):
             # The dtype is explicit, since frameworks build models under a default of bf16.
             values = torch.empty(shapes[name], dtype=torch.float32) if name in shapes else None
             self.register_parameter(name, None if values is None else nn.Parameter(values))
-
-    def uncast[Parameters: tuple[Tensor | None, ...]](self, parameters: Parameters) -> Parameters:
-        """The parameters of this module as they are, unless somebody has gone around `_apply`.
-
-        Args:
-            parameters: a named tuple.
-
-        Raises:
-            UserError: one has 16 bits.
-        """
-        names: tuple[str, ...] = parameters._fields  # type: ignore[attr-defined]
-        for name, parameter in zip(names, parameters, strict=True):
-            if parameter is not None and parameter.dtype not in _PRECISIONS:
-                raise UserError(
-                    f"{name} of a connection is {parameter.dtype}, too coarse for what it learns: keep its parameters "
-                    f"in fp32 (connection.float(); with FSDP2 leave them to ignored_params)"
-                )
-        return parameters
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:

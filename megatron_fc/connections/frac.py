@@ -64,7 +64,7 @@ class FracConnection(Site):
 
     def operands(self) -> Operands:
         """Return the site as the operations take it."""
-        return Operands.of(self.uncast(self.site_parameters()), self.config)
+        return Operands.of(self.site_parameters(), self.config)
 
     def forward(
         self,

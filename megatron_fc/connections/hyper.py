@@ -41,4 +41,4 @@ class HyperConnection(Site):
 
     def operands(self) -> Operands:
         """Return the site as the operations take it."""
-        return Operands.of(self.uncast(self.site_parameters()), self.config)
+        return Operands.of(self.site_parameters(), self.config)

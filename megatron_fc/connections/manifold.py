@@ -70,4 +70,4 @@ class ManifoldConnection(Site):
 
     def operands(self) -> ManifoldOperands:
         """Return the site as the operations take it."""
-        return ManifoldOperands.of(self.uncast(self.site_parameters()), self.config)
+        return ManifoldOperands.of(self.site_parameters(), self.config)

@@ -19,10 +19,10 @@ def differentiated_once(
 
     @functools.wraps(backward)
     def run(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():  # which create_graph=True turns on
+            return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():  # which create_graph=True turns on
-            return results
         refused: tuple[Any, ...] = _Refused.apply(
             *(None if g is None else g.detach().requires_grad_() for g in results)
         )

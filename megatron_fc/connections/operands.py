@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig, Norm
 from megatron_fc.connections.on_manifold import ManifoldParameters
 from megatron_fc.connections.per_slot import PerSlotParameters
+from megatron_fc.errors import UserError
 
 N_PARAMETERS = len(PerSlotParameters._fields)
 
@@ -66,3 +68,21 @@ class ManifoldOperands(NamedTuple):
     @property
     def parameters(self) -> ManifoldParameters:
         return ManifoldParameters(self.mapping_weight, self.mapping_bias, self.mapping_scale)
+
+
+AnyOperands = Operands | ManifoldOperands
+
+
+def refuse_low_precision(p: AnyOperands) -> None:
+    """Check that parameters are in fp32 or fp64; a forward pass calls this.
+
+    Raises:
+        UserError: one has 16 bits: somebody has gone around `Fp32Parameters`.
+    """
+    parameters = p.parameters
+    for name, value in zip(parameters._fields, parameters, strict=True):
+        if value is not None and value.dtype not in (torch.float32, torch.float64):
+            raise UserError(
+                f"{name} of a connection is {value.dtype}, too coarse for what it learns: keep its parameters in fp32 "
+                f"(connection.float(); with FSDP2 leave them to ignored_params)"
+            )

@@ -23,8 +23,11 @@ class Parcel[Content]:
         self._left: tuple[weakref.ref[Tensor], tuple[Any, ...], Content] | None = None
 
     def leave(self, tensor: Tensor, content: Content) -> None:
-        if type(tensor) is Tensor and not tensor.is_inference() and not torch.compiler.is_compiling():
-            self._left = (weakref.ref(tensor, self._gone), _state(tensor), content)
+        if type(tensor) is not Tensor or torch.compiler.is_compiling():
+            return
+        state = _state(tensor)
+        if state is not None:
+            self._left = (weakref.ref(tensor, self._gone), state, content)
 
     def take(self, tensor: Tensor) -> Content | None:
         left, self._left = self._left, None
@@ -40,8 +43,11 @@ class Parcel[Content]:
         return type(self), ()
 
 
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor._version, tensor.data_ptr(), torch.is_grad_enabled()
+def _state(tensor: Tensor) -> tuple[Any, ...] | None:
+    with torch._C.DisableTorchFunction():  # whom a mode of torch functions would ask four times
+        if tensor.is_inference():
+            return None
+        return tensor._version, tensor.data_ptr(), torch.is_grad_enabled()
 
 
 def values_of(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_fc.connections import eager_autograd, ends
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.eager import AnyOperands
 from megatron_fc.connections.fp32 import Fp32Parameters
 from megatron_fc.connections.handover import Handover
+from megatron_fc.connections.operands import AnyOperands
 from megatron_fc.errors import UserError
 
 

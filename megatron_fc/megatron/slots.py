@@ -210,23 +210,22 @@ class FracAdd(nn.Module):
         [norm] = self._norm
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(training, o, h)):
             handover = norm.handover.take(h)
-            if handover is not None and self._following and self._in_one_pass(handover):
+            kernels = handover if handover is not None and handover.backend == "triton" else None
+            if kernels is not None and self._following and self._in_one_pass():
                 [following] = self._following
-                pending = PendingDepth(o, h, handover, bias, dropout)
+                pending = PendingDepth(o, h, kernels, bias, dropout)
                 # The connection itself is called, since the slot has no parameters whose gathers wait for its call.
                 stream, prepared = following.connection(pending, following.norm)
                 following.prepared.leave(stream, prepared)
             else:
                 stream = norm.connection.depth(o, h, handover, bias, dropout)
-        if stream.requires_grad:
+        if kernels is not None and stream.requires_grad:
             _returned.leave(stream, self)
         return stream
 
-    def _in_one_pass(self, handover: Handover) -> bool:
+    def _in_one_pass(self) -> bool:
         """Whether the kernels can make the next sub-layer's input along with the stream."""
-        if handover.backend != "triton" or self._norm[0].connection.config.recompute:
-            return False
-        return self._following[0].takes_boundary
+        return not self._norm[0].connection.config.recompute and self._following[0].takes_boundary
 
     def _gradients_are_on(self, training: bool, o: Tensor, h: Tensor) -> bool:
         """Whether the layer runs with gradients.

@@ -5,6 +5,8 @@ import signal
 import socket
 import threading
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
 from textwrap import shorten
@@ -45,7 +47,7 @@ class RunRecord(Callback):
         if not self._args.exit_signal_handler:
             return
         heeded: Any = signal.getsignal(self._args.exit_signal)
-        signals = {*_SIGNALS, self._args.exit_signal}
+        signals = self._signals
 
         def heed(number: int, frame: FrameType | None = None) -> None:
             self._signal = signal.Signals(number).name.removeprefix("SIG")
@@ -57,11 +59,28 @@ class RunRecord(Callback):
 
         for number in signals:
             signal.signal(number, heed)  # for threads that are there already
-        # SLURM may signal every process of a task; those that this one starts inherit the mask and go on writing.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-        resource_tracker.ensure_running()  # at its start, multiprocessing unblocks TERM
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        self._block()
         threading.Thread(target=wait, daemon=True, name="signal listener").start()
+
+    @contextmanager
+    def signals_held(self) -> Iterator[None]:
+        """Processes that the body starts never hear the signals that this one is going to listen to."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._block()
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    @property
+    def _signals(self) -> set[int]:
+        return {*_SIGNALS, self._args.exit_signal}
+
+    def _block(self) -> None:
+        """SLURM may signal every process of a task; those that this one starts inherit the mask and go on writing."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        resource_tracker.ensure_running()  # at its start, multiprocessing unblocks TERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
 
     def model_built(self, args: Namespace, chunks: list[Any], parameters: ParameterCount) -> list[Any]:
         hosts: list[str] = [""] * args.world_size

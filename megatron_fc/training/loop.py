@@ -90,7 +90,8 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     starting = StartCallback(start, options)
     record = RunRecord(recipe.run_dir, args, starting)
     if args.save and cpu_lane.needed():
-        cpu_lane.fork_checkpoint_helper()
+        with record.signals_held():
+            cpu_lane.fork_checkpoint_helper()
     every = Callbacks([*_own(args, recipe, start, starting, record, callbacks), *callbacks])
     every.arguments_valid(args)
     _refuse_unwritable_folders(args, recipe.run_dir)

@@ -63,7 +63,7 @@ def kill_rank(rank: str, run_dir: Path) -> None:
 
 def python(program: Path, *lines: str) -> str:
     """Make a program that stands in Python's place and does these lines instead of training; the site's line for it."""
-    text = ["#!" + sys.executable, "import os, signal, sys", 'if sys.argv[3] == "preflight": sys.exit()', *lines]
+    text = ["#!" + sys.executable, "import os, signal, sys, time", 'if sys.argv[3] == "preflight": sys.exit()', *lines]
     program.write_text("\n".join(text))
     program.chmod(0o755)
     return f"PYTHON={program}\n"
@@ -76,7 +76,11 @@ def test_the_sites_environment_and_the_neighbouring_gpu(site: Site, tmp_path: Pa
     lines = (
         "from megatron_fc.mpi import join",
         "join()",
-        'print("rank", os.environ["RANK"], "on GPU", os.environ["LOCAL_RANK"], os.environ["NETWORK"], flush=True)',
+        'rank, gpu = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])',
+        'print("rank", rank, "on GPU", gpu, os.environ["NETWORK"], flush=True)',
+        # mpirun ends all as soon as one has ended so.
+        f'open(f"{tmp_path}/{{rank}}-{{gpu}}", "w").close()',
+        f'while not os.path.exists(f"{tmp_path}/{{1 - rank}}-{{1 - gpu}}"): time.sleep(0.01)',
         f'sys.exit(17 if os.path.exists("{run_dir}/shift") else 16)',
     )
     site.write(more=f"{python(tmp_path / 'python', *lines)}export NETWORK='ib 0'\n")

@@ -16,7 +16,7 @@ from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_f
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
-from megatron_fc.connections.operands import Operands
+from megatron_fc.connections.operands import Operands, refuse_low_precision
 from megatron_fc.connections.per_slot import PerSlotParameters
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -133,6 +133,7 @@ def _with_gradients(depth: DepthInputs) -> tuple[DepthInputs, Tensor, Tensor]:
 def _width_forward(
     h: Tensor, depth: DepthInputs, p: Operands, norm: NormWeights | None, want_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
+    refuse_low_precision(p)
     tokens, m = _tokens(h), p.fractions
     x = torch.empty_like(h) if want_x else None
     beta = h.new_empty(tokens, m, dtype=torch.float32)
