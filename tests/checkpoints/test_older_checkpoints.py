@@ -4,6 +4,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -31,6 +32,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_it_with_the_same_weights(config: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     with tarfile.open(ARCHIVE) as archive:

@@ -101,12 +101,18 @@ def test_quantised_student_learns_from_a_teacher(config: Path, trained: Path, qu
 
 
 @pytest.mark.parametrize("quantized", ["fp8"], indirect=True)
-def test_runs_in_fp8_are_refused(config: Path, trained: Path, quantized: tuple[str, Path, str]) -> None:  # noqa: F811
-    """With the recipe of a machine with a GPU, which this one would refuse before."""
+def test_runs_in_fp8_are_refused(
+    config: Path,  # noqa: F811
+    trained: Path,  # noqa: F811
+    quantized: tuple[str, Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the recipe of a machine with Transformer Engine, which this one would refuse before."""
     from megatron_fc.compress.quantize import quantize
     from megatron_fc.training.loop import train
 
     _, source, _ = quantized
+    monkeypatch.setattr("megatron_fc.training.loop.rehearse", lambda *_: None)
     options = ["precision=fp8_tensorwise", f"load={source}", "finetune=true", f"run_dir={config.parent / 'never'}"]
     recipe = load_recipe(config, options, elsewhere=True)
     for action in (lambda: quantize(recipe, trained, config.parent / "never", "fp8", 1), lambda: train(recipe)):

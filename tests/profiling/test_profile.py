@@ -144,6 +144,7 @@ def test_frac_connections_add_to_the_residual_stream_alone(profiled: Path, resid
         assert label in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, MPIRUN], ids=["torchrun", "mpirun"])
 def test_two_ranks(launcher: Sequence[str], config: Path, request: pytest.FixtureRequest) -> None:
     if launcher is TORCHRUN:

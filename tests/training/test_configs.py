@@ -194,6 +194,7 @@ def documented(heading: str) -> list[str]:
     return command.replace("\\\n", " ").split()
 
 
+@pytest.mark.slow
 def test_the_documented_anneal_trains(config: Path, tmp_path: Path) -> None:
     """The shrunken 7B of docs/configs.md, then its anneal with a tenth of these samples, as the same run."""
     data = yaml.safe_load(config.read_text())["data"]

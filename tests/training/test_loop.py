@@ -111,6 +111,7 @@ def test_bf16_run_resumes(config: Path) -> None:
     assert random_state(run_dir / last) == random_state(config.parent / "bf16_straight" / last)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(config: Path, finished: Path) -> None:
     """torchrun, as `make demo` uses it on several GPUs."""
     run_dir = config.parent / "two_ranks"

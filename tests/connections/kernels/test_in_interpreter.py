@@ -12,13 +12,12 @@ from support import fork_server
 HERE = Path(__file__).parent
 
 
-WITHOUT_MEGATRON = ("test_operations.py", "test_traffic.py")
+QUICK = ("test_traffic.py",)
 IN_MEGATRON = ("test_model.py", "test_observers.py", "test_layouts_with_kernels.py")
+SLOW = ("test_operations.py", *IN_MEGATRON)
 
 
-@pytest.mark.parametrize(
-    "module", [*WITHOUT_MEGATRON, *(pytest.param(module, marks=pytest.mark.slow) for module in IN_MEGATRON)]
-)
+@pytest.mark.parametrize("module", [*QUICK, *(pytest.param(module, marks=pytest.mark.slow) for module in SLOW)])
 def test_in_interpreter(module: str) -> None:
     interpret(module, "not soak")
 
