@@ -52,6 +52,7 @@ def metrics_of(file: Path) -> Metrics:
     return read_metrics(alone)
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Path) -> None:
     run_dir = config.parent / "killed"
     words = command(config, f"run_dir={run_dir}")
@@ -81,6 +82,7 @@ def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Pa
     assert random_state(run_dir / last) == random_state(finished / last)
 
 
+@pytest.mark.slow
 def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path) -> None:
     gpt = read_summary(finished)
     assert gpt is not None
