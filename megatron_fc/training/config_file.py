@@ -108,6 +108,8 @@ def _override(sections: dict[str, dict[str, Any]], override: str, known: set[str
         raise UserError(unknown("section", section, SECTIONS))
     if not dot:
         section = _section_of(key, sections)
+        if key not in known and section != "frac":  # it may be meant for any section
+            raise UserError(unknown(f"key in section {section}:", key, [*known, *_frac_names()]))
     _check_name(section, key, known)
     try:
         sections[section][key] = yaml.load(text, _Loader)

@@ -120,6 +120,7 @@ def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
     ("overrides", "extra", "sentence"),
     [
         (["num_layer=4"], [], "unknown key in section model: 'num_layer': did you mean 'num_layers'?"),
+        (["conection=dfc"], [], "unknown key in section model: 'conection': did you mean 'connection'?"),
         (["frac.rat=2"], [], "unknown key in section frac: 'rat': did you mean 'rate'?"),
         (["optimizr.lr=1"], [], "unknown section 'optimizr': did you mean 'optimizer'?"),
         (["connection=dcf"], [], "unknown connection 'dcf': did you mean 'dfc'?"),
