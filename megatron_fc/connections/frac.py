@@ -15,7 +15,7 @@ from megatron_fc.connections.operands import Operands
 from megatron_fc.connections.ops import Prepared
 from megatron_fc.connections.per_slot import PerSlotParameters, set_initial_values
 from megatron_fc.connections.recompute import recomputed
-from megatron_fc.connections.site import Site, biased, check_dropout
+from megatron_fc.connections.site import Site, check_dropout
 
 
 class PendingDepth(NamedTuple):
@@ -127,36 +127,13 @@ class FracConnection(Site):
         weights, seed = norm_weights(norm, h), dropout_seed(h, dropout)
         return ops.frac_boundary(o, h, handover, bias, seed, dropout, self.operands(), weights)
 
-    def depth(
-        self,
-        o: Tensor,
-        h: Tensor,
-        handover: Handover | None = None,
-        bias: Tensor | None = None,
-        dropout: float = 0.0,
-    ) -> Tensor:
-        """Depth connection: sub-layer output and residual stream [..., d] -> next residual stream [..., d].
+    def _handover(self, h: Tensor) -> Handover:
+        return self._width(h, choose_backend(self.config, h), want_x=False)[1]
 
-        Args:
-            o: the sub-layer's output, in the dtype of h or, with an fp32 stream, a lower one.
-            h: the residual stream that went into the width connection.
-            handover: what the width connection handed over for h; without it the coefficients are computed again.
-            bias: [d], added to o; rounded like Megatron's own bias-dropout-add.
-            dropout: probability for an element of o to be dropped.
-
-        Returns:
-            [..., d] in the dtype of h.
-
-        Raises:
-            UserError: shapes or dtypes do not fit, or the backend cannot run.
-        """
-        self._check_stream(h)
-        self._check_output(o, h)
-        if handover is None:
-            _, handover = self._width(h, choose_backend(self.config, h), want_x=False)
+    def _depth(self, o: Tensor, h: Tensor, handover: Handover, bias: Tensor | None, dropout: float) -> Tensor:
         if handover.backend == "triton":
             return ops.frac_depth(o, h, handover, bias, dropout_seed(h, dropout), dropout)
-        return eager_autograd.depth(biased(o, h, bias, dropout), h, handover)
+        return super()._depth(o, h, handover, bias, dropout)
 
 
 def dropout_seed(h: Tensor, dropout: float) -> Tensor | None:

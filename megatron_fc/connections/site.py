@@ -1,5 +1,6 @@
 """Site: what the modules of all kinds have in common, and how they run on torch operations."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from megatron_fc.connections.operands import AnyOperands
 from megatron_fc.errors import UserError
 
 
-class Site(Fp32Parameters):
+class Site(Fp32Parameters, ABC):
     """One site, a `megatron_fc.connections.base.Connection`. A kind adds its initial values and its operands.
 
     Args:
@@ -34,13 +35,13 @@ class Site(Fp32Parameters):
         self.register_parameters(config.parameter_names, config.parameter_shapes(hidden_size))
         self.reset_parameters()
 
+    @abstractmethod
     def reset_parameters(self) -> None:
         """Set the initial values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def operands(self) -> AnyOperands:
         """Return the site as the operations take it."""
-        raise NotImplementedError
 
     def start_as_residual(self) -> None:
         """Set initial values at which the network is the residual one with the same weights, for upcycling.
@@ -109,12 +110,17 @@ class Site(Fp32Parameters):
             [..., n*c] in the dtype of h.
 
         Raises:
-            UserError: shapes or dtypes do not fit.
+            UserError: shapes or dtypes do not fit, or the backend cannot run.
         """
         self._check_stream(h)
         self._check_output(o, h)
-        if handover is None:
-            _, handover = eager_autograd.width(h, self.operands(), want_x=False)
+        return self._depth(o, h, self._handover(h) if handover is None else handover, bias, dropout)
+
+    def _handover(self, h: Tensor) -> Handover:
+        """What the width connection hands over, without its x."""
+        return eager_autograd.width(h, self.operands(), want_x=False)[1]
+
+    def _depth(self, o: Tensor, h: Tensor, handover: Handover, bias: Tensor | None, dropout: float) -> Tensor:
         return eager_autograd.depth(biased(o, h, bias, dropout), h, handover)
 
     def extra_repr(self) -> str:
