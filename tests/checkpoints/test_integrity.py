@@ -160,6 +160,7 @@ def test_a_change_of_config_is_not_taken_for_damage(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_named_checkpoint_goes_on_and_replaces_the_corrupt_one(config: Path, finished: Path, folder: Path) -> None:
     shard = folder / "iter_0000008" / SHARD
     at = next(at for at in range(shard.stat().st_size // 2, shard.stat().st_size) if refusal(shard, at))

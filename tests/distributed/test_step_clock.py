@@ -17,8 +17,8 @@ NAME = r"rank {} \(process \d+ on \S+\)"
     [
         ("sleep", 2, f"{NAME.format(2)} in hang .ranks.py:\\d+.; .* in barrier "),
         ("sleep", 0, f"{NAME.format(0)} in hang .ranks.py:\\d+.; .* in barrier "),
-        ("stop", 2, f"{NAME.format(2)} {SILENT}; .* in barrier "),
-        ("stop", 0, f"{NAME.format(0)} {SILENT}, "),
+        pytest.param("stop", 2, f"{NAME.format(2)} {SILENT}; .* in barrier ", marks=pytest.mark.slow),
+        pytest.param("stop", 0, f"{NAME.format(0)} {SILENT}, ", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_hangs_is_named_and_the_others_end(how: str, rank: int, said: str, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_progress_counts_to_the_step_where_it_stops(config: Path, profiled: Path
     assert steps == [(step, LOSSES) for step in range(1, LOSSES + 1)]
 
 
+@pytest.mark.slow
 def test_functions_under_torch_compile_run_uncompiled_in_all_steps(config: Path, profiled: Path) -> None:
     """As the dispatch modes of the counted ones force them to. The CPU lane turns torch.compile off by itself, unless
     it is told not to; with that compiler it would fail."""
