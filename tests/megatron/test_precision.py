@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -42,6 +43,7 @@ def _step(model: torch.nn.Module, optimizer: MegatronOptimizer, step: int) -> fl
     return loss.item()
 
 
+@pytest.mark.slow
 def test_hundred_steps_save_and_load(tmp_path: Path) -> None:
     model, optimizer = _trainable(seed=1)
     start = {name: p.detach().clone() for name, p in _frac(model).items()}

@@ -11,6 +11,8 @@ from packaging.utils import canonicalize_name
 import megatron_fc
 from support.wheel import Installed, build_wheel, install
 
+pytestmark = pytest.mark.slow
+
 # A model whose layers are connected, without Megatron's training loop; then by the name that --spec takes.
 SPEC = """
 import sys

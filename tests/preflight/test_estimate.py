@@ -370,6 +370,7 @@ def test_json_says_the_same_and_the_sweep_is_sound(capsys: pytest.CaptureFixture
     assert found["sweep"]["impossible"]["expert_model_parallel_size"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "base",
     [

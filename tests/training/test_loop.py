@@ -98,6 +98,7 @@ def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path)
     assert "iteration 5/5" in residual["printed"]
 
 
+@pytest.mark.slow
 def test_bf16_run_resumes(config: Path) -> None:
     run_dir = config.parent / "bf16"
     options = ("bf16=true", "connection=sfc", "rate=2", "lr_decay_iters=12", "save_interval=6")
