@@ -20,7 +20,7 @@ with warnings.catch_warnings():
 from megatron_fc import FracConfig
 from megatron_fc.connections import HyperConfig
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.specs import connect
 from megatron_fc.planning.counts import DeviceCounts
 from megatron_fc.profiling.counters.device import DeviceCounter
 from megatron_fc.profiling.counters.phase import Whereabouts
@@ -70,7 +70,7 @@ def layer(frac: FracConfig | None, width: int, dtype: torch.dtype, **options: An
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     spec = get_gpt_layer_local_spec()
-    return build_module(spec if frac is None else frac_connect(spec, frac), config=config, layer_number=1).to(dtype)
+    return build_module(spec if frac is None else connect(spec, frac), config=config, layer_number=1).to(dtype)
 
 
 def connected_layer(config: ConnectionConfig, width: int, dtype: torch.dtype) -> nn.Module:

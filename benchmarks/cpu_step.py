@@ -34,7 +34,7 @@ with warnings.catch_warnings():
     from rank import one_rank
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.specs import connect
 
 # configs/demo.yaml
 SEQUENCE, BATCH, VOCABULARY = 256, 8, 4096
@@ -72,7 +72,7 @@ def build(frac: FracConfig | None) -> torch.nn.Module:
         attention_backend=AttnBackend.unfused,
     )
     spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    spec = spec if frac is None else frac_connect(spec, frac)
+    spec = spec if frac is None else connect(spec, frac)
     return GPTModel(
         config,
         spec,

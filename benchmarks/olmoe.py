@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.specs import connect
 from megatron_fc.training.machine import has_apex, has_transformer_engine
 from megatron_fc.training.precision import config_fields
 
@@ -131,7 +131,7 @@ class Trainee:
         spec: Any = get_gpt_decoder_block_spec(config, uses_transformer_engine(), normalization="RMSNorm")
         model = GPTModel(
             config,
-            spec if frac is None else frac_connect(spec, frac),
+            spec if frac is None else connect(spec, frac),
             vocab_size=size.vocabulary,
             max_sequence_length=size.sequence,
             position_embedding_type="rope",

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from rank import one_rank
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.specs import connect
 
 WIDTH, HEADS, FFN, SEQUENCE, BATCH = 512, 8, 2048, 128, 2
 CONNECTIONS: dict[str, FracConfig | None] = {
@@ -56,7 +56,7 @@ def saved_bytes(frac: FracConfig | None, dtype: torch.dtype, recompute: Recomput
     config = _config(dtype, recompute.layernorm, dropout)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     spec = get_gpt_layer_local_spec()
-    spec = spec if frac is None else frac_connect(spec, frac)
+    spec = spec if frac is None else connect(spec, frac)
     layers = torch.nn.ModuleList([spec(config=config, layer_number=number).to(dtype) for number in (1, 2)])
     mask = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)[None, None]
     not_activations = {tensor.untyped_storage().data_ptr() for tensor in (mask, *layers.parameters())}

@@ -42,7 +42,8 @@ _DATA = re.compile(
 _COUNT = ("train_iters", "train_samples", "global_batch_size")
 # Connections have a check of their own (`megatron_fc.checkpoints.structure`), the vocabulary `refuse_other_vocabulary`.
 _WITHOUT_INFLUENCE = re.compile(
-    r"""frac_.* | padded_vocab_size | vocab_size | make_vocab_size_divisible_by | tokenizer_digest
+    r"""(frac|hyper|manifold)_.* | from_residual
+    | padded_vocab_size | vocab_size | make_vocab_size_divisible_by | tokenizer_digest
     | consumed_.* | skipped_.* | (curr_)?iteration | do_(train|valid|test) | num_floating_point_operations_so_far
     | (local_)?rank | world_size | _.* | transformer_pipeline_model_parallel_size | params_dtype | spec
     | max_position_embeddings | (encoder|decoder)_(num_layers|seq_length)

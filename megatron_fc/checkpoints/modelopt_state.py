@@ -16,7 +16,7 @@ from torch import nn
 from megatron_fc.callbacks import Callback
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
-from megatron_fc.megatron.slots import FracNorm
+from megatron_fc.megatron.slots import NormSlot
 
 # FC's parameters belong to no linear layer, so nothing would quantise them; the pattern keeps it so. ModelOpt would
 # quantise the input of torch's LayerNorm, and lose its scale when the checkpoint is loaded again.
@@ -73,7 +73,7 @@ def refuse_quantized_connections(model: nn.Module) -> None:
         UserError: one is.
     """
     for slot, module in model.named_modules():
-        if isinstance(module, FracNorm) and (enabled := enabled_quantizers(module)):
+        if isinstance(module, NormSlot) and (enabled := enabled_quantizers(module)):
             raise UserError(
                 f"{slot}.{enabled[0]} quantises a Frac-Connection, whose coefficients scale the whole residual "
                 f"stream: quantise with megatron-fc quantize, or disable {', '.join(UNQUANTIZED)}"

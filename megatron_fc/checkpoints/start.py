@@ -29,7 +29,7 @@ from megatron_fc.checkpoints.location import (
 )
 from megatron_fc.checkpoints.modelopt_state import refuse_state
 from megatron_fc.checkpoints.structure import has_optimizer, refuse_missing_optimizer, refuse_other_connection
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
 from megatron_fc.runs.start_record import read_events
@@ -80,13 +80,13 @@ class StartOptions:
 
     Attributes:
         run_dir: folder of the run.
-        frac: its connections, None for plain residuals.
+        connection: of the run, None for plain residuals.
         on_damage: one of ON_DAMAGE.
         tell: told, in a line, of what was chosen.
     """
 
     run_dir: Path
-    frac: FracConfig | None
+    connection: ConnectionConfig | None
     on_damage: str
     tell: Callable[[str], None]
 
@@ -105,7 +105,7 @@ def choose_start(args: Namespace, options: StartOptions) -> Start:
         UserError: the checkpoint is damaged, missing, or not that of this run, and no other may be taken.
     """
     _refuse_at_every_start(args)
-    if args.frac_from_residual:
+    if args.from_residual:
         return _upcycling(args, options)
     if not args.load:
         return _as_given(args)
@@ -146,14 +146,14 @@ class StartCallback(Callback):
         """Megatron calls it on the model that it has built, before it loads a checkpoint into it."""
         from megatron_fc.checkpoints.upcycle import upcycle
 
-        start, frac, run_dir = self.start, self._options.frac, self._options.run_dir
+        start, connection, run_dir = self.start, self._options.connection, self._options.run_dir
         assert start.plain is not None
         assert start.folder is not None
-        assert frac is not None
+        assert connection is not None
         try:
             refuse_corrupt(start.plain)
             with_optimizer = not (start.fresh_optimizer or start.anew)
-            said = upcycle(chunks, start.plain, start.folder, frac, with_optimizer=with_optimizer)
+            said = upcycle(chunks, start.plain, start.folder, connection, with_optimizer=with_optimizer)
         except UserError:
             if self._is_new_run:
                 shutil.rmtree(run_dir, ignore_errors=True)
@@ -183,7 +183,7 @@ def _upcycling(args: Namespace, options: StartOptions) -> Start:
     from megatron_fc.checkpoints.upcycle import refuse_connected
 
     own = Path(args.save or options.run_dir / "checkpoints")
-    if options.frac is None:
+    if options.connection is None:
         raise UserError("from_residual with connection=residual: there is nothing to upcycle, set load alone")
     if not args.load or Path(args.load) == own:
         raise UserError("from_residual needs the plain checkpoint to start from: set load to its folder")
@@ -243,7 +243,7 @@ def _chosen(load: Path, step: int | None, args: Namespace, options: StartOptions
     start = replace(_as_given(args), folder=load, step=step, is_pinned=step is not None)
     if checkpoint is None:
         return start
-    refuse_other_connection(checkpoint, options.frac, args.hidden_size)
+    refuse_other_connection(checkpoint, options.connection, args.hidden_size)
     if is_own:
         start = _going_on(start, checkpoint, options.tell)
     if not (start.anew or start.fresh_optimizer):

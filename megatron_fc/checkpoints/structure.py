@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fc.checkpoints.integrity import INDEX
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.stored_connections import difference
 
 
-def refuse_other_connection(checkpoint: Path, frac: FracConfig | None, hidden_size: int) -> None:
+def refuse_other_connection(checkpoint: Path, connection: ConnectionConfig | None, hidden_size: int) -> None:
     """Check that a run's connections are those of the checkpoint it is about to continue.
 
     Raises:
@@ -17,7 +17,7 @@ def refuse_other_connection(checkpoint: Path, frac: FracConfig | None, hidden_si
     """
     if not (checkpoint / INDEX).exists():
         return
-    if differs := difference(checkpoint, frac, hidden_size):
+    if differs := difference(checkpoint, connection, hidden_size):
         raise UserError(f"{differs}: give the run another run_dir, or the connection that it was started with")
 
 

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 
 from megatron_fc.checkpoints.derive import derive_checkpoint
 from megatron_fc.connections import kinds
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.flags import store_frac_config
+from megatron_fc.megatron.flags import store_connection
 from megatron_fc.megatron.stored_connections import describe_structure, stored_structure
 
 _STATE = "optimizer.state."
@@ -47,7 +47,9 @@ class _Wanted:
     trained: bool = False
 
 
-def upcycle(chunks: list[nn.Module], source: Path, target: Path, frac: FracConfig, with_optimizer: bool = True) -> str:
+def upcycle(
+    chunks: list[nn.Module], source: Path, target: Path, connection: ConnectionConfig, with_optimizer: bool = True
+) -> str:
     """Write the folder `target`: the plain checkpoint `source` with the fresh Frac-Connections of a model.
 
     Every rank calls it, under any layout.
@@ -56,7 +58,7 @@ def upcycle(chunks: list[nn.Module], source: Path, target: Path, frac: FracConfi
         chunks: this rank's chunks of the new model, not yet wrapped.
         source: folder of the plain checkpoint, `.../iter_0000100`.
         target: folder that does not exist or is empty.
-        frac: the options of the connections, kept in the checkpoint's arguments.
+        connection: the options of the connections, kept in the checkpoint's arguments.
         with_optimizer: keep the optimizer state, else leave it out.
 
     Returns:
@@ -82,12 +84,12 @@ def upcycle(chunks: list[nn.Module], source: Path, target: Path, frac: FracConfi
             added[name] = tensor
             added |= {f"{state}.{name}": _fresh_state(tensor, state, dtype) for state, dtype in states.items()}
     if "args" in common:
-        store_frac_config(common["args"], frac)
+        store_connection(common["args"], connection)
         common["args"].no_save_optim = common["args"].no_save_optim or not with_optimizer
     derive_checkpoint(source, target, common, added, lambda key: not with_optimizer and _of_optimizer(key))
     count = sum(is_connection_key(key) for key in wanted)
     return (
-        f"{count} Frac-Connection tensors ({frac.label}) are missing in {source} and start at the identity, "
+        f"{count} Frac-Connection tensors ({connection.label}) are missing in {source} and start at the identity, "
         f"{'their optimizer state' if states else 'the optimizer'} starts at zero: written to {target}"
     )
 
@@ -120,7 +122,7 @@ def to_residual(source: Path, target: Path) -> str:
                 f"would compute something else: convert checkpoints that were upcycled and not trained since"
             )
     if "args" in common:
-        store_frac_config(common["args"], None)
+        store_connection(common["args"], None)
     derive_checkpoint(source, target, common, {}, is_connection_key)
     return f"{len(keys)} Frac-Connection tensors of {source} are identities and were left out: written to {target}"
 

@@ -54,7 +54,7 @@ def train_recipe(recipe: "Recipe", brief: bool = False, callbacks: "Sequence[Cal
     trained = train(recipe, callbacks)
     if is_log_rank():
         facts = {
-            "connection": recipe.connection,
+            "connection": recipe.label,
             "family": recipe.family,
             "parameters": trained.parameters.total,
             "frac_parameters": trained.parameters.frac,

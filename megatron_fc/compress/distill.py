@@ -75,7 +75,7 @@ class Distillation(Callback):
         refuse_state(self._checkpoint, "distil from the checkpoint that it was made of")
         join_world()
         self._args = parse(recipe)
-        refuse_other_connection(self._checkpoint, recipe.frac, self._args.hidden_size)
+        refuse_other_connection(self._checkpoint, recipe.connection, self._args.hidden_size)
 
     def arguments_valid(self, args: Namespace) -> None:
         for name, needed in _UNSUPPORTED.items():

@@ -151,7 +151,7 @@ def session(recipe: Recipe, checkpoint: Path, check: Callable[[Namespace], None]
 
     join_world()
     args = parse(recipe, settle)
-    refuse_other_connection(checkpoint, recipe.frac, args.hidden_size)
+    refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
     with silence():
         set_global_variables(args)
         if cpu_lane.needed():

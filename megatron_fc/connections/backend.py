@@ -6,6 +6,7 @@ import logging
 import torch
 from torch import Tensor
 
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import Backend, FracConfig
 from megatron_fc.connections.kernels.availability import triton_obstacle, unknown_option
 from megatron_fc.errors import UserError
@@ -36,6 +37,17 @@ def backend_on(
     if wanted == "torch":
         return "torch", "as asked for"
     return ("torch", obstacle) if obstacle else ("triton", "fused kernels")
+
+
+def backend_of(connection: ConnectionConfig, device: str) -> tuple[str, str]:
+    """Return the backend of a connection of any kind on a type of device, and in a few words why.
+
+    Raises:
+        UserError: Triton was asked for and cannot run; the message says why.
+    """
+    if isinstance(connection, FracConfig):
+        return backend_on(connection.backend, connection.rate, device, option=unknown_option(connection))
+    return "torch", f"the kernels are for Frac-Connections, not for {connection.label}"
 
 
 @torch.compiler.assume_constant_result  # which torch.compile need not look into

@@ -25,7 +25,7 @@ class ConnectionConfig(ABC):
     Attributes:
         kind: its name in the registry.
         parameter_names: of a site that has them all, in order.
-        fractions_option: name of the field that sets m.
+        slots_option, fractions_option: names of the fields that set n and m.
         slots: n.
         fractions: m.
         label: short name as in the papers' tables, e.g. ``dfc_x4``.
@@ -33,6 +33,7 @@ class ConnectionConfig(ABC):
 
     kind: ClassVar[str]
     parameter_names: ClassVar[tuple[str, ...]]
+    slots_option: ClassVar[str] = "slots"
     fractions_option: ClassVar[str] = "fractions"
 
     @property
@@ -46,6 +47,16 @@ class ConnectionConfig(ABC):
     @property
     @abstractmethod
     def label(self) -> str: ...
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the stream is wider than the model, n > m: it has to be entered and left then."""
+        return self.slots != self.fractions
+
+    @property
+    def applies_norm(self) -> bool:
+        """Whether the width connection is to apply a sub-layer's norm that a projection could apply, too."""
+        return False
 
     @property
     def description(self) -> str:

@@ -45,6 +45,7 @@ class FracConfig(ConnectionConfig):
 
     kind: ClassVar[str] = "frac"
     parameter_names: ClassVar[tuple[str, ...]] = per_slot.PARAMETER_NAMES
+    slots_option: ClassVar[str] = "rate"
     fractions_option: ClassVar[str] = "rate"
 
     rate: int = 4
@@ -74,6 +75,10 @@ class FracConfig(ConnectionConfig):
     @property
     def fractions(self) -> int:
         return self.rate
+
+    @property
+    def applies_norm(self) -> bool:
+        return self.input_norm == "width"
 
     @property
     def label(self) -> str:

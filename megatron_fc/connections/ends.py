@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import ManifoldConfig
 from megatron_fc.connections.fp32 import Fp32Parameters
+from megatron_fc.connections.initial import xavier_uniform_
 from megatron_fc.connections.on_manifold import LEAVE_NAMES, residual_bias
 
 
@@ -32,6 +33,9 @@ class MeanLeave(nn.Module):
         super().__init__()
         self.config = config
 
+    def place(self, seed: int) -> None:
+        """Nothing to draw."""
+
     def start_as_residual(self) -> None:
         """Nothing to set."""
 
@@ -56,15 +60,21 @@ class LearnedLeave(Fp32Parameters):
     def __init__(self, hidden_size: int, config: ManifoldConfig) -> None:
         super().__init__()
         self.config = config
+        self.seed: int | None = None
         self.register_parameters(LEAVE_NAMES, config.leave_shapes(hidden_size))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set the initial values, those of a site: W by Xavier, bias 0, scale 0.01."""
         with torch.no_grad():
-            nn.init.xavier_uniform_(self.leave_weight)
+            xavier_uniform_(self.leave_weight, self.seed)
             self.leave_bias.fill_(0)
             self.leave_scale.fill_(0.01)
+
+    def place(self, seed: int) -> None:
+        """Set the initial values, drawn from a stream of their own for the network's seed."""
+        self.seed = hash((seed, -2)) % 2**63
+        self.reset_parameters()
 
     def start_as_residual(self) -> None:
         """Set the values at which equal streams leave as one of them, up to eps: the scale 0, every weight 1/n."""

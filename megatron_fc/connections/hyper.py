@@ -27,8 +27,7 @@ class HyperConnection(Site):
     config: HyperConfig
 
     def __init__(self, hidden_size: int, config: HyperConfig, sub_layer: int = 0) -> None:
-        self.sub_layer = sub_layer
-        super().__init__(hidden_size, config)
+        super().__init__(hidden_size, config, sub_layer)
 
     def reset_parameters(self) -> None:
         """Set the initial values: beta = 1, gamma one slot for each fraction, alpha = I, W = 0, s = initial_scale."""

@@ -1,15 +1,67 @@
-"""The registry of kinds of connections, and how their parameters are told from others, in models and in checkpoints."""
+"""The registry of kinds of connections, their members' names, and how parameters are told from others."""
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.on_manifold import LEAVE_NAMES
+from megatron_fc.errors import UserError, unknown
 
 # One stream of the whole width is both: it goes by the first name.
 KINDS: dict[str, type[ConnectionConfig]] = {config.kind: config for config in (FracConfig, HyperConfig, ManifoldConfig)}
-_NAMES = frozenset((*LEAVE_NAMES, *(name for kind in KINDS.values() for name in kind.parameter_names)))
+_PARAMETERS = frozenset((*LEAVE_NAMES, *(name for kind in KINDS.values() for name in kind.parameter_names)))
 _OWNER = "connection"  # the name that modules give the site they own
+
+# The papers' short names, with what each of them fixes beside its rate.
+MEMBERS: dict[str, tuple[type[ConnectionConfig], dict[str, Any]]] = {
+    "sfc": (FracConfig, {"dynamic": False}),
+    "dfc": (FracConfig, {"dynamic": True}),
+    "shc": (HyperConfig, {"dynamic": False}),
+    "dhc": (HyperConfig, {"dynamic": True}),
+    "mhc": (ManifoldConfig, {"fractions": 1}),
+    "mfc": (ManifoldConfig, {}),
+}
+_LABEL = re.compile(rf"(?P<name>{'|'.join(MEMBERS)})_x(?P<rate>[1-9]\d*)(?:_m(?P<fractions>[1-9]\d*))?")
+
+
+def member(name: str, rate: Any = 4, fractions: Any = None, options: Mapping[str, Any] | None = None) -> Any:
+    """Return the configuration that a short name stands for.
+
+    Args:
+        name: one of MEMBERS.
+        rate: m of Frac-Connections, n of all others.
+        fractions: m between Hyper- and Frac-Connections.
+        options: other fields of the kind's configuration.
+
+    Raises:
+        UserError: an unknown name or option, or a wrong value.
+    """
+    if name not in MEMBERS:
+        raise UserError(unknown("connection", name, tuple(MEMBERS)))
+    config, fixed = MEMBERS[name]
+    if isinstance(rate, bool) or not isinstance(rate, int) or rate < 1:
+        raise UserError(f"rate must be a whole number of at least 1, not {rate!r}: use 4")
+    fixed = {config.slots_option: rate, **fixed}
+    if name == "mfc":
+        fixed["fractions"] = rate
+    if fractions is not None:
+        if config is not HyperConfig:
+            raise UserError(f"fractions={fractions} is an option of shc and dhc: {name}_x{rate} has its own, drop it")
+        fixed["fractions"] = fractions
+    return config.from_dict({**(options or {}), **fixed})
+
+
+def from_label(label: str) -> ConnectionConfig | None:
+    """Return the configuration with this label, None if it is none: ``dfc_x4``, ``dhc_x4_m2``."""
+    match = _LABEL.fullmatch(label)
+    if match is None:
+        return None
+    config: ConnectionConfig = member(
+        match["name"], int(match["rate"]), int(match["fractions"]) if match["fractions"] else None
+    )
+    return config
 
 
 def is_connection_key(key: str) -> bool:
@@ -18,7 +70,7 @@ def is_connection_key(key: str) -> bool:
     The optimizer's state of such a parameter is included.
     """
     owner, _, name = key.rpartition(".")
-    return name in _NAMES and owner.rpartition(".")[2] == _OWNER
+    return name in _PARAMETERS and owner.rpartition(".")[2] == _OWNER
 
 
 def recognise(sizes: Mapping[str, int]) -> ConnectionConfig | None:

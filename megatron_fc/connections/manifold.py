@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from megatron_fc.connections.config import ManifoldConfig
+from megatron_fc.connections.initial import xavier_uniform_
 from megatron_fc.connections.on_manifold import ManifoldParameters, residual_bias
 from megatron_fc.connections.operands import ManifoldOperands
 from megatron_fc.connections.site import Site
@@ -41,7 +42,7 @@ class ManifoldConnection(Site):
         """Set the initial values: W by Xavier, scales 0.01, bias 0; of mFC +4 and -4 for gamma and alpha."""
         n, m = self.config.slots, self.config.fractions
         with torch.no_grad():
-            nn.init.xavier_uniform_(self.mapping_weight)
+            xavier_uniform_(self.mapping_weight, self.seed)
             self.mapping_scale.fill_(INITIAL_SCALE)
             self.mapping_bias.fill_(0)
             if n == m > 1:

@@ -22,15 +22,21 @@ class Site(Fp32Parameters, ABC):
     Args:
         hidden_size: width d of a sub-layer's input and output.
         config: the options.
+        sub_layer: number of the sub-layer in the network, from 0.
+
+    Attributes:
+        seed: of the random initial values; None draws them from torch's own generator.
 
     Raises:
         UserError: the number of fractions does not divide the hidden size.
     """
 
-    def __init__(self, hidden_size: int, config: ConnectionConfig) -> None:
+    def __init__(self, hidden_size: int, config: ConnectionConfig, sub_layer: int = 0) -> None:
         super().__init__()
         self.hidden_size = hidden_size
         self.config = config
+        self.sub_layer = sub_layer
+        self.seed: int | None = None
         self.stream_width = config.stream_width(hidden_size)
         self.register_parameters(config.parameter_names, config.parameter_shapes(hidden_size))
         self.reset_parameters()
@@ -42,6 +48,18 @@ class Site(Fp32Parameters, ABC):
     @abstractmethod
     def operands(self) -> AnyOperands:
         """Return the site as the operations take it."""
+
+    def place(self, sub_layer: int, seed: int) -> None:
+        """Set the initial values of one sub-layer of a network.
+
+        What a site draws is its own: all other weights of a network start alike, whatever its connections are.
+
+        Args:
+            sub_layer: its number, from 0.
+            seed: of the network.
+        """
+        self.sub_layer, self.seed = sub_layer, hash((seed, sub_layer)) % 2**63
+        self.reset_parameters()
 
     def start_as_residual(self) -> None:
         """Set initial values at which the network is the residual one with the same weights, for upcycling.

@@ -27,7 +27,7 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
     from megatron.training import training
     from megatron.training.global_vars import set_global_variables
 
-    if recipe.frac is None:
+    if recipe.connection is None:
         raise UserError("connection=residual: set the connections of the new checkpoint, e.g. connection=dfc rate=4")
     checkpoint = find_checkpoint(source)
     refuse_state(checkpoint, _QUANTIZE_LAST)
@@ -41,7 +41,9 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
         set_global_variables(args)
         training.initialize_megatron()
         refuse_corrupt(checkpoint)
-        return upcycle(build(args, recipe), checkpoint, target, recipe.frac, with_optimizer=not args.no_load_optim)
+        return upcycle(
+            build(args, recipe), checkpoint, target, recipe.connection, with_optimizer=not args.no_load_optim
+        )
 
 
 def residual_checkpoint(source: Path, target: Path) -> str:

@@ -1,10 +1,10 @@
 """The plugin: Frac-Connections in Megatron's layers, by layer spec.
 
-* `specs`: `frac_connect`, and the names for Megatron's `--spec`
+* `specs`: `connect`, and the names for Megatron's `--spec`
 * `slots`: the modules that stand in a layer's norm slot and bias-dropout-add slot
-* `flags`: `add_frac_args`, FracConfig as Megatron flags
+* `flags`: `add_connection_args`, FracConfig as Megatron flags
 * `refusals`: Megatron options that do not go with Frac-Connections
-* `parameter_order`: `frac_parameters_first`, for half-precision models under the distributed optimizer
+* `parameter_order`: `connection_parameters_first`, for half-precision models under the distributed optimizer
 * `hybrid`, `input_norm`, `norms`, `parameter_count`, `versions`
 """
 

@@ -1,102 +1,147 @@
-"""FracConfig as Megatron flags: `--frac-rate 4 --frac-norm rmsnorm ...`.
+"""Connections as Megatron flags: `--frac-rate 4 --frac-tanh ...`, `--hyper-slots 4 ...`, `--manifold-slots 4 ...`.
 
 For people with an entry point of their own::
 
-    args = parse_and_validate_args(extra_args_provider=add_frac_args)
-    config = frac_config_from_args(args)      # None without --frac-rate: plain residuals
+    args = parse_and_validate_args(extra_args_provider=add_connection_args)
+    config = connection_from_args(args)      # None without any of the three: plain residuals
 """
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from dataclasses import fields
-from typing import Any, get_args
+from collections.abc import Iterator
+from dataclasses import Field, fields
+from typing import Any, Literal, get_args, get_origin
 
-from megatron_fc.connections.config import Backend, FracConfig, InputNorm, Norm
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.kinds import KINDS
+from megatron_fc.errors import UserError
 from megatron_fc.megatron.refusals import refuse_unsupported_args
 
 _HELP = {
     "rate": "Frac-rate m; without it the residual connections stay plain.",
-    "dynamic": "Predict the weights per token (DFC); --no-frac-dynamic keeps them static (SFC).",
-    "dynamic_beta": "--no-frac-dynamic-beta keeps beta static in DFC.",
-    "dynamic_alpha": "--no-frac-dynamic-alpha keeps gamma and alpha static in DFC.",
-    "norm": "Norm of each fraction before the prediction.",
-    "norm_affine": "--no-frac-norm-affine leaves that norm's weight out.",
+    "slots": "Expansion rate n; without it the residual connections stay plain.",
+    "fractions": "Parts m of a sub-layer's input and output, each with slots of its own.",
+    "dynamic": "Predict the coefficients per token; its --no- form keeps them static.",
+    "dynamic_beta": "The --no- form keeps beta static in a dynamic connection.",
+    "dynamic_alpha": "The --no- form keeps gamma and alpha static in a dynamic connection.",
+    "norm": "Norm of each slot before the prediction.",
+    "norm_affine": "The --no- form leaves that norm's weight out.",
     "tanh": "Bound the predicted part by tanh.",
     "scale": "Multiply the predicted part by learned scalars.",
     "initial_scale": "Initial value of the learned scalars.",
     "norm_eps": "Epsilon of the norm.",
     "recompute": "Keep the residual stream and the sub-layer's output for backward, compute the rest again.",
+    "stream_layers": "Layers that keep the stream once together for backward, and compute the rest of it again.",
     "backend": "Implementation: Triton's fused kernels, plain torch, or auto, which takes Triton where it can run.",
     "input_norm": "What applies a norm that Transformer Engine can fuse into a projection.",
+    "sinkhorn_iterations": "Normalisations of alpha's columns.",
+    "sinkhorn_eps": "Epsilon of the coefficients.",
+    "leave": "How the streams become one behind the last layer: their mean, or a learned sum.",
 }
 
-_CHOICES = {"norm": get_args(Norm), "backend": get_args(Backend), "input_norm": get_args(InputNorm)}
 
-
-def add_frac_args(parser: ArgumentParser) -> ArgumentParser:
-    """Add one flag per field of FracConfig; pass it as Megatron's `extra_args_provider`."""
-    group = parser.add_argument_group(title="frac-connections")
-    for field in fields(FracConfig):
-        flag = f"--frac-{field.name.replace('_', '-')}"
-        options: dict[str, Any] = {"help": _HELP[field.name], "default": field.default}
-        if field.name == "rate":
-            options |= {"type": int, "default": None}
-        elif field.type in (bool, bool | None):
-            options["action"] = BooleanOptionalAction
-        elif field.name in _CHOICES:
-            options["choices"] = _CHOICES[field.name]
-        else:
-            options["type"] = field.type
-        group.add_argument(flag, **options)
+def add_connection_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add a flag per field of every kind's configuration; pass it as Megatron's `extra_args_provider`."""
+    group = parser.add_argument_group(title="connections")
+    for kind, config in KINDS.items():
+        for field in fields(config):
+            chooses = field.name == config.slots_option
+            options: dict[str, Any] = {"help": _HELP[field.name], "default": None if chooses else field.default}
+            if field.type in (bool, bool | None):
+                options["action"] = BooleanOptionalAction
+            elif get_origin(field.type) is Literal:
+                options["choices"] = get_args(field.type)
+            else:
+                options["type"] = field.type
+            group.add_argument(f"--{kind}-{_dashed(field.name)}", **options)
     group.add_argument(
-        "--frac-from-residual",
+        "--from-residual",
         action="store_true",
-        help="Start from the plain checkpoint in --load: exactly the Frac-Connections may be missing there.",
+        help="Start from the plain checkpoint in --load: exactly the connections may be missing there.",
     )
     return parser
 
 
-def frac_config_from_args(args: Namespace) -> FracConfig | None:
+def connection_from_args(args: Namespace) -> ConnectionConfig | None:
     """Return the configuration that the flags ask for, None for plain residuals.
 
     Raises:
-        UserError: a wrong value, or a training option that does not go with Frac-Connections.
+        UserError: a wrong value, two kinds at once, flags of a kind that none chooses, or a training option that does
+            not go with connections.
     """
-    config = stored_frac_config(args)
+    config = stored_connection(args)
+    chosen = None if config is None else config.kind
+    for kind, other in KINDS.items():
+        if kind != chosen and (given := next(_given(args, other), None)):
+            flag = f"--{kind}-{_dashed(given)}"
+            if config is not None:
+                raise UserError(f"{flag} is an option of another kind of connections than {config.label}: drop it")
+            raise UserError(f"{flag} has no effect without --{kind}-{other.slots_option}: set that, or drop it")
     if config is not None:
         refuse_unsupported_args(args)
     return config
 
 
-def stored_frac_config(args: Namespace) -> FracConfig | None:
+def stored_connection(args: Namespace) -> ConnectionConfig | None:
     """Return what `args` say of the connections and nothing else, as the arguments kept in a checkpoint do.
 
     An older release may have written them: options that it did not have take their defaults.
+
+    Raises:
+        UserError: they name two kinds.
     """
-    if getattr(args, "frac_rate", None) is None:
+    chosen = [
+        config for kind, config in KINDS.items() if getattr(args, f"{kind}_{config.slots_option}", None) is not None
+    ]
+    if len(chosen) > 1:
+        named = " and ".join(f"--{config.kind}-{config.slots_option}" for config in chosen)
+        raise UserError(f"{named} choose two kinds of connections: keep one")
+    if not chosen:
         return None
-    values: dict[str, Any] = {
-        field.name: getattr(args, f"frac_{field.name}", field.default) for field in fields(FracConfig)
-    }
-    return FracConfig(**values)
+    [config] = chosen
+    return config(**{f.name: getattr(args, f"{config.kind}_{f.name}", f.default) for f in fields(config)})
 
 
-def store_frac_config(args: Namespace, config: FracConfig | None) -> None:
-    """Write into `args` what `stored_frac_config` reads, None for plain residuals."""
-    for field in fields(FracConfig):
-        default = None if field.name == "rate" else field.default
-        setattr(args, f"frac_{field.name}", default if config is None else getattr(config, field.name))
+def store_connection(args: Namespace, connection: ConnectionConfig | None) -> None:
+    """Write into `args` what `stored_connection` reads, None for plain residuals."""
+    for kind, config in KINDS.items():
+        for field in fields(config):
+            value = None if field.name == config.slots_option else field.default
+            setattr(args, f"{kind}_{field.name}", getattr(connection, field.name) if _is(connection, kind) else value)
 
 
-def frac_flags(config: FracConfig) -> list[str]:
-    """Return the flags that `frac_config_from_args` reads back, those at their default left out."""
-    flags = ["--frac-rate", str(config.rate)]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name == "rate" or value == field.default:
+def connection_flags(connection: ConnectionConfig) -> list[str]:
+    """Return the flags that `connection_from_args` reads back, those at their default left out."""
+    flags = []
+    for field in fields(connection):
+        value = getattr(connection, field.name)
+        if value == field.default and field.name != connection.slots_option:
             continue
-        flag = field.name.replace("_", "-")
+        flag = f"{connection.kind}-{_dashed(field.name)}"
         if isinstance(value, bool):
-            flags.append(f"--frac-{flag}" if value else f"--no-frac-{flag}")
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags += [f"--frac-{flag}", str(value)]
+            flags += [f"--{flag}", str(value)]
     return flags
+
+
+def is_connection_argument(name: str) -> bool:
+    """True for the name of one of these arguments, or of its flag with underscores."""
+    return name == "from_residual" or name.removeprefix("no_").startswith(tuple(f"{kind}_" for kind in KINDS))
+
+
+def _given(args: Namespace, config: type[ConnectionConfig]) -> Iterator[str]:
+    """Options of a kind that differ from their defaults."""
+
+    def default(field: Field[Any]) -> Any:
+        return None if field.name == config.slots_option else field.default
+
+    names = (f.name for f in fields(config) if getattr(args, f"{config.kind}_{f.name}", default(f)) != default(f))
+    return iter(names)
+
+
+def _is(connection: ConnectionConfig | None, kind: str) -> bool:
+    return connection is not None and connection.kind == kind
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

@@ -68,11 +68,18 @@ class TakesPlainNames(nn.Module):
         self.register_load_state_dict_pre_hook(take_plain_names)
         self.register_load_state_dict_pre_hook(refuse_what_would_be_dropped)
 
+    def meet_layer(self, layer: nn.Module, name: str) -> None:
+        """Called when a layer takes this slot as its child `name`: it hands to each child the keys below that name.
+
+        So it is the layer where a norm's other name shows.
+        """
+        if hasattr(layer, "submodules_config"):
+            layer.register_load_state_dict_pre_hook(partial(_take_fused_names, name))
+
 
 def _meet_layer(layer: nn.Module, name: str, slot: nn.Module | None) -> None:
-    """A layer hands to each child the keys below it, so it is the layer where a norm's other name shows."""
-    if isinstance(slot, TakesPlainNames) and hasattr(layer, "submodules_config"):
-        layer.register_load_state_dict_pre_hook(partial(_take_fused_names, name))
+    if isinstance(slot, TakesPlainNames):
+        slot.meet_layer(layer, name)
 
 
 # A slot is built before its layer has it, and never sees the layer: torch tells when it is put there.

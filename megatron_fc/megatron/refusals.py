@@ -103,12 +103,12 @@ def _refuse_unwritable_optimizer(args: Namespace) -> None:
             "Megatron's plain half-precision optimizer cannot write fp32 parameters into a torch_dist checkpoint, and "
             "Frac-Connections keep theirs in fp32: set use_distributed_optimizer"
         )
-    first = getattr(args, "frac_parameters_first", None)
+    first = getattr(args, "connection_parameters_first", None)
     if first is False or (first is None and args.hybrid_layer_pattern):
         raise UserError(
             "Megatron's distributed optimizer writes fp32 parameters only if they come first, which a --spec that the "
             "script does not call (hybrid_..., layer_...) cannot arrange: use megatron-fc train, or add "
-            "megatron_fc.megatron.parameter_order.frac_parameters_first to the model config's pre_wrap_hooks"
+            "megatron_fc.megatron.parameter_order.connection_parameters_first to the model config's pre_wrap_hooks"
         )
 
 

@@ -1,7 +1,7 @@
-"""The two modules that carry a Frac-Connection in a Megatron layer's spec.
+"""The two modules that carry a connection in a Megatron layer's spec.
 
-A layer computes `x = norm(h); o = sub_layer(x); h = bias_dropout_add(o, h)`. `FracNorm` stands in the norm slot
-and owns the site; `FracAdd` stands in the bias-dropout-add slot and refers to it.
+A layer computes `x = norm(h); o = sub_layer(x); h = bias_dropout_add(o, h)`. `NormSlot` stands in the norm slot
+and owns the site; `AddSlot` stands in the bias-dropout-add slot and refers to it.
 
 The norm slot returns x and h, as Megatron's layers allow, and leaves for its depth connection what that can take over.
 With the fused kernels the depth connection of a sub-layer also makes the next one's input in the same pass, and leaves
@@ -12,6 +12,8 @@ Modules that somebody observes by hooks of his own hand over nothing: they take 
 Which sub-layer comes next is known inside a layer when it is built. From one layer to the next it shows when a stream
 arrives as the very object that the layer before returned, both with gradients: so never across the border of a pipeline
 stage, of a recomputed region or of a sharded module, where it is another object or was computed without gradients.
+
+A stream that is wider than the model begins where the first sub-layer meets the model's width (`stream`).
 """
 
 from collections.abc import Callable
@@ -25,8 +27,8 @@ from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_fc.connections.config import FracConfig
-from megatron_fc.connections.frac import FracConnection, PendingDepth
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.frac import PendingDepth
 from megatron_fc.connections.handover import Handover
 from megatron_fc.connections.norm import HandsOutWeights
 from megatron_fc.connections.observers import observed
@@ -34,8 +36,10 @@ from megatron_fc.connections.ops import Prepared
 from megatron_fc.connections.parcel import Parcel
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norms import hand_out_weights
+from megatron_fc.megatron.own_parameters import mark_parameters, network_seed, without_drawing
 from megatron_fc.megatron.plain_names import TakesPlainNames
-from megatron_fc.megatron.refusals import refuse_unsupported_config, training_args, uses_matrix_optimizer
+from megatron_fc.megatron.refusals import refuse_unsupported_config
+from megatron_fc.megatron.stream import StreamBorder
 from megatron_fc.megatron.versions import check_norm_protocol, norms_declare_residual
 
 
@@ -46,25 +50,33 @@ class Pairing:
 
     Args:
         slot: name of the norm slot.
+        place: number of the sub-layer in its layer, from 0, and how many the layer has.
         before: pairing of the sub-layer before it in the same layer.
         returns_stream: the layer takes (x, h) from its norm slot, not x alone.
     """
 
-    def __init__(self, slot: str, before: "Pairing | None" = None, returns_stream: bool = True) -> None:
+    def __init__(
+        self,
+        slot: str,
+        place: tuple[int, int] = (0, 1),
+        before: "Pairing | None" = None,
+        returns_stream: bool = True,
+    ) -> None:
         self.slot = slot
+        self.place = place
         self.returns_stream = returns_stream
         self._before = before
-        self._waiting: FracNorm | None = None
-        self._built: FracAdd | None = None
+        self._waiting: NormSlot | None = None
+        self._built: AddSlot | None = None
 
-    def offer(self, norm: "FracNorm") -> None:
+    def offer(self, norm: "NormSlot") -> None:
         """Called by a norm slot when it is built."""
         self._waiting = norm
         if self._before is not None and self._before._built is not None:
             self._before._built.followed_by(norm)
             self._before._built = None
 
-    def take(self, add: "FracAdd") -> "FracNorm":
+    def take(self, add: "AddSlot") -> "NormSlot":
         """Called by the bias-dropout-add slot when it is built.
 
         Raises:
@@ -73,22 +85,24 @@ class Pairing:
         norm, self._waiting, self._built = self._waiting, None, add
         if norm is None:
             raise UserError(
-                f"the width connection of {self.slot!r} was replaced after frac_connect: call frac_connect last, "
+                f"the width connection of {self.slot!r} was replaced after connect: call connect last, "
                 f"and turn mla_down_proj_fusion off, which overwrites that slot in hybrid stacks"
             )
         return norm
 
 
-class FracNorm(TakesPlainNames, MegatronModule):
+class NormSlot(TakesPlainNames, MegatronModule):
     """Norm slot: width connection, then the norm that stood in the slot (Identity where TE fuses it).
 
     Args:
         norm: builder of the slot's own norm.
-        frac: options of the connection.
-        pairing: shared with the `FracAdd` of the same sub-layer.
+        connection: options of the connection.
+        pairing: shared with the `AddSlot` of the same sub-layer.
+        exchanges_shapes: let pipeline stages exchange the shape of a wider stream, since nobody widens their buffers.
 
     Raises:
-        UserError: the rate does not divide the hidden size, or an option of Megatron does not go with FC.
+        UserError: the number of fractions does not divide the hidden size, or an option of Megatron does not go with
+            the connections.
     """
 
     def __init__(
@@ -98,20 +112,17 @@ class FracNorm(TakesPlainNames, MegatronModule):
         eps: float,
         *,
         norm: LayerNormBuilder,
-        frac: FracConfig,
+        connection: ConnectionConfig,
         pairing: Pairing,
+        exchanges_shapes: bool = False,
     ) -> None:
         super().__init__(config=config)
         check_norm_protocol()
         refuse_unsupported_config(config)
-        self.connection = FracConnection(hidden_size, frac)
-        for parameter in self.connection.parameters():
-            # Under sequence parallelism every rank sees its tokens only: Megatron then sums these gradients.
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        if frac.dynamic and uses_matrix_optimizer(training_args()):
-            # Coefficients are no linear map to be orthogonalised: Muon leaves what is marked so to Adam.
-            matrix = self.connection.get_parameter("dynamic_weight")
-            matrix.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+        with without_drawing():
+            self.connection: Any = connection.build(hidden_size)
+        mark_parameters(self.connection, config)
+        self.stream = StreamBorder(connection, config, exchanges_shapes)
         self.norm = hand_out_weights(norm(config=config, hidden_size=hidden_size, eps=eps))
         self.paired = False
         self.handover: Parcel[Handover] = Parcel()
@@ -125,7 +136,18 @@ class FracNorm(TakesPlainNames, MegatronModule):
         self.learns_predecessor = config.cuda_graph_impl not in ("local", "transformer_engine")
         # Selective recompute frees the storage of all that the norm slot returns, and h must outlive it.
         self.hands_over = pairing.returns_stream and not self._recomputed
+        self._place: tuple[int, int] | None = pairing.place
         pairing.offer(self)
+
+    def meet_layer(self, layer: Any, name: str) -> None:
+        """Set the initial values of the sub-layer that this turns out to be, once."""
+        super().meet_layer(layer, name)
+        if self._place is None or not hasattr(layer, "layer_number"):
+            return
+        (place, sub_layers), self._place = self._place, None
+        is_first = place == 0 and (layer.layer_number == 1 or bool(getattr(layer, "is_mtp_layer", False)))
+        self.stream.enters = is_first
+        self.connection.place((layer.layer_number - 1) * sub_layers + place, network_seed())
 
     @property
     def returns_residual(self) -> bool:
@@ -133,22 +155,28 @@ class FracNorm(TakesPlainNames, MegatronModule):
         return self.hands_over
 
     def forward(self, h: Tensor) -> Any:
-        """Residual stream [s, b, d] -> normed input of the sub-layer [s, b, d], and the stream if the layer takes it.
+        """Residual stream [s, b, r*d] -> normed input of the sub-layer [s, b, d], and the stream if the layer takes it.
+
+        The first one takes [s, b, d].
 
         Observers are shown x alone, as of any norm, where the layer does not insist on what was declared.
         """
         if not self.paired:
-            raise UserError("the depth connection of this layer was replaced after frac_connect: call it last")
+            raise UserError("the depth connection of this layer was replaced after connect: call it last")
         site, gradients = self.connection, torch.is_grad_enabled()
         if not self._recomputed:
             self.differentiates = gradients
         before, prepared = _returned.take(h), self.prepared.take(h)
+        h = self.stream.entered(h)
         if before is not None and self.learns_predecessor and gradients:
             before.followed_by(self)
         if not self.is_handing_over:
             x = self.norm(site(h)) if observed(site) else site(h, self.norm)
             return (x, h) if self.hands_over and norms_declare_residual() else x
-        x, handover = site(h, self.norm, hand_over=True, prepared=prepared)
+        if prepared is None:
+            x, handover = site(h, self.norm, hand_over=True)
+        else:
+            x, handover = site(h, self.norm, hand_over=True, prepared=prepared)
         # For a view, since a handover keeps h itself alive.
         stream = h.view_as(h)
         self.handover.leave(stream, handover)
@@ -169,7 +197,7 @@ class FracNorm(TakesPlainNames, MegatronModule):
         if name == "weight":
             # Asked for by what exports a norm slot as a norm, as ModelOpt does, and would leave the connection behind.
             raise NotANorm(
-                "this norm slot carries a Frac-Connection, which other formats cannot hold: keep Megatron's "
+                "this norm slot carries a connection, which other formats cannot hold: keep Megatron's "
                 "checkpoint, or export a model trained with plain residuals"
             )
         return super().__getattr__(name)
@@ -179,7 +207,7 @@ class NotANorm(UserError, AttributeError):
     """A norm's attribute that its slot does not have; an `AttributeError`, so that `hasattr` and `inspect` go on."""
 
 
-class FracAdd(nn.Module):
+class AddSlot(nn.Module):
     """Bias-dropout-add slot: adds bias, applies dropout, then the depth connection."""
 
     def __init__(self, pairing: Pairing) -> None:
@@ -188,9 +216,9 @@ class FracAdd(nn.Module):
         norm.paired = True
         # In tuples, so that the parameters are registered once, in the norm slots.
         self._norm = (norm,)
-        self._following: tuple[FracNorm, ...] = ()
+        self._following: tuple[NormSlot, ...] = ()
 
-    def followed_by(self, norm: FracNorm) -> None:
+    def followed_by(self, norm: NormSlot) -> None:
         """Told whose width connection comes next, on the stream that this slot returns."""
         if norm.hands_over and norm.connection.config == self._norm[0].connection.config:
             self._following = (norm,)
@@ -208,6 +236,7 @@ class FracAdd(nn.Module):
         o, bias = o_with_bias
         dropout = dropout if training else 0.0
         [norm] = self._norm
+        h = norm.stream.entered(h)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(training, o, h)):
             handover = norm.handover.take(h)
             kernels = handover if handover is not None and handover.backend == "triton" else None
@@ -246,4 +275,4 @@ class FracAdd(nn.Module):
 
 
 # By whom a stream was returned, of the one that was returned last.
-_returned: Parcel[FracAdd] = Parcel()
+_returned: Parcel[AddSlot] = Parcel()

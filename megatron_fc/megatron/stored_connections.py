@@ -9,10 +9,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_fc.connections import kinds
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.flags import stored_frac_config
+from megatron_fc.megatron.flags import stored_connection
 
 # Of Megatron's `--dist-ckpt-strictness`: with the others it fails where the checkpoint lacks what the model asks for.
 _STARTS_WHAT_IS_MISSING = ("log_all", "return_all", "ignore_all")
@@ -52,24 +52,24 @@ def describe_structure(sizes: dict[str, int]) -> str:
     return f"connections of an unknown kind, {sizes}" if config is None else config.description
 
 
-def difference(checkpoint: Path, frac: FracConfig | None, hidden_size: int) -> str | None:
+def difference(checkpoint: Path, connection: ConnectionConfig | None, hidden_size: int) -> str | None:
     """Say how the connections of a distributed checkpoint differ from a model's, None if they do not.
 
-    What no parameter shows is compared where the checkpoint keeps `--frac-*` flags.
+    What no parameter shows is compared where the checkpoint keeps the flags.
     """
     stored = stored_structure(checkpoint)
-    wanted = frac.last_dimensions(hidden_size) if frac is not None else {}
+    wanted = connection.last_dimensions(hidden_size) if connection is not None else {}
     if stored != wanted:
         return (
             f"the checkpoint {checkpoint} has {describe_structure(stored)}, this run has {describe_structure(wanted)}"
         )
     stamped = _stamp(checkpoint)
-    if frac is not None and stamped is not None and stamped != frac:
-        return f"the checkpoint {checkpoint} was trained with {stamped}, this run has {frac}"
+    if connection is not None and stamped is not None and stamped != connection:
+        return f"the checkpoint {checkpoint} was trained with {stamped}, this run has {connection}"
     return None
 
 
-def refuse_other_checkpoint(args: Namespace | None, frac: FracConfig) -> None:
+def refuse_other_checkpoint(args: Namespace | None, connection: ConnectionConfig) -> None:
     """Check the checkpoint that Megatron's arguments name, before a model of a named spec is built for it.
 
     Megatron itself leaves out what a model does not ask for (its default strictness). Those of the format
@@ -82,10 +82,10 @@ def refuse_other_checkpoint(args: Namespace | None, frac: FracConfig) -> None:
     if args is None or checkpoint is None:
         return
     stored = stored_structure(checkpoint)
-    drops_nothing = stored.items() < frac.last_dimensions(args.hidden_size).items()
+    drops_nothing = stored.items() < connection.last_dimensions(args.hidden_size).items()
     if drops_nothing and args.dist_ckpt_strictness in _STARTS_WHAT_IS_MISSING:
         return
-    if differs := difference(checkpoint, frac, args.hidden_size):
+    if differs := difference(checkpoint, connection, args.hidden_size):
         raise UserError(
             f"{differs}: "
             + ("name the spec that it was trained with" if stored else "convert it by `megatron-fc upcycle`")
@@ -107,9 +107,9 @@ def _checkpoint_to_load(args: Namespace) -> Path | None:
     return None
 
 
-def _stamp(checkpoint: Path) -> FracConfig | None:
-    """The options among the arguments that Megatron keeps in a checkpoint; None without `--frac-*` flags."""
+def _stamp(checkpoint: Path) -> ConnectionConfig | None:
+    """The options among the arguments that Megatron keeps in a checkpoint; None without those of a connection."""
     if not _is_megatrons(checkpoint):
         return None
     args: Any = dist_checkpointing.load_common_state_dict(str(checkpoint)).get("args")
-    return stored_frac_config(args) if args is not None else None
+    return stored_connection(args) if args is not None else None

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Shape:
     learned_positions: int = 0
     linear_bias: bool = False
     qkv_bias: bool = False
-    frac: FracConfig | None = None
+    frac: ConnectionConfig | None = None
 
     @property
     def layers(self) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_fc.connections.config import FracConfig
 from megatron_fc.connections.kernels.availability import TRITON_RATES
 from megatron_fc.errors import UserError
 from megatron_fc.planning.devices import Device
@@ -73,13 +74,14 @@ def shape_of(run: Validated) -> Shape:
         learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
         linear_bias=args.add_bias_linear,
         qkv_bias=args.add_qkv_bias,
-        frac=run.recipe.frac,
+        frac=run.recipe.connection,
     )
 
 
 def training_of(run: Validated) -> Training:
     """How a run trains its model."""
-    args, frac = run.args, run.recipe.frac
+    args, connection = run.args, run.recipe.connection
+    frac = connection if isinstance(connection, FracConfig) else None
     half = args.bf16 or args.fp16
     fused = frac is not None and frac.backend != "torch" and frac.rate in TRITON_RATES
     apart = not _is_te(args) or (frac is not None and frac.input_norm == "width")
@@ -198,7 +200,7 @@ def plan_of(
     shape, training = shape_of(run), training_of(run)
     refuse_on_device(run.args, gpu.capability)
     return Plan(
-        name=f"{config.stem} {run.recipe.connection}",
+        name=f"{config.stem} {run.recipe.label}",
         shape=shape,
         training=training,
         layout=run.layout,

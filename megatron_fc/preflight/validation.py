@@ -70,7 +70,7 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
     layouts: list[Layout] = []
 
     def check(args: Namespace) -> None:
-        if recipe.frac is not None:
+        if recipe.connection is not None:
             # A run that says so is one for the CPU lane.
             refuse_unsupported_args(args, on_gpu=args.distributed_backend != "gloo")
         layouts.append(layout_of(args, nodes, gpus_per_node))

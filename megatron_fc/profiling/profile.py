@@ -182,8 +182,8 @@ class _Profiler(Callback):
         date = [datetime.now(UTC).isoformat(timespec="seconds")]
         torch.distributed.broadcast_object_list(date, src=0)
         return Run(
-            connection=self._recipe.connection,
-            frac=None if self._recipe.frac is None else self._recipe.frac.to_dict(),
+            connection=self._recipe.label,
+            frac=None if self._recipe.connection is None else self._recipe.connection.to_dict(),
             backend=self._recipe.backend,
             model={"family": self._recipe.family, **model_facts(args)},
             layout=layout(args, self._hosts),

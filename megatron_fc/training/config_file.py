@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.kinds import KINDS
 from megatron_fc.errors import UserError, unknown
 
-SECTIONS = ("model", "frac", "data", "optimizer", "parallel", "checkpoint", "logging")
+SECTIONS = ("model", "connections", "data", "optimizer", "parallel", "checkpoint", "logging")
 # A path in somebody's home, and one in a folder that a variable names.
 _HOME, _VARIABLE = re.compile(r"~[^/\s]*(/|$)"), re.compile(r"\$\w+(/|$)|\$\{\w+\}")
 _OWN = {
@@ -87,14 +87,18 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     return {section: dict(content.get(section) or {}) for section in SECTIONS}
 
 
-def _frac_names() -> list[str]:
-    return ["connection", "from_residual", *(f.name for f in fields(FracConfig) if f.name != "dynamic")]
+def _connection_names() -> list[str]:
+    """`connection` says which kind, whether it is dynamic, and with `rate` how many slots it has."""
+    options = {field.name: None for kind in KINDS.values() for field in fields(kind)}
+    for name in ("dynamic", "slots"):
+        del options[name]
+    return ["connection", "from_residual", *options]
 
 
 def _check_name(section: str, key: str, known: set[str]) -> None:
-    if section == "frac":
-        if key not in _frac_names():
-            raise UserError(unknown("key in section frac:", key, _frac_names()))
+    if section == "connections":
+        if key not in _connection_names():
+            raise UserError(unknown("key in section connections:", key, _connection_names()))
     elif key not in known or _OWN.get(key, section) != section:
         raise UserError(unknown(f"key in section {section}:", key, known))
 
@@ -108,8 +112,8 @@ def _override(sections: dict[str, dict[str, Any]], override: str, known: set[str
         raise UserError(unknown("section", section, SECTIONS))
     if not dot:
         section = _section_of(key, sections)
-        if key not in known and section != "frac":  # it may be meant for any section
-            raise UserError(unknown(f"key in section {section}:", key, [*known, *_frac_names()]))
+        if key not in known and section != "connections":  # it may be meant for any section
+            raise UserError(unknown(f"key in section {section}:", key, [*known, *_connection_names()]))
     _check_name(section, key, known)
     try:
         sections[section][key] = yaml.load(text, _Loader)
@@ -122,7 +126,7 @@ def _section_of(key: str, sections: dict[str, dict[str, Any]]) -> str:
     for section, values in sections.items():
         if key in values:
             return section
-    return _OWN.get(key, "frac" if key in _frac_names() else "model")
+    return _OWN.get(key, "connections" if key in _connection_names() else "model")
 
 
 def _at_home(key: str, value: Any) -> Any:
@@ -144,6 +148,6 @@ def _refuse_repeated_names(sections: dict[str, dict[str, Any]]) -> None:
     seen: dict[str, str] = {}
     for section, values in sections.items():
         for key in values:
-            if key in seen and "frac" not in (section, seen[key]):
+            if key in seen and "connections" not in (section, seen[key]):
                 raise UserError(f"{key} stands in the sections {seen[key]} and {section}: keep one")
             seen[key] = section

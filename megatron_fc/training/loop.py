@@ -84,7 +84,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     args = parse(recipe)
     rehearse(args, recipe)
     _refuse_async_save_without_device(args)
-    options = StartOptions(recipe.run_dir, recipe.frac, recipe.on_damage, _say)
+    options = StartOptions(recipe.run_dir, recipe.connection, recipe.on_damage, _say)
     start = choose_start(args, options)
     start.apply(args)
     starting = StartCallback(start, options)
@@ -97,7 +97,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     _refuse_unwritable_folders(args, recipe.run_dir)
 
     tokens = args.global_batch_size * args.seq_length
-    display = ProgressDisplay(real_stdout(), recipe.connection, tokens) if is_log_rank() else None
+    display = ProgressDisplay(real_stdout(), recipe.label, tokens) if is_log_rank() else None
     steps = Steps(args, every)
     try:
         with run_log(recipe.run_dir, args.rank, display, steps.over):
@@ -118,7 +118,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
         advice = _when_all_end(args, record, Callbacks(callbacks), "", notes=False)
         raise KeyboardInterrupt(f"interrupted: {advice}") from interrupt
     except SystemExit as end:
-        _say(f"{recipe.connection}  ended early: {record.why(end)}")
+        _say(f"{recipe.label}  ended early: {record.why(end)}")
         _leave()
         raise
     _leave()

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, NoReturn
 
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.flags import add_frac_args
+from megatron_fc.megatron.flags import add_connection_args, is_connection_argument
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,7 +22,7 @@ class MegatronArguments:
         from megatron.training.arguments import add_megatron_arguments
 
         # Abbreviations would let a typo through as another argument.
-        self._parser = add_frac_args(add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False)))
+        self._parser = add_connection_args(add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False)))
         self._actions = {
             option.removeprefix("--").replace("-", "_"): (option, action)
             for action in self._parser._actions
@@ -31,7 +31,7 @@ class MegatronArguments:
         }
 
     def names(self) -> set[str]:
-        return {name for name in self._actions if not name.startswith(("frac_", "no_frac_"))}
+        return {name for name in self._actions if not is_connection_argument(name)}
 
     def default(self, dest: str) -> Any:
         """The value of an attribute of the arguments where nothing sets it."""
@@ -43,7 +43,7 @@ class MegatronArguments:
         return sorted({action.dest for group in groups for action in group._group_actions})
 
     def refuse_connection_flags(self, flags: Sequence[str]) -> None:
-        """Check that no flag behind `--` speaks of the connection, which the section frac alone decides.
+        """Check that no flag behind `--` speaks of the connection, which the section connections alone decides.
 
         Raises:
             UserError: names the flag, and the setting to write in its place.
@@ -51,11 +51,16 @@ class MegatronArguments:
         for at, word in enumerate(flags):
             option, equals, value = word.partition("=")
             action = self._parser._option_string_actions.get(option)
-            if action is None or not action.dest.startswith("frac_"):
+            if action is None or not is_connection_argument(action.dest):
                 continue
-            setting = action.dest.removeprefix("frac_")
+            kind, _, setting = action.dest.partition("_")
+            if action.dest == "from_residual":
+                setting = action.dest
+            elif setting == "slots":
+                setting = "rate"
             if setting == "dynamic":
-                setting, value = "connection", "sfc" if option.startswith("--no-") else "dfc"
+                letter = "s" if option.startswith("--no-") else "d"
+                setting, value = "connection", f"{letter}{'fc' if kind == 'frac' else 'hc'}"
             elif action.nargs == 0:
                 value = str(not option.startswith("--no-")).lower()
             elif not equals:

@@ -2,8 +2,8 @@
 
 The sections are for the reader: any of Megatron's arguments may stand in any of them, under its own name with
 underscores. These names are ours: `model.family` (gpt or hybrid), `optimizer.precision`, `logging.run_dir`,
-`checkpoint.keep_last`, `keep_every` and `on_damage`, and the section `frac` (`connection`: residual, sfc or dfc,
-`from_residual`, and the fields of FracConfig).
+`checkpoint.keep_last`, `keep_every` and `on_damage`, and the section `connections` (`connection`: residual or the short
+name of a kind, `rate`, `from_residual`, and further fields of that kind's configuration).
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from typing import Any
 
 from megatron_fc.checkpoints.retention import Retention
 from megatron_fc.checkpoints.start import ON_DAMAGE
-from megatron_fc.connections.backend import backend_on
-from megatron_fc.connections.config import FracConfig
-from megatron_fc.connections.kernels.availability import unknown_option
+from megatron_fc.connections import kinds
+from megatron_fc.connections.backend import backend_of
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError, unknown
-from megatron_fc.megatron.flags import frac_flags
+from megatron_fc.megatron.flags import connection_flags
 from megatron_fc.training import cpu_lane
 from megatron_fc.training.config_file import SECTIONS, read_sections
 from megatron_fc.training.data_files import refuse_missing_files, repetition
@@ -25,7 +25,7 @@ from megatron_fc.training.machine import adaptations, device_capability, has_tra
 from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.precision import apply_precision, refuse_impossible, refuse_on_device
 
-CONNECTIONS = ("residual", "sfc", "dfc")
+CONNECTIONS = ("residual", *kinds.MEMBERS)
 FAMILIES = ("gpt", "hybrid")
 
 
@@ -35,7 +35,7 @@ class Recipe:
 
     Attributes:
         sections: the YAML after overrides, as it is kept in the run's summary.
-        frac: options of the connections, None for plain residuals.
+        connection: options of the connections, None for plain residuals.
         family: gpt or hybrid.
         run_dir: folder of everything that the run writes.
         argv: Megatron's command line, our flags included.
@@ -46,7 +46,7 @@ class Recipe:
     """
 
     sections: dict[str, dict[str, Any]]
-    frac: FracConfig | None
+    connection: ConnectionConfig | None
     family: str
     run_dir: Path
     argv: list[str]
@@ -56,9 +56,15 @@ class Recipe:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def connection(self) -> str:
-        """The kind of connection as tables show it: residual, sfc_x4, dfc_x4 ..."""
-        return "residual" if self.frac is None else self.frac.label
+    def label(self) -> str:
+        """The connections as tables show them: residual, sfc_x4, dfc_x4, dhc_x4 ..."""
+        return "residual" if self.connection is None else self.connection.label
+
+
+_OF_ALL = ("connection", "from_residual", "rate", "fractions")
+_DEFAULTS = {field.name: field.default for kind in kinds.KINDS.values() for field in fields(kind)}
+# The options that change what a connection computes; the others change memory and time.
+_PREDICTING = {field.name for kind in kinds.KINDS.values() for field in fields(kind) if field.compare}
 
 
 def load_recipe(
@@ -79,7 +85,7 @@ def load_recipe(
     megatron = megatron_arguments()
     megatron.refuse_connection_flags(extra)
     sections = read_sections(path, overrides, megatron.names())
-    frac = _frac_config(sections["frac"])
+    connection, notes = _connection(sections["connections"])
     family, run_dir, settings = _split(sections, path)
     on_damage = settings.pop("on_damage", "refuse")
     if on_damage not in ON_DAMAGE:
@@ -88,23 +94,23 @@ def load_recipe(
     if family == "hybrid":
         _set_hybrid_pattern(settings)
     apply_precision(settings)
-    if frac is not None and "hidden_size" in settings:
-        frac.slot_width(int(settings["hidden_size"]))
-    notes, backend = [], None
+    if connection is not None and "hidden_size" in settings:
+        connection.slot_width(int(settings["hidden_size"]))
+    backend = None
     if not elsewhere:
         _refuse_missing_te(settings)
-        notes = _adapt_to_machine(settings)
-    if frac is not None and not elsewhere:
-        device = "cpu" if cpu_lane.needed() else "cuda"
-        backend, reason = backend_on(frac.backend, frac.rate, device, option=unknown_option(frac))
-        notes.append(f"Frac-Connections run on {backend}: {reason}")
+        notes += _adapt_to_machine(settings)
+    if connection is not None and not elsewhere:
+        backend, reason = backend_of(connection, "cpu" if cpu_lane.needed() else "cuda")
+        notes.append(f"{connection.label} runs on {backend}: {reason}")
     _set_run_paths(settings, run_dir)
-    argv = [*megatron.flags(settings), *(frac_flags(frac) if frac else []), *_from_residual(sections["frac"]), *extra]
+    argv = [*megatron.flags(settings), *(connection_flags(connection) if connection else [])]
+    argv += [*_from_residual(sections["connections"]), *extra]
     args = megatron.parse(argv)
     if args.spec is not None:
         raise UserError(
             f"spec={' '.join(args.spec)} would be a second source of the connection: megatron-fc train builds its "
-            f"layers from frac.connection and model.family, set those"
+            f"layers from connections.connection and model.family, set those"
         )
     refuse_impossible(args)
     if not elsewhere:
@@ -112,32 +118,40 @@ def load_recipe(
         refuse_missing_files(args)
         if said := repetition(args):
             notes.append(said)
-    return Recipe(sections, frac, family, run_dir, argv, backend, on_damage, retention, notes)
+    return Recipe(sections, connection, family, run_dir, argv, backend, on_damage, retention, notes)
 
 
-def _frac_config(values: dict[str, Any]) -> FracConfig | None:
-    connection = values.get("connection", "dfc")
-    if connection not in CONNECTIONS:
-        raise UserError(unknown("connection", str(connection), CONNECTIONS))
-    options = {key: value for key, value in values.items() if key not in ("connection", "from_residual")}
-    if connection == "residual":
-        return None
-    if connection == "sfc":
-        # One override turns a DFC file into its SFC twin: what only DFC has is dropped with it.
-        common = {"rate", *(field.name for field in fields(FracConfig) if not field.compare)}
-        options = {key: value for key, value in options.items() if key in common}
-    return FracConfig.from_dict({**options, "dynamic": connection == "dfc"})
+def _connection(values: dict[str, Any]) -> tuple[ConnectionConfig | None, list[str]]:
+    """The connections that a section describes, None for plain residuals, and what of it they do not have."""
+    name = values.get("connection", "dfc")
+    if name not in CONNECTIONS:
+        raise UserError(unknown("connection", str(name), CONNECTIONS))
+    if name == "residual":
+        return None, []
+    config, _ = kinds.MEMBERS[name]
+    of_kind = {field.name for field in fields(config)}
+    # One override turns a file into its twin of another kind: what the kind does not have is dropped with it, be it at
+    # its default or an option of the prediction. `from_dict` refuses the rest.
+    lacking = _PREDICTING if name in ("sfc", "shc") else _PREDICTING - of_kind
+    options = {key: value for key, value in values.items() if key not in _OF_ALL}
+    dropped = {
+        key for key, value in options.items() if key in lacking or (key not in of_kind and value == _DEFAULTS[key])
+    }
+    kept = {key: value for key, value in options.items() if key not in dropped}
+    connection: ConnectionConfig = kinds.member(name, values.get("rate", 4), values.get("fractions"), kept)
+    lost = [f"{key}={options[key]}" for key in sorted(dropped) if options[key] != _DEFAULTS[key]]
+    return connection, [f"{connection.label} does without {', '.join(lost)}"] if lost else []
 
 
 def _from_residual(values: dict[str, Any]) -> list[str]:
     wanted = values.get("from_residual", False)
     if not isinstance(wanted, bool):
         raise UserError(f"from_residual is a switch: set it to true or false, not {wanted!r}")
-    return ["--frac-from-residual"] if wanted else []
+    return ["--from-residual"] if wanted else []
 
 
 def _split(sections: dict[str, dict[str, Any]], path: Path) -> tuple[str, Path, dict[str, Any]]:
-    settings = {key: value for name in SECTIONS if name != "frac" for key, value in sections[name].items()}
+    settings = {key: value for name in SECTIONS if name != "connections" for key, value in sections[name].items()}
     family = settings.pop("family", "gpt")
     if family not in FAMILIES:
         raise UserError(unknown("family", str(family), FAMILIES))

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.flags import add_frac_args, frac_config_from_args
-from megatron_fc.megatron.parameter_order import install_order
+from megatron_fc.megatron.flags import add_connection_args, connection_from_args
+from megatron_fc.megatron.model_config import prepare
 from megatron_fc.training.counts import refuse_small_counts
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
@@ -47,11 +47,11 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
     program, sys.argv = sys.argv, ["megatron-fc", *recipe.argv]
     try:
         with refusals_named("the arguments"), contextlib.redirect_stdout(io.StringIO()) as said:
-            args = parse_args(extra_args_provider=add_frac_args)
-            args.frac_parameters_first = True  # `model_config` arranges it
+            args = parse_args(extra_args_provider=add_connection_args)
+            args.connection_parameters_first = True  # `model_config` arranges it
             refuse_unused_options(args)
             refuse_small_counts(args)
-            frac_config_from_args(args)
+            connection_from_args(args)
             if check is not None:
                 check(args)
             validate_args(args, {})
@@ -78,13 +78,13 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
     model: Any
     if recipe.family == "hybrid":
         model = hybrid_config_from_args(args)
-        model.hybrid_stack_spec = _hybrid_stack(args, recipe.frac)
+        model.hybrid_stack_spec = _hybrid_stack(args, recipe.connection)
     else:
         model = gpt_config_from_args(args)
-        if recipe.frac is not None:
-            model.transformer_layer_spec = _gpt_spec(args, recipe.frac)
-    if recipe.frac is not None:
-        install_order(model, args)
+        if recipe.connection is not None:
+            model.transformer_layer_spec = _gpt_spec(args, recipe.connection)
+    if recipe.connection is not None:
+        prepare(model, recipe.connection, args)
     return model
 
 
@@ -109,7 +109,7 @@ def build(args: Namespace, recipe: Recipe, *, in_wrapper: bool = True) -> list[A
     return chunks
 
 
-def _gpt_spec(args: Namespace, frac: FracConfig) -> Any:
+def _gpt_spec(args: Namespace, connection: ConnectionConfig) -> Any:
     from megatron_fc.megatron.specs import gpt_spec
 
     if args.mtp_num_layers:
@@ -117,15 +117,15 @@ def _gpt_spec(args: Namespace, frac: FracConfig) -> Any:
             "multi-token prediction would keep plain residuals in a GPTModel: set model.family=hybrid with a "
             "pattern like '*E*E/*E', whose MTP layers are connected too"
         )
-    return gpt_spec(frac)
+    return gpt_spec(connection)
 
 
-def _hybrid_stack(args: Namespace, frac: FracConfig | None) -> Any:
+def _hybrid_stack(args: Namespace, connection: ConnectionConfig | None) -> Any:
     from megatron_fc.megatron.hybrid import hybrid_stack
-    from megatron_fc.megatron.specs import frac_connect
+    from megatron_fc.megatron.specs import connect
 
     stack = hybrid_stack(args.transformer_impl == "transformer_engine", args.qk_layernorm)
-    return stack if frac is None else frac_connect(stack, frac)
+    return stack if connection is None else connect(stack, connection)
 
 
 @contextlib.contextmanager

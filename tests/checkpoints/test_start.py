@@ -46,7 +46,7 @@ def chosen(
     """What is chosen, and the arguments that it was chosen from, which stay as they are."""
     args = {"load": None, "save": None, "ckpt_step": None, "finetune": False, "no_load_optim": None}
     args |= {"no_load_rng": None, "train_samples": None, "step_batch_size_schedule": None, "seq_length": 32}
-    args |= {"frac_from_residual": False, "hidden_size": 8, "global_batch_size": 4, **given}
+    args |= {"from_residual": False, "hidden_size": 8, "global_batch_size": 4, **given}
     options = StartOptions(run_dir, frac or FracConfig(rate=2), "refuse", told.append)
     namespace = Namespace(**args)
     start = choose_start(namespace, options)

@@ -290,7 +290,7 @@ def test_interrupted_writing_leaves_no_checkpoint(plain: Path, tmp_path: Path, m
 
 
 def test_the_flag_is_no_part_of_other_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", Namespace(frac_from_residual=True))
+    monkeypatch.setattr(global_vars, "_GLOBAL_ARGS", Namespace(from_residual=True))
     with pytest.raises(UserError, match="convert the checkpoint by `megatron-fc upcycle` first"):
         specs.from_args(None)
 

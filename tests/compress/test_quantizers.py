@@ -23,7 +23,7 @@ from megatron_fc import FracConfig
 from megatron_fc.checkpoints.modelopt_state import enabled_quantizers, refuse_quantized_connections, restore_state
 from megatron_fc.compress.recipes import quantization_config
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.slots import FracNorm
+from megatron_fc.megatron.slots import NormSlot
 
 pytestmark = pytest.mark.modelopt
 
@@ -65,7 +65,7 @@ def test_quantized_model_trains_every_parameter(kind: str, options: dict[str, An
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-    connections = [module.connection for module in model.modules() if isinstance(module, FracNorm)]
+    connections = [module.connection for module in model.modules() if isinstance(module, NormSlot)]
     assert all(p.grad.any() for site in connections for p in site.parameters())
 
 
@@ -137,7 +137,7 @@ def test_quantizer_in_a_slot_is_refused() -> None:
 
     model = build("moe", {})
     quantize(model, quantization_config("fp8"))
-    slot = next(module for module in model.modules() if isinstance(module, FracNorm))
+    slot = next(module for module in model.modules() if isinstance(module, NormSlot))
     slot.norm.input_quantizer = TensorQuantizer()
     with pytest.raises(UserError, match=r"input_layernorm.norm.input_quantizer quantises a Frac-Connection"):
         refuse_quantized_connections(model)

@@ -38,14 +38,14 @@ class Feature:
 
 TE = ("transformer_engine",)
 FEATURES = {
-    "frac_recompute": Feature(("frac.recompute=true",)),
+    "frac_recompute": Feature(("connections.recompute=true",)),
     "full recompute": Feature(("recompute_granularity=full", "recompute_method=uniform", "recompute_num_layers=1")),
     "layernorm recompute": Feature(("recompute_granularity=selective", "recompute_modules=[layernorm]")),
     "moe_act recompute": Feature(
         ("recompute_granularity=selective", "recompute_modules=[moe_act]"), model=("moe_grouped_gemm=true",), needs=TE
     ),
     "local graphs of whole layers": Feature(("cuda_graph_impl=local",), model=DENSE),
-    "local graphs, frac_recompute": Feature(("cuda_graph_impl=local", "frac.recompute=true"), model=DENSE),
+    "local graphs, frac_recompute": Feature(("cuda_graph_impl=local", "connections.recompute=true"), model=DENSE),
     "local graphs of the router": Feature(("cuda_graph_impl=local", "cuda_graph_modules=[moe_router]")),
     "TE graphs of attention and router": Feature(
         ("cuda_graph_impl=transformer_engine", "cuda_graph_modules=[attn,moe_router]"), needs=TE
@@ -67,7 +67,7 @@ FEATURES = {
     "Megatron-FSDP from the meta device": Feature(
         (
             *("use_megatron_fsdp=true", "data_parallel_sharding_strategy=optim_grads_params"),
-            *("ckpt_format=fsdp_dtensor", "init_model_with_meta_device=true", "frac.recompute=true"),
+            *("ckpt_format=fsdp_dtensor", "init_model_with_meta_device=true", "connections.recompute=true"),
         ),
         model=("no_gradient_accumulation_fusion=true",),
         ranks=2,

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint import save as save_in_torchs_format
 
 from megatron_fc import FracConfig, FracConnection, UserError
 from megatron_fc.megatron import specs
-from megatron_fc.megatron.flags import add_frac_args, frac_config_from_args, frac_flags, stored_frac_config
-from megatron_fc.megatron.parameter_order import frac_parameters_first
+from megatron_fc.megatron.flags import add_connection_args, connection_flags, connection_from_args, stored_connection
+from megatron_fc.megatron.parameter_order import connection_parameters_first
 from megatron_fc.megatron.refusals import refuse_unsupported_args
 from support import tiny
 
@@ -49,7 +49,7 @@ def build_gpt(args: Namespace) -> torch.nn.Module:
     config.vocab_size = 128
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
-    assert config.pre_wrap_hooks == [frac_parameters_first], "Megatron runs it before it wraps the model"
+    assert config.pre_wrap_hooks == [connection_parameters_first], "Megatron runs it before it wraps the model"
     return model
 
 
@@ -96,14 +96,14 @@ def test_hybrid_takes_the_attribute_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("hybrid_dfc_x2", "hybrid_dfc_x4", "hybrid_dfc_x8", "hybrid_sfc_x2", "hybrid_sfc_x4"):
         spec = import_module(("megatron_fc.megatron.specs", name))
         norm = spec.submodules.moe_layer.submodules.pre_mlp_layernorm
-        assert norm.params["frac"].label == name.removeprefix("hybrid_")
+        assert norm.params["connection"].label == name.removeprefix("hybrid_")
     flags = f"{MOE} --hybrid-layer-pattern *-*E --spec megatron_fc.megatron.specs hybrid_dfc_x4"
     assert len(sites(build_hybrid(parse(monkeypatch, flags)))) == 4
 
 
 def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "--frac-rate 2 --frac-norm layernorm --no-frac-tanh --frac-initial-scale 0.1"
-    args = parse(monkeypatch, f"{flags} --spec megatron_fc.megatron.specs from_args", add_frac_args)
+    args = parse(monkeypatch, f"{flags} --spec megatron_fc.megatron.specs from_args", add_connection_args)
     expected = FracConfig(rate=2, norm="layernorm", tanh=False, initial_scale=0.1)
     assert {site.config for site in sites(build_gpt(args))} == {expected}
 
@@ -118,21 +118,21 @@ def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_flags_round_trip(config: FracConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = parse(monkeypatch, " ".join(frac_flags(config)), add_frac_args)
-    read_back = frac_config_from_args(args)
+    args = parse(monkeypatch, " ".join(connection_flags(config)), add_connection_args)
+    read_back = connection_from_args(args)
     assert read_back is not None
     assert read_back.to_dict() == config.to_dict()
 
 
 def test_arguments_kept_by_an_older_release_have_fewer_options() -> None:
-    assert stored_frac_config(Namespace(frac_rate=2, frac_dynamic=False)) == FracConfig(rate=2, dynamic=False)
-    assert stored_frac_config(Namespace(frac_rate=None)) is None
-    assert stored_frac_config(Namespace()) is None
+    assert stored_connection(Namespace(frac_rate=2, frac_dynamic=False)) == FracConfig(rate=2, dynamic=False)
+    assert stored_connection(Namespace(frac_rate=None)) is None
+    assert stored_connection(Namespace()) is None
 
 
 def test_without_a_rate_the_residuals_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = parse(monkeypatch, "", add_frac_args)
-    assert frac_config_from_args(args) is None
+    args = parse(monkeypatch, "", add_connection_args)
+    assert connection_from_args(args) is None
     with pytest.raises(UserError, match="from_args needs --frac-rate"):
         specs.from_args(None)
 
@@ -144,10 +144,10 @@ def test_without_a_rate_the_residuals_stay_plain(monkeypatch: pytest.MonkeyPatch
 def test_training_options_that_do_not_go_with_it(
     setting: str, value: object, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = parse(monkeypatch, "--frac-rate 4 --bf16 --overlap-moe-expert-parallel-comm", add_frac_args)
+    args = parse(monkeypatch, "--frac-rate 4 --bf16 --overlap-moe-expert-parallel-comm", add_connection_args)
     setattr(args, setting, value)
     with pytest.raises(UserError, match=sentence):
-        frac_config_from_args(args)
+        connection_from_args(args)
 
 
 def test_mtp_layers_that_spec_cannot_reach_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +194,10 @@ def test_layers_of_virtual_stages_that_differ_need_a_builder_that_says_which(mon
 def test_flags_reach_specs_that_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = FracConfig(rate=2, tanh=False)
     flags = "--frac-rate 2 --no-frac-tanh"
-    model = build_uncalled(parse(monkeypatch, f"{flags} {SPEC} layer_from_args", add_frac_args))
+    model = build_uncalled(parse(monkeypatch, f"{flags} {SPEC} layer_from_args", add_connection_args))
     assert {site.config for site in sites(model)} == {expected}
     flags = f"{flags} {MOE} --hybrid-layer-pattern *-*E {SPEC} hybrid_from_args"
-    assert {site.config for site in sites(build_hybrid(parse(monkeypatch, flags, add_frac_args)))} == {expected}
+    assert {site.config for site in sites(build_hybrid(parse(monkeypatch, flags, add_connection_args)))} == {expected}
 
 
 def test_the_number_of_fractions_is_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ HYBRID = "--hybrid-layer-pattern *-*-"
             f"hybrid_sfc_x2 is for hybrid models: use {SPEC} sfc_x2",
         ),
         (build_uncalled, "hybrid_sfc_x2", "hybrid_sfc_x2 is for hybrid models"),
-        (build_gpt, "from_args", "does not have: .*add_frac_args"),
+        (build_gpt, "from_args", "does not have: .*add_connection_args"),
         (build_uncalled, "layer_from_args", "flags that this script does not have"),
         (build_hybrid, f"hybrid_from_args {HYBRID}", "flags that this script does not have"),
         (build_gpt, "dfc_4", "specs dfc_4: there is no such name; there are dfc_x4"),

@@ -11,8 +11,8 @@ from packaging.version import Version
 
 from megatron_fc import FracConfig, UserError
 from megatron_fc.megatron import versions
-from megatron_fc.megatron.slots import FracNorm, Pairing
-from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.slots import NormSlot, Pairing
+from megatron_fc.megatron.specs import connect
 from support import tiny
 
 DFC = FracConfig(rate=4)
@@ -36,7 +36,7 @@ def newer_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
                 x, h = output
                 return x, h
             # What is no tuple is not unpacked by 0.19 either.
-            return list(output) if isinstance(module, FracNorm) and isinstance(output, tuple) else output
+            return list(output) if isinstance(module, NormSlot) and isinstance(output, tuple) else output
 
         return applied
 
@@ -70,7 +70,7 @@ def test_hooks_registered_behind_the_build_change_nothing(observed: str) -> None
     model = tiny.build("mixed", DFC)
     expected = gradients(tiny.build("mixed", DFC))
     for module in model.modules():
-        if isinstance(module, FracNorm):
+        if isinstance(module, NormSlot):
             module.get_submodule(observed).register_forward_hook(lambda *_: None)
     found = gradients(model)
     assert found.keys() == expected.keys()
@@ -89,7 +89,9 @@ def test_hooks_registered_behind_the_build_change_nothing(observed: str) -> None
 def test_declared_is_what_is_returned(returns_stream: bool, options: dict[str, Any], declared: bool) -> None:
     config = tiny.transformer_config("dense", **options)
     norm = torch_norm.WrappedTorchNorm
-    slot = FracNorm(config, tiny.WIDTH, 1e-5, norm=norm, frac=DFC, pairing=Pairing("norm", None, returns_stream))
+    slot = NormSlot(
+        config, tiny.WIDTH, 1e-5, norm=norm, connection=DFC, pairing=Pairing("norm", returns_stream=returns_stream)
+    )
     slot.paired = True
     assert slot.returns_residual is declared
     assert isinstance(slot(torch.randn(3, 2, tiny.WIDTH)), tuple) is declared
@@ -105,7 +107,7 @@ def test_a_newer_megatron_of_unknown_protocol_is_refused_when_a_layer_is_built(
     monkeypatch.setattr(versions, "megatron_version", lambda: Version(version))
     monkeypatch.setattr(torch_norm, "LayerNormInterface", interface)
     versions.check_norm_protocol.cache_clear()
-    spec = frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
+    spec = connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
     try:
         if known:
             spec(config=tiny.transformer_config("dense"))

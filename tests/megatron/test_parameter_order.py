@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
 from megatron_fc import FracConfig, FracConnection, UserError
-from megatron_fc.megatron.parameter_order import frac_parameters_first, install_order
+from megatron_fc.megatron.parameter_order import connection_parameters_first, install_order
 from support import tiny
 from support.half_precision import BF16, trained
 
@@ -54,7 +54,7 @@ def test_checkpoint_is_written_and_holds_fp32(sharding: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_order_of_registration_changes(kind: str) -> None:
     plain, ordered = (tiny.build(kind, FracConfig(rate=4), **BF16).module for _ in range(2))
-    frac_parameters_first([ordered])
+    connection_parameters_first([ordered])
     assert sorted(name for name, _ in plain.named_parameters()) == sorted(
         name for name, _ in ordered.named_parameters()
     )
@@ -67,7 +67,7 @@ def test_only_the_order_of_registration_changes(kind: str) -> None:
 def test_full_precision_and_plain_models_are_left_alone() -> None:
     for model in (tiny.build("moe", FracConfig(rate=4)), tiny.build("moe", None, **BF16).module):
         before = [name for name, _ in model.named_parameters()]
-        assert frac_parameters_first([model]) == [model]
+        assert connection_parameters_first([model]) == [model]
         assert [name for name, _ in model.named_parameters()] == before
 
 
@@ -78,12 +78,12 @@ def test_a_first_layer_without_connection_is_refused() -> None:
         setattr(layer, slot, torch.nn.RMSNorm(tiny.WIDTH))
     assert not any(isinstance(child, FracConnection) for child in layer.modules())
     with pytest.raises(UserError, match="the first layer has no Frac-Connection"):
-        frac_parameters_first([model])
+        connection_parameters_first([model])
 
 
 def test_hook_is_installed_once_and_noted() -> None:
     config, args = SimpleNamespace(pre_wrap_hooks=[]), SimpleNamespace()
     install_order(config, args)
     install_order(config, None)
-    assert config.pre_wrap_hooks == [frac_parameters_first]
-    assert args.frac_parameters_first
+    assert config.pre_wrap_hooks == [connection_parameters_first]
+    assert args.connection_parameters_first

@@ -9,7 +9,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megatron_fc import FracConfig
 from megatron_fc.connections.kinds import is_connection_key
-from megatron_fc.megatron.slots import FracNorm, Pairing
+from megatron_fc.megatron.slots import NormSlot, Pairing
 from support import tiny
 
 DFC, SFC = FracConfig(rate=4), FracConfig(rate=4, dynamic=False)
@@ -98,7 +98,7 @@ def test_a_slot_without_a_norm_of_its_own_drops_none() -> None:
     """Transformer Engine's projections apply it there (input_norm=projection)."""
     config = tiny.transformer_config("dense", **LAYERNORM)
     slots = [
-        FracNorm(config, tiny.WIDTH, 1e-5, norm=norm, frac=DFC, pairing=Pairing("norm"))
+        NormSlot(config, tiny.WIDTH, 1e-5, norm=norm, connection=DFC, pairing=Pairing("norm"))
         for norm in (WrappedTorchNorm, lambda **_: torch.nn.Identity())
     ]
     state = slots[0].state_dict()
@@ -114,7 +114,7 @@ class Layer(torch.nn.Module):
         super().__init__()
         self.submodules_config = SimpleNamespace(sharded_state_dict_keys_map={"slot.norm.": "elsewhere.norm_"})
         config = tiny.transformer_config("dense")
-        self.slot = FracNorm(config, tiny.WIDTH, 1e-5, norm=WrappedTorchNorm, frac=DFC, pairing=Pairing("slot"))
+        self.slot = NormSlot(config, tiny.WIDTH, 1e-5, norm=WrappedTorchNorm, connection=DFC, pairing=Pairing("slot"))
 
 
 @pytest.mark.parametrize("name", ["slot.weight", "elsewhere.norm_weight", "slot.norm.weight"])

@@ -1,4 +1,4 @@
-"""frac_connect on every kind of spec: identity at the start, counts, weight decay, refusals."""
+"""connect on every kind of spec: identity at the start, counts, weight decay, refusals."""
 
 import copy
 import itertools
@@ -22,8 +22,8 @@ from megatron_fc.connections.backend import choose_backend
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.input_norm import _READERS, _submodules
 from megatron_fc.megatron.parameter_count import count_parameters
-from megatron_fc.megatron.slots import FracAdd, FracNorm
-from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.slots import AddSlot, NormSlot
+from megatron_fc.megatron.specs import connect
 from support import tiny
 
 DFC, SFC = FracConfig(rate=4), FracConfig(rate=4, dynamic=False)
@@ -142,12 +142,12 @@ def _block() -> TransformerBlockSubmodules:
 def test_input_spec_is_left_untouched(spec: Any) -> None:
     spec = spec()
     before = _snapshot(spec)
-    frac_connect(spec, DFC)
+    connect(spec, DFC)
     assert _snapshot(spec) == before
 
 
 def test_homogeneous_layers_keep_sharing_one_spec() -> None:
-    connected = frac_connect(_block(), DFC)
+    connected = connect(_block(), DFC)
     assert connected.layer_specs[1] is connected.layer_specs[2]
     assert connected.layer_specs[0] is not connected.layer_specs[1]
 
@@ -162,7 +162,7 @@ def _reader(layer: Any, norm_slot: str) -> tuple[Any, str]:
 @pytest.mark.parametrize("input_norm", ["width", "projection"])
 def test_transformer_engine_stack_is_connected_in_every_layer(input_norm: str) -> None:
     """Structure only, TE itself needs a GPU; `tests/te` builds these layers with it."""
-    submodules = frac_connect(hybrid_stack_spec, FracConfig(rate=4, input_norm=input_norm)).submodules
+    submodules = connect(hybrid_stack_spec, FracConfig(rate=4, input_norm=input_norm)).submodules
     slots = {
         "mamba_layer": ("norm", "mamba_bda", True),
         "gdn_layer": ("input_layernorm", "self_attn_bda", True),
@@ -174,8 +174,8 @@ def test_transformer_engine_stack_is_connected_in_every_layer(input_norm: str) -
     }
     for layer, (norm, add, fused) in slots.items():
         plain, connected = (getattr(s, layer).submodules for s in (hybrid_stack_spec.submodules, submodules))
-        assert getattr(connected, norm).module is FracNorm, layer
-        assert getattr(connected, add).module is FracAdd, layer
+        assert getattr(connected, norm).module is NormSlot, layer
+        assert getattr(connected, add).module is AddSlot, layer
         builder, keys = getattr(connected, norm).params["norm"], connected.sharded_state_dict_keys_map
         (before, name), (after, _) = _reader(plain, norm), _reader(connected, norm)
         assert fused == (getattr(before, name, None) is TELayerNormColumnParallelLinear), layer
@@ -203,7 +203,7 @@ def test_gpt_layer_of_transformer_engine_is_connected(input_norm: str, monkeypat
         plain = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             num_experts=moe, moe_grouped_gemm=bool(moe), multi_latent_attention=mla, mla_down_proj_fusion=down
         )
-        connected = frac_connect(plain, FracConfig(rate=4, input_norm=input_norm)).submodules
+        connected = connect(plain, FracConfig(rate=4, input_norm=input_norm)).submodules
         apart = input_norm == "width"
         for slot, fused in (("input_layernorm", not mla or down), ("pre_mlp_layernorm", moe is None)):
             norm = getattr(connected, slot).params["norm"]
@@ -211,7 +211,7 @@ def test_gpt_layer_of_transformer_engine_is_connected(input_norm: str, monkeypat
             inner, name = _reader(connected, slot)
             reads = getattr(inner, name, None)
             assert (reads is TELayerNormColumnParallelLinear) == (fused and not apart)
-        assert connected.self_attn_bda.module is connected.mlp_bda.module is FracAdd
+        assert connected.self_attn_bda.module is connected.mlp_bda.module is AddSlot
         keys = connected.sharded_state_dict_keys_map
         attention = "input_layernorm." if mla or not apart else "self_attention.linear_qkv.layer_norm_"
         assert keys["input_layernorm.norm."] == attention
@@ -231,7 +231,7 @@ def test_checkpoint_names_of_the_norms_are_the_plain_models() -> None:
 
 
 def test_a_pipeline_stage_without_layers_is_no_error() -> None:
-    assert frac_connect(TransformerBlockSubmodules(layer_specs=[]), DFC).layer_specs == []
+    assert connect(TransformerBlockSubmodules(layer_specs=[]), DFC).layer_specs == []
 
 
 class OtherLayer(TransformerLayer):
@@ -247,8 +247,8 @@ def _layer(**submodules: Any) -> ModuleSpec:
     [
         (_layer(), "TransformerLayer has no residual connection to replace"),
         (TransformerBlockSubmodules(layer_specs=[_layer()]), "has no residual connection to replace"),
-        (frac_connect(get_gpt_layer_local_spec(), DFC), "TransformerLayer is connected already"),
-        (frac_connect(hybrid_stack_spec, DFC), "MambaLayer is connected already"),
+        (connect(get_gpt_layer_local_spec(), DFC), "TransformerLayer is connected already"),
+        (connect(hybrid_stack_spec, DFC), "MambaLayer is connected already"),
         (
             ModuleSpec(OtherLayer, submodules=TransformerLayerSubmodules()),
             "OtherLayer is no layer, block or stack",
@@ -263,7 +263,7 @@ def _layer(**submodules: Any) -> ModuleSpec:
 )
 def test_refused_specs(spec: Any, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        frac_connect(spec, SFC)
+        connect(spec, SFC)
 
 
 @pytest.mark.parametrize(
@@ -287,19 +287,19 @@ def test_options_that_would_be_silently_wrong_are_refused(options: dict[str, Any
     config = tiny.transformer_config("dense")
     for name, value in options.items():  # set afterwards: Megatron itself accepts some of them on GPUs only
         setattr(config, name, value)
-    spec = frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
+    spec = connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
     with pytest.raises(UserError, match=sentence):
         spec.submodules.input_layernorm(config=config, hidden_size=config.hidden_size, eps=1e-5)
 
 
 def test_a_slot_replaced_after_frac_connect_is_noticed() -> None:
     config = tiny.transformer_config("dense")
-    spec = frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
+    spec = connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
     spec.submodules.input_layernorm = IdentityOp
-    with pytest.raises(UserError, match="width connection of 'input_layernorm' was replaced after frac_connect"):
+    with pytest.raises(UserError, match="width connection of 'input_layernorm' was replaced after connect"):
         spec(config=config)
 
-    spec = frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
+    spec = connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
     spec.submodules.mlp_bda = get_bias_dropout_add
     layer = spec(config=config)
     with pytest.raises(UserError, match="depth connection of this layer was replaced"):
@@ -308,7 +308,7 @@ def test_a_slot_replaced_after_frac_connect_is_noticed() -> None:
 
 def test_deep_copied_spec_builds() -> None:
     config = tiny.transformer_config("dense")
-    spec = copy.deepcopy(frac_connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC))
+    spec = copy.deepcopy(connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC))
     layer = spec(config=config)
     h = torch.randn(4, 1, tiny.WIDTH)
     assert layer(h, attention_mask=None)[0].shape == h.shape

@@ -25,7 +25,7 @@ from megatron.core.transformer.spec_utils import import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fc import FracConfig, FracConnection
-from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.specs import connect
 
 
 def labels(model):
@@ -38,7 +38,7 @@ config = TransformerConfig(
     num_layers=2, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True, transformer_impl="local",
     gradient_accumulation_fusion=False,
 )
-print(labels(GPTModel(config, frac_connect(get_gpt_layer_local_spec(), FracConfig(rate=2)), 64, 8)))
+print(labels(GPTModel(config, connect(get_gpt_layer_local_spec(), FracConfig(rate=2)), 64, 8)))
 assert not [name for name in sys.modules if name.startswith("megatron.training")]
 
 from megatron.training.models.gpt import GPTModelConfig

@@ -25,7 +25,7 @@ from megatron.training.training import num_floating_point_operations
 from megatron_fc import FracConfig
 from megatron_fc.cli.main import main
 from megatron_fc.connections.kinds import is_connection_key
-from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.specs import connect
 from megatron_fc.planning import flops, memory, parameters
 from megatron_fc.planning.devices import device
 from megatron_fc.planning.layout import Layout
@@ -137,7 +137,7 @@ def kept_by_megatron(kind: str, frac: FracConfig | None, recompute: Recompute, *
         layer.submodules.self_attention.submodules.core_attention = TorchAttention
     model = GPTModel(
         config,
-        spec if frac is None else frac_connect(spec, frac),
+        spec if frac is None else connect(spec, frac),
         vocab_size=tiny.VOCABULARY,
         max_sequence_length=tiny.SEQUENCE,
         share_embeddings_and_output_weights=False,

@@ -92,7 +92,7 @@ def facts(config: Path, *overrides: str) -> dict[str, Any]:
 
 def test_runs_of_one_recipe_differ_in_connections_alone(config: Path) -> None:
     plain = facts(config, "connection=residual")
-    assert plain == facts(config, "connection=dfc") == facts(config, "connection=sfc", "frac.recompute=true")
+    assert plain == facts(config, "connection=dfc") == facts(config, "connection=sfc", "connections.recompute=true")
     assert json.loads(json.dumps(plain)) == plain
 
 

@@ -7,7 +7,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_fc import FracConfig
-from megatron_fc.megatron.parameter_order import frac_parameters_first
+from megatron_fc.megatron.parameter_order import connection_parameters_first
 from support import tiny
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
@@ -18,7 +18,7 @@ def trained(kind: str, frac: FracConfig, ordered: bool) -> tuple[torch.nn.Module
     model = tiny.build(kind, frac, **BF16)
     chunk = model.module
     if ordered:
-        frac_parameters_first([chunk])
+        connection_parameters_first([chunk])
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     wrapped = DistributedDataParallel(chunk.config, ddp, model)
     config = OptimizerConfig(

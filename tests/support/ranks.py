@@ -43,7 +43,7 @@ with warnings.catch_warnings():
     from megatron_fc.connections import reference
     from megatron_fc.connections.kinds import is_connection_key
     from megatron_fc.errors import UserError
-    from megatron_fc.megatron.slots import FracNorm
+    from megatron_fc.megatron.slots import NormSlot
     from megatron_fc.planning.counts import NetworkCounts
     from megatron_fc.planning.network import Routing
     from megatron_fc.profiling.counters.network import NetworkCounter, gather_hosts
@@ -249,19 +249,19 @@ def parameters_at_every_forward(
     """
     layout.initialise()
     if bypass_call:
-        FracNorm.forward = lambda self, h: self.norm(  # type: ignore[method-assign]
+        NormSlot.forward = lambda self, h: self.norm(  # type: ignore[method-assign]
             reference.width(h, self.connection.site_parameters(), self.connection.config)
         )
     run = Run(layout, model, folder / model.name, "adam")
     checksums = []
 
-    def record(norm: FracNorm, *_: Any) -> None:
+    def record(norm: NormSlot, *_: Any) -> None:
         state = b"".join(p.detach().numpy().tobytes() for p in norm.connection.parameters())
         checksums.append(zlib.crc32(state))
 
     for chunk in run.chunks:
         for module in chunk.modules():
-            if isinstance(module, FracNorm):
+            if isinstance(module, NormSlot):
                 module.register_forward_hook(record)
     return run.train(range(STEPS)), checksums
 

@@ -18,11 +18,11 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_fc import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.hybrid import hybrid_pattern, hybrid_stack
 from megatron_fc.megatron.slots import Pairing
-from megatron_fc.megatron.specs import frac_connect
+from megatron_fc.megatron.specs import block_spec, connect
 from support.torch_attention import TorchAttention
 
 VOCABULARY, SEQUENCE, WIDTH = 128, 16, 64
@@ -72,7 +72,7 @@ def transformer_config(kind: str, **options: Any) -> TransformerConfig:
 
 def build(
     kind: str,
-    frac: FracConfig | None,
+    frac: ConnectionConfig | None,
     seed: int = 1,
     vp_stage: int | None = None,
     tied: bool = False,
@@ -101,7 +101,7 @@ def build(
     model: torch.nn.Module
     if kind == "hybrid":
         stack = hybrid_stack(use_te=te)
-        stack = stack if frac is None else frac_connect(stack, frac)
+        stack = stack if frac is None else connect(stack, frac)
         pattern = hybrid_pattern(config.num_layers // 2, config.moe_layer_freq)
         model = HybridModel(config, stack, hybrid_layer_pattern=pattern, **common)
     else:
@@ -110,18 +110,18 @@ def build(
     return Float16Module(config, model) if config.bf16 or config.fp16 else model
 
 
-def build_without_hand_over(kind: str, frac: FracConfig | None, **options: Any) -> torch.nn.Module:
+def build_without_hand_over(kind: str, frac: ConnectionConfig | None, **options: Any) -> torch.nn.Module:
     """Build a model whose norm slots return x alone, so that every depth connection looks at h by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_fc.megatron.specs.connect.Pairing", _silent_pairing)
+        patch.setattr("megatron_fc.megatron.specs.connected.Pairing", _silent_pairing)
         return build(kind, frac, **options)
 
 
-def _silent_pairing(slot: str, before: Pairing | None = None, returns_stream: bool = True) -> Pairing:
-    return Pairing(slot, before, returns_stream=False)
+def _silent_pairing(slot: str, place: tuple[int, int], before: Pairing | None, returns_stream: bool) -> Pairing:
+    return Pairing(slot, place, before, returns_stream=False)
 
 
-def _build_gpt(config: TransformerConfig, frac: FracConfig | None, te: bool, common: dict[str, Any]) -> GPTModel:
+def _build_gpt(config: TransformerConfig, frac: ConnectionConfig | None, te: bool, common: dict[str, Any]) -> GPTModel:
     vp_stage = common["vp_stage"]
     spec: Any
     if config.num_moe_experts:
@@ -137,8 +137,8 @@ def _build_gpt(config: TransformerConfig, frac: FracConfig | None, te: bool, com
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=te, vp_stage=vp_stage)
     if frac is not None:
-        spec = frac_connect(spec, frac)
-        mtp = frac_connect(mtp, frac) if mtp is not None else None
+        spec = connect(block_spec(spec, config, vp_stage) if frac.is_wide else spec, frac)
+        mtp = connect(mtp, frac) if mtp is not None else None
     return GPTModel(config, spec, mtp_block_spec=mtp, **common)
 
 
@@ -152,7 +152,7 @@ def _randomise_biases(model: torch.nn.Module, seed: int) -> None:
 
 
 def randomise_connections(model: torch.nn.Module, seed: int = 5) -> None:
-    """Move every Frac-Connection parameter away from the identity, to values without any symmetry."""
+    """Move every connection parameter away from the identity, to values without any symmetry."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

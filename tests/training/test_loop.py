@@ -37,7 +37,7 @@ def test_a_run_learns_and_leaves_its_figures(finished: Path) -> None:
     sites, fraction = 4, 32 // 4
     assert summary["frac_parameters"] == sites * (fraction * 10 + 36 + 2)
     assert summary["versions"]["megatron-core"]
-    assert summary["config"]["frac"]["rate"] == 4
+    assert summary["config"]["connections"]["rate"] == 4
     assert summary["peak_memory_bytes"] > 2**20
     scalars = read_metrics(finished).scalars
     for tag in ("lm loss", "load_balancing_loss", "z_loss", "grad-norm", "learning-rate"):

@@ -10,7 +10,7 @@ import yaml
 from megatron_fc import FracConfig, UserError
 from megatron_fc.cli.main import main
 from megatron_fc.data.indexed import write_indexed
-from megatron_fc.megatron.flags import add_frac_args
+from megatron_fc.megatron.flags import add_connection_args
 from megatron_fc.training.machine import has_transformer_engine
 from megatron_fc.training.recipe import Recipe, load_recipe
 
@@ -42,7 +42,7 @@ def test_settings_become_megatrons_flags(base: Path) -> None:
     assert value(recipe, "--data-path") == str(base.parent / "train")
     assert "--swiglu" in recipe.argv
     assert "--bf16" not in recipe.argv
-    assert recipe.frac == FracConfig(rate=4)
+    assert recipe.connection == FracConfig(rate=4)
     assert value(recipe, "--frac-rate") == "4"
     assert "--save" not in recipe.argv, "no save_interval, nothing to save"
 
@@ -51,15 +51,15 @@ def test_overrides_find_their_section(base: Path) -> None:
     recipe = load_recipe(base, ["lr=2e-2", "optimizer.train_iters=7", "connection=residual", "save_interval=5"])
     assert value(recipe, "--lr") == "2e-2" or float(value(recipe, "--lr")) == 0.02
     assert value(recipe, "--train-iters") == "7"
-    assert recipe.frac is None
+    assert recipe.connection is None
     assert "--frac-rate" not in recipe.argv
-    assert recipe.connection == "residual"
+    assert recipe.label == "residual"
     assert value(recipe, "--save") == value(recipe, "--load") == str(base.parent / "run" / "checkpoints")
     assert recipe.sections["optimizer"]["train_iters"] == 7
 
 
 def test_connection_kinds_share_one_file(base: Path) -> None:
-    ablation = ["frac.tanh=false", "frac.norm=none"]
+    ablation = ["connections.tanh=false", "connections.norm=none"]
     assert load_recipe(base, ablation).frac == FracConfig(rate=4, tanh=False, norm="none")
     assert load_recipe(base, [*ablation, "connection=sfc"]).frac == FracConfig(rate=4, dynamic=False)
 
@@ -74,7 +74,7 @@ def test_extra_flags_come_last(base: Path) -> None:
 
 FRAC_FLAGS = sorted(
     option
-    for action in add_frac_args(argparse.ArgumentParser(add_help=False))._actions
+    for action in add_connection_args(argparse.ArgumentParser(add_help=False))._actions
     for option in action.option_strings
 )
 SETTINGS = {
@@ -84,7 +84,7 @@ SETTINGS = {
     "--no-frac-tanh": "tanh=false",
     "--frac-recompute": "recompute=true",
     "--frac-initial-scale": "initial_scale=8",
-    "--frac-from-residual": "from_residual=true",
+    "--from-residual": "from_residual=true",
 }
 
 
@@ -121,7 +121,7 @@ def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
     [
         (["num_layer=4"], [], "unknown key in section model: 'num_layer': did you mean 'num_layers'?"),
         (["conection=dfc"], [], "unknown key in section model: 'conection': did you mean 'connection'?"),
-        (["frac.rat=2"], [], "unknown key in section frac: 'rat': did you mean 'rate'?"),
+        (["connections.rat=2"], [], "unknown key in section connections: 'rat': did you mean 'rate'?"),
         (["optimizr.lr=1"], [], "unknown section 'optimizr': did you mean 'optimizer'?"),
         (["connection=dcf"], [], "unknown connection 'dcf': did you mean 'dfc'?"),
         (["family=mamba"], [], "unknown family 'mamba': valid are gpt, hybrid"),

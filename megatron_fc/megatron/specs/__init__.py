@@ -1,4 +1,4 @@
-"""Specs: `frac_connect` for those that you build, and names for Megatron's `--spec megatron_fc.megatron.specs NAME`.
+"""Specs: `connect` for those that you build, and names for Megatron's `--spec megatron_fc.megatron.specs NAME`.
 
 * `dfc_x4`, `sfc_x4`, with any number of fractions, and `from_args` for `--frac-*` flags: in GPT pipelines whose builder
   calls a spec with the model's config, as `pretrain_gpt.py`;
@@ -14,10 +14,10 @@ import re
 from typing import Any
 
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.specs.connect import frac_connect
+from megatron_fc.megatron.specs.connected import block_spec, connect
 from megatron_fc.megatron.specs.named import GPTSpec, UncalledSpec, gpt_spec, named_spec
 
-__all__ = ["frac_connect", "gpt_spec"]
+__all__ = ["block_spec", "connect", "gpt_spec"]
 
 from_args = named_spec("from_args")
 dfc_x2 = named_spec("dfc_x2")

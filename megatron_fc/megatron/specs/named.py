@@ -11,18 +11,19 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-from megatron_fc.connections.config import FracConfig
+from megatron_fc.connections import kinds
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.flags import frac_config_from_args
+from megatron_fc.megatron.flags import connection_from_args
 from megatron_fc.megatron.hybrid import hybrid_stack
-from megatron_fc.megatron.parameter_order import install_order
+from megatron_fc.megatron.model_config import prepare
 from megatron_fc.megatron.refusals import training_args
-from megatron_fc.megatron.specs.connect import frac_connect
+from megatron_fc.megatron.specs.connected import block_spec, connect
 from megatron_fc.megatron.stored_connections import refuse_other_checkpoint
 
-_NAME = re.compile(r"(?:(?P<prefix>layer|hybrid)_)?(?:(?P<kind>dfc|sfc)_x(?P<rate>[1-9]\d*)|from_args)")
+_NAME = re.compile(r"(?:(?P<prefix>layer|hybrid)_)?(?P<label>\w+_x\d\w*|from_args)")
 _MODULE = "--spec megatron_fc.megatron.specs"
 
 
@@ -42,7 +43,9 @@ class GPTSpec(TransformerBlockSubmodules):
         checks_load: refuse a checkpoint of other connections, as nobody else does behind `--spec`.
     """
 
-    def __init__(self, name: str, config: FracConfig | Callable[[], FracConfig], checks_load: bool = True) -> None:
+    def __init__(
+        self, name: str, config: ConnectionConfig | Callable[[], ConnectionConfig], checks_load: bool = True
+    ) -> None:
         self.name = name
         self._config = config
         self._checks_load = checks_load
@@ -50,17 +53,18 @@ class GPTSpec(TransformerBlockSubmodules):
     def __call__(self, model_config: Any, vp_stage: int | None = None) -> Any:
         from megatron.training.models.gpt import default_layer_spec
 
-        config, args = self._config if isinstance(self._config, FracConfig) else self._config(), training_args()
+        config, args = _chosen(self._config), training_args()
         if model_config.transformer.mtp_num_layers:
             warnings.warn(
                 "--spec reaches the decoder only: the multi-token-prediction layers keep plain residuals. Pass "
-                "frac_connect(get_gpt_mtp_block_spec(...)) to GPTModel, or train a hybrid model, to connect them",
+                "connect(get_gpt_mtp_block_spec(...)) to GPTModel, or train a hybrid model, to connect them",
                 stacklevel=2,
             )
-        install_order(model_config, args)
+        prepare(model_config, config, args)
         if self._checks_load:
             refuse_other_checkpoint(args, config)
-        return frac_connect(default_layer_spec(model_config, vp_stage), config)
+        spec = default_layer_spec(model_config, vp_stage)
+        return connect(block_spec(spec, model_config.transformer, vp_stage) if config.is_wide else spec, config)
 
     @property
     def layer_specs(self) -> NoReturn:
@@ -110,7 +114,7 @@ class UncalledSpec(ModuleSpec):
     __eq__, __hash__ = object.__eq__, object.__hash__
 
 
-def gpt_spec(config: FracConfig) -> GPTSpec:
+def gpt_spec(config: ConnectionConfig) -> GPTSpec:
     """Return what a GPTModelConfig takes as its `transformer_layer_spec`."""
     return GPTSpec(config.label, config, checks_load=False)
 
@@ -120,64 +124,70 @@ def named_spec(name: str) -> Any:
     match = _NAME.fullmatch(name)
     if match is None:
         return None
-    config: Any = _config_from_args
-    if match["kind"]:
-        config = FracConfig(rate=int(match["rate"]), dynamic=match["kind"] == "dfc")
+    config = _config_from_args if match["label"] == "from_args" else kinds.from_label(match["label"])
+    if config is None:
+        return None
     if match["prefix"] is None:
         return GPTSpec(name, config)
     make = _hybrid if match["prefix"] == "hybrid" else _layers
 
     def made(args: Namespace | None) -> ModuleSpec:
-        chosen = config if isinstance(config, FracConfig) else config()
+        chosen = _chosen(config)
         refuse_other_checkpoint(args, chosen)
         return make(name, chosen, args)
 
     return UncalledSpec(name, made)
 
 
-def _hybrid(name: str, config: FracConfig, args: Namespace | None) -> ModuleSpec:
+def _chosen(config: ConnectionConfig | Callable[[], ConnectionConfig]) -> ConnectionConfig:
+    return config if isinstance(config, ConnectionConfig) else config()
+
+
+def _hybrid(name: str, config: ConnectionConfig, args: Namespace | None) -> ModuleSpec:
     if args is not None and not args.hybrid_layer_pattern:
         raise UserError(f"{name} is for hybrid models: use {_MODULE} {name.removeprefix('hybrid_')} for a GPT one")
-    return frac_connect(hybrid_stack(), config)
+    return connect(hybrid_stack(), config, exchanges_shapes=True)
 
 
-def _layers(name: str, config: FracConfig, args: Namespace | None) -> ModuleSpec:
+def _layers(name: str, config: ConnectionConfig, args: Namespace | None) -> ModuleSpec:
     """One layer for all, or a block where the layers differ."""
-    from megatron.core.transformer.transformer_block import TransformerBlock
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import default_layer_spec
 
     if args is None:
-        raise UserError(f"{name} is for scripts that parse Megatron's arguments: use frac_connect where there are none")
+        raise UserError(f"{name} is for scripts that parse Megatron's arguments: use connect where there are none")
     if args.hybrid_layer_pattern:
         raise UserError(
             f"{name} is for GPT models: use {_MODULE} hybrid_{name.removeprefix('layer_')} for a hybrid one"
         )
-    args.frac_parameters_first = False  # nothing that sees the model config is called here
-    spec = frac_connect(default_layer_spec(gpt_config_from_args(args), None), config)
+    args.connection_parameters_first = False  # nothing that sees the model config is called here
+    model_config = gpt_config_from_args(args)
+    plain = default_layer_spec(model_config, None)
+    plain = block_spec(plain, model_config.transformer, None) if config.is_wide else plain
+    spec = connect(plain, config, exchanges_shapes=True)
     if not isinstance(spec, TransformerBlockSubmodules):
         return spec
     if args.virtual_pipeline_model_parallel_size:
         raise UserError(
-            f"{name} does not know for which virtual pipeline stage its layers are, and they differ: take "
+            f"{name} does not know for which virtual pipeline stage its layers are: take "
             f"--num-layers-per-virtual-pipeline-stage away, or a script that calls what --spec names"
         )
     return ModuleSpec(TransformerBlock, submodules=spec)
 
 
-def _config_from_args() -> FracConfig:
+def _config_from_args() -> ConnectionConfig:
     args = training_args()
-    if args is None or not hasattr(args, "frac_from_residual"):
+    if args is None or not hasattr(args, "from_residual"):
         raise UserError(
             f"{_MODULE} from_args reads flags that this script does not have: let it parse its arguments with "
-            f"extra_args_provider=megatron_fc.megatron.flags.add_frac_args, or name a spec, as {_MODULE} dfc_x4"
+            f"extra_args_provider=megatron_fc.megatron.flags.add_connection_args, or name a spec, as {_MODULE} dfc_x4"
         )
-    if args.frac_from_residual:
+    if args.from_residual:
         raise UserError(
-            "--frac-from-residual is a step of `megatron-fc train`: here convert the checkpoint by `megatron-fc "
+            "--from-residual is a step of `megatron-fc train`: here convert the checkpoint by `megatron-fc "
             "upcycle` first, and load the result"
         )
-    config = frac_config_from_args(args)
+    config = connection_from_args(args)
     if config is None:
-        raise UserError(f"{_MODULE} from_args needs --frac-rate: set it, e.g. --frac-rate 4")
+        raise UserError(f"{_MODULE} from_args needs a kind: set --frac-rate, --hyper-slots or --manifold-slots")
     return config

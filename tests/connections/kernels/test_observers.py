@@ -24,7 +24,7 @@ with warnings.catch_warnings():
 
     cpu_lane.install()
     import rank
-    from megatron_fc.megatron.slots import FracNorm
+    from megatron_fc.megatron.slots import NormSlot
     from support import tiny
 
 FEW = tiny.tokens(batch=1)[:, :5]  # one tile of rows: the interpreter takes seconds for a step
@@ -45,7 +45,7 @@ def build(backend: str | None, **options: Any) -> Any:
     model: Any = tiny.build("dense", FracConfig(rate=4, backend=backend or "torch"), **options)  # type: ignore[arg-type]
     tiny.randomise_connections(model)
     for module in model.modules():
-        if isinstance(module, FracNorm) and backend is None:
+        if isinstance(module, NormSlot) and backend is None:
             module.hands_over = False
     tiny.loss(model, FEW)
     return model
@@ -178,7 +178,7 @@ def test_the_gradient_of_a_layers_output(backend: str, look: Callable[[Tensor, l
 
 def our_modules(model: nn.Module) -> list[nn.Module]:
     """The slots, what they own, and the norms inside."""
-    return [m for slot in model.modules() if isinstance(slot, FracNorm) for m in (slot, slot.connection, slot.norm)]
+    return [m for slot in model.modules() if isinstance(slot, NormSlot) for m in (slot, slot.connection, slot.norm)]
 
 
 def is_plain(value: Any) -> bool:

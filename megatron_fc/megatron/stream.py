@@ -1,0 +1,163 @@
+"""A residual stream of n/m times the model's width, where Megatron expects that width: between pipeline stages.
+
+The schedules size what stages exchange by `hidden_size` in the config of the outermost model chunk. `widen` gives the
+chunks a view of their config that says the stream's width there: it costs nothing. Where no hook of ours runs, the
+slots let the stages exchange the shape of every tensor (`exchanges_shapes`), which costs a synchronisation per message.
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_fc.connections import ends
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.errors import UserError
+
+
+class StreamBorder:
+    """What one sub-layer knows of the stream's width, and of who takes it from stage to stage.
+
+    Args:
+        connection: options of the site.
+        config: of the layer.
+        exchanges_shapes: let the stages exchange shapes.
+
+    Attributes:
+        enters: the stream begins here, where the model's width arrives.
+        is_carried: the stages exchange the stream whole.
+
+    Raises:
+        UserError: the layout cannot exchange shapes.
+    """
+
+    def __init__(self, connection: ConnectionConfig, config: TransformerConfig, exchanges_shapes: bool) -> None:
+        self._connection = connection
+        self._width = config.hidden_size
+        self._is_wide = connection.is_wide
+        self.enters = False
+        self.is_carried = not self._is_wide or config.pipeline_model_parallel_size == 1
+        if not self.is_carried and exchanges_shapes:
+            exchange_shapes(connection, config)
+            self.is_carried = True
+
+    def entered(self, h: Tensor) -> Tensor:
+        """The stream [..., r*d]: h itself, or entered from the model's width [..., d].
+
+        Raises:
+            UserError: that width arrives where the stream has begun long since, or stages would cut it.
+        """
+        if not self._is_wide:
+            return h
+        if not self.is_carried:
+            raise UserError(
+                f"{self._connection.label} has a stream of {self._connection.stream_width(self._width)} values per "
+                f"token, and the pipeline's stages exchange hidden_size={self._width}: call "
+                f"megatron_fc.megatron.stream.widen(models, config) behind the last wrapper of the models"
+            )
+        if h.shape[-1] != self._width:
+            return h  # the site checks it
+        if not self.enters:
+            raise UserError(
+                f"a pipeline stage sent hidden_size={self._width} values per token, and the stream of "
+                f"{self._connection.label} has {self._connection.stream_width(self._width)}: let every rank call "
+                f"megatron_fc.megatron.stream.widen(models, config) behind the last wrapper of its models"
+            )
+        return ends.enter(h, self._connection)
+
+
+def exchange_shapes(connection: ConnectionConfig, config: TransformerConfig) -> None:
+    """Let the pipeline's stages exchange the shape of every tensor, and say so.
+
+    Raises:
+        UserError: names the layout in which that would hang or not be heard.
+    """
+    overlaps = config.overlap_p2p_comm or config.virtual_pipeline_model_parallel_size in (None, 1)
+    if not overlaps:
+        raise UserError(
+            f"{connection.label} cannot exchange shapes between virtual pipeline stages without overlap_p2p_comm, "
+            f"where the schedule would hang: drop no_overlap_p2p_communication, or use megatron-fc train"
+        )
+    if getattr(config, "heterogeneous_block_specs", False):
+        raise UserError(
+            f"{connection.label} cannot exchange shapes between pipeline stages with heterogeneous_block_specs, whose "
+            f"layers have configs of their own: call megatron_fc.megatron.stream.widen(models, config) instead"
+        )
+    if not config.variable_seq_lengths:
+        config.variable_seq_lengths = True
+        warnings.warn(
+            f"{connection.label}: nobody can widen the buffers of this script's pipeline, so its stages exchange the "
+            f"shape of every tensor first (variable_seq_lengths), which waits for the device once per message",
+            stacklevel=2,
+        )
+
+
+def widen[Models: Sequence[Any]](models: Models, connection: ConnectionConfig) -> Models:
+    """Let pipeline stages exchange the whole stream: to be called once behind the last wrapper, on every rank.
+
+    A stage of the embedding alone enters the stream. For a stream of the model's width nothing happens.
+
+    Args:
+        models: this rank's chunks, as the schedule gets them.
+        connection: of the models' layers.
+
+    Returns:
+        The chunks.
+
+    Raises:
+        UserError: a stage of the embedding alone runs in Megatron's combined schedule, which leaves that out.
+    """
+    if connection.is_wide:
+        for chunk in models:
+            config = chunk.config
+            chunk.config = _view(config, connection)
+            for module in chunk.modules():
+                if isinstance(border := getattr(module, "stream", None), StreamBorder):
+                    border.is_carried = True
+            _enter_or_check(_unwrapped(chunk), connection, config)
+    return models
+
+
+def _enter_or_check(model: Any, connection: ConnectionConfig, config: TransformerConfig) -> None:
+    decoder = getattr(model, "decoder", None)
+    if decoder is None or model.post_process:
+        return
+    if model.pre_process and not decoder.layers:
+        if getattr(config, "overlap_moe_expert_parallel_comm", False):
+            raise UserError(
+                f"overlap_moe_expert_parallel_comm leaves out the decoder of a stage of the embedding alone, where the "
+                f"stream of {connection.label} begins: give that stage a layer, or drop the overlap"
+            )
+        decoder.register_forward_hook(partial(_entered, connection))
+
+
+def _entered(connection: ConnectionConfig, _decoder: nn.Module, _inputs: Any, h: Tensor) -> Tensor:
+    return ends.enter(h, connection)
+
+
+def _view(config: Any, connection: ConnectionConfig) -> Any:
+    """The same config, whose `hidden_size` reads as the stream's width and whose stages exchange no shapes.
+
+    Every value lies in the config's own `__dict__`, so that what one is given the other has. A copy or a pickle of the
+    view is one of the config: models are built of it.
+    """
+    width = connection.stream_width(config.hidden_size)
+    reads = {
+        "hidden_size": property(lambda self: width),
+        "variable_seq_lengths": property(lambda self: False),
+        "__reduce_ex__": lambda self, protocol: (copy.copy, (config,)),
+        "__doc__": f"{type(config).__name__} with the width of the stream",
+    }
+    view: Any = object.__new__(type(f"Wide{type(config).__name__}", (type(config),), reads))
+    view.__dict__ = config.__dict__
+    return view
+
+
+def _unwrapped(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
