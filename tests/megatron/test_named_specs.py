@@ -133,7 +133,7 @@ def test_arguments_kept_by_an_older_release_have_fewer_options() -> None:
 def test_without_a_rate_the_residuals_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(monkeypatch, "", add_connection_args)
     assert connection_from_args(args) is None
-    with pytest.raises(UserError, match="from_args needs --frac-rate"):
+    with pytest.raises(UserError, match="from_args needs a kind: set --frac-rate, --hyper-slots or --manifold-slots"):
         specs.from_args(None)
 
 

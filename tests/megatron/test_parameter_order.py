@@ -77,7 +77,7 @@ def test_a_first_layer_without_connection_is_refused() -> None:
     for slot in ("input_layernorm", "pre_mlp_layernorm"):
         setattr(layer, slot, torch.nn.RMSNorm(tiny.WIDTH))
     assert not any(isinstance(child, FracConnection) for child in layer.modules())
-    with pytest.raises(UserError, match="the first layer has no Frac-Connection"):
+    with pytest.raises(UserError, match="the first layer has no connection"):
         connection_parameters_first([model])
 
 

@@ -16,7 +16,7 @@ from megatron_fc.training.recipe import Recipe, load_recipe
 
 BASE = {
     "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 16, "swiglu": True},
-    "frac": {"connection": "dfc", "rate": 4},
+    "connections": {"connection": "dfc", "rate": 4},
     "optimizer": {"train_iters": 3, "lr": 0.001, "micro_batch_size": 2, "bf16": False},
     "parallel": {"tensor_model_parallel_size": 2},
 }
@@ -60,8 +60,8 @@ def test_overrides_find_their_section(base: Path) -> None:
 
 def test_connection_kinds_share_one_file(base: Path) -> None:
     ablation = ["connections.tanh=false", "connections.norm=none"]
-    assert load_recipe(base, ablation).frac == FracConfig(rate=4, tanh=False, norm="none")
-    assert load_recipe(base, [*ablation, "connection=sfc"]).frac == FracConfig(rate=4, dynamic=False)
+    assert load_recipe(base, ablation).connection == FracConfig(rate=4, tanh=False, norm="none")
+    assert load_recipe(base, [*ablation, "connection=sfc"]).connection == FracConfig(rate=4, dynamic=False)
 
 
 def test_a_runs_own_setting_wins_over_the_machines(base: Path) -> None:
@@ -158,7 +158,7 @@ def test_wrong_input_is_one_sentence_exit_2_and_nothing_written(
     ("content", "sentence"),
     [
         ("modle: {}", "unknown section in .*: 'modle': did you mean 'model'"),
-        ("- a list", "must hold the sections model, frac"),
+        ("- a list", "must hold the sections model, connections"),
         ("model: 3", "section model of .* must hold `name: value` lines, not 3"),
         ("model: {a: [", "is not valid YAML"),
     ],
