@@ -80,6 +80,13 @@ class ConnectionConfig(ABC):
             tensor: its values; a checkpoint may have stacked those of many sites along a first axis.
         """
 
+    def refuse_residual_start(self) -> None:
+        """Check that the network can start as the residual one with the same weights.
+
+        Raises:
+            UserError: the kind has no such values; most have.
+        """
+
     @classmethod
     @abstractmethod
     def recognise(cls, sizes: Mapping[str, int]) -> Self | None:
@@ -225,7 +232,7 @@ class Connection(Protocol):
         """Set initial values at which the network is the residual one with the same weights.
 
         Raises:
-            UserError: the kind has none.
+            UserError: as `ConnectionConfig.refuse_residual_start`.
         """
         ...
 

@@ -236,6 +236,10 @@ class ManifoldConfig(ConnectionConfig):
         leave: nn.Module = load("megatron_fc.connections.ends.LearnedLeave")(hidden_size, self)
         return leave
 
+    def refuse_residual_start(self) -> None:
+        """mFC has no such values, and neither has one stream, whose gamma cannot be 1."""
+        on_manifold.refuse_residual_start(self)
+
     def is_identity(self, name: str, tensor: "Tensor") -> bool:
         """Of mHC, up to the epsilons: scales 0, beta 1 and gamma 1/n. Of mFC never."""
         return on_manifold.is_identity(self, name, tensor)
