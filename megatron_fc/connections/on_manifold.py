@@ -82,32 +82,12 @@ def residual_bias(slots: int) -> float:
     return -math.log(slots - 1)
 
 
-def has_residual_values(config: OnManifold) -> bool:
-    """Whether the network can be the residual one: mFC's slots hold different content, and a sigmoid is never 1."""
-    return config.fractions == 1 < config.slots
-
-
-def refuse_residual_start(config: OnManifold) -> None:
-    """Check that it can be.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if not has_residual_values(config):
-        raise UserError(
-            f"{config.label} is never the residual network: start it from random weights, or upcycle to dfc, dhc or "
-            f"mhc with at least 2 slots"
-        )
-
-
 def is_identity(config: OnManifold, name: str, tensor: "Tensor") -> bool:
     """True of mHC if the scales are 0, which switches W off, and the bias makes beta 1 and gamma 1/n; of a leave alike.
 
     The streams are then equal for ever, and alpha, whatever it is, carries each to itself.
     """
     n = config.slots
-    if not has_residual_values(config):
-        return False
     if name in ("mapping_scale", "leave_scale"):
         return not bool(tensor.any())
     if name in ("mapping_bias", "leave_bias"):
