@@ -154,6 +154,7 @@ def test_flags_round_trip(config: ConnectionConfig, monkeypatch: pytest.MonkeyPa
         ("--hyper-slots 4 --frac-recompute", "--frac-recompute is an option of another kind .* than dhc_x4: drop it"),
         ("--frac-rate 4 --manifold-leave learned", "--manifold-leave is an option of another kind .* than dfc_x4"),
         ("--no-hyper-tanh", "--hyper-tanh has no effect without --hyper-slots: set that, or drop it"),
+        ("--hyper-slots 4 --cuda-graph-impl local", "cuda_graph_impl=local captures layers .* dhc_x4 has 256 values"),
         ("--manifold-fractions 4", "--manifold-fractions has no effect without --manifold-slots"),
     ],
 )
