@@ -44,6 +44,7 @@ with warnings.catch_warnings():
     from megatron_fc.connections.kinds import is_connection_key
     from megatron_fc.errors import UserError
     from megatron_fc.megatron.slots import NormSlot
+    from megatron_fc.megatron.stream import widen
     from megatron_fc.planning.counts import NetworkCounts
     from megatron_fc.planning.network import Routing
     from megatron_fc.profiling.counters.network import NetworkCounter, gather_hosts
@@ -117,7 +118,12 @@ def train_all(layout: Layout, models: Sequence[Model], folder: Path) -> dict[str
             run.step()
             run.train(range(1, STEPS))
             trained.losses[optimizer] = run.losses
-        if layout != ONE_RANK and model.start == "random" and model.frac.dynamic and not model.bf16:
+        if (
+            layout != ONE_RANK
+            and model.start == "random"
+            and getattr(model.connection, "dynamic", True)
+            and not model.bf16
+        ):
             again = Run(layout, model, folder / model.name, optimizers[-1], RECOMPUTE).train(range(3))
             trained.recompute_exact = repr(again) == repr(run.losses[:3])  # nan included
         results[model.name] = trained
@@ -365,7 +371,7 @@ class Run:
         options = {**layout.options(), **model.options(), **(more or {})}
         options["finalize_model_grads_func"] = finalize_model_grads
         stages = range(layout.vpp) if layout.vpp else [None]
-        self.chunks = [tiny.build(model.kind, model.frac, vp_stage=stage, **options) for stage in stages]
+        self.chunks = [tiny.build(model.kind, model.connection, vp_stage=stage, **options) for stage in stages]
         self.config = unwrap_model(self.chunks[0]).config
         if folder is not None:
             self._load_start(model)
@@ -379,6 +385,7 @@ class Run:
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self.chunks)
         ]
+        widen(self.chunks, model.connection)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer=optimizer,
