@@ -1,12 +1,14 @@
-"""A stream that is wider than the model: where it begins and ends, what carries it, and what is said where nothing does."""
+"""A stream that is wider than the model: its beginning and end, what carries it, and what is said otherwise."""
 
 import copy
 import dataclasses
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
@@ -188,13 +190,9 @@ def test_layouts_that_cannot_exchange_shapes_are_refused() -> None:
 
 
 def test_a_layer_alone_has_no_end() -> None:
-    plain = config(tensor_model_parallel_size=1)
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     with pytest.raises(UserError, match=r"TransformerLayer has no final norm, .* streams of mhc_x4 .*block_spec"):
         connect(layer, MHC)
-    del plain
     block = connect(block_spec(layer, tiny.transformer_config("dense")), MHC)
     assert len(block.layer_specs) == 2
     block.layer_norm = None
@@ -204,9 +202,7 @@ def test_a_layer_alone_has_no_end() -> None:
 
 def test_output_projections_of_hyper_connections_start_larger() -> None:
     """By sqrt(n), once; those of no other kind."""
-    given = tiny.transformer_config(
-        "dense", output_layer_init_method=lambda weight: torch.nn.init.constant_(weight, 3.0)
-    )
+    given = tiny.transformer_config("dense", output_layer_init_method=partial(torch.nn.init.constant_, val=3.0))
     for connection in (FracConfig(rate=4), MHC, DHC, DHC):
         scale_output_projections(given, connection)
     weight = torch.empty(2, 3)
