@@ -19,8 +19,8 @@ from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
 from megatron_fc.megatron.slots import NormSlot
 
-# Parameters of connections belong to no linear layer, so nothing would quantise them; the pattern keeps it so. ModelOpt
-# would quantise the input of torch's LayerNorm, and lose its scale when the checkpoint is loaded again.
+# The connections' parameters belong to no linear layer, so nothing would quantise them; the pattern keeps it so.
+# ModelOpt would quantise the input of torch's LayerNorm, and lose its scale when the checkpoint is loaded again.
 UNQUANTIZED = ("*.connection.*", "*norm*")
 _STATE = "modelopt_state"
 

@@ -36,6 +36,7 @@ from megatron_fc.connections.ops import Prepared
 from megatron_fc.connections.parcel import Parcel
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norms import hand_out_weights
+from megatron_fc.megatron.output_projections import announce_unscaled
 from megatron_fc.megatron.own_parameters import mark_parameters, network_seed, without_drawing
 from megatron_fc.megatron.plain_names import TakesPlainNames
 from megatron_fc.megatron.refusals import CAPTURE_LAYERS, refuse_unsupported_config
@@ -119,6 +120,7 @@ class NormSlot(TakesPlainNames, MegatronModule):
         super().__init__(config=config)
         check_norm_protocol()
         refuse_unsupported_config(config, connection)
+        announce_unscaled(config, connection)
         with without_drawing():
             self.connection: Any = connection.build(hidden_size)
         mark_parameters(self.connection, config)

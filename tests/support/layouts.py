@@ -90,13 +90,14 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained: kind of model (`tiny.KINDS`), layers, connections, their start, precision."""
+    """What is trained: kind of model (`tiny.KINDS`), layers, connections, their start, precision, tied embeddings."""
 
     kind: str
     layers: int
     connection: ConnectionConfig
     start: str
     bf16: bool = False
+    tied: bool = False
 
     @property
     def name(self) -> str:
@@ -142,7 +143,8 @@ OTHER_KINDS = tuple(
 OTHER_KINDS += tuple(Model("mixed", 2, connection, "random") for connection in OTHERS)
 OTHER_KINDS += tuple(Model(kind, 2, OTHERS[2], "random") for kind in ("mtp", "hybrid"))
 # Stages without a layer are a matter of streams that are wider than the model.
-WIDE = tuple(Model(kind, 4, connection, "random") for kind in ("mixed", "mtp") for connection in (DHC, OTHERS[2]))
+WIDE = tuple(Model("mixed", 4, connection, "random") for connection in (DHC, OTHERS[2]))
+WIDE += tuple(Model("mtp", 4, connection, "random", tied=True) for connection in (DHC, OTHERS[2]))
 ALL_MODELS = tuple(dict.fromkeys([model for group in (*MOE.values(), DENSE, OTHER_KINDS, WIDE) for model in group]))
 
 

@@ -371,7 +371,9 @@ class Run:
         options = {**layout.options(), **model.options(), **(more or {})}
         options["finalize_model_grads_func"] = finalize_model_grads
         stages = range(layout.vpp) if layout.vpp else [None]
-        self.chunks = [tiny.build(model.kind, model.connection, vp_stage=stage, **options) for stage in stages]
+        self.chunks = [
+            tiny.build(model.kind, model.connection, vp_stage=stage, tied=model.tied, **options) for stage in stages
+        ]
         self.config = unwrap_model(self.chunks[0]).config
         if folder is not None:
             self._load_start(model)
@@ -476,13 +478,13 @@ class Run:
         # size that this kind of parameter has in the model.
         kinds: dict[str, float] = {}
         for chunk, name, _ in self.named_parameters():
-            kind = name.rpartition(".")[2]
+            kind = _kind(name)
             kinds[kind] = max(kinds.get(kind, 1e-12), float(reference[chunk][name].abs().max()))
         differences, error, size = {}, 0.0, 0.0
         for chunk, name, parameter in self.named_parameters():
             expected = reference[chunk][name]
             difference = parameter.main_grad - expected
-            scale = max(float(expected.abs().max()), 0.1 * kinds[name.rpartition(".")[2]])
+            scale = max(float(expected.abs().max()), 0.1 * kinds[_kind(name)])
             differences[name] = float(difference.abs().max()) / scale
             error, size = error + float(difference.square().sum()), size + float(expected.square().sum())
         return differences, (error, size)
@@ -506,6 +508,12 @@ class Run:
         loaded = dist_checkpointing.load(self.sharded_state(), str(path))
         for number, chunk in enumerate(self.chunks):
             unwrap_model(chunk).load_state_dict(loaded[f"model{number}"])
+
+
+def _kind(parameter: str) -> str:
+    """Parameters of like size; the scalars of a learned leave, of which a model has one, go with those of its sites."""
+    name = parameter.rpartition(".")[2]
+    return "mapping_scale" if name == "leave_scale" else name
 
 
 def _randomise(chunks: list[torch.nn.Module]) -> None:
