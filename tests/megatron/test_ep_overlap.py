@@ -17,7 +17,7 @@ from support import tiny
 
 CONNECTIONS = [None, FracConfig(rate=4), FracConfig(rate=4, dynamic=False), FracConfig(rate=4, recompute=True)]
 CONNECTIONS += [HyperConfig(slots=4), ManifoldConfig(slots=4, leave="learned")]
-NAMES = ["residual", "dfc", "sfc", "dfc-recompute", "dhc", "mhc-learned"]
+NAMES = ["residual", "dfc", "sfc", "dfc-recompute", "dhc", "mhc"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +32,8 @@ def fresh_memory_from_every_all_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline_utils.set_streams()
 
 
-def build(connection: ConnectionConfig | None, **options: Any) -> torch.nn.Module:
-    model = tiny.build("mixed", connection, **{"num_layers": 3, "moe_layer_freq": [0, 1, 1], **options})
+def build(frac: ConnectionConfig | None, **options: Any) -> torch.nn.Module:
+    model = tiny.build("mixed", frac, **{"num_layers": 3, "moe_layer_freq": [0, 1, 1], **options})
     tiny.randomise_connections(model)
     return model
 
@@ -71,17 +71,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("connection", CONNECTIONS, ids=NAMES)
-def test_losses_and_gradients_are_those_of_the_plain_schedule(
-    connection: ConnectionConfig | None, options: str
-) -> None:
+@pytest.mark.parametrize("frac", CONNECTIONS, ids=NAMES)
+def test_losses_and_gradients_are_those_of_the_plain_schedule(frac: ConnectionConfig | None, options: str) -> None:
     if options == "layernorm":
         try:
             random._get_share_storage()
         except Exception as error:
             pytest.skip(f"selective layernorm recompute compiles a C++ extension: {error}")
-    model, reference = (build(connection, **(OPTIONS[options])) for _ in range(2))
+    model, reference = (build(frac, **(OPTIONS[options])) for _ in range(2))
     assert [loss.item() for loss in overlapped(model)] == [loss.item() for loss in one_after_the_other(reference)]
+    # Parts of a gradient are added in another order; those of the embedding come from every stream.
+    rounding = {"rtol": 1e-5, "atol": 1e-6 if frac is not None and frac.is_wide else 1e-7}
     for (name, parameter), other in zip(model.named_parameters(), reference.parameters(), strict=True):
-        # Parts of a gradient are added in another order; observed are 2e-7.
-        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-5, atol=5e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(parameter.grad, other.grad, **rounding, msg=lambda m, n=name: f"{n}: {m}")
