@@ -67,8 +67,8 @@ def _run(plan: Plan) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     active = parameters.active(plan.shape)
-    frac = f"; Frac-Connections {counts.frac:,}" if counts.frac else ""
-    table.add_row("parameters", f"{counts.total:,}, active {active:,}{frac}")
+    connections = f"; connections {counts.connections:,}" if counts.connections else ""
+    table.add_row("parameters", f"{counts.total:,}, active {active:,}{connections}")
     table.add_row("layout", f"DP{layout.data:,} {_layout(plan)}" + _experts(plan))
     table.add_row(
         "batch",
@@ -79,7 +79,7 @@ def _run(plan: Plan) -> Table:
     table.add_row(
         "FLOPs/token",
         f"forward {forward.total:.3g}, backward {2 * forward.total:.3g}, recompute {plan.recomputed.total:.3g}; "
-        f"Frac-Connections {forward.frac / forward.total:.2%}",
+        f"connections {forward.connections / forward.total:.2%}",
     )
     weights, checkpoint = plan.checkpoint_bytes
     table.add_row("checkpoint", f"{checkpoint / _GB:,.1f} GB, of it weights {weights / _GB:,.1f} GB")
@@ -92,12 +92,12 @@ def _memory(plan: Plan) -> Table:
         "weights": memory.weights,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
-        "activations": memory.activations - memory.frac_activations,
-        "  of Frac-Connections": memory.frac_activations,
+        "activations": memory.activations - memory.connection_activations,
+        "  of connections": memory.connection_activations,
         "temporary": memory.temporary,
     }
-    if plan.shape.frac is None:
-        del rows["  of Frac-Connections"]
+    if plan.shape.connection is None:
+        del rows["  of connections"]
     stage = f", stage {memory.stage} of {plan.layout.pipeline}, the worst" if plan.layout.pipeline > 1 else ""
     table = _grid(f"Memory of a rank{stage}")
     table.add_column(style="bold", no_wrap=True)

@@ -162,7 +162,7 @@ def shape_of(model: Model) -> Shape:
         experts=config.num_moe_experts or 0,
         top_k=config.moe_router_topk,
         expert_ffn=config.moe_ffn_hidden_size or 0,
-        frac=model.frac,
+        connection=model.frac,
     )
 
 

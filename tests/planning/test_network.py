@@ -25,7 +25,7 @@ OLMOE = Shape(
     top_k=8,
     expert_ffn=1024,
     qk_norm=True,
-    frac=FracConfig(rate=4),
+    connection=FracConfig(rate=4),
 )
 DENSE = replace(OLMOE, moe_layers=(False,) * 16, experts=0, top_k=0, expert_ffn=0)
 EIGHT_NODES = Layout(
@@ -97,9 +97,9 @@ def test_the_last_rank_of_a_node_sends_to_the_next_node() -> None:
 @pytest.mark.parametrize("rank", [0, 63])
 def test_connections_send_no_activations(rank: int) -> None:
     layout = replace(EIGHT_NODES, tensor=2, pipeline=2, expert_tensor=1, context=2, virtual_pipeline=2)
-    without = step(replace(OLMOE, frac=None), layout, rank)
+    without = step(replace(OLMOE, connection=None), layout, rank)
     for rate in (2, 4, 8):
-        counts = step(replace(OLMOE, frac=FracConfig(rate=rate)), layout, rank)
+        counts = step(replace(OLMOE, connection=FracConfig(rate=rate)), layout, rank)
         differing = {key for key in counts if counts[key] != without[key]}
         assert differing == {
             NetworkKey("backward", "dp-cp", "reduce_scatter"),
