@@ -162,6 +162,11 @@ def _is_fused(connection: ConnectionConfig) -> bool:
     return connection.rate in TRITON_RATES and unknown_option(connection) is None
 
 
+def _unfused(shape: Shape, training: Training) -> Iterator[str]:
+    if shape.connection is not None and not training.fused_connections:
+        yield f"{shape.connection.label} is planned as its torch operations run, without fused kernels"
+
+
 def _recompute(args: Namespace, connection: ConnectionConfig | None) -> Recompute:
     # Without modules Megatron's TransformerConfig takes attention.
     modules = tuple(args.recompute_modules or ("core_attn",)) if args.recompute_granularity == "selective" else ()
@@ -214,6 +219,6 @@ def plan_of(
         gpu=replace(gpu, nvlink_gb_per_second=nvlink),
         network=network,
         assumed=assumed or Assumptions(),
-        notes=tuple(run.unchecked),
+        notes=(*run.unchecked, *_unfused(shape, training)),
         pipeline_settings=tuple(option for option, name in _OF_A_PIPELINE.items() if getattr(run.args, name)),
     )

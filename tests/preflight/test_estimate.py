@@ -21,11 +21,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from megatron.training.theoretical_memory_usage import compute_activation_memory, compute_weight_and_optimizer_memory
 from megatron.training.training import num_floating_point_operations
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.cli.main import main
+from megatron_fc.connections import reference
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.kinds import is_connection_key
+from megatron_fc.connections.kinds import is_connection_key, member
 from megatron_fc.megatron.specs import connect
 from megatron_fc.planning import flops, memory, parameters
 from megatron_fc.planning.devices import device
@@ -275,6 +277,26 @@ def test_flops_are_megatrons_and_what_it_leaves_out(name: str, more: list[str]) 
 
 
 @pytest.mark.parametrize(
+    ("connection", "rate", "giga"), [("dfc", 4, "0.00236"), ("dfc", 2, "0.00131"), ("dhc", 4, "0.00629")]
+)
+def test_flops_of_connections_are_counted(
+    connection: str, rate: int, giga: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 32 sites, d = 2048. Torch counts products of matrices: all but beta times o."""
+    words = [f"connection={connection}", f"rate={rate}"]
+    assert ask(*words, "--json", config="olmo2_1b", nodes=8) == 0
+    planned = json.loads(capsys.readouterr().out)["flops_per_token"]["forward"]["connections"]
+    config = member(connection, rate)
+    site, width = config.build(D), config.stream_width(D)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        reference.width(torch.randn(1, width), site.site_parameters(), config)
+        reference.depth(torch.randn(1, D), torch.randn(1, width), site.site_parameters(), config)
+    assert planned == SITES * (counter.get_total_flops() + 2 * width)
+    assert ask(*words, config="olmo2_1b", nodes=8) == 0
+    assert f"connections {giga} G of the forward pass" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
     ("name", "more", "nodes"),
     [
         ("olmo2_1b", [], 8),
@@ -336,10 +358,13 @@ def test_micro_batches_in_flight_are_megatrons() -> None:
             assert memory.in_flight(training, layout, stage) == [chunks.count(0), chunks.count(1)]
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_a_checkpoint_has_the_planned_bytes(kind: str, tmp_path: Path) -> None:
+HELD = {name: CONNECTIONS[name] for name in ("dfc_x4", "dhc_x4")} | {"mhc_x4": OTHERS["mhc_x4, learned leave"]}
+
+
+@pytest.mark.parametrize(("kind", "name"), [("dense", "dfc_x4"), *(("moe", name) for name in HELD)])
+def test_a_checkpoint_has_the_planned_bytes(kind: str, name: str, tmp_path: Path) -> None:
     """Tensors that Megatron writes of a model and its distributed optimizer, but the numbers of its steps."""
-    connection = FracConfig(rate=4)
+    connection = HELD[name]
     model, optimizer = trained(kind, connection, ordered=True)
     state = {"model": unwrap_model(model).sharded_state_dict()}
     how = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -352,14 +377,14 @@ def test_a_checkpoint_has_the_planned_bytes(kind: str, tmp_path: Path) -> None:
     assert weights < checkpoint < on_disk < 1.5 * checkpoint  # a tiny tensor has a long name
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize(("kind", "name"), [("dense", "dfc_x4"), *(("moe", name) for name in HELD)])
 @pytest.mark.parametrize("distributed", [True, False])
-def test_weights_gradients_and_optimizer_are_megatrons(kind: str, distributed: bool) -> None:
+def test_weights_gradients_and_optimizer_are_megatrons(kind: str, name: str, distributed: bool) -> None:
     """Of a real DDP and its optimizer on one of four ranks, two of which share the experts; padding left out."""
     layout = replace(
         ONE_RANK, gpus_per_node=4, global_batch=4, expert=2 if kind == "moe" else 1, experts=4 * (kind == "moe")
     )
-    connection = FracConfig(rate=4)
+    connection = HELD[name]
     with rank_of(layout, 0):
         chunk = tiny.build(
             kind, connection, bf16=True, params_dtype=torch.bfloat16, expert_model_parallel_size=layout.expert
@@ -404,6 +429,26 @@ def test_a_report_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     printed = " ".join(capsys.readouterr().out.split())
     for words in ("6,919,265,472, active 1,282,120,896", "connections 165,056", "fits", "assumed, not measured"):
         assert words in printed
+    for words in ("exchange", "note:"):
+        assert words not in printed
+
+
+def test_a_report_of_a_wider_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    """A stage sends 4 x 2048 values of each token of its four micro-batches."""
+    words = ["connection=dhc", "pipeline_model_parallel_size=2", "micro_batch_size=1"]
+    assert ask(*words) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "olmoe_7b dhc_x4 on 512 x H200",
+        "connections 459,584",
+        "stages exchange 8,192 values per token, 4 x hidden_size; a rank sends 0.3 GB of them a step",
+        "note: dhc_x4 is planned as its torch operations run, without fused kernels",
+    ):
+        assert part in printed
+    assert ask(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stream_width"] == 8192
+    assert found["step_bytes"]["pipeline"] == 1024 // 256 * 4096 * 8192 * 2
 
 
 def test_json_says_the_same_and_the_sweep_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
