@@ -32,7 +32,7 @@ def args(**options: Any) -> Namespace:
     [
         (
             {"optimizer": "muon", "decoupled_lr": 0.01},
-            "optimizer=muon leaves dynamic_weight to Adam .* drop decoupled_lr",
+            "optimizer=muon leaves the connections' matrices to Adam .* drop decoupled_lr",
         ),
         ({"use_torch_fsdp2": True}, "use_torch_fsdp2 wants one parameter dtype"),
         ({**FSDP, **LAYERNORM}, "use_megatron_fsdp takes a gradient .* set recompute of FracConfig"),

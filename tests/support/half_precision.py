@@ -13,9 +13,9 @@ from support import tiny
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
 
 
-def trained(kind: str, connection: ConnectionConfig, ordered: bool) -> tuple[torch.nn.Module, Any]:
+def trained(kind: str, frac: ConnectionConfig, ordered: bool) -> tuple[torch.nn.Module, Any]:
     """A bf16 model and its distributed optimizer after one step."""
-    model = tiny.build(kind, connection, **BF16)
+    model = tiny.build(kind, frac, **BF16)
     chunk = model.module
     if ordered:
         connection_parameters_first([chunk])
