@@ -37,7 +37,7 @@ def test_model_equals_counter(layout: Layout, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["PP2", "TP2+SP+PP2"])
 @pytest.mark.parametrize("connection", [DHC, MHC], ids=lambda connection: connection.label)
 def test_stages_send_wider_streams_whole(connection: ConnectionConfig, layout: str, tmp_path: Path) -> None:
-    """Four streams of 64 values per token, two micro-batches of two sequences; a tensor rank sends half of the tokens."""
+    """Four streams of 64 values per token, two micro-batches of two sequences; a tensor rank sends its tokens."""
     one = BY_NAME[layout]
     ranks = check(one, replace(model_of(one), connection=connection), tmp_path)
     sends = [c.counts.get(NetworkKey("optimizer", "pp", "send")) for c in ranks]
