@@ -77,7 +77,7 @@ def connection_from_args(args: Namespace) -> ConnectionConfig | None:
                 raise UserError(f"{flag} is an option of another kind of connections than {config.label}: drop it")
             raise UserError(f"{flag} has no effect without --{kind}-{other.slots_option}: set that, or drop it")
     if config is not None:
-        refuse_unsupported_args(args)
+        refuse_unsupported_args(args, config)
     return config
 
 

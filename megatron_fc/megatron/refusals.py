@@ -6,10 +6,11 @@ from argparse import Namespace
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
 
 
-def refuse_unsupported_config(config: TransformerConfig) -> None:
+def refuse_unsupported_config(config: TransformerConfig, connection: ConnectionConfig) -> None:
     """Check what a layer can see; every norm slot calls this when it is built, whichever way its spec came.
 
     Raises:
@@ -17,7 +18,8 @@ def refuse_unsupported_config(config: TransformerConfig) -> None:
     """
     args = training_args()
     if args is not None:
-        refuse_unsupported_args(args)
+        refuse_unsupported_args(args, connection)
+    _refuse_with_stream_layers(config, connection)
     if config.inference_fuse_tp_communication:
         raise UserError(
             "inference_fuse_tp_communication adds the residual inside the projections and would skip the depth "
@@ -67,11 +69,12 @@ def uses_matrix_optimizer(args: Namespace | None) -> bool:
     return args is None or args.optimizer not in ("adam", "sgd")
 
 
-def refuse_unsupported_args(args: Namespace, on_gpu: bool | None = None) -> None:
-    """Check what only Megatron's training arguments show: optimizer, sharding, checkpoints.
+def refuse_unsupported_args(args: Namespace, connection: ConnectionConfig, on_gpu: bool | None = None) -> None:
+    """Check what Megatron's training arguments show: optimizer, sharding, checkpoints.
 
     Args:
         args: Megatron's arguments.
+        connection: of the layers.
         on_gpu: whether the run will have CUDA devices; None looks for one here.
 
     Raises:
@@ -87,6 +90,7 @@ def refuse_unsupported_args(args: Namespace, on_gpu: bool | None = None) -> None
             "use_torch_fsdp2 wants one parameter dtype per layer and Frac-Connection parameters stay fp32 in a "
             "half-precision model: use the distributed optimizer instead"
         )
+    _refuse_with_stream_layers(args, connection)
     if getattr(args, "use_megatron_fsdp", False):
         _refuse_with_megatron_fsdp(args)
     half = args.bf16 or args.fp16
@@ -125,3 +129,39 @@ def _refuse_with_megatron_fsdp(args: Namespace) -> None:
             "use_megatron_fsdp with overlap_moe_expert_parallel_comm runs the depth connection's backward pass before "
             "it gathers that connection's parameters: use one of the two with Frac-Connections"
         )
+
+
+def _refuse_with_stream_layers(options: TransformerConfig | Namespace, connection: ConnectionConfig) -> None:
+    """Recompute of the stream: what makes it of no use, and what frees or replaces that which it computes from."""
+
+    def has(name: str) -> bool:
+        return bool(getattr(options, name, False))
+
+    reason = None
+    if getattr(options, "recompute_granularity", None) == "full":
+        reason = "recompute_granularity=full keeps one stream per recomputed part already: drop one of the two"
+    elif _recomputes_layernorm(options):
+        reason = (
+            "recompute_modules=['layernorm'] runs the width connection again from the stream, which would be kept: "
+            "take layernorm out of recompute_modules"
+        )
+    elif (graphs := getattr(options, "cuda_graph_impl", None)) in ("local", "transformer_engine"):
+        reason = (
+            f"a layer in a graph of its own (cuda_graph_impl={graphs}) cannot compute streams of other layers again: "
+            f"use cuda_graph_impl=full_iteration or none"
+        )
+    elif has("overlap_moe_expert_parallel_comm"):
+        reason = (
+            "overlap_moe_expert_parallel_comm cuts the graph between the parts of a layer, and every part would keep "
+            "the stream: drop one of the two"
+        )
+    elif has("cpu_offloading") or has("cpu_offloading_num_layers"):
+        reason = "cpu_offloading would move sub-layers' outputs that have to stay: drop one of the two"
+    elif has("use_megatron_fsdp") or has("use_torch_fsdp2"):
+        fsdp = "use_megatron_fsdp" if has("use_megatron_fsdp") else "use_torch_fsdp2"
+        reason = (
+            f"{fsdp} releases parameters of other layers, which computing the stream again reads: use the "
+            f"distributed optimizer"
+        )
+    if connection.stream_layers and reason is not None:
+        raise UserError(f"stream_layers={connection.stream_layers} of {connection.label}: {reason}")

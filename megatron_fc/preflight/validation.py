@@ -72,7 +72,7 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
     def check(args: Namespace) -> None:
         if recipe.connection is not None:
             # A run that says so is one for the CPU lane.
-            refuse_unsupported_args(args, on_gpu=args.distributed_backend != "gloo")
+            refuse_unsupported_args(args, recipe.connection, on_gpu=args.distributed_backend != "gloo")
         layouts.append(layout_of(args, nodes, gpus_per_node))
         refuse_impossible(args, layouts[0])
 
