@@ -17,7 +17,7 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from torch.distributed.checkpoint import save as save_in_torchs_format
 
-from megatron_fc import FracConfig, FracConnection, UserError
+from megatron_fc import FracConfig, FracConnection, HyperConfig, UserError
 from megatron_fc.megatron import specs
 from megatron_fc.megatron.flags import add_connection_args, connection_flags, connection_from_args, stored_connection
 from megatron_fc.megatron.parameter_order import connection_parameters_first
@@ -115,9 +115,10 @@ def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         FracConfig(rate=2, dynamic=False),
         FracConfig(rate=8, norm="none", tanh=False, scale=False, norm_eps=1e-6),
         FracConfig(dynamic=False, recompute=True),
+        HyperConfig(slots=2, stream_layers=3),
     ],
 )
-def test_flags_round_trip(config: FracConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_round_trip(config: FracConfig | HyperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(monkeypatch, " ".join(connection_flags(config)), add_connection_args)
     read_back = connection_from_args(args)
     assert read_back is not None
@@ -171,7 +172,7 @@ def test_a_script_that_takes_a_spec_as_it_is(flags: str, monkeypatch: pytest.Mon
     # Nothing there arranges the order that the distributed optimizer needs.
     args.bf16, args.save, args.use_distributed_optimizer = True, "somewhere", True
     with pytest.raises(UserError, match="a --spec that the script does not call"):
-        refuse_unsupported_args(args, on_gpu=True)
+        refuse_unsupported_args(args, FracConfig(), on_gpu=True)
 
 
 def test_pretrain_vlm_looks_into_a_layer_and_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
