@@ -64,7 +64,7 @@ class Link:
     """
 
     def __init__(self, site: Any, norm: nn.Module, h: Tensor, written: Written | None, begins_layer: bool) -> None:
-        self._site, self._norm = site, norm
+        self._site, self._norm, self._version = site, norm, h._version
         self._layers = 1 if written is None else written.link._layers + begins_layer
         self._written = written if self._layers <= site.config.stream_layers else None
         self._h: Kept | None = None
@@ -87,6 +87,10 @@ class Link:
             x, handover = self._site(h, hand_over=True)
             also_of(x)
             return self._norm(x), handover
+
+    def describes(self, h: Tensor) -> bool:
+        """Whether h, or a view of it, is still what it was when the link was made."""
+        return h._version == self._version
 
     @contextmanager
     def in_place_of(self, h: Tensor) -> Iterator[Callable[[Tensor], None]]:

@@ -175,7 +175,8 @@ class NormSlot(TakesPlainNames, MegatronModule):
         h = self.stream.entered(h)
         if before is not None and self.learns_predecessor and gradients:
             before.followed_by(self)
-        hand_over, link = self.is_handing_over, self._link(h)
+        hand_over = self.is_handing_over
+        link = self._link(h) if gradients and site.config.stream_layers else None
         if link is not None:
             x, handover = link.width(h)
         elif not hand_over:
@@ -188,14 +189,12 @@ class NormSlot(TakesPlainNames, MegatronModule):
             # For a view, since a handover keeps h itself alive.
             h = h.view_as(h)
             self.handover.leave(h, handover)
-        if link is not None:
+        if link is not None and link.describes(h):  # no hook of the site or norm has written to it
             self.link.leave(h, link)
         return (x, h) if hand_over or (self.hands_over and norms_declare_residual()) else x
 
-    def _link(self, h: Tensor) -> Link | None:
-        """What backward is given in place of h; None where h itself is kept."""
-        if not (self.connection.config.stream_layers and torch.is_grad_enabled()):
-            return None
+    def _link(self, h: Tensor) -> Link:
+        """What backward is given in place of h."""
         return Link(self.connection, self.norm, h, _written.take(h), self._begins_layer)
 
     @property

@@ -80,16 +80,34 @@ def test_exact_where_norm_slots_return_no_stream() -> None:
     assert not different("mixed", DHC, 2, hand_over=False)
 
 
-@pytest.mark.parametrize("observed", ["connection", "norm", "", "layer"])
-def test_exact_where_somebody_changes_what_he_sees(observed: str) -> None:
+def change_result(*call: Any) -> Any:
+    result = call[-1]
+    return result * 1.5 if torch.is_tensor(result) else (result[0] * 1.5, *result[1:])
+
+
+def write_to_stream(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    inputs[0].mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    ("observed", "before"),
+    [
+        ("pre_mlp_layernorm.connection", False),
+        ("pre_mlp_layernorm.connection", True),
+        ("pre_mlp_layernorm.norm", False),
+        ("pre_mlp_layernorm", True),
+        ("", False),
+    ],
+)
+def test_exact_where_somebody_changes_what_he_sees(observed: str, before: bool) -> None:
     def gradients_of(config: Config) -> dict[str, torch.Tensor]:
         model = build("dense", config)
         for layer in model.decoder.layers:
-            if observed == "layer":
-                layer.register_forward_hook(lambda *call: (call[-1][0] * 1.5, *call[-1][1:]))
+            module = layer.get_submodule(observed)
+            if before:
+                module.register_forward_pre_hook(write_to_stream)
             else:
-                slot = layer.pre_mlp_layernorm.get_submodule(observed)
-                slot.register_forward_hook(lambda *call: call[-1] * 1.5 if torch.is_tensor(call[-1]) else None)
+                module.register_forward_hook(change_result)
         return gradients(model)
 
     one, other = gradients_of(DHC), gradients_of(replace(DHC, stream_layers=2))
