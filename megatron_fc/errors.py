@@ -23,8 +23,9 @@ class NodeError(Exception):
 def unknown(what: str, name: str, valid: Iterable[str]) -> str:
     """Return e.g. ``unknown frac option 'rat': did you mean 'rate'?`` (all names when none is near)."""
     names = sorted(valid)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if near:
-        return f"unknown {what} {name!r}: did you mean {near[0]!r}?"
+    if near := difflib.get_close_matches(name, names, cutoff=0.6):
+        # Of names that are equally near, one with the same letters: they were mixed up.
+        best = next((match for match in near if sorted(match) == sorted(name)), near[0])
+        return f"unknown {what} {name!r}: did you mean {best!r}?"
     listed = ", ".join(names) if len(names) <= 20 else f"{len(names)} names, Megatron's arguments among them"
     return f"unknown {what} {name!r}: valid are {listed}"

@@ -6,6 +6,6 @@
 * `errors`: what went wrong while Megatron loaded or wrote one
 * `resume`: which one a run goes on from
 * `retention`: which ones stay
-* `upcycle`, `derive`: a plain checkpoint gets Frac-Connections, tensor by tensor
+* `upcycle`, `derive`: a plain checkpoint gets connections, tensor by tensor
 * `modelopt_state`: checkpoints of models that ModelOpt has changed
 """

@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 from megatron_fc.callbacks import Callback
+from megatron_fc.connections.ends import LearnedLeave
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount
 from megatron_fc.megatron.slots import NormSlot
 
-# FC's parameters belong to no linear layer, so nothing would quantise them; the pattern keeps it so. ModelOpt would
-# quantise the input of torch's LayerNorm, and lose its scale when the checkpoint is loaded again.
+# The connections' parameters belong to no linear layer, so nothing would quantise them; the pattern keeps it so.
+# ModelOpt would quantise the input of torch's LayerNorm, and lose its scale when the checkpoint is loaded again.
 UNQUANTIZED = ("*.connection.*", "*norm*")
 _STATE = "modelopt_state"
 
@@ -67,15 +68,15 @@ def restore_state(chunks: list[Any], checkpoint: Path) -> list[Any]:
 
 
 def refuse_quantized_connections(model: nn.Module) -> None:
-    """Check that no quantizer is at work in the slots of the Frac-Connections, norms included.
+    """Check that no quantizer is at work in the slots of the connections, norms included, or where a stream is left.
 
     Raises:
         UserError: one is.
     """
     for slot, module in model.named_modules():
-        if isinstance(module, NormSlot) and (enabled := enabled_quantizers(module)):
+        if isinstance(module, (NormSlot, LearnedLeave)) and (enabled := enabled_quantizers(module)):
             raise UserError(
-                f"{slot}.{enabled[0]} quantises a Frac-Connection, whose coefficients scale the whole residual "
+                f"{slot}.{enabled[0]} quantises a connection, whose coefficients scale the whole residual "
                 f"stream: quantise with megatron-fc quantize, or disable {', '.join(UNQUANTIZED)}"
             )
 

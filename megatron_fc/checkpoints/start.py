@@ -185,6 +185,7 @@ def _upcycling(args: Namespace, options: StartOptions) -> Start:
     own = Path(args.save or options.run_dir / "checkpoints")
     if options.connection is None:
         raise UserError("from_residual with connection=residual: there is nothing to upcycle, set load alone")
+    options.connection.refuse_residual_start()
     if not args.load or Path(args.load) == own:
         raise UserError("from_residual needs the plain checkpoint to start from: set load to its folder")
     if has_checkpoints(own):

@@ -1,8 +1,8 @@
-"""Upcycling: a plain checkpoint -> one with Frac-Connections at the identity, and back while they still are.
+"""Upcycling: a plain checkpoint -> one with connections that make the same network, and back while they still do.
 
 The weights, the optimizer state, the random states and the progress stay the same bytes. What is added are the
-Frac-Connections of the model that the new run builds, and for each of them the kinds of optimizer state that the
-checkpoint has for the other parameters.
+connections of the model that the new run builds, at values at which it is the residual one, and for each of them the
+kinds of optimizer state that the checkpoint has for the other parameters.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from megatron_fc.checkpoints.derive import derive_checkpoint
 from megatron_fc.connections import kinds
 from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.ends import LearnedLeave
 from megatron_fc.connections.kinds import is_connection_key
+from megatron_fc.connections.site import Site
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import store_connection
 from megatron_fc.megatron.stored_connections import describe_structure, stored_structure
@@ -50,12 +52,12 @@ class _Wanted:
 def upcycle(
     chunks: list[nn.Module], source: Path, target: Path, connection: ConnectionConfig, with_optimizer: bool = True
 ) -> str:
-    """Write the folder `target`: the plain checkpoint `source` with the fresh Frac-Connections of a model.
+    """Write the folder `target`: the plain checkpoint `source` with the connections of a model.
 
     Every rank calls it, under any layout.
 
     Args:
-        chunks: this rank's chunks of the new model, not yet wrapped.
+        chunks: this rank's chunks of the new model, not yet wrapped; its connections are set to their start.
         source: folder of the plain checkpoint, `.../iter_0000100`.
         target: folder that does not exist or is empty.
         connection: the options of the connections, kept in the checkpoint's arguments.
@@ -65,9 +67,12 @@ def upcycle(
         What was added, in a sentence.
 
     Raises:
-        UserError: the checkpoint is not that of this model without Frac-Connections. Nothing has been written then.
+        UserError: the checkpoint is not that of this model without connections, or the connections can never be plain
+            ones. Nothing has been written then.
     """
+    connection.refuse_residual_start()
     refuse_connected(source)
+    _start_as_residual(chunks)
     common = dist_checkpointing.load_common_state_dict(str(source))
     content = common.get("content_metadata") or {}
     groups = {"dp_cp_group": mpu.get_data_parallel_group(with_context_parallel=True)}
@@ -89,13 +94,13 @@ def upcycle(
     derive_checkpoint(source, target, common, added, lambda key: not with_optimizer and _of_optimizer(key))
     count = sum(is_connection_key(key) for key in wanted)
     return (
-        f"{count} Frac-Connection tensors ({connection.label}) are missing in {source} and start at the identity, "
+        f"{count} {connection.label} tensors are missing in {source} and start at the identity, "
         f"{'their optimizer state' if states else 'the optimizer'} starts at zero: written to {target}"
     )
 
 
 def to_residual(source: Path, target: Path) -> str:
-    """Write the folder `target`: the checkpoint `source` without its Frac-Connections, which must be identities.
+    """Write the folder `target`: the checkpoint `source` without its connections, which must be identities.
 
     Raises:
         UserError: there are none, they have been trained, or the optimizer state cannot be told apart. Nothing has
@@ -124,20 +129,26 @@ def to_residual(source: Path, target: Path) -> str:
     if "args" in common:
         store_connection(common["args"], None)
     derive_checkpoint(source, target, common, {}, is_connection_key)
-    return f"{len(keys)} Frac-Connection tensors of {source} are identities and were left out: written to {target}"
+    return f"{len(keys)} {connection.label} tensors of {source} are identities and were left out: written to {target}"
 
 
 def refuse_connected(source: Path) -> None:
     """Check that a checkpoint is plain.
 
     Raises:
-        UserError: it has Frac-Connections.
+        UserError: it has connections.
     """
     if structure := stored_structure(source):
         raise UserError(
             f"the checkpoint {source} has {describe_structure(structure)} already: train on with load={source.parent}, "
             f"or give the checkpoint of a model with plain residual connections"
         )
+
+
+def _start_as_residual(chunks: list[nn.Module]) -> None:
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, (Site, LearnedLeave)):
+            module.start_as_residual()
 
 
 def _tensors(state_dicts: list[Any]) -> Iterator[tuple[ShardedTensor, bool]]:
@@ -163,7 +174,7 @@ def _gathered(state_dicts: list[Any]) -> dict[str, _Wanted]:
 
 
 def _check_weights(source: Path, wanted: dict[str, _Wanted], stored: dict[str, Any]) -> None:
-    """Exactly the Frac-Connections may be missing, nothing may be left over, the shapes are the model's."""
+    """Exactly the connections may be missing, nothing may be left over, the shapes are the model's."""
     plain = {key: want for key, want in wanted.items() if not is_connection_key(key)}
     found = {key for key in stored if not _of_optimizer(key)}
     remedy = "give the config of the run that wrote it, the connection apart"

@@ -1,4 +1,4 @@
-"""`megatron-fc upcycle`: a plain checkpoint gets Frac-Connections."""
+"""`megatron-fc upcycle`: a plain checkpoint gets connections."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from megatron_fc.cli.parsing import Commands
 def add(commands: Commands) -> None:
     upcycle = commands.add_parser(
         "upcycle",
-        help="give a plain checkpoint Frac-Connections, or take untrained ones away",
+        help="give a plain checkpoint connections, or take untrained ones away",
         allow_abbrev=False,
         usage="megatron-fc upcycle --from PLAIN --to FC CONFIG.yaml [key=value ...]\n"
         "       megatron-fc upcycle --to-residual --from FC --to PLAIN",

@@ -71,9 +71,11 @@ class Importance:
         return hook
 
     def _turn(self, index: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Any) -> None:
             h = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             new = output[0] if isinstance(output, tuple) else output
+            if h.shape != new.shape:  # a wider stream begins inside the first layer
+                h = layer.input_layernorm.connection.enter(h)
             self.layers[index] += (1 - F.cosine_similarity(h.float(), new.float(), dim=-1)).sum().cpu()
 
         return hook

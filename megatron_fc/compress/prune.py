@@ -2,7 +2,7 @@
 
 ModelOpt's own Minitron takes Transformer Engine's layers alone, and norm slots that are TE's norms. What it does to a
 model without touching the hidden size is to keep rows and columns of some weights, which is done here for any layer: a
-site of Frac-Connections sees the residual stream, whose width stays, and is kept with its layer.
+site of a connection sees the residual stream, whose width stays, and is kept with its layer.
 """
 
 import re
@@ -98,8 +98,8 @@ def _sizes(export: Sequence[str]) -> dict[str, int]:
         name, _, value = word.partition("=")
         if name == "hidden_size":
             raise UserError(
-                "hidden_size cannot be pruned: it would cut through the fractions of the residual stream, on which the "
-                "Frac-Connections were trained; prune " + ", ".join(PRUNABLE)
+                "hidden_size cannot be pruned: it would cut through the slots of the residual stream, on which the "
+                "connections were trained; prune " + ", ".join(PRUNABLE)
             )
         if name not in PRUNABLE:
             raise UserError(unknown("--export", name, PRUNABLE))

@@ -85,6 +85,23 @@ class ConnectionConfig(ABC):
             tensor: its values; a checkpoint may have stacked those of many sites along a first axis.
         """
 
+    @property
+    def can_be_residual(self) -> bool:
+        """Whether there are values at which the network is the residual one with the same weights."""
+        return True
+
+    def refuse_residual_start(self) -> None:
+        """Check that the network can start as the residual one.
+
+        Raises:
+            UserError: there are no such values.
+        """
+        if not self.can_be_residual:
+            raise UserError(
+                f"{self.label} is never the residual network: start it from random weights, or upcycle to dfc, dhc or "
+                f"mhc with at least 2 slots"
+            )
+
     @classmethod
     @abstractmethod
     def recognise(cls, sizes: Mapping[str, int]) -> Self | None:
@@ -230,7 +247,7 @@ class Connection(Protocol):
         """Set initial values at which the network is the residual one with the same weights.
 
         Raises:
-            UserError: the kind has none.
+            UserError: as `ConnectionConfig.refuse_residual_start`.
         """
         ...
 

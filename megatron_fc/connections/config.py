@@ -160,7 +160,9 @@ class HyperConfig(ConnectionConfig):
             over = self.slots + -self.slots % self.fractions
             raise UserError(f"slots={self.slots} is no multiple of fractions={self.fractions}: use slots={over}")
         if self.slots == self.fractions > 1:
-            raise UserError(f"as many fractions as slots are a Frac-Connection: use FracConfig(rate={self.slots})")
+            raise UserError(
+                f"as many fractions as slots are a Frac-Connection: use dfc or sfc, FracConfig(rate={self.slots})"
+            )
 
     @property
     def applies_norm(self) -> bool:
@@ -253,9 +255,14 @@ class ManifoldConfig(ConnectionConfig):
         leave: nn.Module = load("megatron_fc.connections.ends.LearnedLeave")(hidden_size, self)
         return leave
 
+    @property
+    def can_be_residual(self) -> bool:
+        """mHC can: the slots of mFC hold different content, and of one stream gamma, a sigmoid, is never 1."""
+        return self.fractions == 1 < self.slots
+
     def is_identity(self, name: str, tensor: "Tensor") -> bool:
         """Of mHC, up to the epsilons: scales 0, beta 1 and gamma 1/n. Of mFC never."""
-        return on_manifold.is_identity(self, name, tensor)
+        return self.can_be_residual and on_manifold.is_identity(self, name, tensor)
 
     @classmethod
     def recognise(cls, sizes: Mapping[str, int]) -> Self | None:

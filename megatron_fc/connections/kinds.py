@@ -49,6 +49,9 @@ def member(name: str, rate: Any = 4, fractions: Any = None, options: Mapping[str
     if fractions is not None:
         if config is not HyperConfig:
             raise UserError(f"fractions={fractions} is an option of shc and dhc: {name}_x{rate} has its own, drop it")
+        if isinstance(fractions, int) and fractions > 0 and rate % fractions:
+            over = rate + -rate % fractions
+            raise UserError(f"rate={rate} is no multiple of fractions={fractions}: use rate={over}")
         fixed["fractions"] = fractions
     return config.from_dict({**(options or {}), **fixed})
 

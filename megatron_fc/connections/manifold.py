@@ -8,7 +8,6 @@ from megatron_fc.connections.initial import xavier_uniform_
 from megatron_fc.connections.on_manifold import ManifoldParameters, residual_bias
 from megatron_fc.connections.operands import ManifoldOperands
 from megatron_fc.connections.site import Site
-from megatron_fc.errors import UserError
 
 INITIAL_SCALE = 0.01
 # sigmoid(4) = 0.98: the slots of mFC hold different content, so x starts close to the stream and is not it.
@@ -54,12 +53,8 @@ class ManifoldConnection(Site):
 
         The scales are 0, so that nothing depends on W, which stays random: from the second step on the streams differ.
         """
+        self.config.refuse_residual_start()
         n = self.config.slots
-        if self.config.fractions > 1 or n == 1:
-            raise UserError(
-                f"{self.config.label} is never the residual network: start it from random weights, or upcycle to dfc, "
-                f"dhc or mhc with at least 2 slots"
-            )
         self.reset_parameters()
         with torch.no_grad():
             self.mapping_scale.fill_(0)

@@ -88,8 +88,6 @@ def is_identity(config: OnManifold, name: str, tensor: "Tensor") -> bool:
     The streams are then equal for ever, and alpha, whatever it is, carries each to itself.
     """
     n = config.slots
-    if config.fractions > 1 or n == 1:
-        return False
     if name in ("mapping_scale", "leave_scale"):
         return not bool(tensor.any())
     if name in ("mapping_bias", "leave_bias"):

@@ -65,7 +65,7 @@ class Site(Fp32Parameters, ABC):
         """Set initial values at which the network is the residual one with the same weights, for upcycling.
 
         Raises:
-            UserError: the kind has no such values.
+            UserError: as `ConnectionConfig.refuse_residual_start`.
         """
         self.reset_parameters()
 

@@ -1,1 +1,1 @@
-"""Checkpoints from and to other models: `upcycle` gives a plain one Frac-Connections, and takes them away."""
+"""Checkpoints from and to other models: `upcycle` gives a plain one connections, and takes them away."""

@@ -29,6 +29,7 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
 
     if recipe.connection is None:
         raise UserError("connection=residual: set the connections of the new checkpoint, e.g. connection=dfc rate=4")
+    recipe.connection.refuse_residual_start()
     checkpoint = find_checkpoint(source)
     refuse_state(checkpoint, _QUANTIZE_LAST)
     refuse_connected(checkpoint)

@@ -15,10 +15,10 @@ def mark_parameters(module: Any, config: TransformerConfig) -> None:
     to_adam = uses_matrix_optimizer(training_args())
     for parameter in module.parameters():
         # Under sequence parallelism every rank sees its tokens only: Megatron then sums these gradients.
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = config.sequence_parallel
         if parameter.dim() == 2 and to_adam:
             # Coefficients are no linear map to be orthogonalised: Muon leaves what is marked so to Adam.
-            parameter.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+            parameter.is_embedding_or_output_parameter = True
 
 
 def network_seed() -> int:

@@ -39,9 +39,10 @@ from megatron_fc.connections.site import biased
 from megatron_fc.connections.stream_recompute import Link, Written
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norms import hand_out_weights
+from megatron_fc.megatron.output_projections import announce_unscaled
 from megatron_fc.megatron.own_parameters import mark_parameters, network_seed, without_drawing
 from megatron_fc.megatron.plain_names import TakesPlainNames
-from megatron_fc.megatron.refusals import refuse_unsupported_config
+from megatron_fc.megatron.refusals import CAPTURE_LAYERS, refuse_unsupported_config
 from megatron_fc.megatron.stream import StreamBorder
 from megatron_fc.megatron.versions import check_norm_protocol, norms_declare_residual
 
@@ -122,6 +123,7 @@ class NormSlot(TakesPlainNames, MegatronModule):
         super().__init__(config=config)
         check_norm_protocol()
         refuse_unsupported_config(config, connection)
+        announce_unscaled(config, connection)
         with without_drawing():
             self.connection: Any = connection.build(hidden_size)
         mark_parameters(self.connection, config)
@@ -138,7 +140,7 @@ class NormSlot(TakesPlainNames, MegatronModule):
             config.recompute_modules or ()
         )
         # A layer captured on its own would compute the next one's input in vain: it is no output of the graph.
-        self.learns_predecessor = config.cuda_graph_impl not in ("local", "transformer_engine")
+        self.learns_predecessor = config.cuda_graph_impl not in CAPTURE_LAYERS
         # Selective recompute frees the storage of all that the norm slot returns, and h must outlive it.
         self.hands_over = pairing.returns_stream and not self._recomputed
         self._place: tuple[int, int] | None = pairing.place

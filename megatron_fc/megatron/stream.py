@@ -123,20 +123,34 @@ def widen[Models: Sequence[Any]](models: Models, connection: ConnectionConfig) -
 
 
 def _enter_or_check(model: Any, connection: ConnectionConfig, config: TransformerConfig) -> None:
+    """Let a stage of the embedding alone enter the stream, and any other that sends it check what it sends."""
     decoder = getattr(model, "decoder", None)
-    if decoder is None or model.post_process:
+    # With multi-token prediction on a stage of its own Megatron exchanges shapes, and the model's width is sent there.
+    if decoder is None or model.post_process or getattr(config, "mtp_standalone", False):
         return
-    if model.pre_process and not decoder.layers:
-        if getattr(config, "overlap_moe_expert_parallel_comm", False):
-            raise UserError(
-                f"overlap_moe_expert_parallel_comm leaves out the decoder of a stage of the embedding alone, where the "
-                f"stream of {connection.label} begins: give that stage a layer, or drop the overlap"
-            )
-        decoder.register_forward_hook(partial(_entered, connection))
+    if decoder.layers or not model.pre_process:
+        decoder.register_forward_hook(partial(_checked, connection, config.hidden_size))
+        return
+    if getattr(config, "overlap_moe_expert_parallel_comm", False):
+        raise UserError(
+            f"overlap_moe_expert_parallel_comm leaves out the decoder of a stage of the embedding alone, where the "
+            f"stream of {connection.label} begins: give that stage a layer, or drop the overlap"
+        )
+    decoder.register_forward_hook(partial(_entered, connection))
 
 
 def _entered(connection: ConnectionConfig, _decoder: nn.Module, _inputs: Any, h: Tensor) -> Tensor:
     return ends.enter(h, connection)
+
+
+def _checked(connection: ConnectionConfig, hidden_size: int, _decoder: nn.Module, _inputs: Any, h: Tensor) -> None:
+    """A backend may accept a message that is too short for its buffer, and the rest would be what lay there."""
+    width = connection.stream_width(hidden_size)
+    if h.shape[-1] != width:
+        raise UserError(
+            f"this pipeline stage would send {h.shape[-1]} values per token, and the next one takes {width}: connect "
+            f"the layers of every stage by {connection.label}"
+        )
 
 
 def _view(config: Any, connection: ConnectionConfig) -> Any:

@@ -65,6 +65,8 @@ class MegatronArguments:
                 value = str(not option.startswith("--no-")).lower()
             elif not equals:
                 value = flags[at + 1] if at + 1 < len(flags) else "..."
+            if action.dest == "manifold_fractions":
+                setting, value = "connection", "mhc" if value == "1" else "mfc"
             raise UserError(
                 f"{option} behind -- would be a second source of the connection: write {setting}={value} before the --"
             )

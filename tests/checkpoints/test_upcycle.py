@@ -1,5 +1,6 @@
-"""Plain checkpoints -> Frac-Connections and back: against models in this process, and in whole runs."""
+"""Plain checkpoints -> connections and back: against models in this process, and in whole runs."""
 
+import itertools
 import json
 import pickle
 import shutil
@@ -17,21 +18,28 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.utils import unwrap_model
 from megatron.training import global_vars
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.checkpoints import derive
 from megatron_fc.checkpoints.location import find_checkpoint, latest_checkpoint
 from megatron_fc.checkpoints.upcycle import to_residual, upcycle
 from megatron_fc.cli.main import main
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.ends import LearnedLeave
 from megatron_fc.connections.kinds import is_connection_key
+from megatron_fc.connections.site import Site
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import specs
+from megatron_fc.megatron.flags import stored_connection
 from megatron_fc.runs.metrics import read_metrics
-from support import fork_server, tiny
+from support import fork_server, harness, tiny
 from support import training_runs as runs
 from support.megatron_world import parallel_state as parallel_state
 from support.megatron_world import seed as seed
 
 DFC = FracConfig(rate=4)
+DHC, BETWEEN = HyperConfig(slots=4), HyperConfig(slots=4, fractions=2)
+MHC, LEARNED = ManifoldConfig(slots=4), ManifoldConfig(slots=4, leave="learned")
+MFC = ManifoldConfig(slots=4, fractions=4)
 ITERATION, SAMPLES = 3, 12
 
 config = runs.config
@@ -40,7 +48,7 @@ config = runs.config
 class Run:
     """A tiny model with its optimizer: fp32, bf16, or fp32 under the distributed optimizer."""
 
-    def __init__(self, kind: str, frac: FracConfig | None, precision: str = "fp32", seed: int = 1) -> None:
+    def __init__(self, kind: str, frac: ConnectionConfig | None, precision: str = "fp32", seed: int = 1) -> None:
         bf16, distributed = precision == "bf16", precision == "distributed"
         options: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16} if bf16 else {}
         model = tiny.build(kind, frac, seed=seed, **options)
@@ -114,22 +122,41 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision"), [("moe", "fp32"), ("mixed", "bf16"), ("hybrid", "bf16"), ("mtp", "fp32"), ("mla", "fp32")]
+    ("kind", "precision", "connection"),
+    [
+        ("moe", "fp32", DFC),
+        ("mixed", "bf16", DFC),
+        ("hybrid", "bf16", DFC),
+        ("mtp", "fp32", DFC),
+        ("mla", "fp32", DFC),
+        ("moe", "fp32", DHC),
+        ("hybrid", "bf16", DHC),
+        ("mtp", "fp32", BETWEEN),
+        ("moe", "fp32", MHC),
+        ("hybrid", "bf16", LEARNED),
+    ],
+    ids=lambda value: getattr(value, "label", value),
 )
-def test_model_goes_on_from_the_upcycled_checkpoint(kind: str, precision: str, tmp_path: Path) -> None:
+def test_model_goes_on_from_the_upcycled_checkpoint(
+    kind: str, precision: str, connection: ConnectionConfig, tmp_path: Path
+) -> None:
+    # mHC is the residual network up to the epsilons of its coefficients, 1e-6 each.
+    rounding = {"fp32": 1e-5, "bf16": 2e-2}[precision] if isinstance(connection, ManifoldConfig) else 0.0
     old = Run(kind, None, precision)
     for step in range(ITERATION):
         old.step(step)
     source = old.save(tmp_path / "plain")
-    new = Run(kind, DFC, precision, seed=2)
-    said = upcycle(new.chunks, source, tmp_path / "new", DFC)
+    new = Run(kind, connection, precision, seed=2)
+    said = upcycle(new.chunks, source, tmp_path / "new", connection)
 
     before = tensors(source)
     checkpoint = find_checkpoint(tmp_path / "new")
     after = tensors(checkpoint)
     added = {key: value for key, value in after.items() if is_connection_key(key)}
     assert_same({key: value for key, value in after.items() if key not in added}, before)
-    assert said.startswith(f"{sum(not key.startswith('optimizer.') for key in added)} Frac-Connection tensors (dfc_x4)")
+    parameters = {key for key in added if not key.startswith("optimizer.")}
+    assert any("final" in key for key in parameters) == (connection == LEARNED)
+    assert said.startswith(f"{len(parameters)} {connection.label} tensors are missing in {source} and start at")
     moments = [value for key, value in added.items() if key.startswith("optimizer.state.exp_avg")]
     assert moments
     assert not any(value.any() for value in moments)
@@ -137,18 +164,44 @@ def test_model_goes_on_from_the_upcycled_checkpoint(kind: str, precision: str, t
     loaded = new.load(checkpoint)
     assert loaded["iteration"] == ITERATION
     assert loaded["args"].consumed_train_samples == SAMPLES
-    assert loaded["args"].frac_rate == 4
+    assert stored_connection(loaded["args"]) == connection
     old.model.eval()
     new.model.eval()
     batch = tiny.tokens(seed=9)
-    assert torch.equal(tiny.logits(old.model, batch), tiny.logits(new.model, batch))
+    expected = tiny.logits(old.model, batch)
+    torch.testing.assert_close(tiny.logits(new.model, batch), expected, rtol=rounding, atol=rounding)
     old.model.train()
     new.model.train()
     start = {name: p.detach().clone() for name, p in new.model.named_parameters() if is_connection_key(name)}
-    assert new.step(ITERATION) == old.step(ITERATION)
-    moved = {name: p for name, p in new.model.named_parameters() if name in start}
-    assert all(not torch.equal(p, start[name]) for name, p in moved.items() if "static_beta" in name)
+    assert new.step(ITERATION) == pytest.approx(old.step(ITERATION), rel=0, abs=rounding)
+    moved = {name for name, p in new.model.named_parameters() if name in start and not torch.equal(p, start[name])}
+    assert {name for name in start if name.endswith(("static_beta", "mapping_scale"))} <= moved
     assert new.step(ITERATION + 1) < 6
+
+
+@pytest.mark.parametrize("connection", [MHC, LEARNED], ids=["mean", "learned"])
+def test_streams_of_an_upcycled_mhc_model_part(connection: ConnectionConfig, plain: Path, tmp_path: Path) -> None:
+    """They start as copies; without a random mapping they would stay so, and the loss would fall all the same."""
+    run = Run("moe", connection)
+    upcycle(run.chunks, plain, tmp_path / "new", connection)
+    run.load(find_checkpoint(tmp_path / "new"))
+    seen: list[torch.Tensor] = []
+    last = run.chunks[0].decoder.layers[-1]  # type: ignore[union-attr,index]
+    last.register_forward_hook(lambda _layer, _inputs, output: seen.append(output[0].detach()))
+    for step in range(ITERATION, ITERATION + 11):
+        run.step(step)
+    first, *others = seen[0].unflatten(-1, (4, tiny.WIDTH)).unbind(-2)
+    assert all(torch.equal(stream, first) for stream in others)
+    streams = seen[-1].unflatten(-1, (4, tiny.WIDTH)).unbind(-2)
+    apart = [(a - b).norm() / a.norm() for a, b in itertools.combinations(streams, 2)]
+    assert min(apart) > 1e-5, "hundred roundings; 2e-4 was observed"
+
+
+def test_connections_that_are_never_plain_are_refused(plain: Path, tmp_path: Path) -> None:
+    for connection in (MFC, ManifoldConfig(slots=1)):
+        with pytest.raises(UserError, match=f"^{connection.label} is never the residual network: start it from"):
+            upcycle([], plain, tmp_path / "new", connection)
+    assert not list(tmp_path.iterdir())
 
 
 def test_distributed_optimizer_finds_every_state(tmp_path: Path) -> None:
@@ -240,25 +293,46 @@ def test_connected_checkpoints_and_existing_targets_are_refused(plain: Path, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]
 
 
-def test_round_trip_is_the_plain_checkpoint(plain: Path, tmp_path: Path) -> None:
-    upcycle(Run("moe", DFC).chunks, plain, tmp_path / "new", DFC)
+@pytest.mark.parametrize(
+    ("connection", "count"), [(DFC, 14), (DHC, 14), (MHC, 6), (LEARNED, 9)], ids=["dfc", "dhc", "mhc", "learned leave"]
+)
+def test_round_trip_is_the_plain_checkpoint(
+    connection: ConnectionConfig, count: int, plain: Path, tmp_path: Path
+) -> None:
+    upcycle(Run("moe", connection).chunks, plain, tmp_path / "new", connection)
     said = to_residual(find_checkpoint(tmp_path / "new"), tmp_path / "back")
-    assert said.startswith("14 Frac-Connection tensors")
+    assert said.startswith(f"{count} {connection.label} tensors of")
     back = find_checkpoint(tmp_path / "back")
     assert_same(tensors(back), tensors(plain))
-    assert dist_checkpointing.load_common_state_dict(str(back))["args"].frac_rate is None
+    assert stored_connection(dist_checkpointing.load_common_state_dict(str(back))["args"]) is None
     assert Run("moe", None, seed=2).load(back)["iteration"] == ITERATION
 
 
 @pytest.mark.parametrize(
-    ("name", "accepted"),
-    [("static_beta", False), ("static_gamma", False), ("dynamic_weight", False), ("scale_alpha", True)],
+    ("connection", "name", "accepted"),
+    [
+        (DFC, "static_beta", False),
+        (DFC, "static_gamma", False),
+        (DFC, "dynamic_weight", False),
+        (DFC, "scale_alpha", True),
+        (DHC, "static_gamma", False),
+        (DHC, "dynamic_weight", False),
+        (MHC, "mapping_scale", False),
+        (LEARNED, "leave_bias", False),
+        (LEARNED, "mapping_weight", True),
+    ],
+    ids=lambda value: getattr(value, "label", value),
 )
-def test_trained_connections_stay(name: str, accepted: bool, tmp_path: Path) -> None:
-    """Without a dynamic weight, what scales it has no effect."""
-    run = Run("moe", DFC)
-    next(p for key, p in run.model.named_parameters() if key.endswith(name)).data.flatten()[1:2].add_(1e-6)
-    next(p for key, p in run.model.named_parameters() if key.endswith("scale_alpha")).data.add_(0.1)
+def test_trained_connections_stay(connection: ConnectionConfig, name: str, accepted: bool, tmp_path: Path) -> None:
+    """Without a dynamic weight, what scales it has no effect; with a scale of 0, what it multiplies."""
+    run = Run("moe", connection)
+    for module in run.model.modules():
+        if isinstance(module, (Site, LearnedLeave)):
+            module.start_as_residual()
+    next(p for key, p in run.model.named_parameters() if key.endswith(name)).data.flatten()[1:2].add_(1e-5)
+    for key, p in run.model.named_parameters():
+        if key.endswith("scale_alpha"):
+            p.data.add_(0.1)
     run.optimizer.reload_model_params()
     source = run.save(tmp_path / "trained")
     if accepted:
@@ -322,7 +396,7 @@ def test_upcycled_run_goes_on_with_the_same_loss(config: Path, finished: Path) -
     source, target = finished / "checkpoints", config.parent / "upcycled"
     done = upcycle_in_a_process("--from", str(source), "--to", str(target), str(config), *SHORT)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith(f"14 Frac-Connection tensors (dfc_x4) are missing in {source}/iter_0000003")
+    assert done.stdout.startswith(f"14 dfc_x4 tensors are missing in {source}/iter_0000003")
     assert done.stdout.count("\n") == 1
     assert (target / "iter_0000003").is_dir()
 
@@ -339,6 +413,34 @@ def test_upcycled_run_goes_on_with_the_same_loss(config: Path, finished: Path) -
     residual = ("--to-residual", "--from", str(target), "--to", str(config.parent / "back"))
     assert upcycle_in_a_process(*residual).returncode == 0
     assert_same(tensors(find_checkpoint(config.parent / "back")), tensors(source / "iter_0000003"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("connection", "worlds"), [("dhc", [2]), ("mhc", [1, 2])])
+def test_a_wider_stream_goes_on_in_pipeline_stages(
+    connection: str, worlds: list[int], config: Path, finished: Path
+) -> None:
+    """The plain run of one rank goes on with the same loss, and with the same random mapping in every layout."""
+    source = finished / "checkpoints"
+    words = ["train", str(config), *SHORT, "train_iters=4", "from_residual=true", f"load={source}"]
+    words.append(f"connection={connection}")
+    expected = read_metrics(finished).loss[4]
+    connections = []
+    for ranks in worlds:
+        run_dir = config.parent / f"{connection}-{ranks}"
+        layout = [f"pipeline_model_parallel_size={ranks}", f"run_dir={run_dir}"]
+        assert harness.run("command_line", ranks, config.parent / f"{connection}-{ranks}-ranks", words + layout) == (
+            [0] * ranks
+        )
+        # Rounding, and the epsilons of mHC.
+        assert read_metrics(run_dir).loss == {4: pytest.approx(expected, abs=1e-4)}
+        stored = tensors(run_dir / "checkpoints" / "iter_0000003")
+        connections.append({key: value for key, value in stored.items() if is_connection_key(key)})
+        assert_same(
+            {key: value for key, value in stored.items() if not is_connection_key(key)},
+            tensors(source / "iter_0000003"),
+        )
+    assert_same(connections[0], connections[-1])
 
 
 @pytest.mark.slow
@@ -367,7 +469,7 @@ def test_training_starts_from_a_plain_checkpoint(config: Path) -> None:
     run_dir = config.parent / "from_plain"
     start = ("from_residual=true", f"load={source}", "ckpt_step=3", *family)
     printed = runs.train(config, run_dir, "train_iters=4", *start)["printed"]
-    assert "from_residual: 28 Frac-Connection tensors (dfc_x4) are missing in" in printed
+    assert "from_residual: 28 dfc_x4 tensors are missing in" in printed
     assert read_metrics(run_dir).loss == {4: read_metrics(plain).loss[4]}
     printed = runs.train(config, run_dir, "train_iters=6", *start)["printed"]
     assert "from_residual" not in printed
@@ -406,6 +508,12 @@ def test_refused_start_leaves_nothing(config: Path, finished: Path) -> None:
         (["train", "CONFIG", "from_residual=true"], "from_residual needs the plain checkpoint to start from: set load"),
         (["train", "CONFIG", "from_residual=true", "load=PLAIN", "connection=residual"], "nothing to upcycle"),
         (["train", "CONFIG", "from_residual=true", "load=nowhere"], "nowhere holds no checkpoint"),
+        (
+            ["train", "CONFIG", "from_residual=true", "load=PLAIN", "connection=mfc"],
+            "mfc_x4 is never the residual network: start it from random weights, or upcycle to dfc, dhc or mhc",
+        ),
+        (["upcycle", "--from", "PLAIN", "--to", "new", "CONFIG", "connection=mfc"], "mfc_x4 is never the residual"),
+        (["train", "CONFIG", "load=PLAIN", "connection=dhc"], "plain residual connections, this run has dhc_x4 conn"),
         (["train", "CONFIG", "from_residual=7"], "from_residual is a switch: set it to true or false, not 7"),
         (["train", "CONFIG", "load=nowhere"], "load=nowhere holds no checkpoint"),
         (["upcycle", "--from", "nowhere", "--to", "new", "CONFIG"], "nowhere holds no checkpoint"),

@@ -10,11 +10,12 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_fc import FracConfig, UserError
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
 from megatron_fc.checkpoints.location import latest_checkpoint
 from megatron_fc.cli.main import main
 from megatron_fc.compress.importance import Importance
 from megatron_fc.compress.prune import _Kept, _refuse_layout
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.stored_connections import stored_structure
 from support import fork_server, tiny
@@ -23,6 +24,11 @@ from support.megatron_world import parallel_state as parallel_state
 from support.megatron_world import seed as seed
 
 DFC = FracConfig(rate=4)
+FAMILY = pytest.mark.parametrize(
+    "connection",
+    [DFC, HyperConfig(slots=4), ManifoldConfig(slots=4, leave="learned")],
+    ids=lambda connection: connection.label,
+)
 CHANNELS = 16
 
 config = runs.config
@@ -50,7 +56,8 @@ def cut(model: torch.nn.Module, kind: str, args: Namespace, importance: Importan
         sizes["num_moe_experts"] = sizes.pop("num_experts")
     if args.group_query_attention:
         sizes["num_query_groups"] = args.num_query_groups
-    small = tiny.build(kind, DFC, seed=2, kv_channels=CHANNELS, **sizes)
+    connection = model.decoder.layers[0].input_layernorm.connection.config
+    small = tiny.build(kind, connection, seed=2, kv_channels=CHANNELS, **sizes)
     old = model.state_dict()
     wanted = [name for name, tensor in small.state_dict().items() if isinstance(tensor, torch.Tensor)]
     small.load_state_dict({name: kept.cut(old, name) for name in wanted})
@@ -113,13 +120,14 @@ def test_idle_neurons_of_experts_and_of_a_dense_layer() -> None:
     assert_same_logits(small, model)
 
 
-def test_idle_layer() -> None:
+@FAMILY
+def test_idle_layer(connection: ConnectionConfig) -> None:
     """A layer whose sub-layers return zero, with connections at the identity, passes the stream on."""
-    model = tiny.build("moe", DFC)
+    model = tiny.build("moe", connection)
     tiny.randomise_connections(model)
     first = model.decoder.layers[0]
     for site in (first.input_layernorm.connection, first.pre_mlp_layernorm.connection):
-        site.reset_parameters()
+        site.start_as_residual()
     with torch.no_grad():
         first.self_attention.linear_proj.weight.zero_()
         for expert in first.mlp.experts.local_experts:
@@ -145,13 +153,14 @@ def test_experts_that_tokens_prefer_stay_with_their_rows_of_the_router() -> None
             assert torch.equal(new.linear_fc2.weight, expert.linear_fc2.weight)
 
 
-def test_connections_are_kept_with_their_layers() -> None:
-    model = tiny.build("moe", DFC)
+@FAMILY
+def test_connections_are_kept_with_their_layers(connection: ConnectionConfig) -> None:
+    model = tiny.build("moe", connection)
     tiny.randomise_connections(model)
     small = pruned(model, "moe", num_attention_heads=2, num_experts=2, moe_ffn_hidden_size=16)
     old = model.state_dict()
     connections = [name for name in small.state_dict() if is_connection_key(name)]
-    assert len(connections) == 2 * 2 * 7
+    assert len(connections) == sum(is_connection_key(name) for name in old) > 2 * 2
     for name in connections:
         assert torch.equal(small.state_dict()[name], old[name])
 
@@ -233,7 +242,7 @@ def test_models_that_are_refused(options: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("export", "overrides", "said"),
     [
-        ("hidden_size=16", [], "would cut through the fractions"),
+        ("hidden_size=16", [], "would cut through the slots"),
         ("num_head=1", [], "num_attention_heads"),
         ("num_experts=no", [], "give a positive number"),
         ("num_experts=8", [], "the model has 4"),

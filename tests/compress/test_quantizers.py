@@ -139,5 +139,5 @@ def test_quantizer_in_a_slot_is_refused() -> None:
     quantize(model, quantization_config("fp8"))
     slot = next(module for module in model.modules() if isinstance(module, NormSlot))
     slot.norm.input_quantizer = TensorQuantizer()
-    with pytest.raises(UserError, match=r"input_layernorm.norm.input_quantizer quantises a Frac-Connection"):
+    with pytest.raises(UserError, match=r"input_layernorm.norm.input_quantizer quantises a connection"):
         refuse_quantized_connections(model)

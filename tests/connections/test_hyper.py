@@ -71,7 +71,7 @@ def test_parameters_start_anew() -> None:
         ({"slots": 2.0}, "slots must be a whole number of at least 1, not 2.0"),
         ({"slots": 5, "fractions": 2}, "slots=5 is no multiple of fractions=2: use slots=6"),
         ({"slots": 2, "fractions": 4}, "slots=2 is no multiple of fractions=4: use slots=4"),
-        ({"slots": 4, "fractions": 4}, r"are a Frac-Connection: use FracConfig\(rate=4\)"),
+        ({"slots": 4, "fractions": 4}, r"are a Frac-Connection: use dfc or sfc, FracConfig\(rate=4\)"),
         ({"fractions": 0}, "fractions must be a whole number of at least 1, not 0"),
         ({"norm": "rmsnrm"}, "unknown norm 'rmsnrm': did you mean 'rmsnorm'"),
         ({"tanh": "yes"}, "tanh must be true or false, not 'yes'"),

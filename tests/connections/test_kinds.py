@@ -1,5 +1,6 @@
 """The contract of connections: shapes, counts, identity, and how kinds are told from each other."""
 
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from megatron_fc import UserError
 from megatron_fc.connections import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.kinds import KINDS, is_connection_key, recognise
+from megatron_fc.connections.kinds import KINDS, from_label, is_connection_key, member, recognise
 from megatron_fc.connections.per_slot import PerSlotParameters
 
 D = 48
@@ -179,6 +180,36 @@ def test_keys_of_connections() -> None:
     assert is_connection_key("decoder.layers.0.input_layernorm.connection.mapping_weight")
     assert is_connection_key("decoder.final_layernorm.connection.leave_weight")
     assert not is_connection_key("static_beta")
+
+
+@pytest.mark.parametrize("config", [*MEMBERS, *ON_MANIFOLD], ids=str)
+def test_a_label_names_its_member(config: ConnectionConfig) -> None:
+    found = from_label(config.label)
+    assert found is not None
+    assert (type(found), found.slots, found.fractions) == (type(config), config.slots, config.fractions)
+    assert found.label == config.label
+
+
+@pytest.mark.parametrize(
+    "label", ["dfc", "dfc_x0", "dfc_x04", "xfc_x4", "dhc_x4_m", "dhc_x4_m0", "residual", "dfc_x4 "]
+)
+def test_what_is_no_label(label: str) -> None:
+    assert from_label(label) is None
+
+
+def test_members_take_the_options_of_their_kind() -> None:
+    assert member("mhc", 2, None, {"leave": "learned"}) == ManifoldConfig(slots=2, leave="learned")
+    assert member("shc", 8, 2) == HyperConfig(slots=8, fractions=2, dynamic=False)
+    for arguments, sentence in {
+        ("mhx",): "unknown connection 'mhx': did you mean 'mhc'?",
+        ("hcd",): "unknown connection 'hcd': did you mean 'dhc'?",
+        ("dfc", 0): "rate must be a whole number of at least 1, not 0: use 4",
+        ("dfc", True): "rate must be a whole number of at least 1, not True: use 4",
+        ("dhc", 4, 3): "rate=4 is no multiple of fractions=3: use rate=6",
+        ("mhc", 4, 2): "fractions=2 is an option of shc and dhc: mhc_x4 has its own, drop it",
+    }.items():
+        with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+            member(*arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS.values())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_fc import FracConfig
 from megatron_fc.planning import layout as sizes
 from megatron_fc.planning.counts import NetworkCounts, NetworkKey
 from megatron_fc.planning.network import network_bytes
@@ -85,7 +86,7 @@ def check(
 
 
 def model_of(layout: Layout) -> Model:
-    return next(model for model in models_of(layout) if model.frac.dynamic and model.frac.rate == 4)
+    return next(model for model in models_of(layout) if model.connection == FracConfig(rate=4))
 
 
 def sent(counts: NetworkCounts) -> dict[NetworkKey, tuple[int, int]]:
@@ -162,7 +163,7 @@ def shape_of(model: Model) -> Shape:
         experts=config.num_moe_experts or 0,
         top_k=config.moe_router_topk,
         expert_ffn=config.moe_ffn_hidden_size or 0,
-        frac=model.frac,
+        frac=model.connection,
     )
 
 

@@ -72,6 +72,23 @@ def test_continuation_equals_the_uninterrupted_run(
     assert losses == pytest.approx(uninterrupted[HALF : steps.stop], abs=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("name", "saved", "loaded"),
+    [
+        ("mixed4-dhc_x4-random-fp32", BY_NAME["TP2+SP"], BY_NAME["PP2+VPP2"]),
+        ("mixed4-mhc_x4-learned-random-fp32", BY_NAME["PP2"], BY_NAME["TP2+SP"]),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_wider_streams_continue_under_another_layout(name: str, saved: Layout, loaded: Layout, tmp_path: Path) -> None:
+    model, models, path = model_named(name), tmp_path / "models", tmp_path / "saved"
+    reference = harness.run("train_and_save", 1, tmp_path / "one", ONE_RANK, model, models, tmp_path / "all", ALL)[0]
+    harness.run("train_and_save", saved.world, tmp_path / "save", saved, model, models, path, HALF)
+    arguments = (loaded, model, models, path, range(HALF, ALL), True)
+    losses = _losses(harness.run("load_and_train", loaded.world, tmp_path / "load", *arguments))
+    assert losses == pytest.approx(reference[HALF:], abs=TOLERANCE)
+
+
 def test_connections_are_stored_once(checkpoint: Any) -> None:
     """Replicated over tensor ranks: one piece in the file, of the tensor's own size."""
     from torch.distributed.checkpoint import FileSystemReader

@@ -18,7 +18,8 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer.enums import AttnBackend
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
+from megatron_fc.connections.base import ConnectionConfig
 from saved_bytes import saved_tensors
 from support import tiny
 from support.prompts import NEW, PROMPTS, Numbers
@@ -40,7 +41,7 @@ class Recorded(GPTInferenceWrapper):
         return self.steps[-1]
 
 
-def build(kind: str, frac: FracConfig | None) -> torch.nn.Module:
+def build(kind: str, frac: ConnectionConfig | None) -> torch.nn.Module:
     model = tiny.build(kind, frac).eval()
     # The wrapper reads it: make a mask for the core attention, which is Megatron's own here and not TE's.
     model.config.attention_backend = AttnBackend.local
@@ -69,13 +70,26 @@ def full_forward(model: torch.nn.Module, sequence: list[int]) -> torch.Tensor:
         return tiny.logits(model, torch.tensor([[*sequence, 0]]))[0]
 
 
+FRACS = (FracConfig(rate=4), FracConfig(rate=4, dynamic=False), FracConfig(rate=4, recompute=True))
+DHC, MHC, MFC = HyperConfig(slots=4), ManifoldConfig(slots=4), ManifoldConfig(slots=4, fractions=4)
+LEARNED = ManifoldConfig(slots=4, leave="learned")
+KINDS = ("dense", "moe", "mixed", "shared", "hybrid")
+
+
 @pytest.mark.parametrize(
-    "frac",
-    [FracConfig(rate=4), FracConfig(rate=4, dynamic=False), FracConfig(rate=4, recompute=True)],
-    ids=["dfc", "sfc", "dfc-recompute"],
+    ("kind", "frac"),
+    [
+        *((kind, frac) for kind in KINDS for frac in FRACS),
+        ("mixed", DHC),
+        ("hybrid", DHC),
+        ("mixed", MHC),
+        ("hybrid", LEARNED),
+        ("dense", MFC),
+        ("dense", HyperConfig(slots=2, dynamic=False)),
+    ],
+    ids=lambda value: getattr(value, "label", value),
 )
-@pytest.mark.parametrize("kind", ["dense", "moe", "mixed", "shared", "hybrid"])
-def test_cached_decoding_equals_the_full_forward_pass(kind: str, frac: FracConfig) -> None:
+def test_cached_decoding_equals_the_full_forward_pass(kind: str, frac: ConnectionConfig) -> None:
     model = build(kind, frac)
     tiny.randomise_connections(model)
     generated, steps = generate(model)
@@ -89,16 +103,21 @@ def test_cached_decoding_equals_the_full_forward_pass(kind: str, frac: FracConfi
 
 def test_tokens_at_initialisation_are_the_residual_models() -> None:
     tokens, logits = generate(build("mixed", None))
-    with_connections, same_logits = generate(build("mixed", FracConfig(rate=4)))
-    assert with_connections == tokens
-    assert torch.equal(same_logits, logits)
+    for connection in (FracConfig(rate=4), DHC):
+        with_connections, same_logits = generate(build("mixed", connection))
+        assert with_connections == tokens
+        assert torch.equal(same_logits, logits)
 
 
-@pytest.mark.parametrize("kind", ["dense", "mixed", "mla", "mtp", "hybrid"])
+@pytest.mark.parametrize(
+    ("kind", "connection"),
+    [*((kind, FRACS[0]) for kind in ("dense", "mixed", "mla", "mtp", "hybrid")), ("mtp", DHC), ("hybrid", LEARNED)],
+    ids=lambda value: getattr(value, "label", value),
+)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_nothing_is_kept_without_gradients(kind: str, training: bool) -> None:
+def test_nothing_is_kept_without_gradients(kind: str, connection: ConnectionConfig, training: bool) -> None:
     """Megatron enables gradients around the depth connection: under no_grad it must record no graph all the same."""
-    model = tiny.build(kind, FracConfig(rate=4)).train(training)
+    model = tiny.build(kind, connection).train(training)
     with torch.no_grad(), saved_tensors() as saved:
         loss = tiny.loss(model, tiny.tokens())
     assert not saved

@@ -17,13 +17,16 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from torch.distributed.checkpoint import save as save_in_torchs_format
 
-from megatron_fc import FracConfig, FracConnection, HyperConfig, UserError
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.site import Site
 from megatron_fc.megatron import specs
 from megatron_fc.megatron.flags import add_connection_args, connection_flags, connection_from_args, stored_connection
 from megatron_fc.megatron.parameter_order import connection_parameters_first
 from megatron_fc.megatron.refusals import refuse_unsupported_args
 from support import tiny
 
+SPEC = "--spec megatron_fc.megatron.specs"
 FLAGS = """--num-layers 3 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 16
 --max-position-embeddings 16 --normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope
 --untie-embeddings-and-output-weights --micro-batch-size 2 --train-iters 1 --lr 1e-3 --vocab-size 128
@@ -70,21 +73,24 @@ def build_hybrid(args: Namespace) -> torch.nn.Module:
     return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def sites(model: torch.nn.Module) -> list[FracConnection]:
-    return [module for module in model.modules() if isinstance(module, FracConnection)]
+def sites(model: torch.nn.Module) -> list[Site]:
+    return [module for module in model.modules() if isinstance(module, Site)]
 
 
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("dfc_x2", FracConfig(rate=2)),
-        ("dfc_x4", FracConfig(rate=4)),
-        ("dfc_x8", FracConfig(rate=8)),
-        ("sfc_x2", FracConfig(rate=2, dynamic=False)),
-        ("sfc_x4", FracConfig(rate=4, dynamic=False)),
-    ],
-)
-def test_gpt_with_a_moe_pattern(name: str, config: FracConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+# A member of every kind, by its label.
+FAMILY: dict[str, ConnectionConfig] = {
+    "dfc_x4": FracConfig(rate=4),
+    "sfc_x2": FracConfig(rate=2, dynamic=False),
+    "shc_x2": HyperConfig(slots=2, dynamic=False),
+    "dhc_x4": HyperConfig(slots=4),
+    "dhc_x4_m2": HyperConfig(slots=4, fractions=2),
+    "mhc_x4": ManifoldConfig(slots=4),
+    "mfc_x4": ManifoldConfig(slots=4, fractions=4),
+}
+
+
+@pytest.mark.parametrize(("name", "config"), FAMILY.items(), ids=FAMILY)
+def test_gpt_with_a_moe_pattern(name: str, config: ConnectionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(monkeypatch, f"{MOE} --spec megatron_fc.megatron.specs {name}")
     model = build_gpt(args)
     assert [site.config for site in sites(model)] == [config] * 6
@@ -93,12 +99,13 @@ def test_gpt_with_a_moe_pattern(name: str, config: FracConfig, monkeypatch: pyte
 
 
 def test_hybrid_takes_the_attribute_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("hybrid_dfc_x2", "hybrid_dfc_x4", "hybrid_dfc_x8", "hybrid_sfc_x2", "hybrid_sfc_x4"):
-        spec = import_module(("megatron_fc.megatron.specs", name))
+    for label, config in FAMILY.items():
+        spec = import_module(("megatron_fc.megatron.specs", f"hybrid_{label}"))
         norm = spec.submodules.moe_layer.submodules.pre_mlp_layernorm
-        assert norm.params["connection"].label == name.removeprefix("hybrid_")
-    flags = f"{MOE} --hybrid-layer-pattern *-*E --spec megatron_fc.megatron.specs hybrid_dfc_x4"
-    assert len(sites(build_hybrid(parse(monkeypatch, flags)))) == 4
+        assert norm.params["connection"] == config
+    for label in ("dfc_x4", "mhc_x4"):
+        flags = f"{MOE} --hybrid-layer-pattern *-*E --spec megatron_fc.megatron.specs hybrid_{label}"
+        assert [site.config for site in sites(build_hybrid(parse(monkeypatch, flags)))] == [FAMILY[label]] * 4
 
 
 def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +113,10 @@ def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(monkeypatch, f"{flags} --spec megatron_fc.megatron.specs from_args", add_connection_args)
     expected = FracConfig(rate=2, norm="layernorm", tanh=False, initial_scale=0.1)
     assert {site.config for site in sites(build_gpt(args))} == {expected}
+    wide = f"--manifold-slots 2 --manifold-leave learned {SPEC} from_args"
+    model = build_gpt(parse(monkeypatch, wide, add_connection_args))
+    assert {site.config for site in sites(model)} == {ManifoldConfig(slots=2, leave="learned")}
+    assert model.decoder.final_layernorm.connection.leave_weight.shape == (2, 2 * 64)
 
 
 @pytest.mark.parametrize(
@@ -115,18 +126,48 @@ def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         FracConfig(rate=2, dynamic=False),
         FracConfig(rate=8, norm="none", tanh=False, scale=False, norm_eps=1e-6),
         FracConfig(dynamic=False, recompute=True),
+        HyperConfig(),
         HyperConfig(slots=2, stream_layers=3),
+        HyperConfig(slots=8, fractions=2, dynamic_beta=False, norm_affine=False),
+        ManifoldConfig(),
+        ManifoldConfig(slots=2, leave="learned", sinkhorn_iterations=7, sinkhorn_eps=1e-5),
+        ManifoldConfig(slots=8, fractions=8),
     ],
+    ids=str,
 )
-def test_flags_round_trip(config: FracConfig | HyperConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_round_trip(config: ConnectionConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(monkeypatch, " ".join(connection_flags(config)), add_connection_args)
     read_back = connection_from_args(args)
     assert read_back is not None
-    assert read_back.to_dict() == config.to_dict()
+    assert (type(read_back), read_back.to_dict()) == (type(config), config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--frac-rate 0", "rate must be a whole number of at least 1, not 0: use 4"),
+        ("--hyper-slots 0", "slots must be a whole number of at least 1, not 0: use 4"),
+        ("--hyper-slots 4 --hyper-fractions 3", "slots=4 is no multiple of fractions=3: use slots=6"),
+        ("--hyper-slots 4 --hyper-fractions 4", r"a Frac-Connection: use dfc or sfc, FracConfig\(rate=4\)"),
+        ("--manifold-slots 4 --manifold-fractions 2", r"fractions=2 is neither 1 \(mHC\) nor slots=4 \(mFC\)"),
+        ("--frac-rate 4 --hyper-slots 4", "--frac-rate and --hyper-slots choose two kinds of connections: keep one"),
+        ("--hyper-slots 4 --manifold-slots 4", "--hyper-slots and --manifold-slots choose two kinds"),
+        ("--hyper-slots 4 --frac-recompute", "--frac-recompute is an option of another kind .* than dhc_x4: drop it"),
+        ("--frac-rate 4 --manifold-leave learned", "--manifold-leave is an option of another kind .* than dfc_x4"),
+        ("--no-hyper-tanh", "--hyper-tanh has no effect without --hyper-slots: set that, or drop it"),
+        ("--hyper-slots 4 --cuda-graph-impl local", "cuda_graph_impl=local captures layers .* dhc_x4 has 256 values"),
+        ("--manifold-fractions 4", "--manifold-fractions has no effect without --manifold-slots"),
+    ],
+)
+def test_flags_that_make_no_connection(flags: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = parse(monkeypatch, flags, add_connection_args)
+    with pytest.raises(UserError, match=f"^.*{sentence}"):
+        connection_from_args(args)
 
 
 def test_arguments_kept_by_an_older_release_have_fewer_options() -> None:
     assert stored_connection(Namespace(frac_rate=2, frac_dynamic=False)) == FracConfig(rate=2, dynamic=False)
+    assert stored_connection(Namespace(hyper_slots=2, frac_rate=None)) == HyperConfig(slots=2)
     assert stored_connection(Namespace(frac_rate=None)) is None
     assert stored_connection(Namespace()) is None
 
@@ -134,7 +175,7 @@ def test_arguments_kept_by_an_older_release_have_fewer_options() -> None:
 def test_without_a_rate_the_residuals_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(monkeypatch, "", add_connection_args)
     assert connection_from_args(args) is None
-    with pytest.raises(UserError, match="from_args needs --frac-rate"):
+    with pytest.raises(UserError, match="from_args needs a kind: set --frac-rate, --hyper-slots or --manifold-slots"):
         specs.from_args(None)
 
 
@@ -158,21 +199,19 @@ def test_mtp_layers_that_spec_cannot_reach_are_announced(monkeypatch: pytest.Mon
     assert len(sites(model)) == 6
 
 
-SPEC = "--spec megatron_fc.megatron.specs"
-
-
 @pytest.mark.parametrize("flags", ["", MOE], ids=["one layer for all", "a pattern"])
-def test_a_script_that_takes_a_spec_as_it_is(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    called = build_gpt(parse(monkeypatch, f"{flags} {SPEC} dfc_x4"))
-    args = parse(monkeypatch, f"{flags} {SPEC} layer_dfc_x4")
+@pytest.mark.parametrize("label", ["dfc_x4", "dhc_x4", "mfc_x4"])
+def test_a_script_that_takes_a_spec_as_it_is(label: str, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = build_gpt(parse(monkeypatch, f"{flags} {SPEC} {label}"))
+    args = parse(monkeypatch, f"{flags} {SPEC} layer_{label}")
     model = build_uncalled(args)
-    assert [site.config for site in sites(model)] == [FracConfig(rate=4)] * 6
+    assert [site.config for site in sites(model)] == [FAMILY[label]] * 6
     model.load_state_dict(called.state_dict())
     assert torch.equal(tiny.logits(model, tiny.tokens()), tiny.logits(called, tiny.tokens()))
     # Nothing there arranges the order that the distributed optimizer needs.
     args.bf16, args.save, args.use_distributed_optimizer = True, "somewhere", True
     with pytest.raises(UserError, match="a --spec that the script does not call"):
-        refuse_unsupported_args(args, FracConfig(), on_gpu=True)
+        refuse_unsupported_args(args, on_gpu=True)
 
 
 def test_pretrain_vlm_looks_into_a_layer_and_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,11 +240,18 @@ def test_flags_reach_specs_that_are_not_called(monkeypatch: pytest.MonkeyPatch) 
     assert {site.config for site in sites(build_hybrid(parse(monkeypatch, flags, add_connection_args)))} == {expected}
 
 
-def test_the_number_of_fractions_is_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_slots_is_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     args = parse(monkeypatch, f"{SPEC} dfc_x16")
     assert {site.config.label for site in sites(build_gpt(args))} == {"dfc_x16"}
     with pytest.raises(UserError, match="rate=3 does not divide hidden_size=64"):
         build_gpt(parse(monkeypatch, f"{SPEC} dfc_x3"))
+    for name, sentence in {
+        "dhc_x4_m3": "rate=4 is no multiple of fractions=3: use rate=6",
+        "dfc_x4_m2": "fractions=2 is an option of shc and dhc: dfc_x4 has its own, drop it",
+        "hybrid_mhc_x4_m2": "fractions=2 is an option of shc and dhc: mhc_x4 has its own, drop it",
+    }.items():
+        with pytest.raises(UserError, match=f"^{sentence}$"):
+            getattr(specs, name)
 
 
 HYBRID = "--hybrid-layer-pattern *-*-"
@@ -235,10 +281,15 @@ HYBRID = "--hybrid-layer-pattern *-*-"
         (build_gpt, "from_args", "does not have: .*add_connection_args"),
         (build_uncalled, "layer_from_args", "flags that this script does not have"),
         (build_hybrid, f"hybrid_from_args {HYBRID}", "flags that this script does not have"),
-        (build_gpt, "dfc_4", "specs dfc_4: there is no such name; there are dfc_x4"),
+        (build_gpt, "dfc_4", "specs dfc_4: there is no such name; there are sfc_x4, dfc_x4"),
         (build_gpt, "dfcx4", "specs dfcx4: there is no such name"),
         (build_gpt, "from_arg", "specs from_arg: there is no such name"),
         (build_hybrid, f"hybird_dfc_x4 {HYBRID}", "specs hybird_dfc_x4: there is no such name"),
+        (build_gpt, "hcx_x4", "there is no such name; there are sfc_x4, dfc_x4, shc_x4, dhc_x4, mhc_x4, mfc_x4, with"),
+        (build_gpt, "mhc", "there is no such name; there are sfc_x4"),
+        (build_gpt, "dhc_x0", "there is no such name"),
+        (build_hybrid, f"dhc_x4 {HYBRID}", f"dhc_x4 is for GPT models: use {SPEC} hybrid_dhc_x4"),
+        (build_uncalled, "dhc_x4_m2", f"use {SPEC} layer_dhc_x4_m2"),
     ],
 )
 def test_a_name_that_is_not_this_scripts(
@@ -278,7 +329,7 @@ def test_multi_token_prediction_of_a_hybrid_model(monkeypatch: pytest.MonkeyPatc
     assert all(site.dynamic_weight.grad.any() for site in sites(model.mtp))
 
 
-def write(folder: Path, name: str, frac: FracConfig | None, **stamped: Any) -> None:
+def write(folder: Path, name: str, frac: ConnectionConfig | None, **stamped: Any) -> None:
     """A checkpoint of Megatron's as far as its connections show: the tensors, the arguments, the tracker."""
     state = tiny.build("dense", frac).sharded_state_dict()
     (folder / name).mkdir(parents=True)
@@ -316,6 +367,19 @@ def test_a_checkpoint_of_other_connections(
     else:
         with pytest.raises(UserError, match=sentence):
             build(args)
+
+
+@pytest.mark.parametrize("stored", [None, "dfc_x4", "dhc_x4", "mhc_x4", "mfc_x4"])
+def test_a_checkpoint_of_every_other_kind(stored: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "iter_0000005", None if stored is None else FAMILY[stored])
+    has = "plain residual" if stored is None else stored
+    for label in ("dfc_x4", "dhc_x4", "mhc_x4", "mfc_x4"):
+        args = parse(monkeypatch, f"--load {tmp_path} {SPEC} {label}")
+        if label == stored:
+            assert build_gpt(args)
+            continue
+        with pytest.raises(UserError, match=f"has {has} connections, this run has {label} connections: "):
+            build_gpt(args)
 
 
 @pytest.mark.parametrize("strictness", ["log_all", "ignore_all"])

@@ -9,13 +9,14 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import torch_norm, transformer_layer
 from packaging.version import Version
 
-from megatron_fc import FracConfig, UserError
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.megatron import versions
 from megatron_fc.megatron.slots import NormSlot, Pairing
 from megatron_fc.megatron.specs import connect
 from support import tiny
 
-DFC = FracConfig(rate=4)
+DFC, DHC, MHC = FracConfig(rate=4), HyperConfig(slots=4), ManifoldConfig(slots=4)
 
 
 class Declaring:
@@ -51,24 +52,32 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {"loss": loss.detach(), **{name: p.grad for name, p in model.named_parameters()}}
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize(
+    ("kind", "connection"),
+    [*((kind, DFC) for kind in tiny.KINDS), ("mtp", DHC), ("hybrid", MHC), ("mixed", MHC)],
+    ids=lambda value: getattr(value, "label", value),
+)
 @pytest.mark.parametrize("build", [tiny.build, tiny.build_without_hand_over])
 def test_the_newer_one_gives_the_same_gradients(
-    kind: str, build: Callable[..., torch.nn.Module], request: pytest.FixtureRequest
+    kind: str,
+    connection: ConnectionConfig,
+    build: Callable[..., torch.nn.Module],
+    request: pytest.FixtureRequest,
 ) -> None:
-    expected = gradients(build(kind, DFC))
+    expected = gradients(build(kind, connection))
     request.getfixturevalue("newer_protocol")
-    found = gradients(build(kind, DFC))
+    found = gradients(build(kind, connection))
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.usefixtures("newer_protocol")
 @pytest.mark.parametrize("observed", ["", "norm", "connection"])
-def test_hooks_registered_behind_the_build_change_nothing(observed: str) -> None:
+@pytest.mark.parametrize("connection", [DFC, DHC, MHC], ids=["dfc", "dhc", "mhc"])
+def test_hooks_registered_behind_the_build_change_nothing(connection: ConnectionConfig, observed: str) -> None:
     """A layer of the newer protocol does not ask again."""
-    model = tiny.build("mixed", DFC)
-    expected = gradients(tiny.build("mixed", DFC))
+    model = tiny.build("mixed", connection)
+    expected = gradients(tiny.build("mixed", connection))
     for module in model.modules():
         if isinstance(module, NormSlot):
             module.get_submodule(observed).register_forward_hook(lambda *_: None)

@@ -67,7 +67,7 @@ def test_why_the_norms_are_refused(module: str, monkeypatch: pytest.MonkeyPatch)
     Nor does a depth connection that takes over from the width connection; one that looks at h by itself does.
     """
     steps(None, module)
-    monkeypatch.setattr("megatron_fc.megatron.slots.refuse_unsupported_config", lambda _: None)
+    monkeypatch.setattr("megatron_fc.megatron.slots.refuse_unsupported_config", lambda *_: None)
     plain, offloaded = steps(DFC), steps(DFC, module)
     for before, after in zip(plain, offloaded, strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)

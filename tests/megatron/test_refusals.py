@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
-from megatron_fc.megatron.refusals import refuse_unsupported_args
+from megatron_fc import HyperConfig, ManifoldConfig, UserError
+from megatron_fc.megatron.refusals import refuse_unsupported_args, refuse_with_stream_layers
 from support import tiny
 
 FSDP = {"use_megatron_fsdp": True}
@@ -33,7 +33,7 @@ def args(**options: Any) -> Namespace:
     [
         (
             {"optimizer": "muon", "decoupled_lr": 0.01},
-            "optimizer=muon leaves dynamic_weight to Adam .* drop decoupled_lr",
+            "optimizer=muon leaves the connections' matrices to Adam .* drop decoupled_lr",
         ),
         ({"use_torch_fsdp2": True}, "use_torch_fsdp2 wants one parameter dtype"),
         ({**FSDP, **LAYERNORM}, "use_megatron_fsdp takes a gradient .* set recompute of FracConfig"),
@@ -42,7 +42,7 @@ def args(**options: Any) -> Namespace:
 )
 def test_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        refuse_unsupported_args(args(**options), FracConfig())
+        refuse_unsupported_args(args(**options))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_refused(options: dict[str, Any], sentence: str) -> None:
     ],
 )
 def test_taken(options: dict[str, Any]) -> None:
-    refuse_unsupported_args(args(**options), FracConfig())
+    refuse_unsupported_args(args(**options))
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_taken(options: dict[str, Any]) -> None:
 def test_what_does_not_go_with_recompute_of_the_stream(options: dict[str, Any], sentence: str) -> None:
     for config in (HyperConfig(stream_layers=2), ManifoldConfig(stream_layers=2)):
         with pytest.raises(UserError, match=f"stream_layers=2 of {config.label}: {sentence}") as error:
-            refuse_unsupported_args(args(**options), config)
+            refuse_with_stream_layers(args(**options), config)
         assert "\n" not in str(error.value)
-        refuse_unsupported_args(args(**options), type(config)())
+        refuse_with_stream_layers(args(**options), type(config)())
 
 
 @pytest.mark.parametrize("granularity", ["full", "selective"])
@@ -103,4 +103,4 @@ def test_a_layer_refuses_it_too(granularity: str) -> None:
     ],
 )
 def test_what_goes_with_it(options: dict[str, Any]) -> None:
-    refuse_unsupported_args(args(**options), HyperConfig(stream_layers=2))
+    refuse_with_stream_layers(args(**options), HyperConfig(stream_layers=2))

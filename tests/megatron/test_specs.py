@@ -17,16 +17,18 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_fc import FracConfig, FracConnection, UserError
+from megatron_fc import FracConfig, FracConnection, HyperConfig, ManifoldConfig, UserError
 from megatron_fc.connections.backend import choose_backend
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.input_norm import _READERS, _submodules
 from megatron_fc.megatron.parameter_count import count_parameters
 from megatron_fc.megatron.slots import AddSlot, NormSlot
-from megatron_fc.megatron.specs import connect
+from megatron_fc.megatron.specs import block_spec, connect
 from support import tiny
 
 DFC, SFC = FracConfig(rate=4), FracConfig(rate=4, dynamic=False)
+DHC, MHC, MFC = HyperConfig(slots=4), ManifoldConfig(slots=4), ManifoldConfig(slots=4, fractions=4)
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
 # Megatron's local MoE and shared experts take no bias.
 WITH_BIAS = [kind for kind in tiny.KINDS if kind in ("dense", "mtp", "mla")]
@@ -100,8 +102,30 @@ def test_parameters_added_to_the_papers_7b_model(frac: FracConfig, added: int) -
     assert sum(p.numel() for n, p in model.named_parameters() if is_connection_key(n)) == added
 
 
-def test_weight_decay_groups_of_megatrons_optimizer() -> None:
-    model = tiny.build("moe", DFC)
+WEIGHT_DECAY = {
+    "static_beta": 0.0,
+    "static_gamma": 0.0,
+    "static_alpha": 0.0,
+    "scale_beta": 0.0,
+    "scale_alpha": 0.0,
+    "norm_weight": 0.0,
+    "dynamic_weight": 1.0,
+    "mapping_weight": 1.0,
+    "mapping_bias": 0.0,
+    "mapping_scale": 0.0,
+    "leave_weight": 1.0,
+    "leave_bias": 0.0,
+    "leave_scale": 0.0,
+}
+
+
+@pytest.mark.parametrize(
+    "connection",
+    [DFC, DHC, HyperConfig(slots=4, fractions=2, dynamic_beta=False), ManifoldConfig(slots=4, leave="learned"), MFC],
+    ids=lambda connection: connection.label,
+)
+def test_weight_decay_groups_of_megatrons_optimizer(connection: ConnectionConfig) -> None:
+    model = tiny.build("moe", connection)
     chunk = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.1), [chunk])
     names = {id(p): name for name, p in model.named_parameters()}
@@ -111,15 +135,7 @@ def test_weight_decay_groups_of_megatrons_optimizer() -> None:
             name = names[id(parameter)]
             if is_connection_key(name):
                 decayed.setdefault(name.rpartition(".")[2], set()).add(group["wd_mult"])
-    assert decayed == {
-        "static_beta": {0.0},
-        "static_gamma": {0.0},
-        "static_alpha": {0.0},
-        "scale_beta": {0.0},
-        "scale_alpha": {0.0},
-        "norm_weight": {0.0},
-        "dynamic_weight": {1.0},
-    }
+    assert decayed == {name: {WEIGHT_DECAY[name]} for name in connection.last_dimensions(tiny.WIDTH)}
 
 
 def _snapshot(value: Any) -> Any:
@@ -292,7 +308,22 @@ def test_options_that_would_be_silently_wrong_are_refused(options: dict[str, Any
         spec.submodules.input_layernorm(config=config, hidden_size=config.hidden_size, eps=1e-5)
 
 
-def test_a_slot_replaced_after_frac_connect_is_noticed() -> None:
+@pytest.mark.parametrize("impl", ["local", "transformer_engine"])
+def test_layers_captured_one_by_one_have_no_room_for_a_wider_stream(impl: str) -> None:
+    config = tiny.transformer_config("dense")
+    for connection in (DHC, MHC):
+        block = connect(block_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), config), connection)
+        norm = block.layer_specs[0].submodules.input_layernorm
+        for allowed in ("none", "full_iteration"):
+            config.cuda_graph_impl = allowed
+            norm(config=config, hidden_size=64, eps=1e-5)
+        config.cuda_graph_impl = impl
+        sentence = f"cuda_graph_impl={impl} captures layers whose input is hidden_size=64 wide, and the stream of"
+        with pytest.raises(UserError, match=f"^{sentence} {connection.label} has 256 values per token: set it to"):
+            norm(config=config, hidden_size=64, eps=1e-5)
+
+
+def test_a_slot_replaced_after_connect_is_noticed() -> None:
     config = tiny.transformer_config("dense")
     spec = connect(get_gpt_layer_local_spec(normalization="RMSNorm"), DFC)
     spec.submodules.input_layernorm = IdentityOp

@@ -6,14 +6,14 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_fc import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.megatron.parameter_order import connection_parameters_first
 from support import tiny
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
 
 
-def trained(kind: str, frac: FracConfig, ordered: bool) -> tuple[torch.nn.Module, Any]:
+def trained(kind: str, frac: ConnectionConfig, ordered: bool) -> tuple[torch.nn.Module, Any]:
     """A bf16 model and its distributed optimizer after one step."""
     model = tiny.build(kind, frac, **BF16)
     chunk = model.module

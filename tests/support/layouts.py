@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
+from megatron_fc.connections.base import ConnectionConfig
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread over ranks."""
+    """How a model is spread over ranks; `stages` as Megatron's pipeline_model_parallel_layout."""
 
     name: str
     world: int
@@ -21,6 +22,7 @@ class Layout:
     vpp: int | None = None
     ep: int = 1
     cp: int = 1
+    stages: str | None = None
     distributed_optimizer: bool = False
     overlap: bool = False
 
@@ -32,6 +34,8 @@ class Layout:
     @property
     def layers(self) -> int:
         """A layer per pipeline stage, and a dense layer before a MoE layer in any case."""
+        if self.stages:
+            return self.stages.count("t")
         return max(2, self.pp * (self.vpp or 1))
 
     def initialise(self) -> None:
@@ -42,6 +46,8 @@ class Layout:
             context_parallel_size=self.cp,
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=self.expert_tp,
+            # Multi-token prediction needs the embedding, too.
+            get_embedding_ranks=(lambda ranks: [ranks[0], *ranks[-2:]]) if "m|" in (self.stages or "") else None,
         )
 
     def options(self) -> dict[str, Any]:
@@ -50,6 +56,7 @@ class Layout:
             "tensor_model_parallel_size": self.tp,
             "sequence_parallel": self.sequence,
             "pipeline_model_parallel_size": self.pp,
+            "pipeline_model_parallel_layout": self.stages,
             "virtual_pipeline_model_parallel_size": self.vpp,
             "expert_model_parallel_size": self.ep,
             "expert_tensor_parallel_size": self.expert_tp,
@@ -70,6 +77,9 @@ LAYOUTS = (
     Layout("EP2", 2, ep=2),
     Layout("TP2+SP+EP2", 2, tp=2, sequence=True, ep=2),
     Layout("TP2+SP+PP2", 4, tp=2, sequence=True, pp=2),
+    Layout("PP2+EP2", 4, pp=2, ep=2),
+    Layout("E|tt|tt|L", 4, pp=4, stages="E|tt|tt|L"),
+    Layout("Ett|tt|m|L", 4, pp=4, stages="Ett|tt|m|L"),
     Layout("CP2", 2, cp=2),
     Layout("DP2", 2),
     Layout("DP2 distributed optimizer", 2, distributed_optimizer=True),
@@ -80,17 +90,19 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained: kind of model (`tiny.KINDS`), layers, connections, their start, precision."""
+    """What is trained: kind of model (`tiny.KINDS`), layers, connections, their start, precision, tied embeddings."""
 
     kind: str
     layers: int
-    frac: FracConfig
+    connection: ConnectionConfig
     start: str
     bf16: bool = False
+    tied: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.kind}{self.layers}-{self.frac.label}-{self.start}-{'bf16' if self.bf16 else 'fp32'}"
+        leave = "-learned" if getattr(self.connection, "leave", "mean") == "learned" else ""
+        return f"{self.kind}{self.layers}-{self.connection.label}{leave}-{self.start}-{'bf16' if self.bf16 else 'fp32'}"
 
     def options(self) -> dict[str, Any]:
         """What TransformerConfig has to know."""
@@ -103,26 +115,45 @@ class Model:
         return {**options, "pipeline_dtype": torch.bfloat16 if self.bf16 else torch.float32}
 
 
-FRACS = tuple(FracConfig(rate=rate, dynamic=dynamic) for rate in (2, 4) for dynamic in (True, False))
+DFC, SFC = FracConfig(rate=4), FracConfig(rate=2, dynamic=False)
+DHC, MHC = HyperConfig(slots=4), ManifoldConfig(slots=4)
+# Those that one layout alone is tested with, the one in which most comes together.
+OTHERS = (
+    HyperConfig(slots=4, dynamic=False),
+    HyperConfig(slots=4, fractions=2),
+    ManifoldConfig(slots=4, leave="learned"),
+    ManifoldConfig(slots=4, fractions=4),
+)
 
 
 def models(kind: str, layers: int) -> tuple[Model, ...]:
-    """Both connections, both rates, both starts in fp32; two of them in bf16."""
-    fp32 = [Model(kind, layers, frac, start) for frac in FRACS for start in ("paper", "random")]
-    return (*fp32, *(Model(kind, layers, frac, "random", bf16=True) for frac in FRACS[1:3]))
+    """Frac-Connections of both kinds and rates, Hyper-Connections and mHC; both starts in fp32; some in bf16."""
+    random = (DFC, SFC, FracConfig(rate=2), FracConfig(rate=4, dynamic=False), DHC, MHC)
+    fp32 = [Model(kind, layers, connection, "random") for connection in random]
+    fp32 += [Model(kind, layers, connection, "paper") for connection in (DFC, SFC, DHC)]
+    return (*fp32, *(Model(kind, layers, connection, "random", bf16=True) for connection in (DFC, SFC, DHC, MHC)))
 
 
 # A dense layer before MoE layers; Megatron refuses to train MoE under tensor without sequence parallelism.
 MOE = {layers: models("mixed", layers) for layers in sorted({layout.layers for layout in LAYOUTS})}
 DENSE = models("dense", 2)
-OTHER_KINDS = tuple(Model(kind, 2, FracConfig(rate=4), "random") for kind in ("mla", "mtp", "hybrid"))
-ALL_MODELS = (*(model for group in MOE.values() for model in group), *DENSE, *OTHER_KINDS)
+OTHER_KINDS = tuple(
+    Model(kind, 2, connection, "random") for kind in ("mla", "mtp", "hybrid") for connection in (DFC, DHC)
+)
+OTHER_KINDS += tuple(Model("mixed", 2, connection, "random") for connection in OTHERS)
+OTHER_KINDS += tuple(Model(kind, 2, OTHERS[2], "random") for kind in ("mtp", "hybrid"))
+# Stages without a layer are a matter of streams that are wider than the model.
+WIDE = tuple(Model("mixed", 4, connection, "random") for connection in (DHC, OTHERS[2]))
+WIDE += tuple(Model("mtp", 4, connection, "random", tied=True) for connection in (DHC, OTHERS[2]))
+ALL_MODELS = tuple(dict.fromkeys([model for group in (*MOE.values(), DENSE, OTHER_KINDS, WIDE) for model in group]))
 
 
 def models_of(layout: Layout) -> tuple[Model, ...]:
     """What the layout is tested with."""
     if layout.name == "TP2":
         return DENSE
+    if layout.stages:
+        return tuple(model for model in WIDE if ("m" in layout.stages) == (model.kind == "mtp"))
     moe = MOE[layout.layers]
     return (*moe, *OTHER_KINDS) if layout.name == "TP2+SP+PP2" else moe
 

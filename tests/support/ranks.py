@@ -44,6 +44,7 @@ with warnings.catch_warnings():
     from megatron_fc.connections.kinds import is_connection_key
     from megatron_fc.errors import UserError
     from megatron_fc.megatron.slots import NormSlot
+    from megatron_fc.megatron.stream import widen
     from megatron_fc.planning.counts import NetworkCounts
     from megatron_fc.planning.network import Routing
     from megatron_fc.profiling.counters.network import NetworkCounter, gather_hosts
@@ -117,7 +118,12 @@ def train_all(layout: Layout, models: Sequence[Model], folder: Path) -> dict[str
             run.step()
             run.train(range(1, STEPS))
             trained.losses[optimizer] = run.losses
-        if layout != ONE_RANK and model.start == "random" and model.frac.dynamic and not model.bf16:
+        if (
+            layout != ONE_RANK
+            and model.start == "random"
+            and getattr(model.connection, "dynamic", True)
+            and not model.bf16
+        ):
             again = Run(layout, model, folder / model.name, optimizers[-1], RECOMPUTE).train(range(3))
             trained.recompute_exact = repr(again) == repr(run.losses[:3])  # nan included
         results[model.name] = trained
@@ -365,7 +371,9 @@ class Run:
         options = {**layout.options(), **model.options(), **(more or {})}
         options["finalize_model_grads_func"] = finalize_model_grads
         stages = range(layout.vpp) if layout.vpp else [None]
-        self.chunks = [tiny.build(model.kind, model.frac, vp_stage=stage, **options) for stage in stages]
+        self.chunks = [
+            tiny.build(model.kind, model.connection, vp_stage=stage, tied=model.tied, **options) for stage in stages
+        ]
         self.config = unwrap_model(self.chunks[0]).config
         if folder is not None:
             self._load_start(model)
@@ -379,6 +387,7 @@ class Run:
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self.chunks)
         ]
+        widen(self.chunks, model.connection)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer=optimizer,
@@ -469,13 +478,13 @@ class Run:
         # size that this kind of parameter has in the model.
         kinds: dict[str, float] = {}
         for chunk, name, _ in self.named_parameters():
-            kind = name.rpartition(".")[2]
+            kind = _kind(name)
             kinds[kind] = max(kinds.get(kind, 1e-12), float(reference[chunk][name].abs().max()))
         differences, error, size = {}, 0.0, 0.0
         for chunk, name, parameter in self.named_parameters():
             expected = reference[chunk][name]
             difference = parameter.main_grad - expected
-            scale = max(float(expected.abs().max()), 0.1 * kinds[name.rpartition(".")[2]])
+            scale = max(float(expected.abs().max()), 0.1 * kinds[_kind(name)])
             differences[name] = float(difference.abs().max()) / scale
             error, size = error + float(difference.square().sum()), size + float(expected.square().sum())
         return differences, (error, size)
@@ -499,6 +508,12 @@ class Run:
         loaded = dist_checkpointing.load(self.sharded_state(), str(path))
         for number, chunk in enumerate(self.chunks):
             unwrap_model(chunk).load_state_dict(loaded[f"model{number}"])
+
+
+def _kind(parameter: str) -> str:
+    """Parameters of like size; the scalars of a learned leave, of which a model has one, go with those of its sites."""
+    name = parameter.rpartition(".")[2]
+    return "mapping_scale" if name == "leave_scale" else name
 
 
 def _randomise(chunks: list[torch.nn.Module]) -> None:

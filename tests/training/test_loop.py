@@ -198,7 +198,7 @@ def test_checkpoint_knows_its_connections(finished: Path) -> None:
             ["pretrained_checkpoint=x"],
             "pretrained_checkpoint=x is what load and finetune say: set load=x",
         ),
-        (["optimizer.optimizer=muon", "decoupled_lr=0.01"], "optimizer=muon leaves dynamic_weight to Adam"),
+        (["optimizer.optimizer=muon", "decoupled_lr=0.01"], "optimizer=muon leaves the connections' matrices to Adam"),
     ],
 )
 def test_what_the_run_cannot_continue_is_refused(

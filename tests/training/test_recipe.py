@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_fc import FracConfig, UserError
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
 from megatron_fc.cli.main import main
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.kinds import KINDS
 from megatron_fc.data.indexed import write_indexed
 from megatron_fc.megatron.flags import add_connection_args
 from megatron_fc.training.machine import has_transformer_engine
-from megatron_fc.training.recipe import Recipe, load_recipe
+from megatron_fc.training.recipe import CONNECTIONS, Recipe, load_recipe
 
 BASE = {
     "model": {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "seq_length": 16, "swiglu": True},
-    "frac": {"connection": "dfc", "rate": 4},
+    "connections": {"connection": "dfc", "rate": 4},
     "optimizer": {"train_iters": 3, "lr": 0.001, "micro_batch_size": 2, "bf16": False},
     "parallel": {"tensor_model_parallel_size": 2},
 }
@@ -60,8 +62,33 @@ def test_overrides_find_their_section(base: Path) -> None:
 
 def test_connection_kinds_share_one_file(base: Path) -> None:
     ablation = ["connections.tanh=false", "connections.norm=none"]
-    assert load_recipe(base, ablation).frac == FracConfig(rate=4, tanh=False, norm="none")
-    assert load_recipe(base, [*ablation, "connection=sfc"]).frac == FracConfig(rate=4, dynamic=False)
+    assert load_recipe(base, ablation).connection == FracConfig(rate=4, tanh=False, norm="none")
+    assert load_recipe(base, [*ablation, "connection=sfc"]).connection == FracConfig(rate=4, dynamic=False)
+    wide = load_recipe(base, [*ablation, "connection=dhc", "rate=2"])
+    assert wide.connection == HyperConfig(slots=2, tanh=False, norm="none")
+    constrained = load_recipe(base, [*ablation, "connection=mhc"])
+    assert constrained.connection == ManifoldConfig(slots=4)
+    assert "mhc_x4 does without norm=none, tanh=False" in constrained.notes
+    assert "dfc_x4 does without leave=learned" in load_recipe(base, ["leave=learned"]).notes
+
+
+@pytest.mark.parametrize(
+    ("words", "connection", "flags"),
+    [
+        (["connection=shc", "rate=2"], HyperConfig(slots=2, dynamic=False), "--hyper-slots 2 --no-hyper-dynamic"),
+        (["connection=dhc"], HyperConfig(slots=4), "--hyper-slots 4"),
+        (["connection=dhc", "rate=8", "fractions=2"], HyperConfig(slots=8, fractions=2), "8 --hyper-fractions 2"),
+        (["connection=dhc", "dynamic_beta=false"], HyperConfig(dynamic_beta=False), "4 --no-hyper-dynamic-beta"),
+        (["connection=mhc", "leave=learned"], ManifoldConfig(leave="learned"), "4 --manifold-leave learned"),
+        (["connection=mfc", "rate=2"], ManifoldConfig(slots=2, fractions=2), "2 --manifold-fractions 2"),
+    ],
+)
+def test_members_of_the_family(base: Path, words: list[str], connection: ConnectionConfig, flags: str) -> None:
+    recipe = load_recipe(base, words)
+    assert recipe.connection == connection
+    assert recipe.label == connection.label
+    assert " ".join(recipe.argv).endswith(flags)
+    assert recipe.backend == "torch"
 
 
 def test_a_runs_own_setting_wins_over_the_machines(base: Path) -> None:
@@ -72,7 +99,7 @@ def test_extra_flags_come_last(base: Path) -> None:
     assert load_recipe(base, (), ["--lr", "0.5"]).argv[-2:] == ["--lr", "0.5"]
 
 
-FRAC_FLAGS = sorted(
+CONNECTION_FLAGS = sorted(
     option
     for action in add_connection_args(argparse.ArgumentParser(add_help=False))._actions
     for option in action.option_strings
@@ -83,17 +110,24 @@ SETTINGS = {
     "--no-frac-dynamic": "connection=sfc",
     "--no-frac-tanh": "tanh=false",
     "--frac-recompute": "recompute=true",
+    "--hyper-slots": "rate=8",
+    "--hyper-fractions": "fractions=8",
+    "--no-hyper-dynamic": "connection=shc",
+    "--manifold-slots": "rate=8",
+    "--manifold-fractions": "connection=mfc",
+    "--manifold-leave": "leave=8",
     "--frac-initial-scale": "initial_scale=8",
     "--from-residual": "from_residual=true",
 }
 
 
 def test_every_option_of_the_connection_is_a_flag() -> None:
-    assert {f"--frac-{field.name.replace('_', '-')}" for field in fields(FracConfig)} < set(FRAC_FLAGS)
-    assert set(SETTINGS) < set(FRAC_FLAGS)
+    options = {f"--{kind}-{f.name.replace('_', '-')}" for kind, config in KINDS.items() for f in fields(config)}
+    assert options < set(CONNECTION_FLAGS)
+    assert set(SETTINGS) < set(CONNECTION_FLAGS)
 
 
-@pytest.mark.parametrize("flag", FRAC_FLAGS)
+@pytest.mark.parametrize("flag", CONNECTION_FLAGS)
 def test_a_flag_is_no_second_source_of_the_connection(base: Path, flag: str) -> None:
     for connection in ("dfc", "residual"):
         for words in ([flag, "8"], [f"{flag}=8"]):
@@ -128,6 +162,18 @@ def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
         (["lr"], [], "'lr' is no override: write key=value"),
         (["rate=3"], [], "rate=3 does not divide hidden_size=64: choose a rate that does, for example 1, 2, 4, 8"),
         (["rate=0"], [], "rate must be a whole number of at least 1, not 0"),
+        (["connection=mhc", "rate=0"], [], "rate must be a whole number of at least 1, not 0: use 4"),
+        (["connection=hc"], [], "unknown connection 'hc': did you mean '"),
+        (["connection=hyper"], [], "'hyper': valid are dfc, dhc, mfc, mhc, residual, sfc, shc"),
+        (["connection=dhc", "fractions=3"], [], "rate=4 is no multiple of fractions=3: use rate=6"),
+        (["connection=dhc", "fractions=4"], [], "as many fractions as slots are a Frac-Connection: use dfc or sfc"),
+        (["connection=dhc", "fractions=x"], [], "fractions must be a whole number of at least 1, not 'x': use 1"),
+        (["fractions=2"], [], "fractions=2 is an option of shc and dhc: dfc_x4 has its own, drop it"),
+        (["connection=mfc", "fractions=2"], [], "fractions=2 is an option of shc and dhc: mfc_x4 has its own"),
+        (["connection=dhc", "backend=triton"], [], "unknown hyper option 'backend': valid are"),
+        (["slots=4"], [], "unknown key in section model: 'slots'"),
+        (["connection=mhc", "leave=sum"], [], "unknown leave 'sum': valid are learned, mean"),
+        ([], ["--hyper-slots", "4"], "--hyper-slots behind -- would be a second source of the connection"),
         (["num_layers=many"], [], "argument --num-layers: invalid int value: 'many'"),
         (["swiglu=3"], [], "swiglu is a switch: set it to true or false, not 3"),
         (["num_layers=true"], [], "num_layers takes a value, not true"),
@@ -158,7 +204,7 @@ def test_wrong_input_is_one_sentence_exit_2_and_nothing_written(
     ("content", "sentence"),
     [
         ("modle: {}", "unknown section in .*: 'modle': did you mean 'model'"),
-        ("- a list", "must hold the sections model, frac"),
+        ("- a list", "must hold the sections model, connections"),
         ("model: 3", "section model of .* must hold `name: value` lines, not 3"),
         ("model: {a: [", "is not valid YAML"),
     ],
@@ -201,7 +247,7 @@ def test_dry_run_prints_a_command_that_parses_back(base: Path, capsys: pytest.Ca
 def test_shipped_configs_resolve(config: Path, base: Path) -> None:
     prefix = base.parent / "train"
     files = [f"train_data_path=['{prefix}']", f"valid_data_path=['{prefix}']", f"tokenizer_model={base.parent}"]
-    for connection in ("residual", "sfc", "dfc"):
+    for connection in CONNECTIONS:
         load_recipe(config, [*files, f"connection={connection}"])
 
 
