@@ -65,7 +65,7 @@ class Link:
 
     def __init__(self, site: Any, norm: nn.Module, h: Tensor, written: Written | None, begins_layer: bool) -> None:
         self._site, self._norm, self._version = site, norm, h._version
-        self._layers = 1 if written is None else written.link._layers + begins_layer
+        self._layers: int = 1 if written is None else written.link._layers + begins_layer
         self._written = written if self._layers <= site.config.stream_layers else None
         self._h: Kept | None = None
         if self._written is None:

@@ -187,7 +187,7 @@ class NormSlot(TakesPlainNames, MegatronModule):
             x, handover = site(h, self.norm, hand_over=True)
         else:
             x, handover = site(h, self.norm, hand_over=True, prepared=prepared)
-        if hand_over:
+        if hand_over and handover is not None:
             # For a view, since a handover keeps h itself alive.
             h = h.view_as(h)
             self.handover.leave(h, handover)
