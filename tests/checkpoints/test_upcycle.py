@@ -405,7 +405,7 @@ def test_upcycled_run_goes_on_with_the_same_loss(config: Path, finished: Path) -
     assert list(connected) == [4, 5, 6]
     assert connected[4] == plain[4]
     assert connected[6] != plain[6]
-    assert summary["frac_parameters"] == 472
+    assert summary["connection_parameters"] == 472
 
     trained = find_checkpoint(config.parent / "goes_on" / "checkpoints")
     with pytest.raises(UserError, match="is no identity any more"):

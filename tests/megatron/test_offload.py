@@ -60,7 +60,7 @@ def steps(frac: ConnectionConfig | None, *modules: str, hand_over: bool = True) 
         DFC,
         FracConfig(rate=4, recompute=True),
         FracConfig(rate=4, dynamic=False),
-        HyperConfig(slots=4),
+        HyperConfig(slots=4, stream_layers=2),
         ManifoldConfig(slots=4),
     ],
 )

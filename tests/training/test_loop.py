@@ -35,7 +35,7 @@ def test_a_run_learns_and_leaves_its_figures(finished: Path) -> None:
     assert summary["last_loss"] < summary["first_loss"] - 0.5
     assert summary["validation_loss"] < summary["first_loss"]
     sites, fraction = 4, 32 // 4
-    assert summary["frac_parameters"] == sites * (fraction * 10 + 36 + 2)
+    assert summary["connection_parameters"] == sites * (fraction * 10 + 36 + 2)
     assert summary["versions"]["megatron-core"]
     assert summary["config"]["connections"]["rate"] == 4
     assert summary["peak_memory_bytes"] > 2**20
@@ -92,10 +92,10 @@ def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path)
     assert gpt is not None
     short = ("train_iters=5", "lr_decay_iters=5", "save_interval=null")
     hybrid = train(config, config.parent / "hybrid", "family=hybrid", *short)
-    assert hybrid["frac_parameters"] == gpt["frac_parameters"]
+    assert hybrid["connection_parameters"] == gpt["connection_parameters"]
     assert hybrid["parameters"] == gpt["parameters"]
     residual = train(config, config.parent / "residual", "connection=residual", *short)
-    assert residual["frac_parameters"] == 0
+    assert residual["connection_parameters"] == 0
     # All weights are drawn alike, and at the start the connections are identities: the first loss is the same.
     assert residual["first_loss"] == gpt["first_loss"]
     assert "note: no CUDA device: CPU lane over gloo" in residual["printed"]
