@@ -183,7 +183,7 @@ def _refuse(checkpoint: Path, name: str, values: tuple[Any, Any], what: str, rem
 
 
 def _has_no_influence(name: str) -> bool:
-    """What has checks of its own has none here: connections (`structure`), the vocabulary (`refuse_other_vocabulary`)."""
+    """Connections have a check of their own (`structure`), the vocabulary has `refuse_other_vocabulary`."""
     return is_connection_argument(name) or _WITHOUT_INFLUENCE.fullmatch(name) is not None
 
 
