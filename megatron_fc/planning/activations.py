@@ -3,18 +3,19 @@
 Every function lists what Megatron's layers keep with flash attention, fused SwiGLU and fused norms, for the tokens of
 one micro-batch on one rank. The lists were read off `torch.autograd.graph.saved_tensors_hooks` on real layers, and
 `tests/preflight/test_estimate.py` holds them to it. Symbols: T tokens of a rank, d width, t tensor-parallel size,
-e bytes of an element; a stream is T*d*e bytes, divided by t under sequence parallelism. A norm keeps 4 bytes of
-statistics per row, in fp32.
+e bytes of an element; a row is T*d*e bytes, divided by t under sequence parallelism, and the stream between sub-layers
+r rows, one but for a connection that widens it. A norm keeps 4 bytes of statistics per row, in fp32.
 """
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from megatron_fc.connections.costs.traffic import beta_bytes
+from megatron_fc.connections.costs import eager_memory
+from megatron_fc.connections.costs.traffic import Stream, beta_bytes
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Shape, Training
 
-Part = Literal["attention", "mlp", "frac", "head"]
+Part = Literal["attention", "mlp", "connections", "head"]
 _INDEX = 8  # bytes of an int64
 _FP32 = 4
 
@@ -36,40 +37,53 @@ class Kept(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Of a rank: tokens of attention, tokens of the stream (under sequence parallelism fewer), bytes of a stream."""
+    """Of a rank: tokens of attention, those between sub-layers (under sequence parallelism fewer), and their bytes.
+
+    Attributes:
+        row: d values of each of the latter.
+        stream: all values of each of the latter.
+    """
 
     tokens: float
-    stream_tokens: float
+    own_tokens: float
+    row: float
     stream: float
 
 
 def _sizes(shape: Shape, training: Training, layout: Layout) -> _Sizes:
     tokens = layout.micro_batch * shape.sequence / layout.context
     divided = tokens / layout.tensor if training.sequence_parallel else tokens
-    return _Sizes(tokens, divided, divided * shape.width * training.element_bytes)
+    value = divided * training.element_bytes
+    return _Sizes(tokens, divided, value * shape.width, value * shape.stream_width)
 
 
 def layer(shape: Shape, training: Training, layout: Layout, moe: bool) -> list[Kept]:
     """Kept by one layer, recompute apart."""
     sizes = _sizes(shape, training, layout)
     mlp = _moe(shape, training, layout, sizes) if moe else _dense(shape, training, layout, sizes)
-    return [*_attention(shape, training, layout, sizes), *mlp, *_frac(shape, training, sizes, moe)]
+    return [*_attention(shape, training, layout, sizes), *mlp, *_connections(shape, training, sizes, moe)]
 
 
-def layer_input(shape: Shape, training: Training, layout: Layout) -> float:
-    """Bytes of the residual stream, all that full recompute keeps of a layer."""
-    return _sizes(shape, training, layout).stream
+def stream(shape: Shape, training: Training, layout: Layout, is_embedding: bool = False) -> float:
+    """Bytes of the stream between sub-layers, all that full recompute keeps of a layer; it begins as the embedding."""
+    sizes = _sizes(shape, training, layout)
+    return sizes.row if is_embedding else sizes.stream
 
 
 def first(shape: Shape, training: Training, layout: Layout) -> list[Kept]:
-    """Kept by the embedding: token numbers."""
-    return [Kept("token numbers", "head", _INDEX * _sizes(shape, training, layout).tokens)]
+    """Kept by the embedding: token numbers, and itself where a norm slot that enters the stream is recomputed."""
+    sizes = _sizes(shape, training, layout)
+    kept = [Kept("token numbers", "head", _INDEX * sizes.tokens)]
+    if shape.is_wide and "layernorm" in training.recompute.freed:
+        kept.append(Kept("embedding", "connections", sizes.row))
+    return kept
 
 
 def last(shape: Shape, training: Training, layout: Layout) -> list[Kept]:
     """Kept by the last norm, the output layer and the loss, whose softmax is fp32."""
     sizes = _sizes(shape, training, layout)
     return [
+        *_leave(shape, sizes),
         *_norm("last norm", "head", sizes, ()),
         Kept("softmax of the logits", "head", _FP32 * sizes.tokens * shape.vocabulary / layout.tensor),
         Kept("targets and their mask", "head", (_INDEX + 1) * sizes.tokens),
@@ -82,6 +96,14 @@ def logits(shape: Shape, training: Training, layout: Layout) -> float:
     return training.element_bytes * sizes.tokens * shape.vocabulary / layout.tensor
 
 
+def connection_backward(shape: Shape, training: Training, layout: Layout) -> float:
+    """Bytes that a connection holds while its torch operations run backward; fused kernels hold none."""
+    if shape.connection is None or training.fused_connections:
+        return 0.0
+    per_token = eager_memory.width_backward(Stream(shape.width, training.element_bytes), shape.connection)
+    return per_token * _sizes(shape, training, layout).own_tokens
+
+
 def total(kept: Iterable[Kept], freed_by: Iterable[str] = ()) -> float:
     """Sum in bytes, without what selective recompute of these modules drops."""
     modules = set(freed_by)
@@ -91,9 +113,9 @@ def total(kept: Iterable[Kept], freed_by: Iterable[str] = ()) -> float:
 def _norm(name: str, part: Part, sizes: _Sizes, freed_by: tuple[str, ...]) -> list[Kept]:
     """The stream that is its input, its statistics, and its output, which the next product keeps."""
     return [
-        Kept(f"stream before {name}", part, sizes.stream),
-        Kept(f"statistics of {name}", part, _FP32 * sizes.stream_tokens, freed_by),
-        Kept(f"output of {name}", part, sizes.stream, freed_by),
+        Kept(f"stream before {name}", part, sizes.row, () if part == "head" else ("stream",)),
+        Kept(f"statistics of {name}", part, _FP32 * sizes.own_tokens, freed_by),
+        Kept(f"output of {name}", part, sizes.row, freed_by),
     ]
 
 
@@ -144,15 +166,15 @@ def _gate(elements: float, name: str, shape: Shape, training: Training, freed_by
 
 def _moe(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> list[Kept]:
     """Routed evenly: every rank's experts get as many rows as its own tokens send."""
-    rows = sizes.stream_tokens * shape.top_k * layout.expert_tensor
+    rows = sizes.own_tokens * shape.top_k * layout.expert_tensor
     e = training.element_bytes
     routing = 3 * _FP32 * shape.experts + 2 * _INDEX * shape.top_k + _FP32
     order = 3 * _INDEX * shape.top_k
     kept = [
         *_norm("the experts' norm", "mlp", sizes, ("layernorm",)),
         # Softmax, and what the two losses of the router need; which experts, and how rows are ordered.
-        Kept("routing", "mlp", sizes.stream_tokens * routing, ("moe",)),
-        Kept("order of rows", "mlp", sizes.stream_tokens * order, ("moe",)),
+        Kept("routing", "mlp", sizes.own_tokens * routing, ("moe",)),
+        Kept("order of rows", "mlp", sizes.own_tokens * order, ("moe",)),
         Kept("rows of the experts", "mlp", e * rows * shape.width, ("moe",)),
         Kept("probabilities of rows", "mlp", _FP32 * rows, ("moe",)),
         *_gate(rows * shape.expert_ffn / layout.expert_tensor, "the experts", shape, training, ("moe",)),
@@ -163,16 +185,27 @@ def _moe(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> lis
     return kept
 
 
-def _frac(shape: Shape, training: Training, sizes: _Sizes, moe: bool) -> list[Kept]:
-    """Of two sites: o, beta, and x where no kernel applies the norm in the same pass; h is kept anyway."""
-    if shape.frac is None:
+def _connections(shape: Shape, training: Training, sizes: _Sizes, moe: bool) -> list[Kept]:
+    """Of two sites: o, beta, and x where no kernel applies the norm in the same pass; a row of h is kept anyway."""
+    if shape.connection is None:
         return []
-    beta = beta_bytes(shape.frac) * sizes.stream_tokens
+    beta, beyond = beta_bytes(shape.connection) * sizes.own_tokens, sizes.stream - sizes.row
     kept = []
     for name, apart in zip(("attention", "the MLP"), training.norms_of(moe), strict=True):
         in_kernel = training.fused_connections and apart
-        kept.append(Kept(f"output of {name}", "frac", sizes.stream))
-        kept.append(Kept(f"beta of {name}", "frac", beta))
-        if not in_kernel and not training.recompute.frac:
-            kept.append(Kept(f"input of {name} before its norm", "frac", sizes.stream, ("layernorm",)))
+        if shape.is_wide:
+            kept.append(Kept(f"other rows of the stream before {name}", "connections", beyond, ("stream",)))
+        kept.append(Kept(f"output of {name}", "connections", sizes.row))
+        kept.append(Kept(f"beta of {name}", "connections", beta))
+        if not in_kernel and not training.recompute.connections:
+            freed_by = ("layernorm", "stream") if apart else ("layernorm",)
+            kept.append(Kept(f"input of {name} before its norm", "connections", sizes.row, freed_by))
     return kept
+
+
+def _leave(shape: Shape, sizes: _Sizes) -> list[Kept]:
+    """Of a learned leave under autograd, in fp32: the stream, as it is and normed, a statistic, 3 values per slot."""
+    if shape.connection is None or not shape.connection.leave_shapes(shape.width):
+        return []
+    per_token = 2 * shape.stream_width + 1 + 3 * shape.connection.slots
+    return [Kept("stream that is left", "connections", _FP32 * sizes.own_tokens * per_token)]

@@ -15,7 +15,7 @@ class Flops:
         mlp, router: k of E experts and the shared one where there are experts; router and the shared one's gate, which
             Megatron's count leaves out.
         head: output layer.
-        frac: Frac-Connections.
+        connections: between sub-layers.
     """
 
     attention: float = 0.0
@@ -23,11 +23,11 @@ class Flops:
     mlp: float = 0.0
     router: float = 0.0
     head: float = 0.0
-    frac: float = 0.0
+    connections: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.attention + self.scores + self.mlp + self.router + self.head + self.frac
+        return self.attention + self.scores + self.mlp + self.router + self.head + self.connections
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(**{part: count + getattr(other, part) for part, count in vars(self).items()})
@@ -45,13 +45,14 @@ def layer(shape: Shape, moe: bool) -> Flops:
         scores=2 * shape.sequence * queries,
         mlp=2 * d * shape.matrices * ffn,
         router=2 * d * (shape.experts + shape.shared_gate) if moe else 0,
-        frac=2 * connection.site(shape.frac, d) if shape.frac else 0,
+        connections=2 * connection.site(shape.connection, d) if shape.connection else 0,
     )
 
 
 def forward(shape: Shape) -> Flops:
     """Of a token through the whole model."""
-    total = Flops(head=2 * shape.width * shape.vocabulary)
+    leave = connection.leave(shape.connection, shape.width) if shape.connection else 0
+    total = Flops(head=2 * shape.width * shape.vocabulary, connections=leave)
     for moe in shape.moe_layers:
         total += layer(shape, moe)
     return total
@@ -81,13 +82,14 @@ def recomputed(shape: Shape, training: Training, chunk: int) -> Flops:
 
 
 def layer_again(shape: Shape, training: Training, moe: bool) -> Flops:
-    """What selective recompute, or that of the Frac-Connections, runs again in a layer."""
+    """What selective recompute, or that of the connections or of the stream, runs again in a layer."""
     once, freed = layer(shape, moe), training.recompute.freed
     whole_mlp = ("moe" if moe else "mlp") in freed
-    width = 2 * connection.width(shape.frac, shape.width) if shape.frac else 0
+    width = once.connections - 2 * connection.depth(shape.connection, shape.width) if shape.connection else 0
+    stream = once.connections if "stream" in freed else 0
     return Flops(
         scores=once.scores if "core_attn" in freed else 0.0,
         mlp=once.mlp if whole_mlp else 0.0,
         router=once.router if whole_mlp else 0.0,
-        frac=width * (training.recompute.frac + ("layernorm" in freed)),
+        connections=width * (training.recompute.connections + ("layernorm" in freed)) + stream,
     )

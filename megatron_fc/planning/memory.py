@@ -1,7 +1,7 @@
 """Bytes of a rank: weights, gradients, optimizer, activations; which pipeline stage needs most."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_fc.planning import activations, parameters
@@ -20,8 +20,10 @@ class Memory:
     Attributes:
         stage: rank in the pipeline.
         weights, gradients, optimizer: as Megatron's DDP and its optimizer hold them.
-        activations: kept for backward, of all micro-batches in flight; frac_activations: of them by Frac-Connections.
-        temporary: the largest that lives for a moment: logits, or gradients inside a sub-layer and what is recomputed.
+        activations: kept for backward, of all micro-batches in flight; connection_activations: what is more of them
+            than with plain residuals.
+        temporary: the largest that lives for a moment: logits, or gradients inside a sub-layer or a connection and what
+            is recomputed; and streams that have come from other stages.
     """
 
     stage: int
@@ -29,7 +31,7 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
-    frac_activations: float
+    connection_activations: float
     temporary: float
 
     @property
@@ -49,25 +51,26 @@ def of_stage(shape: Shape, training: Training, layout: Layout, stage: int) -> Me
     for chunk in parameters.share_of_stage(shape, layout, stage):
         held += chunk
     held_back = _activations(shape, training, layout, stage)
+    plain = held_back if shape.connection is None else _activations(*_residual(shape, training), layout, stage)
     return Memory(
         stage=stage,
         weights=weight_bytes(held, training),
         gradients=gradient_bytes(held, training),
         optimizer=optimizer_bytes(held, training, layout),
         activations=held_back.kept,
-        frac_activations=held_back.frac,
+        connection_activations=held_back.kept - plain.kept,
         temporary=held_back.temporary,
     )
 
 
 def weight_bytes(held: Parameters, training: Training) -> float:
-    """Frac-Connections are fp32 in a model of any dtype."""
-    return training.element_bytes * (held.total - held.frac) + _FP32 * held.frac
+    """Connections are fp32 in a model of any dtype."""
+    return training.element_bytes * (held.total - held.connections) + _FP32 * held.connections
 
 
 def gradient_bytes(held: Parameters, training: Training) -> float:
     """DDP's buffer has all of them; those of fp32 parameters are fp32."""
-    return training.gradient_bytes * (held.total - held.frac) + _FP32 * held.frac
+    return training.gradient_bytes * (held.total - held.connections) + _FP32 * held.connections
 
 
 def optimizer_bytes(held: Parameters, training: Training, layout: Layout) -> float:
@@ -80,7 +83,7 @@ def optimizer_bytes(held: Parameters, training: Training, layout: Layout) -> flo
     if training.distributed_optimizer:
         dense, experts = layout.data * layout.context, layout.expert_data
     half = (held.split + held.whole) / dense + held.experts / experts
-    return (master + training.moment_bytes) * half + training.moment_bytes * held.frac / dense
+    return (master + training.moment_bytes) * half + training.moment_bytes * held.connections / dense
 
 
 def checkpoint_bytes(shape: Shape, training: Training) -> tuple[float, float]:
@@ -113,24 +116,29 @@ def in_flight(training: Training, layout: Layout, stage: int) -> list[int]:
 
 
 class _Held(NamedTuple):
-    """Bytes of a micro-batch in one model chunk: kept, those of Frac-Connections among them, the largest temporary."""
+    """Bytes of a micro-batch in one model chunk: kept, the largest temporary."""
 
     kept: float
-    frac: float
     temporary: float
+
+
+def _residual(shape: Shape, training: Training) -> tuple[Shape, Training]:
+    """The same model with plain residuals, which know no recompute of connections."""
+    recompute = replace(training.recompute, connections=False, stream_layers=0)
+    return replace(shape, connection=None), replace(training, recompute=recompute)
 
 
 def _activations(shape: Shape, training: Training, layout: Layout, stage: int) -> _Held:
     """Of all micro-batches in flight on a rank of a stage."""
-    kept = frac = temporary = 0.0
+    kept = temporary = 0.0
     chunks = parameters.chunk_layers(shape.layers, layout, stage)
     for number, (layers, copies) in enumerate(zip(chunks, in_flight(training, layout, stage), strict=True)):
         is_first = stage == number == 0
         is_last = stage == layout.pipeline - 1 and number == layout.virtual_pipeline - 1
         held = _of_chunk(shape, training, layout, layers, is_first, is_last)
-        kept, frac = kept + copies * held.kept, frac + copies * held.frac
+        kept += copies * held.kept
         temporary = max(temporary, held.temporary)
-    return _Held(kept, frac, temporary)
+    return _Held(kept, temporary + _received(shape, training, layout, stage))
 
 
 def _of_chunk(shape: Shape, training: Training, layout: Layout, layers: range, is_first: bool, is_last: bool) -> _Held:
@@ -138,21 +146,35 @@ def _of_chunk(shape: Shape, training: Training, layout: Layout, layers: range, i
     tensors = {moe: activations.layer(shape, training, layout, moe) for moe in set(shape.moe_layers)}
     spans = recompute.spans(layers)
     again = {index for span in spans for index in span}
-    kept = len(spans) * activations.layer_input(shape, training, layout)
-    frac = temporary = 0.0
+    stream, groups = activations.stream(shape, training, layout), recompute.groups(layers)
+    kept = len(groups) * stream
+    kept += sum(activations.stream(shape, training, layout, is_embedding=span.start == 0) for span in spans)
+    temporary = activations.connection_backward(shape, training, layout)
     for index in layers:
         of_layer = tensors[shape.moe_layers[index]]
         if index not in again:
             kept += activations.total(of_layer, recompute.freed)
-            frac += activations.total((t for t in of_layer if t.part == "frac"), recompute.freed)
-        temporary = max(temporary, *(_in_backward(of_layer, part, recompute) for part in ("attention", "mlp")))
+        in_backward = (_in_backward(of_layer, part, recompute) for part in ("attention", "mlp"))
+        # Beside a sub-layer that runs backward waits the gradient of the stream around it.
+        temporary = max(temporary, stream * shape.is_wide + max(in_backward))
     temporary += max((sum(activations.total(tensors[shape.moe_layers[i]]) for i in span) for span in spans), default=0)
+    temporary += max(((2 * len(group) - 1) * stream for group in groups), default=0)
     if is_first:
         kept += activations.total(activations.first(shape, training, layout))
     if is_last:
         kept += activations.total(activations.last(shape, training, layout))
         temporary = max(temporary, activations.logits(shape, training, layout))
-    return _Held(kept, frac, temporary)
+    return _Held(kept, temporary)
+
+
+def _received(shape: Shape, training: Training, layout: Layout, stage: int) -> float:
+    """Streams that have come from other stages and are not kept as activations.
+
+    The gradient of a stage's output, while it runs backward; with virtual stages also the next micro-batch's input.
+    """
+    if layout.pipeline == 1 or (layout.virtual_pipeline == 1 and stage == layout.pipeline - 1):
+        return 0.0
+    return (1 + (layout.virtual_pipeline > 1)) * activations.stream(shape, training, layout)
 
 
 def _in_backward(of_layer: list[Kept], part: Part, recompute: Recompute) -> float:

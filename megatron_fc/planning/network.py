@@ -1,9 +1,9 @@
 """The model of network traffic: the bytes of every collective of a training step, from plain integers.
 
-Symbols: t tokens of a micro-batch on a rank before tensor parallelism, d the width of the residual stream, e the bytes
-of an activation; "the stream" is t x d x e bytes. Frac-Connections add their parameters' gradients and weights to the
-data-parallel sums and, under sequence parallelism, to the tensor-parallel one; they add no activation bytes: the stream
-stays t x d whatever the frac-rate, where Hyper-Connections would send n of them from stage to stage.
+Symbols: t tokens of a micro-batch on a rank before tensor parallelism, d the width of the model, e the bytes of a
+value; "the activation" that a sub-layer takes or returns is t x d x e bytes. Connections add their parameters'
+gradients and weights to the data-parallel sums and, under sequence parallelism, to the tensor-parallel one. Pipeline
+stages send the stream, r activations: one of Frac-Connections, n of Hyper-Connections.
 
 Not modelled are a few bytes a step, for norms of gradients, losses to report and counts of tokens, and what Megatron
 can be told to send in FP8 or past torch.distributed (DeepEP, NVSHMEM, Transformer Engine's user buffers).
@@ -116,7 +116,7 @@ class _Step:
         self.counts: NetworkCounts = {}
         self.micro_batches = layout.accumulation_steps
         self.tokens = layout.micro_batch * shape.sequence // layout.context
-        self.stream_bytes = self.tokens * shape.width * training.element_bytes
+        self.activation_bytes = self.tokens * shape.width * training.element_bytes
         chunks = share_of_stage(shape, layout, self.at.stage)
         self.parameters = sum(chunks, start=Parameters())
         # Megatron divides tokens among tensor-parallel ranks between sub-layers, or has them whole on all.
@@ -128,10 +128,10 @@ class _Step:
         Backward of the divided form gathers the gradient; autograd has nothing to send for the other.
         """
         if self.is_divided:
-            self._ring("forward", "tp", "reduce_scatter", self.stream_bytes, self.micro_batches)
-            self._ring("backward", "tp", "all_gather", self.stream_bytes, self.micro_batches)
+            self._ring("forward", "tp", "reduce_scatter", self.activation_bytes, self.micro_batches)
+            self._ring("backward", "tp", "all_gather", self.activation_bytes, self.micro_batches)
         else:
-            self._ring("forward", "tp", "all_reduce", self.stream_bytes, self.micro_batches)
+            self._ring("forward", "tp", "all_reduce", self.activation_bytes, self.micro_batches)
 
     def attention(self, again: bool) -> None:
         """Two linear layers, linear_qkv and linear_proj: see `_linear_pair`."""
@@ -145,21 +145,21 @@ class _Step:
         """ColumnParallelLinear, then RowParallelLinear.
 
         Without sequence parallelism RowParallelLinear sums its output, and in backward LinearWithGradAccumulation sums
-        the gradient of the first one's input: an all-reduce of the stream each. With it, the first gathers its input
-        and the second reduce-scatters its output; backward does the opposite for both gradients, and gathers the
+        the gradient of the first one's input: an all-reduce of the activation each. With it, the first gathers its
+        input and the second reduce-scatters its output; backward does the opposite for both gradients, and gathers the
         first one's input again for the gradient of its weight, since only the divided one was kept.
         """
         for phase in _forward_phases(again):
             if self.is_divided:
-                self._ring(phase, "tp", "all_gather", self.stream_bytes, self.micro_batches)
-                self._ring(phase, "tp", "reduce_scatter", self.stream_bytes, self.micro_batches)
+                self._ring(phase, "tp", "all_gather", self.activation_bytes, self.micro_batches)
+                self._ring(phase, "tp", "reduce_scatter", self.activation_bytes, self.micro_batches)
             else:
-                self._ring(phase, "tp", "all_reduce", self.stream_bytes, self.micro_batches)
+                self._ring(phase, "tp", "all_reduce", self.activation_bytes, self.micro_batches)
         if self.is_divided:
-            self._ring("backward", "tp", "all_gather", self.stream_bytes, 2 * self.micro_batches)
-            self._ring("backward", "tp", "reduce_scatter", self.stream_bytes, self.micro_batches)
+            self._ring("backward", "tp", "all_gather", self.activation_bytes, 2 * self.micro_batches)
+            self._ring("backward", "tp", "reduce_scatter", self.activation_bytes, self.micro_batches)
         else:
-            self._ring("backward", "tp", "all_reduce", self.stream_bytes, self.micro_batches)
+            self._ring("backward", "tp", "all_reduce", self.activation_bytes, self.micro_batches)
 
     def context_parallel(self, again: bool) -> None:
         """Keys and values go around the ring of context-parallel ranks (`cp_comm_type` p2p, Megatron's default).
@@ -216,23 +216,25 @@ class _Step:
         the label's logit, the sum of exponentials; the fused form sends the last two at once.
         """
         if self.is_divided:
-            self._ring("forward", "tp", "all_gather", self.stream_bytes, self.micro_batches)
-            self._ring("backward", "tp", "all_gather", self.stream_bytes, self.micro_batches)
-            self._ring("backward", "tp", "reduce_scatter", self.stream_bytes, self.micro_batches)
+            self._ring("forward", "tp", "all_gather", self.activation_bytes, self.micro_batches)
+            self._ring("backward", "tp", "all_gather", self.activation_bytes, self.micro_batches)
+            self._ring("backward", "tp", "reduce_scatter", self.activation_bytes, self.micro_batches)
         else:
-            self._ring("backward", "tp", "all_reduce", self.stream_bytes, self.micro_batches)
+            self._ring("backward", "tp", "all_reduce", self.activation_bytes, self.micro_batches)
         self._ring("forward", "tp", "all_reduce", self.tokens * _FP32_BYTES, 3 * self.micro_batches)
 
     def pipeline(self) -> None:
         """P2PCommunicator: the stream after every chunk but the last, its gradient before every chunk but the first.
 
+        The stream is r activations, and stages exchange it whole (`megatron_fc.megatron.stream`).
         Chunks are dealt out in turn, so that the last stage sends the outputs of all its chunks but one to the first
         stage. Under sequence parallelism a rank sends its part of the tokens.
         """
         pipeline, chunks = self.layout.pipeline, self.layout.virtual_pipeline
         if pipeline == 1:
             return
-        part_bytes = self.stream_bytes // (self.layout.tensor if self.is_divided else 1)
+        stream_bytes = self.activation_bytes * self.shape.stream_width // self.shape.width
+        part_bytes = stream_bytes // (self.layout.tensor if self.is_divided else 1)
         outputs = chunks if self.at.stage < pipeline - 1 else chunks - 1
         gradients = chunks if self.at.stage > 0 else chunks - 1
         self._send("optimizer", "pp", part_bytes, outputs * self.micro_batches)
@@ -242,7 +244,7 @@ class _Step:
         """DistributedDataParallel sums gradients once a step; the distributed optimizer divides them and the weights.
 
         Experts that lie on other ranks than all else (EP above 1, or ETP not TP) are summed over those that hold the
-        same ones, all else over data- and context-parallel ranks. Frac-Connections keep fp32 weights. Megatron pads
+        same ones, all else over data- and context-parallel ranks. Connections keep fp32 weights. Megatron pads
         the divided buffers: each parameter starts at a multiple of 64 elements, a bucket ends at a multiple of DP and
         128; left out here.
         """
@@ -250,7 +252,7 @@ class _Step:
         has_own_group = self.layout.expert > 1 or self.layout.expert_tensor != self.layout.tensor
         dense = own.split + own.whole + (0 if has_own_group else own.experts)
         self._gradients("dp-cp", dense, element_bytes)
-        self._gradients("dp-cp", own.frac, _FP32_BYTES)
+        self._gradients("dp-cp", own.connections, _FP32_BYTES)
         if has_own_group:
             self._gradients("expert_dp", own.experts, element_bytes)
 
@@ -268,12 +270,12 @@ class _Step:
     def replicated_gradients(self) -> None:
         """_allreduce_non_tensor_model_parallel_grads: of parameters that tensor-parallel ranks apply to other tokens.
 
-        Under sequence parallelism norms, routers, biases and Frac-Connections; the norms of queries and keys always,
+        Under sequence parallelism norms, routers, biases and connections; the norms of queries and keys always,
         since ranks have other heads.
         """
         own, training = self.parameters, self.training
         if self.is_divided:
-            replicated = own.whole + own.frac
+            replicated = own.whole + own.connections
         else:
             layers = sum(len(layers) for layers in chunk_layers(self.shape.layers, self.layout, self.at.stage))
             replicated = self.shape.qk_norm * 2 * self.shape.norm_vectors * self.shape.head_size * layers

@@ -184,26 +184,29 @@ def _connections(shape: Shape, training: Training, layout: Layout, tokens: int, 
 
 
 def connection_moves(shape: Shape, training: Training, moe: bool, in_a_row: float = 1) -> Moves:
-    """Bytes of a layer's residual or Frac-Connections and norms; backward includes what it recomputes of them.
+    """Bytes of a layer's residual or connections and norms; backward includes what it recomputes of them.
 
     Of so many layers in a row all but the first meet the one before them; layers that full recompute runs again do not.
     """
     stream, apart = Stream(shape.width, training.element_bytes, shape.norm_vectors), sum(training.norms_of(moe))
-    frac, freed = shape.frac, "layernorm" in training.recompute.freed
-    if frac is None:
+    connection, freed = shape.connection, "layernorm" in training.recompute.freed
+    if connection is None:
         moves = fused_residual(stream) if training.fused_residual else residual(stream)
         return moves + _again(norm(stream)) * (freed * apart)
-    times = freed + training.recompute.frac
+    times = freed + training.recompute.connections
     if not training.fused_connections:
-        moves = torch_backend(stream, frac)
-        return moves + _again(moves) * (times / 2)  # width connections and norms are about half of it
+        moves = torch_backend(stream, connection)
+        again = _again(moves) * (times / 2)  # width connections and norms are about half of it
+        if "stream" in training.recompute.freed:
+            again += _again(moves + norm(stream) * -2)
+        return moves + again
     if freed:  # the norm slot's tensors, and with them what the depth connection would take over
-        moves = layer_pure(stream, frac)
-    elif training.recompute.frac:
-        moves = layer_in_two_operations(stream, frac)
+        moves = layer_pure(stream, connection)
+    elif training.recompute.connections:
+        moves = layer_in_two_operations(stream, connection)
     else:
-        moves = layers_in_a_row(stream, frac, 1 if training.recompute.granularity == "full" else in_a_row)
-    return moves + norm(stream) * (2 - apart) + _again(width_norm(stream, frac)) * (2 * times)
+        moves = layers_in_a_row(stream, connection, 1 if training.recompute.granularity == "full" else in_a_row)
+    return moves + norm(stream) * (2 - apart) + _again(width_norm(stream, connection)) * (2 * times)
 
 
 def _again(moves: Moves) -> Moves:

@@ -1,6 +1,7 @@
 """Parameters of a model, and those of them that a rank holds."""
 
 from dataclasses import dataclass
+from math import prod
 
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Shape
@@ -14,31 +15,34 @@ class Parameters:
         split: divided among tensor-parallel ranks.
         whole: the same on all of them, in the model's dtype.
         experts: divided among expert- and expert-tensor-parallel ranks.
-        frac: of Frac-Connections: the same on all ranks, fp32.
+        connections: of the connections: the same on all ranks, fp32.
     """
 
     split: int = 0
     whole: int = 0
     experts: int = 0
-    frac: int = 0
+    connections: int = 0
 
     @property
     def total(self) -> int:
-        return self.split + self.whole + self.experts + self.frac
+        return self.split + self.whole + self.experts + self.connections
 
     def __add__(self, other: "Parameters") -> "Parameters":
         return Parameters(
-            self.split + other.split, self.whole + other.whole, self.experts + other.experts, self.frac + other.frac
+            self.split + other.split,
+            self.whole + other.whole,
+            self.experts + other.experts,
+            self.connections + other.connections,
         )
 
     def on_a_rank(self, layout: Layout) -> "Parameters":
         """Those that one rank of a layout holds."""
         experts = self.experts // (layout.expert * layout.expert_tensor)
-        return Parameters(self.split // layout.tensor, self.whole, experts, self.frac)
+        return Parameters(self.split // layout.tensor, self.whole, experts, self.connections)
 
 
 def layer(shape: Shape, moe: bool) -> Parameters:
-    """Of one layer: attention, an MLP or its experts, two norms, two Frac-Connections."""
+    """Of one layer: attention, an MLP or its experts, two norms, two connections."""
     d, first, gates = shape.width, shape.query_width + 2 * shape.key_width, shape.matrices - 1
     split = d * (first + shape.query_width)
     whole = 2 * shape.norm_vectors * d
@@ -56,8 +60,8 @@ def layer(shape: Shape, moe: bool) -> Parameters:
     if moe:
         whole += (shape.experts + shape.shared_gate) * d
         experts = shape.experts * shape.matrices * d * shape.expert_ffn
-    frac = 2 * shape.frac.parameter_count(d) if shape.frac else 0
-    return Parameters(split, whole, experts, frac)
+    connections = 2 * shape.connection.parameter_count(d) if shape.connection else 0
+    return Parameters(split, whole, experts, connections)
 
 
 def embedding(shape: Shape) -> Parameters:
@@ -66,10 +70,14 @@ def embedding(shape: Shape) -> Parameters:
 
 
 def head(shape: Shape, has_embedding: bool = False) -> Parameters:
-    """Of the last norm and the output layer; with tied weights a last stage without the embedding has a copy."""
+    """Of the last norm, the output layer and a learned leave.
+
+    With tied weights a last stage without the embedding has a copy.
+    """
     copy_of_embedding = shape.tied and has_embedding
     split = 0 if copy_of_embedding else shape.vocabulary * shape.width
-    return Parameters(split=split, whole=shape.norm_vectors * shape.width)
+    leave = shape.connection.leave_shapes(shape.width) if shape.connection else {}
+    return Parameters(split=split, whole=shape.norm_vectors * shape.width, connections=sum(map(prod, leave.values())))
 
 
 def model(shape: Shape) -> Parameters:

@@ -102,7 +102,7 @@ class Plan:
         """Return plain values for JSON."""
         weights, checkpoint = self.checkpoint_bytes
         seconds = asdict(self.step) | {"total": self.step.total}
-        moved, sent = seconds.pop("hbm_bytes"), seconds.pop("network_bytes")
+        moved, sent, staged = (seconds.pop(f"{what}_bytes") for what in ("hbm", "network", "pipeline"))
         return {
             "run": self.name,
             "gpu": asdict(self.gpu),
@@ -118,7 +118,8 @@ class Plan:
             "memory_bytes": asdict(self.memory) | {"total": self.memory.total, "usable": self.usable_bytes},
             "fits": self.fits,
             "step_seconds": seconds,
-            "step_bytes": {"hbm": moved, "network": sent},
+            "step_bytes": {"hbm": moved, "network": sent, "pipeline": staged},
+            "stream_width": self.shape.stream_width,
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "target_tokens": self.training.target_tokens,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from megatron_fc.errors import UserError
 from megatron_fc.planning import links, memory, operations, parameters
+from megatron_fc.planning.counts import NetworkCounts
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.operations import Operation, Pass
@@ -49,7 +50,7 @@ class StepTime:
         bubble: of the pipeline, without what waits once a step.
         optimizer: the update.
         hidden_network: collectives that run beside computation; no part of the total.
-        hbm_bytes, network_bytes: that a rank moves and sends in a step.
+        hbm_bytes, network_bytes: that a rank moves and sends in a step; pipeline_bytes: of the latter to other stages.
     """
 
     compute: float
@@ -60,6 +61,7 @@ class StepTime:
     hidden_network: float
     hbm_bytes: float
     network_bytes: float
+    pipeline_bytes: float
 
     @property
     def total(self) -> float:
@@ -175,8 +177,13 @@ def _of_stage(
         optimizer=update / rates.memory,
         hidden_network=network.hidden,
         hbm_bytes=micro_batches * (forward.bytes + backward.bytes) + update,
-        network_bytes=sum(count.intra_node_bytes + count.inter_node_bytes for count in counts.values()),
+        network_bytes=_sent(counts),
+        pipeline_bytes=_sent({key: count for key, count in counts.items() if key.group == "pp"}),
     )
+
+
+def _sent(counts: NetworkCounts) -> float:
+    return sum(count.intra_node_bytes + count.inter_node_bytes for count in counts.values())
 
 
 def _update_bytes(shape: Shape, training: Training, layout: Layout, stage: int) -> float:

@@ -11,7 +11,7 @@ class Shape:
 
     Attributes:
         moe_layers: for every layer whether it is a mixture of experts.
-        width: d, of the residual stream.
+        width: d, of sub-layers' inputs and outputs.
         heads, groups, head_size: of attention; groups are the key-value heads.
         ffn: f, of a dense layer's MLP.
         experts, top_k, expert_ffn: E, k and f of the routed experts; shared_ffn is that of the shared one, 0 for none;
@@ -24,7 +24,7 @@ class Shape:
         qk_norm: queries and keys are normed per head.
         rotary: positions rotate queries and keys; learned_positions: else their number, 0 for none.
         linear_bias, qkv_bias: of all linear layers, of the attention's first one.
-        frac: the connections, None for plain residuals.
+        connection: between sub-layers, None for plain residuals.
     """
 
     moe_layers: tuple[bool, ...]
@@ -48,11 +48,21 @@ class Shape:
     learned_positions: int = 0
     linear_bias: bool = False
     qkv_bias: bool = False
-    frac: ConnectionConfig | None = None
+    connection: ConnectionConfig | None = None
 
     @property
     def layers(self) -> int:
         return len(self.moe_layers)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the stream between sub-layers is wider than the model."""
+        return self.connection is not None and self.connection.is_wide
+
+    @property
+    def stream_width(self) -> int:
+        """Of the stream between sub-layers: r*d."""
+        return self.width if self.connection is None else self.connection.stream_width(self.width)
 
     @property
     def query_width(self) -> int:
@@ -78,19 +88,22 @@ class Recompute:
         modules: of selective: core_attn, layernorm, moe_act, mlp, moe, shared_experts.
         method: of full: uniform or block.
         layers: of full: as recompute_num_layers.
-        frac: option `recompute` of the Frac-Connections.
+        connections: option `recompute` of Frac-Connections.
+        stream_layers: layers that keep a stream wider than the model once together, 0 where each sub-layer keeps it.
     """
 
     granularity: str = "none"
     modules: tuple[str, ...] = ()
     method: str = "uniform"
     layers: int = 1
-    frac: bool = False
+    connections: bool = False
+    stream_layers: int = 0
 
     @property
     def freed(self) -> tuple[str, ...]:
-        """Modules of selective recompute."""
-        return self.modules if self.granularity == "selective" else ()
+        """Modules of selective recompute; `stream` for that of the stream, whose groups keep it once each."""
+        modules = self.modules if self.granularity == "selective" else ()
+        return (*modules, "stream") if self.stream_layers else modules
 
     def spans(self, layers: range) -> list[range]:
         """Layers of a model chunk that full recompute runs again, those between two kept streams together."""
@@ -100,9 +113,17 @@ class Recompute:
             return [range(index, index + 1) for index in layers[: self.layers]]
         return [layers[at : at + self.layers] for at in range(0, len(layers), self.layers)]
 
+    def groups(self, layers: range) -> list[range]:
+        """Layers of a model chunk that keep the stream once together: a new group begins every `stream_layers`."""
+        if not self.stream_layers:
+            return []
+        starts = [index for index in layers if index == layers.start or index % self.stream_layers == 0]
+        return [range(start, end) for start, end in zip(starts, [*starts[1:], layers.stop], strict=True)]
+
     def __str__(self) -> str:
         words = {"none": "none", "selective": f"selective {', '.join(self.modules)}", "full": "full"}
-        return words[self.granularity] + (", frac" if self.frac else "")
+        stream = f", stream of {self.stream_layers} layers" if self.stream_layers else ""
+        return words[self.granularity] + (", connections" if self.connections else "") + stream
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,7 @@ class Training:
     """How a model is trained, as far as memory and time depend on it.
 
     Attributes:
-        element_bytes: of a weight and of an activation; Frac-Connections keep their own parameters in fp32.
+        element_bytes: of a weight and of an activation; connections keep their own parameters in fp32.
         gradient_bytes, master_bytes, moment_bytes: of a parameter's gradient, of its fp32 copy (none where the weight
             is fp32 itself), of both moments together.
         distributed_optimizer: master weights and moments are divided among data-parallel ranks.

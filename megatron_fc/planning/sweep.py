@@ -128,13 +128,14 @@ def _recomputes(plan: Plan) -> list[Recompute]:
 
     Neither experts nor whole layers run again where the experts' communication overlaps.
     """
-    frac, kinds = plan.training.recompute.frac, sorted({"moe" if moe else "mlp" for moe in plan.shape.moe_layers})
+    kinds = sorted({"moe" if moe else "mlp" for moe in plan.shape.moe_layers})
+    plain = replace(plan.training.recompute, granularity="none", modules=(), method="uniform", layers=1)
     if plan.training.overlap_experts:
-        return [Recompute(frac=frac)]
+        return [plain]
     return [
-        Recompute(frac=frac),
-        Recompute("selective", modules=tuple(kinds), frac=frac),
-        Recompute("full", frac=frac),
+        plain,
+        replace(plain, granularity="selective", modules=tuple(kinds)),
+        replace(plain, granularity="full"),
     ]
 
 

@@ -9,6 +9,7 @@ from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.sweep import Sweep, overrides
 
 _GIB, _GB = 2**30, 1e9
+_GIGA = 1e9
 _BAR = 20  # characters of a whole bar
 _LISTED = 8
 
@@ -67,23 +68,39 @@ def _run(plan: Plan) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     active = parameters.active(plan.shape)
-    frac = f"; Frac-Connections {counts.frac:,}" if counts.frac else ""
-    table.add_row("parameters", f"{counts.total:,}, active {active:,}{frac}")
+    connections = f"; connections {counts.connections:,}" if counts.connections else ""
+    table.add_row("parameters", f"{counts.total:,}, active {active:,}{connections}")
     table.add_row("layout", f"DP{layout.data:,} {_layout(plan)}" + _experts(plan))
     table.add_row(
         "batch",
         f"{layout.global_batch:,} x {plan.shape.sequence:,} = {plan.tokens_per_step:,} tokens; micro-batch "
         f"{layout.micro_batch} x DP{layout.data:,} x {layout.accumulation_steps:,} accumulation steps",
     )
-    forward = plan.forward
-    table.add_row(
-        "FLOPs/token",
-        f"forward {forward.total:.3g}, backward {2 * forward.total:.3g}, recompute {plan.recomputed.total:.3g}; "
-        f"Frac-Connections {forward.frac / forward.total:.2%}",
-    )
+    if layout.pipeline > 1:
+        table.add_row("pipeline", _pipeline(plan))
+    table.add_row("FLOPs/token", _flops(plan))
     weights, checkpoint = plan.checkpoint_bytes
     table.add_row("checkpoint", f"{checkpoint / _GB:,.1f} GB, of it weights {weights / _GB:,.1f} GB")
     return table
+
+
+def _pipeline(plan: Plan) -> str:
+    """What stages exchange, in which connections differ."""
+    width, ratio = plan.shape.stream_width, plan.shape.stream_width // plan.shape.width
+    times = f"{ratio} x hidden_size" if ratio > 1 else "hidden_size"
+    sent = plan.step.pipeline_bytes / _GB
+    return f"stages exchange {width:,} values per token, {times}; a rank sends {sent:,.1f} GB of them a step"
+
+
+def _flops(plan: Plan) -> str:
+    forward, again = plan.forward, plan.recomputed.total / _GIGA
+    words = (
+        f"forward {forward.total / _GIGA:.3g} G, backward {2 * forward.total / _GIGA:.3g} G, recompute {again:.3g} G"
+    )
+    if plan.shape.connection is None:
+        return words
+    share = forward.connections / forward.total
+    return f"{words}; connections {forward.connections / _GIGA:.5f} G of the forward pass, {share:.2%}"
 
 
 def _memory(plan: Plan) -> Table:
@@ -92,12 +109,12 @@ def _memory(plan: Plan) -> Table:
         "weights": memory.weights,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
-        "activations": memory.activations - memory.frac_activations,
-        "  of Frac-Connections": memory.frac_activations,
+        "activations": memory.activations - memory.connection_activations,
+        "  of connections": memory.connection_activations,
         "temporary": memory.temporary,
     }
-    if plan.shape.frac is None:
-        del rows["  of Frac-Connections"]
+    if plan.shape.connection is None:
+        del rows["  of connections"]
     stage = f", stage {memory.stage} of {plan.layout.pipeline}, the worst" if plan.layout.pipeline > 1 else ""
     table = _grid(f"Memory of a rank{stage}")
     table.add_column(style="bold", no_wrap=True)

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import FracConfig
-from megatron_fc.connections.kernels.availability import TRITON_RATES
+from megatron_fc.connections.kernels.availability import TRITON_RATES, unknown_option
 from megatron_fc.errors import UserError
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.plan import Plan
@@ -74,17 +75,15 @@ def shape_of(run: Validated) -> Shape:
         learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
         linear_bias=args.add_bias_linear,
         qkv_bias=args.add_qkv_bias,
-        frac=run.recipe.connection,
+        connection=run.recipe.connection,
     )
 
 
 def training_of(run: Validated) -> Training:
     """How a run trains its model."""
     args, connection = run.args, run.recipe.connection
-    frac = connection if isinstance(connection, FracConfig) else None
     half = args.bf16 or args.fp16
-    fused = frac is not None and frac.backend != "torch" and frac.rate in TRITON_RATES
-    apart = not _is_te(args) or (frac is not None and frac.input_norm == "width")
+    apart = not _is_te(args) or (connection is not None and connection.applies_norm)
     return Training(
         element_bytes=2 if half else 4,
         gradient_bytes=4 if args.accumulate_allreduce_grads_in_fp32 or not half else 2,
@@ -92,12 +91,12 @@ def training_of(run: Validated) -> Training:
         moment_bytes=_bytes(args, "exp_avg_dtype") + _bytes(args, "exp_avg_sq_dtype"),
         distributed_optimizer=args.use_distributed_optimizer,
         sequence_parallel=args.sequence_parallel,
-        recompute=_recompute(args, frac is not None and frac.recompute),
+        recompute=_recompute(args, connection),
         fp8=bool(args.fp8),
         flash=_is_flash(args),
         # What may be left to Transformer Engine's projections are the norms before attention and a dense MLP.
         norms_apart=(apart, apart, True),
-        fused_connections=fused,
+        fused_connections=connection is not None and _is_fused(connection),
         fused_residual=args.fused_residual_rmsnorm,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
@@ -156,7 +155,19 @@ def _is_flash(args: Namespace) -> bool:
     return _is_te(args) and args.attention_backend.name not in ("unfused", "local")
 
 
-def _recompute(args: Namespace, frac: bool) -> Recompute:
+def _is_fused(connection: ConnectionConfig) -> bool:
+    """Whether there are kernels for it, which the machines of the run are taken to have."""
+    if not isinstance(connection, FracConfig) or connection.backend == "torch":
+        return False
+    return connection.rate in TRITON_RATES and unknown_option(connection) is None
+
+
+def _unfused(shape: Shape, training: Training) -> Iterator[str]:
+    if shape.connection is not None and not training.fused_connections:
+        yield f"{shape.connection.label} is planned as its torch operations run, without fused kernels"
+
+
+def _recompute(args: Namespace, connection: ConnectionConfig | None) -> Recompute:
     # Without modules Megatron's TransformerConfig takes attention.
     modules = tuple(args.recompute_modules or ("core_attn",)) if args.recompute_granularity == "selective" else ()
     return Recompute(
@@ -164,7 +175,8 @@ def _recompute(args: Namespace, frac: bool) -> Recompute:
         modules=modules,
         method=args.recompute_method or "uniform",
         layers=args.recompute_num_layers or 1,
-        frac=frac,
+        connections=isinstance(connection, FracConfig) and connection.recompute,
+        stream_layers=getattr(connection, "stream_layers", 0),
     )
 
 
@@ -207,6 +219,6 @@ def plan_of(
         gpu=replace(gpu, nvlink_gb_per_second=nvlink),
         network=network,
         assumed=assumed or Assumptions(),
-        notes=tuple(run.unchecked),
+        notes=(*run.unchecked, *_unfused(shape, training)),
         pipeline_settings=tuple(option for option, name in _OF_A_PIPELINE.items() if getattr(run.args, name)),
     )

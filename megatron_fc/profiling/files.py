@@ -10,7 +10,7 @@ from megatron_fc.planning.counts import DeviceCount, DeviceCounts, DeviceKey, Ne
 from megatron_fc.profiling.kinds import KindKey
 from megatron_fc.profiling.records import Part, Rank, Report, Run, Span
 
-SCHEMA = 1  # raised when older readers would misread
+SCHEMA = 2  # raised when older readers would misread
 REPORT = "traffic.json"
 _PARTS = "parts"
 

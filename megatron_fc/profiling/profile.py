@@ -178,12 +178,12 @@ class _Profiler(Callback):
         return Part(self._run, rank, device)
 
     def _facts(self, parameters: ParameterCount) -> Run:
-        args = self._args
+        args, connection = self._args, self._recipe.connection
         date = [datetime.now(UTC).isoformat(timespec="seconds")]
         torch.distributed.broadcast_object_list(date, src=0)
         return Run(
             connection=self._recipe.label,
-            frac=None if self._recipe.connection is None else self._recipe.connection.to_dict(),
+            options=None if connection is None else {"kind": connection.kind, **connection.to_dict()},
             backend=self._recipe.backend,
             model={"family": self._recipe.family, **model_facts(args)},
             layout=layout(args, self._hosts),

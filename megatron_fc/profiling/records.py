@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.kinds import KINDS
 from megatron_fc.errors import UserError
 from megatron_fc.planning.counts import DeviceCount, DeviceCounts, NetworkCounts, Phase, total_device, total_network
 from megatron_fc.profiling.kinds import KindCounts, KindKey
@@ -15,9 +17,9 @@ class Run:
     """What is the same on all ranks.
 
     Attributes:
-        connection: residual, sfc_x4, dfc_x4 ...
-        frac: options of Frac-Connections, None for plain residuals.
-        backend: what they ran on, triton or torch; None for plain residuals.
+        connection: residual, sfc_x4, dfc_x4, dhc_x4 ...
+        options: the connection's kind and the fields of its configuration, None for plain residuals.
+        backend: what it ran on, triton or torch; None for plain residuals.
         model: what decides the bytes but for the connection: layers, widths, sequence, batch, precision ...
         layout: parallel sizes, `world_size` and `nodes`.
         layers: of the whole model.
@@ -30,7 +32,7 @@ class Run:
     """
 
     connection: str
-    frac: dict[str, Any] | None
+    options: dict[str, Any] | None
     backend: str | None
     model: dict[str, Any]
     layout: dict[str, Any]
@@ -44,6 +46,18 @@ class Run:
     date: str
     versions: dict[str, str | None]
     git_commit: str | None
+
+    @property
+    def config(self) -> ConnectionConfig | None:
+        """The connection's configuration, None for plain residuals.
+
+        Raises:
+            UserError: another version of megatron_fc has written it, which knew other options.
+        """
+        if self.options is None:
+            return None
+        fields = dict(self.options)
+        return KINDS[fields.pop("kind")].from_dict(fields)
 
 
 @dataclass(frozen=True)

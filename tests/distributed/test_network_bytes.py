@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_fc import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.planning import layout as sizes
 from megatron_fc.planning.counts import NetworkCounts, NetworkKey
 from megatron_fc.planning.network import network_bytes
@@ -18,7 +18,7 @@ from megatron_fc.planning.placement import Placement
 from megatron_fc.planning.ring import ring_all_gather_bytes, ring_all_reduce_bytes, ring_reduce_scatter_bytes
 from megatron_fc.planning.shape import Recompute, Shape, Training
 from support import harness, tiny
-from support.layouts import BY_NAME, LAYOUTS, Layout, Model, models_of
+from support.layouts import BY_NAME, DFC, DHC, LAYOUTS, MHC, Layout, Model, models_of
 from support.ranks import BATCH, MICRO_BATCHES, RECOMPUTE, Counted
 
 pytestmark = pytest.mark.slow
@@ -26,9 +26,23 @@ NODES = 2
 FP32_BYTES = 4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+EVEN = [layout for layout in LAYOUTS if not layout.stages]
+
+
+@pytest.mark.parametrize("layout", EVEN, ids=lambda layout: layout.name)
 def test_model_equals_counter(layout: Layout, tmp_path: Path) -> None:
     check(layout, model_of(layout), tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["PP2", "TP2+SP+PP2"])
+@pytest.mark.parametrize("connection", [DHC, MHC], ids=lambda connection: connection.label)
+def test_stages_send_wider_streams_whole(connection: ConnectionConfig, layout: str, tmp_path: Path) -> None:
+    """Four streams of 64 values per token, two micro-batches of two sequences; a tensor rank sends its tokens."""
+    one = BY_NAME[layout]
+    ranks = check(one, replace(model_of(one), connection=connection), tmp_path)
+    sends = [c.counts.get(NetworkKey("optimizer", "pp", "send")) for c in ranks]
+    whole = 4 * tiny.WIDTH * FP32_BYTES * MICRO_BATCHES * BATCH * tiny.SEQUENCE
+    assert [send and send.inter_node_bytes for send in sends] == [whole // one.tp] * one.world
 
 
 def test_half_precision_keeps_connections_in_fp32(tmp_path: Path) -> None:
@@ -86,7 +100,7 @@ def check(
 
 
 def model_of(layout: Layout) -> Model:
-    return next(model for model in models_of(layout) if model.connection == FracConfig(rate=4))
+    return next(model for model in models_of(layout) if model.connection == DFC)
 
 
 def sent(counts: NetworkCounts) -> dict[NetworkKey, tuple[int, int]]:
@@ -163,7 +177,7 @@ def shape_of(model: Model) -> Shape:
         experts=config.num_moe_experts or 0,
         top_k=config.moe_router_topk,
         expert_ffn=config.moe_ffn_hidden_size or 0,
-        frac=model.connection,
+        connection=model.connection,
     )
 
 

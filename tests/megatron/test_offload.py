@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
     FineGrainedActivationOffloadingInterface as Offloading,
 )
 
-from megatron_fc import FracConfig, HyperConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.base import ConnectionConfig
 from support import tiny
 
@@ -56,7 +56,13 @@ def steps(frac: ConnectionConfig | None, *modules: str, hand_over: bool = True) 
 
 @pytest.mark.parametrize(
     "frac",
-    [DFC, FracConfig(rate=4, recompute=True), FracConfig(rate=4, dynamic=False), HyperConfig(stream_layers=2)],
+    [
+        DFC,
+        FracConfig(rate=4, recompute=True),
+        FracConfig(rate=4, dynamic=False),
+        HyperConfig(slots=4, stream_layers=2),
+        ManifoldConfig(slots=4),
+    ],
 )
 def test_gradients_are_those_without(frac: ConnectionConfig) -> None:
     plain, offloaded = steps(frac), steps(frac, "core_attn", "attn_proj", "qkv_linear")

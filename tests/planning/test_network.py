@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 
 import pytest
 
-from megatron_fc import FracConfig, UserError
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.planning.counts import NetworkCounts, NetworkKey, total_network
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.network import Routing, network_bytes
@@ -25,7 +27,7 @@ OLMOE = Shape(
     top_k=8,
     expert_ffn=1024,
     qk_norm=True,
-    frac=FracConfig(rate=4),
+    connection=FracConfig(rate=4),
 )
 DENSE = replace(OLMOE, moe_layers=(False,) * 16, experts=0, top_k=0, expert_ffn=0)
 EIGHT_NODES = Layout(
@@ -95,17 +97,37 @@ def test_the_last_rank_of_a_node_sends_to_the_next_node() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 63])
-def test_connections_send_no_activations(rank: int) -> None:
+@pytest.mark.parametrize(
+    ("connection", "ratio"),
+    [
+        *((FracConfig(rate=rate), 1) for rate in (2, 4, 8)),
+        (ManifoldConfig(slots=4, fractions=4), 1),
+        (HyperConfig(slots=4), 4),
+        (HyperConfig(slots=4, fractions=2), 2),
+        (ManifoldConfig(slots=2, leave="learned"), 2),
+    ],
+    ids=str,
+)
+def test_connections_send_gradients_and_between_stages_their_stream(
+    connection: ConnectionConfig, ratio: int, rank: int
+) -> None:
     layout = replace(EIGHT_NODES, tensor=2, pipeline=2, expert_tensor=1, context=2, virtual_pipeline=2)
-    without = step(replace(OLMOE, frac=None), layout, rank)
-    for rate in (2, 4, 8):
-        counts = step(replace(OLMOE, frac=FracConfig(rate=rate)), layout, rank)
-        differing = {key for key in counts if counts[key] != without[key]}
-        assert differing == {
-            NetworkKey("backward", "dp-cp", "reduce_scatter"),
-            NetworkKey("forward", "dp-cp", "all_gather"),
-            NetworkKey("optimizer", "tp", "all_reduce"),
-        }
+    without = step(replace(OLMOE, connection=None), layout, rank)
+    counts = step(replace(OLMOE, connection=connection), layout, rank)
+    stream = NetworkKey("optimizer", "pp", "send")
+    differing = {key for key in counts if counts[key] != without[key]}
+    gradients = {
+        NetworkKey("backward", "dp-cp", "reduce_scatter"),
+        NetworkKey("forward", "dp-cp", "all_gather"),
+        NetworkKey("optimizer", "tp", "all_reduce"),
+    }
+    assert differing == (gradients if ratio == 1 else gradients | {stream})
+    assert counts[stream].payload_bytes == ratio * without[stream].payload_bytes
+    more = 16 * connection.parameter_count(2048)  # of the 8 layers of two chunks
+    if rank == 63:
+        more += sum(map(prod, connection.leave_shapes(2048).values()))
+    for key in gradients:
+        assert counts[key].payload_bytes - without[key].payload_bytes == 4 * more
 
 
 def test_tensor_parallelism_sends_the_same_with_and_without_sequence_parallelism() -> None:

@@ -39,7 +39,7 @@ def test_layers_are_dealt_out_stage_by_stage_then_chunk_by_chunk() -> None:
 
 
 def test_full_recompute_keeps_one_stream_for_each_span() -> None:
-    stream = activations.layer_input(SHAPE, Training(), LAYOUT)
+    stream = activations.stream(SHAPE, Training(), LAYOUT)
     assert stream == 2048 * 1024 * 2
     ends = sum(
         t.bytes for t in activations.first(SHAPE, Training(), LAYOUT) + activations.last(SHAPE, Training(), LAYOUT)
@@ -51,13 +51,15 @@ def test_full_recompute_keeps_one_stream_for_each_span() -> None:
 
 
 def test_frac_connections_by_the_papers_formulas() -> None:
-    shape = replace(SHAPE, frac=FracConfig(rate=4))
+    shape = replace(SHAPE, connection=FracConfig(rate=4))
     d, m = 1024, 4
-    assert flops.layer(shape, False).frac == 2 * (2 * d * (2 * m + 1) + 4 * m * d + 2 * d)
-    static = replace(SHAPE, frac=FracConfig(rate=4, dynamic=False))
-    assert flops.layer(static, False).frac == 2 * (4 * m * d + 2 * d)
+    assert flops.layer(shape, False).connections == 2 * (2 * d * (2 * m + 1) + 4 * m * d + 2 * d)
+    static = replace(SHAPE, connection=FracConfig(rate=4, dynamic=False))
+    assert flops.layer(static, False).connections == 2 * (4 * m * d + 2 * d)
     of_frac = [
-        t.bytes for t in activations.layer(shape, Training(norms_apart=(True,) * 3), LAYOUT, False) if t.part == "frac"
+        t.bytes
+        for t in activations.layer(shape, Training(norms_apart=(True,) * 3), LAYOUT, False)
+        if t.part == "connections"
     ]
     assert sum(of_frac) == 2 * 2048 * (2 * d + 4 * m)  # o and beta
 
@@ -123,10 +125,10 @@ def test_recomputed_scores_are_there_for_a_moment() -> None:
 
 
 def test_recompute_of_connections_takes_time() -> None:
-    frac = replace(PLAN, shape=replace(SHAPE, frac=FracConfig(rate=4)))
+    connected = replace(PLAN, shape=replace(SHAPE, connection=FracConfig(rate=4)))
     times = [
-        replace(frac, training=replace(PLAN.training, recompute=recompute)).step.total
-        for recompute in (Recompute(), Recompute(frac=True), Recompute("selective", ("layernorm",)))
+        replace(connected, training=replace(PLAN.training, recompute=recompute)).step.total
+        for recompute in (Recompute(), Recompute(connections=True), Recompute("selective", ("layernorm",)))
     ]
     assert times == sorted(set(times))
 

@@ -89,14 +89,14 @@ TOKEN = 2 * 8  # bytes of a row
         (Recompute(), 1, (9, 13)),
         (Recompute(), 5, (8.2, 12.2)),  # all but one of five meet the one before
         (Recompute("full"), 5, (9, 13)),
-        (Recompute(frac=True), 5, (10, 14 + 4)),
+        (Recompute(connections=True), 5, (10, 14 + 4)),
         (Recompute("selective", ("layernorm",)), 5, (12, 24 + 4)),
         (Recompute("selective", ("core_attn",)), 1, (9, 13)),
     ],
 )
 def test_rows_of_frac_connections(recompute: Recompute, in_a_row: int, rows: tuple[float, float]) -> None:
     """Those of docs/kernels.md: without beta, alpha and parameters, whose share a width of 8,192 makes small."""
-    shape = replace(SMALL, width=8192, frac=FracConfig(rate=2))
+    shape = replace(SMALL, width=8192, connection=FracConfig(rate=2))
     training = Training(norms_apart=(True,) * 3, recompute=recompute)
     moves = operations.connection_moves(shape, training, False, in_a_row)
     for counted, expected in zip((moves.forward, moves.backward), rows, strict=True):

@@ -21,10 +21,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from megatron.training.theoretical_memory_usage import compute_activation_memory, compute_weight_and_optimizer_memory
 from megatron.training.training import num_floating_point_operations
+from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.cli.main import main
-from megatron_fc.connections.kinds import is_connection_key
+from megatron_fc.connections import reference
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.kinds import is_connection_key, member
 from megatron_fc.megatron.specs import connect
 from megatron_fc.planning import flops, memory, parameters
 from megatron_fc.planning.devices import device
@@ -56,7 +59,7 @@ def run(name: str, *overrides: str, nodes: int = 8) -> Validated:
 
 
 def built(run: Validated, rank: int) -> tuple[list[int], int]:
-    """Parameters that Megatron builds on a rank, without memory: by model chunk, and those of Frac-Connections."""
+    """Parameters that Megatron builds on a rank, without memory: by model chunk, and those of connections."""
     stages = range(run.layout.virtual_pipeline) if run.layout.virtual_pipeline > 1 else [None]
     with rank_of(run.layout, rank), torch.device("meta"):
         config = model_config(run.args, run.recipe)
@@ -65,8 +68,8 @@ def built(run: Validated, rank: int) -> tuple[list[int], int]:
         chunks = [builder.build_model(groups, vp_stage=stage) for stage in stages]
     named = [pair for chunk in chunks for pair in chunk.named_parameters()]
     assert all(parameter.is_meta for _, parameter in named)
-    frac = sum(parameter.numel() for name, parameter in named if is_connection_key(name))
-    return [sum(parameter.numel() for parameter in chunk.parameters()) for chunk in chunks], frac
+    connections = sum(parameter.numel() for name, parameter in named if is_connection_key(name))
+    return [sum(parameter.numel() for parameter in chunk.parameters()) for chunk in chunks], connections
 
 
 FULL = ["recompute_method=uniform", "recompute_num_layers=1"]
@@ -79,18 +82,43 @@ EXPERTS["EP4 ETP2"] = ["expert_model_parallel_size=4", "expert_tensor_parallel_s
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("connection", ["residual", "dfc", "sfc"])
+@pytest.mark.parametrize("connection", ["residual", "dfc", "sfc", "dhc", "mhc"])
 def test_parameters_of_the_model(name: str, connection: str) -> None:
     one = run(name, f"connection={connection}", "expert_model_parallel_size=1")
     counted = parameters.model(shape_of(one))
-    assert ([counted.total], counted.frac) == built(one, rank=0)
+    assert ([counted.total], counted.connections) == built(one, rank=0)
+
+
+D, SITES = 2048, 32  # of OLMo-1B and OLMoE-7B
+COUNTS = {
+    # The papers' counts, the second one of Hyper-Connections with a norm that has no weight; statics n(n+2) per site.
+    ("dfc", "rate=4"): 165_056,
+    ("dhc", "rate=4", "connections.norm_affine=false"): 394_048,
+    ("shc", "rate=2"): 256,
+    ("shc", "rate=4"): 768,
+    # The others by the formulas: W, statics, scales and norm; W, bias and scales.
+    ("dhc", "rate=4"): SITES * (6 * D + 24 + 2 + D),
+    ("dhc", "rate=4", "fractions=2"): SITES * (7 * D // 2 + 28 + 2 + D // 2),
+    ("mhc", "rate=4"): SITES * (24 * 4 * D + 24 + 3),
+    ("mhc", "rate=4", "connections.leave=learned"): SITES * (24 * 4 * D + 24 + 3) + 4 * 4 * D + 4 + 1,
+    ("mfc", "rate=4"): SITES * (36 * D + 36 + 3),
+}
+
+
+@pytest.mark.parametrize("words", COUNTS, ids=" ".join)
+def test_parameters_of_connections_are_the_papers(words: tuple[str, ...]) -> None:
+    connection, *options = words
+    one = run("olmo2_1b", f"connection={connection}", *options)
+    counted = parameters.model(shape_of(one))
+    assert counted.connections == COUNTS[words]
+    assert ([counted.total], counted.connections) == built(one, rank=0)
 
 
 def test_parameters_of_a_gated_shared_expert() -> None:
     shared = ["moe_shared_expert_intermediate_size=512", "moe_shared_expert_gate=true"]
     one = run("olmoe_7b", *shared, "expert_model_parallel_size=1")
     counted = parameters.model(shape_of(one))
-    assert ([counted.total], counted.frac) == built(one, rank=0)
+    assert ([counted.total], counted.connections) == built(one, rank=0)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +127,20 @@ def test_parameters_of_a_gated_shared_expert() -> None:
     + [("olmoe_7b", layout) for layout in EXPERTS],
 )
 def test_parameters_of_a_rank_of_every_stage(name: str, layout: str) -> None:
-    divided = run(name, *(LAYOUTS | EXPERTS)[layout])
+    assert_planned_on_every_stage(run(name, *(LAYOUTS | EXPERTS)[layout]))
+
+
+@pytest.mark.parametrize("words", [["connection=dhc"], ["connection=mhc", "connections.leave=learned"]], ids=" ".join)
+def test_parameters_of_wide_streams_on_every_stage(words: list[str]) -> None:
+    """A learned leave is on the last one."""
+    assert_planned_on_every_stage(run("olmo2_1b", *words, *LAYOUTS["PP2 VPP2"]))
+
+
+def assert_planned_on_every_stage(divided: Validated) -> None:
     per_stage = divided.layout.world // divided.layout.pipeline
     for stage in range(divided.layout.pipeline):
         counted = parameters.share_of_stage(shape_of(divided), divided.layout, stage)
-        expected = [chunk.total for chunk in counted], sum(chunk.frac for chunk in counted)
+        expected = [chunk.total for chunk in counted], sum(chunk.connections for chunk in counted)
         assert expected == built(divided, rank=stage * per_stage), stage
 
 
@@ -117,10 +154,18 @@ RECOMPUTES = {
     "full": Recompute("full"),
 }
 CONNECTIONS = {"residual": None, "dfc_x4": FracConfig(rate=4), "sfc_x2": FracConfig(rate=2, dynamic=False)}
+CONNECTIONS |= {"dhc_x4": HyperConfig(slots=4), "mhc_x4": ManifoldConfig(slots=4)}
+OTHERS = {
+    "dhc_x4_m2": HyperConfig(slots=4, fractions=2),
+    "mfc_x4": ManifoldConfig(slots=4, fractions=4),
+    "mhc_x4, learned leave": ManifoldConfig(slots=4, leave="learned"),
+}
 BATCH = 8
 
 
-def kept_by_megatron(kind: str, frac: FracConfig | None, recompute: Recompute, **more: Any) -> tuple[Shape, int]:
+def kept_by_megatron(
+    kind: str, connection: ConnectionConfig | None, recompute: Recompute, **more: Any
+) -> tuple[Shape, int]:
     """A model of two layers as GPUs run it, with what its forward pass keeps, in bytes, parameters left out.
 
     Torch's flash attention stands for Transformer Engine's, LayerNorm in bf16 (two statistics of 2 bytes) for its
@@ -137,7 +182,7 @@ def kept_by_megatron(kind: str, frac: FracConfig | None, recompute: Recompute, *
         layer.submodules.self_attention.submodules.core_attention = TorchAttention
     model = GPTModel(
         config,
-        spec if frac is None else connect(spec, frac),
+        spec if connection is None else connect(spec, connection),
         vocab_size=tiny.VOCABULARY,
         max_sequence_length=tiny.SEQUENCE,
         share_embeddings_and_output_weights=False,
@@ -148,10 +193,10 @@ def kept_by_megatron(kind: str, frac: FracConfig | None, recompute: Recompute, *
         tiny.loss(model, tiny.tokens(batch=BATCH))
     storages = [tensor.untyped_storage() for tensor in saved]
     kept = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in parameters}
-    return shape_of_tiny(config, kind, frac), sum(kept.values())
+    return shape_of_tiny(config, kind, connection), sum(kept.values())
 
 
-def shape_of_tiny(config: TransformerConfig, kind: str, frac: FracConfig | None) -> Shape:
+def shape_of_tiny(config: TransformerConfig, kind: str, connection: ConnectionConfig | None) -> Shape:
     """A tiny model as planning sees it."""
     return Shape(
         moe_layers=(kind != "dense",) * 2,
@@ -168,7 +213,7 @@ def shape_of_tiny(config: TransformerConfig, kind: str, frac: FracConfig | None)
         shared_ffn=config.moe_shared_expert_intermediate_size or 0,
         norm_vectors=1 if config.normalization == "RMSNorm" else 2,
         qk_norm=config.qk_layernorm,
-        frac=frac,
+        connection=connection,
     )
 
 
@@ -176,8 +221,18 @@ def shape_of_tiny(config: TransformerConfig, kind: str, frac: FracConfig | None)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recompute", RECOMPUTES)
 def test_activations_are_what_megatron_keeps(kind: str, connection: str, recompute: str) -> None:
-    frac = CONNECTIONS[connection]
-    shape, kept = kept_by_megatron(kind, frac, RECOMPUTES[recompute])
+    assert_activations(kind, CONNECTIONS[connection], recompute)
+
+
+@pytest.mark.parametrize("connection", OTHERS)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_activations_of_other_kinds(connection: str, recompute: str) -> None:
+    assert_activations("dense", OTHERS[connection], recompute)
+
+
+def assert_activations(kind: str, config: ConnectionConfig | None, recompute: str) -> None:
+    """What is planned is what Megatron keeps, but for constants."""
+    shape, kept = kept_by_megatron(kind, config, RECOMPUTES[recompute])
     layout = replace(ONE_RANK, micro_batch=BATCH, global_batch=BATCH, experts=shape.experts)
     training = Training(recompute=RECOMPUTES[recompute], norms_apart=(True,) * 3, fused_connections=False)
     planned = memory.of_stage(shape, training, layout, 0).activations
@@ -193,12 +248,12 @@ def test_activations_are_what_megatron_keeps(kind: str, connection: str, recompu
 @pytest.mark.parametrize("recompute", ["none", "layernorm", "full"])
 def test_activations_of_a_tensor_parallel_rank(connection: str, recompute: str) -> None:
     """Under sequence parallelism, on one of two ranks."""
-    frac = CONNECTIONS[connection]
+    config = CONNECTIONS[connection]
     layout = replace(ONE_RANK, gpus_per_node=2, tensor=2, expert_tensor=2, micro_batch=BATCH, global_batch=BATCH)
     with rank_of(layout, 0):
         tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         options = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-        shape, kept = kept_by_megatron("dense", frac, RECOMPUTES[recompute], **options)
+        shape, kept = kept_by_megatron("dense", config, RECOMPUTES[recompute], **options)
     training = Training(recompute=RECOMPUTES[recompute], norms_apart=(True,) * 3, fused_connections=False)
     planned = memory.of_stage(shape, training, layout, 0).activations
     constants = 7 * tiny.SEQUENCE * max(shape.head_size, tiny.SEQUENCE) * torch.bfloat16.itemsize
@@ -213,12 +268,32 @@ def test_activations_of_a_tensor_parallel_rank(connection: str, recompute: str) 
 def test_flops_are_megatrons_and_what_it_leaves_out(name: str, more: list[str]) -> None:
     one = run(name, *more)
     counted = flops.forward(shape_of(one))
-    # No router and no Frac-Connections there.
-    plain = 3 * (counted.total - counted.router - counted.frac)
+    # No router and no connections there.
+    plain = 3 * (counted.total - counted.router - counted.connections)
     assert plain == pytest.approx(num_floating_point_operations(one.args, 1) / one.args.seq_length, rel=1e-12)
     assert flops.backward(shape_of(one)).total == 2 * counted.total
-    assert counted.frac > 0
-    assert counted.frac / counted.total < 2e-3
+    assert counted.connections > 0
+    assert counted.connections / counted.total < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("connection", "rate", "giga"), [("dfc", 4, "0.00236"), ("dfc", 2, "0.00131"), ("dhc", 4, "0.00629")]
+)
+def test_flops_of_connections_are_counted(
+    connection: str, rate: int, giga: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 32 sites, d = 2048. Torch counts products of matrices: all but beta times o."""
+    words = [f"connection={connection}", f"rate={rate}"]
+    assert ask(*words, "--json", config="olmo2_1b", nodes=8) == 0
+    planned = json.loads(capsys.readouterr().out)["flops_per_token"]["forward"]["connections"]
+    config = member(connection, rate)
+    site, width = config.build(D), config.stream_width(D)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        reference.width(torch.randn(1, width), site.site_parameters(), config)
+        reference.depth(torch.randn(1, D), torch.randn(1, width), site.site_parameters(), config)
+    assert planned == SITES * (counter.get_total_flops() + 2 * width)
+    assert ask(*words, config="olmo2_1b", nodes=8) == 0
+    assert f"connections {giga} G of the forward pass" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -233,7 +308,7 @@ def test_flops_are_megatrons_and_what_it_leaves_out(name: str, more: list[str]) 
     ],
 )
 def test_weights_and_optimizer_against_megatrons_report(name: str, more: list[str], nodes: int) -> None:
-    """Megatron's own report leaves out Frac-Connections and the norms of queries and keys.
+    """Megatron's own report leaves out connections and the norms of queries and keys.
 
     It also spreads the last norm over the pipeline's stages.
     """
@@ -283,32 +358,37 @@ def test_micro_batches_in_flight_are_megatrons() -> None:
             assert memory.in_flight(training, layout, stage) == [chunks.count(0), chunks.count(1)]
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_a_checkpoint_has_the_planned_bytes(kind: str, tmp_path: Path) -> None:
+HELD = {name: CONNECTIONS[name] for name in ("dfc_x4", "dhc_x4")} | {"mhc_x4": OTHERS["mhc_x4, learned leave"]}
+
+
+@pytest.mark.parametrize(("kind", "name"), [("dense", "dfc_x4"), *(("moe", name) for name in HELD)])
+def test_a_checkpoint_has_the_planned_bytes(kind: str, name: str, tmp_path: Path) -> None:
     """Tensors that Megatron writes of a model and its distributed optimizer, but the numbers of its steps."""
-    frac = FracConfig(rate=4)
-    model, optimizer = trained(kind, frac, ordered=True)
+    connection = HELD[name]
+    model, optimizer = trained(kind, connection, ordered=True)
     state = {"model": unwrap_model(model).sharded_state_dict()}
     how = {"distrib_optim_sharding_type": "fully_reshardable"}
     state["optimizer"] = optimizer.sharded_state_dict(state["model"], metadata=how)
     dist_checkpointing.save(state, str(tmp_path))
     written = dist_checkpointing.load_tensors_metadata(str(tmp_path)).values()
-    weights, checkpoint = memory.checkpoint_bytes(shape_of_tiny(model.config, kind, frac), Training())
+    weights, checkpoint = memory.checkpoint_bytes(shape_of_tiny(model.config, kind, connection), Training())
     assert sum(prod(tensor.global_shape) * tensor.dtype.itemsize for tensor in written) == checkpoint
     on_disk = sum(file.stat().st_size for file in tmp_path.glob("*.distcp"))
     assert weights < checkpoint < on_disk < 1.5 * checkpoint  # a tiny tensor has a long name
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize(("kind", "name"), [("dense", "dfc_x4"), *(("moe", name) for name in HELD)])
 @pytest.mark.parametrize("distributed", [True, False])
-def test_weights_gradients_and_optimizer_are_megatrons(kind: str, distributed: bool) -> None:
+def test_weights_gradients_and_optimizer_are_megatrons(kind: str, name: str, distributed: bool) -> None:
     """Of a real DDP and its optimizer on one of four ranks, two of which share the experts; padding left out."""
     layout = replace(
         ONE_RANK, gpus_per_node=4, global_batch=4, expert=2 if kind == "moe" else 1, experts=4 * (kind == "moe")
     )
-    frac = FracConfig(rate=4)
+    connection = HELD[name]
     with rank_of(layout, 0):
-        chunk = tiny.build(kind, frac, bf16=True, params_dtype=torch.bfloat16, expert_model_parallel_size=layout.expert)
+        chunk = tiny.build(
+            kind, connection, bf16=True, params_dtype=torch.bfloat16, expert_model_parallel_size=layout.expert
+        )
         config = chunk.config
         ddp = DistributedDataParallel(
             config,
@@ -322,7 +402,7 @@ def test_weights_gradients_and_optimizer_are_megatrons(kind: str, distributed: b
         weights = sum(parameter.nbytes for parameter in ddp.parameters())
         gradients = sum(parameter.main_grad.nbytes for parameter in ddp.parameters())
         states = sum(state_bytes(part) for part in getattr(optimizer, "chained_optimizers", [optimizer]))
-    shape = shape_of_tiny(config, kind, frac)
+    shape = shape_of_tiny(config, kind, connection)
     planned = memory.of_stage(shape, Training(distributed_optimizer=distributed), layout, 0)
     assert planned.weights == weights
     assert planned.gradients == gradients
@@ -347,8 +427,28 @@ def ask(*words: str, config: str = "olmoe_7b", nodes: int = 64, gpu: str = "h200
 def test_a_report_in_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert ask() == 0
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("6,919,265,472, active 1,282,120,896", "Frac-Connections 165,056", "fits", "assumed, not measured"):
+    for words in ("6,919,265,472, active 1,282,120,896", "connections 165,056", "fits", "assumed, not measured"):
         assert words in printed
+    for words in ("exchange", "note:"):
+        assert words not in printed
+
+
+def test_a_report_of_a_wider_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    """A stage sends 4 x 2048 values of each token of its four micro-batches."""
+    words = ["connection=dhc", "pipeline_model_parallel_size=2", "micro_batch_size=1"]
+    assert ask(*words) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "olmoe_7b dhc_x4 on 512 x H200",
+        "connections 459,584",
+        "stages exchange 8,192 values per token, 4 x hidden_size; a rank sends 0.3 GB of them a step",
+        "note: dhc_x4 is planned as its torch operations run, without fused kernels",
+    ):
+        assert part in printed
+    assert ask(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["stream_width"] == 8192
+    assert found["step_bytes"]["pipeline"] == 1024 // 256 * 4096 * 8192 * 2
 
 
 def test_json_says_the_same_and_the_sweep_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
@@ -415,8 +515,8 @@ def test_network_bytes_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     """A dense model on 64 data-parallel ranks: gradients in fp32 and weights around the ring."""
     assert ask("--json", "--nvlink-gb-per-second", "200", config="olmo2_1b", nodes=8) == 0
     found = json.loads(capsys.readouterr().out)
-    frac = found["parameters"]["frac"]
-    sent = 63 / 64 * (6 * (found["parameters"]["total"] - frac) + 8 * frac)
+    connections = found["parameters"]["connections"]
+    sent = 63 / 64 * (6 * (found["parameters"]["total"] - connections) + 8 * connections)
     assert found["step_bytes"]["network"] == pytest.approx(sent)
     seconds = found["step_seconds"]
     assert seconds["total"] == pytest.approx(sum(seconds.values()) - seconds["total"] - seconds["hidden_network"])

@@ -8,7 +8,7 @@ from megatron_fc.profiling.records import Part, Rank, Run, Span
 
 RUN = Run(
     connection="dfc_x4",
-    frac={"rate": 4},
+    options={"kind": "frac", "rate": 4},
     backend="torch",
     model={
         "family": "gpt",
@@ -80,7 +80,7 @@ def part(rank: int, connection: str = "dfc_x4", steps: int = 2, weight: int = 1)
     }
     if stage == 0:
         network[NetworkKey("optimizer", "pp", "send")] = NetworkCount(8, 1 << 16, 0, 1 << 16)
-    run = RUN if connection != "residual" else replace(RUN, connection=connection, frac=None, backend=None)
+    run = RUN if connection != "residual" else replace(RUN, connection=connection, options=None, backend=None)
     return Part(
         run,
         Rank(

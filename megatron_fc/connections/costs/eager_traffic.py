@@ -82,8 +82,9 @@ class _Sizes:
 # The torch backend, megatron_fc/connections/eager.py.
 
 
-def torch_backend(stream: Stream, config: Config) -> Moves:
+def torch_backend(stream: Stream, config: ConnectionConfig) -> Moves:
     """A layer of the torch backend: in fp32 and at m = 4 about 24 + 58 rows of DFC, terms included."""
+    assert isinstance(config, Config)
     s = _Sizes.of(stream, config)
     width = Moves(_torch_width_forward(s, config), _torch_width_backward(s, config), s.stream)
     return (width + norm(stream) + _torch_depth(s, config)) * 2

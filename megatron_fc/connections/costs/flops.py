@@ -25,6 +25,12 @@ def site(config: ConnectionConfig, hidden_size: int) -> int:
     return width(config, hidden_size) + depth(config, hidden_size)
 
 
+def leave(config: ConnectionConfig, hidden_size: int) -> int:
+    """End of the network: of a learned leave W [n, n*d] times the stream and the sum of n streams; a mean has none."""
+    shapes = config.leave_shapes(hidden_size)
+    return 2 * prod(shapes["leave_weight"]) + 2 * config.stream_width(hidden_size) if shapes else 0
+
+
 def projection(config: ConnectionConfig, hidden_size: int) -> int:
     """Per slot, W [1+m+n, c] times every slot, 2nc(1+m+n); on a manifold, W [nm+n+nn, nc] times the stream.
 

@@ -262,6 +262,14 @@ def layer_pure(stream: Stream, config: ConnectionConfig) -> Moves:
     return (half + gradient_sum(stream) * r + parameter_sums) * 2
 
 
+def enter(stream: Stream, config: ConnectionConfig) -> Moves:
+    """Once per network, r copies of the embedding, whose gradients are summed one by one; nothing where r = 1."""
+    row, wide = stream.row, Site.of(stream, config).stream
+    if wide == row:
+        return Moves(Traffic(), Traffic())
+    return Moves(Traffic(row, wide), gradient_sum(stream).backward * (wide / row - 1))
+
+
 # Hyper-Connections.
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_fc.connections.config import FracConfig, HyperConfig
-from megatron_fc.connections.costs.eager_traffic import hyper_unfused
-from megatron_fc.connections.costs.traffic import Moves, Stream, hyper_ideal, layers_in_a_row, residual
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.config import HyperConfig
+from megatron_fc.connections.costs.eager_traffic import hyper_unfused, torch_backend
+from megatron_fc.connections.costs.traffic import Moves, Stream, enter, hyper_ideal, layers_in_a_row, residual
 from megatron_fc.planning.counts import Phase
 from megatron_fc.profiling.records import Report, Run
 
@@ -36,17 +37,19 @@ class StreamBytes:
 def side_by_side(report: Report, against: Sequence[Report] = ()) -> list[StreamBytes]:
     """The streams of other reports and of this one, then computed ones.
 
-    Computed are plain residuals, one kernel per operation; Frac-Connections in fused kernels where they ran on the
-    torch backend; and Hyper-Connections at both ends, in unfused torch and as if every tensor moved once.
+    Computed are plain residuals, one kernel per operation; of connections that ran on the torch backend, what it moves
+    and what fused kernels would move, whether there are such kernels yet or not; and Hyper-Connections at both ends, in
+    unfused torch and as if every tensor moved once.
     """
     run, stream = report.run, _stream(report.run)
     runs = [*against, report]
     counted = [StreamBytes(_label(r.run), r.stream_bytes_per_token_and_layer()) for r in runs]
-    plain = next((c for c, r in zip(counted, runs, strict=True) if r.run.frac is None), None)
-    fused = [
-        _computed(f"{r.run.connection}, fused", _fused(stream, FracConfig.from_dict(r.run.frac), r.run), run)
+    plain = next((c for c, r in zip(counted, runs, strict=True) if r.run.options is None), None)
+    on_torch = [
+        _computed(f"{r.run.connection}, {how}", moves(stream, config, r.run), run)
         for r in runs
-        if r.run.frac is not None and r.run.backend == "torch"
+        if r.run.backend == "torch" and (config := r.run.config) is not None
+        for how, moves in (("torch", _on_torch), ("fused", _fused))
     ]
     hyper = [
         _computed(f"HC n={n}, {how}", moves(stream, HyperConfig(slots=n)), run)
@@ -54,13 +57,18 @@ def side_by_side(report: Report, against: Sequence[Report] = ()) -> list[StreamB
         for n in (2, 4)
     ]
     plain_computed = _computed("residual", residual(stream), run)
-    return [*_with_ratios(counted, plain), *_with_ratios([plain_computed, *fused, *hyper], plain_computed)]
+    return [*_with_ratios(counted, plain), *_with_ratios([plain_computed, *on_torch, *hyper], plain_computed)]
 
 
-def _fused(stream: Stream, frac: FracConfig, run: Run) -> Moves:
+def _on_torch(stream: Stream, connection: ConnectionConfig, run: Run) -> Moves:
+    return torch_backend(stream, connection) + enter(stream, connection) * (1 / run.layers)
+
+
+def _fused(stream: Stream, connection: ConnectionConfig, run: Run) -> Moves:
     """Layers that full recompute runs again do not meet the one before them."""
     in_a_row = run.model["num_layers"] / (run.layout["pp"] * run.layout["vpp"])
-    return layers_in_a_row(stream, frac, 1 if _recomputed(run) else in_a_row)
+    layers = layers_in_a_row(stream, connection, 1 if _recomputed(run) else in_a_row)
+    return layers + enter(stream, connection) * (1 / run.layers)
 
 
 def _with_ratios(streams: Sequence[StreamBytes], base: StreamBytes | None) -> list[StreamBytes]:

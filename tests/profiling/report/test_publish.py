@@ -200,8 +200,8 @@ def _binary(file: Path) -> None:
     ("spoil", "sentence"),
     [
         (_cut_off, "{file} is not whole, "),
-        (_other_schema, "{file} has schema 7, this megatron_fc reads schema 1: "),
-        (_without_schema, "{file} has schema None, this megatron_fc reads schema 1: "),
+        (_other_schema, "{file} has schema 7, this megatron_fc reads schema 2: "),
+        (_without_schema, "{file} has schema None, this megatron_fc reads schema 2: "),
         (_missing_nothing, "{file} lacks a field or has a wrong one, 'NoneType' object is not iterable: "),
         (_no_report, "{file} is no report of `megatron-fc traffic`: "),
         (_without_ranks, "{file} lacks a field or has a wrong one, 'ranks': "),

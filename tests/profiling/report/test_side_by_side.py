@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_fc.connections import HyperConfig
-from megatron_fc.connections.costs.traffic import Stream, hyper_ideal
+from megatron_fc.connections import HyperConfig, ManifoldConfig
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.costs.eager_traffic import torch_backend
+from megatron_fc.connections.costs.traffic import Stream, enter, hyper_ideal
 from megatron_fc.profiling.records import report_of
 from megatron_fc.profiling.report.side_by_side import StreamBytes, side_by_side
 from support.example_report import RUN, parts
@@ -15,7 +17,8 @@ def test_counted_first_then_computed() -> None:
     report, twin = report_of(parts()), report_of(parts("residual"))
     streams = side_by_side(report, [twin])
     assert [stream.label for stream in streams if not stream.is_computed] == ["residual", "dfc_x4, torch"]
-    computed = ["residual", "dfc_x4, fused", "HC n=2, ideal", "HC n=4, ideal", "HC n=2, unfused", "HC n=4, unfused"]
+    computed = ["residual", "dfc_x4, torch", "dfc_x4, fused"]
+    computed += ["HC n=2, ideal", "HC n=4, ideal", "HC n=2, unfused", "HC n=4, unfused"]
     assert [stream.label for stream in streams if stream.is_computed] == computed
     assert streams[1].phases == report.stream_bytes_per_token_and_layer()
 
@@ -56,6 +59,31 @@ def test_fused_kernels_are_computed_where_they_did_not_run() -> None:
     assert 22 * 128 < _of("dfc_x4, fused", RUN).total < 27 * 128
     on_a_card = replace(report_of(parts()), run=replace(RUN, backend="triton"))
     assert [stream.label for stream in side_by_side(on_a_card)][:3] == ["dfc_x4", "residual", "HC n=2, ideal"]
+
+
+@pytest.mark.parametrize(
+    ("config", "label", "rows"),
+    [
+        # 4 r + 4 and 6 r + 6 rows, in the first of two layers r and r more; a quarter of entering, r + 1 and 3(r - 1).
+        (HyperConfig(slots=4), "dhc_x4", 20 + 30 + (4 + 4) / 2 + (5 + 9) / 4),
+        (HyperConfig(slots=4, fractions=2), "dhc_x4_m2", 12 + 18 + (2 + 2) / 2 + (3 + 3) / 4),
+        (ManifoldConfig(slots=4), "mhc_x4", 20 + 30 + (4 + 4) / 2 + (5 + 9) / 4),
+        (ManifoldConfig(slots=4, fractions=4), "mfc_x4", 8 + 12 + (1 + 1) / 2),
+    ],
+)
+def test_any_kind_stands_beside_what_its_torch_operations_and_fused_kernels_would_move(
+    config: ConnectionConfig, label: str, rows: float
+) -> None:
+    wide = {**RUN.model, "hidden_size": 2**16, "seq_length": 2**20}  # terms and parameters vanish
+    run = replace(RUN, connection=label, options={"kind": config.kind, **config.to_dict()}, model=wide)
+    assert run.config == config
+    assert _of(f"{label}, fused", run).total / (2 * 2**16) == pytest.approx(rows, rel=0.01)
+    moves = torch_backend(Stream(2**16), config) + enter(Stream(2**16), config) * (1 / 4)
+    total = moves.forward.total_bytes(2**19) + moves.backward.total_bytes(2**19)
+    [on_torch] = [
+        s for s in side_by_side(replace(report_of(parts()), run=run)) if s.label == f"{label}, torch" and s.is_computed
+    ]
+    assert on_torch.total == pytest.approx(total / 2**19)
 
 
 def test_full_recompute_runs_forward_again() -> None:
