@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counted_layers import connected_layer, count, layer, saved_bytes, unfused_hyper_layer
+from counted_layers import count, layer, saved_bytes, unfused_hyper_layer
 from megatron_fc import FracConfig, FracConnection
 from megatron_fc.connections import HyperConfig, ManifoldConfig, reference
 from megatron_fc.connections.base import ConnectionConfig
@@ -99,7 +99,7 @@ def test_hyper_connections(n: int, dynamic: bool, dtype: torch.dtype) -> None:
 )
 def test_torch_backend_of_other_kinds(config: ConnectionConfig, dtype: torch.dtype) -> None:
     expected = eager.torch_backend(stream_of(dtype), config)
-    agree(connected_layer(config, WIDTH, dtype), expected, dtype, config.stream_width(WIDTH))
+    agree(layer(config, WIDTH, dtype), expected, dtype, config.stream_width(WIDTH))
 
 
 class Reference(nn.Module):
