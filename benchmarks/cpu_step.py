@@ -1,6 +1,6 @@
-"""Training step of the demo's mixture of experts on the CPU, Frac-Connections against plain residuals, in turns.
+"""Training step of the demo's mixture of experts on the CPU, connections against plain residuals, in turns.
 
-    OMP_NUM_THREADS=2 python benchmarks/cpu_step.py --record
+    OMP_NUM_THREADS=2 python benchmarks/cpu_step.py --connection dfc_x4 --record
 
 Two models in one process take turns step by step, the order changing every round, so that what else the machine does
 falls on both alike. Printed and recorded are ratios of a round's two steps: forward, backward and Adam. The median of
@@ -33,14 +33,16 @@ with warnings.catch_warnings():
 
     from rank import one_rank
 
-from megatron_fc import FracConfig
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.kinds import from_label
+from megatron_fc.megatron.output_projections import scale_output_projections
 from megatron_fc.megatron.specs import connect
 
 # configs/demo.yaml
 SEQUENCE, BATCH, VOCABULARY = 256, 8, 4096
 
 
-def build(frac: FracConfig | None) -> torch.nn.Module:
+def build(connection: ConnectionConfig | None) -> torch.nn.Module:
     """The demo's model: 4 MoE layers of width 192, 24 experts of which 2 are used."""
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
     torch.manual_seed(1234)
@@ -72,7 +74,9 @@ def build(frac: FracConfig | None) -> torch.nn.Module:
         attention_backend=AttnBackend.unfused,
     )
     spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    spec = spec if frac is None else connect(spec, frac)
+    if connection is not None:
+        scale_output_projections(config, connection)
+        spec = connect(spec, connection)
     return GPTModel(
         config,
         spec,
@@ -86,8 +90,8 @@ def build(frac: FracConfig | None) -> torch.nn.Module:
 class Trainee:
     """A model with its optimizer; `step` trains on one batch and returns seconds of wall and of processor time."""
 
-    def __init__(self, frac: FracConfig | None) -> None:
-        self.model = build(frac)
+    def __init__(self, connection: ConnectionConfig | None) -> None:
+        self.model = build(connection)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=True)
         self.mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
         self.positions = torch.arange(SEQUENCE).expand(BATCH, -1)
@@ -101,19 +105,19 @@ class Trainee:
         return time.perf_counter() - wall, time.process_time() - processor
 
 
-def measure(rounds: int, seed: int) -> dict[str, list[float]]:
+def measure(rounds: int, seed: int, label: str) -> dict[str, list[float]]:
     """In this process: per round, the ratio of wall and of processor time, and the residual step's seconds."""
     with one_rank():
         generator = torch.Generator().manual_seed(seed)
-        residual, frac = Trainee(None), Trainee(FracConfig(rate=4))
+        residual, connected = Trainee(None), Trainee(from_label(label))
         results: dict[str, list[float]] = {"wall": [], "processor": [], "residual": []}
         for turn in range(rounds + 2):
             tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
-            order = (residual, frac) if turn % 2 else (frac, residual)
+            order = (residual, connected) if turn % 2 else (connected, residual)
             seconds = {trainee: trainee.step(tokens) for trainee in order}
             if turn >= 2:  # the first rounds warm up
-                results["wall"].append(seconds[residual][0] / seconds[frac][0])
-                results["processor"].append(seconds[residual][1] / seconds[frac][1])
+                results["wall"].append(seconds[residual][0] / seconds[connected][0])
+                results["processor"].append(seconds[residual][1] / seconds[connected][1])
                 results["residual"].append(seconds[residual][0])
     return results
 
@@ -139,17 +143,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--connection", default="dfc_x4", help="label of the connections")
     parser.add_argument("--record", action="store_true", help="write it into benchmarks/results")
     args = parser.parse_args()
     spawning = multiprocessing.get_context("spawn")
     results = []
     for seed in range(args.processes):
         with spawning.Pool(1) as pool:
-            results.append(pool.apply(measure, (args.rounds, seed)))
-    result = summary(results)
+            results.append(pool.apply(measure, (args.rounds, seed, args.connection)))
+    result = {"connection": args.connection, **summary(results)}
     print(json.dumps(result, indent=2))
     if args.record:
-        record.write(record.RESULTS, "cpu-step", result)
+        record.write(record.RESULTS, f"cpu-step-{args.connection}", result)
 
 
 if __name__ == "__main__":

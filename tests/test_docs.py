@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_fc.cli import COMMANDS
+from megatron_fc.connections.kinds import from_label
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_fc"
@@ -84,7 +85,15 @@ def names_of(module: str) -> set[str] | None:
 def exists(name: str) -> bool:
     """Whether it is a module, or what a module defines."""
     module, _, attribute = name.rpartition(".")
+    if module == "megatron_fc.megatron.specs" and is_spec(attribute):
+        return True
     return names_of(name) is not None or attribute in (names_of(module) or ())
+
+
+def is_spec(name: str) -> bool:
+    """Whether it is what that module makes when it is asked for it: a label, with or without a prefix."""
+    label = name.removeprefix("layer_").removeprefix("hybrid_")
+    return label == "from_args" or from_label(label) is not None
 
 
 def test_modules_exist() -> None:
@@ -94,7 +103,7 @@ def test_modules_exist() -> None:
         names += [(text, f"{module}.{word.strip()}") for word in words.split(",")]
     names += [(text, ".".join(words)) for text, words in found(r"--spec (megatron_fc[\w.]+) (\w+)", texts)]
     assert not [(text, name) for text, name in names if name not in NO_MODULES and not exists(name)]
-    assert exists("megatron_fc.megatron.specs.dfc_x4")
+    assert exists("megatron_fc.megatron.specs.hybrid_dfc_x4")
     assert not exists("megatron_fc.megatron.specs.nothing")
     assert not exists("megatron_fc.nothing.specs")
 

@@ -57,7 +57,7 @@ def train_recipe(recipe: "Recipe", brief: bool = False, callbacks: "Sequence[Cal
             "connection": recipe.label,
             "family": recipe.family,
             "parameters": trained.parameters.total,
-            "frac_parameters": trained.parameters.frac,
+            "connection_parameters": trained.parameters.connections,
             "tokens": trained.tokens,
             "tokens_per_iteration": trained.tokens_per_iteration,
             "peak_memory_bytes": trained.peak_memory_bytes,

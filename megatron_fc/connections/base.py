@@ -54,6 +54,11 @@ class ConnectionConfig(ABC):
         return self.slots != self.fractions
 
     @property
+    def stream_layers(self) -> int:
+        """Layers that keep one stream together for backward; 0: every sub-layer keeps its own."""
+        return 0
+
+    @property
     def applies_norm(self) -> bool:
         """Whether the width connection is to apply a sub-layer's norm that a projection could apply, too."""
         return False
@@ -256,7 +261,7 @@ def load(name: str) -> Any:
 
 
 def check_values(config: ConnectionConfig) -> None:
-    """Check every field against its type: whole numbers from 1, booleans, finite numbers, choices.
+    """Check every field against its type: whole numbers from 1 or `least`, booleans, finite numbers, choices.
 
     Raises:
         UserError: names the field, its value, and what it may be.
@@ -267,8 +272,9 @@ def check_values(config: ConnectionConfig) -> None:
         optional = field.type == bool | None  # None: as another field says
         if (field.type is bool or optional) and not isinstance(value, bool) and not (optional and value is None):
             raise UserError(f"{name} must be true or false, not {value!r}")
-        if field.type is int and not (is_number and isinstance(value, int) and value >= 1):
-            raise UserError(f"{name} must be a whole number of at least 1, not {value!r}: use {field.default}")
+        least = field.metadata.get("least", 1)
+        if field.type is int and not (is_number and isinstance(value, int) and value >= least):
+            raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}: use {field.default}")
         if field.type is float and not (is_number and math.isfinite(value)):
             raise UserError(f"{name} must be a finite number, not {value!r}")
         if get_origin(field.type) is Literal and value not in get_args(field.type):

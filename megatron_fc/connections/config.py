@@ -128,6 +128,8 @@ class HyperConfig(ConnectionConfig):
         scale: multiply the predicted part by the learned scalars s_alpha and s_beta.
         initial_scale: initial value of both scalars.
         norm_eps: epsilon of the norm, the connection's own and independent of the model's.
+        stream_layers: layers that keep one stream together for backward and compute the others again, as well as the
+            inputs of their norms; 0: every sub-layer keeps its own. No part of equality: it changes no result.
 
     Raises:
         UserError: a value is out of range, an option of the dynamic part is changed in a static connection, or the
@@ -148,6 +150,8 @@ class HyperConfig(ConnectionConfig):
     scale: bool = True
     initial_scale: float = 0.01
     norm_eps: float = 1e-5
+    # No part of what the connection computes.
+    stream_layers: int = field(default=0, compare=False, metadata={"least": 0})
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -159,6 +163,11 @@ class HyperConfig(ConnectionConfig):
             raise UserError(
                 f"as many fractions as slots are a Frac-Connection: use dfc or sfc, FracConfig(rate={self.slots})"
             )
+
+    @property
+    def applies_norm(self) -> bool:
+        """Inside a projection a norm keeps its input, which `stream_layers` is to spare."""
+        return self.stream_layers > 0
 
     @property
     def label(self) -> str:
@@ -202,6 +211,7 @@ class ManifoldConfig(ConnectionConfig):
         sinkhorn_eps: added to alpha before the first of them, to every sum that they divide by, and to gamma.
         norm_eps: added to the mean square of the stream.
         leave: how the network closes: the mean of the streams, or a learned, sigmoid-weighted sum, as DeepSeek-V4 does.
+        stream_layers: as of `HyperConfig`.
 
     Raises:
         UserError: a value is out of range, or between mHC and mFC.
@@ -216,10 +226,17 @@ class ManifoldConfig(ConnectionConfig):
     sinkhorn_eps: float = 1e-6
     norm_eps: float = 1e-6
     leave: Leave = "mean"
+    # No part of what the connection computes.
+    stream_layers: int = field(default=0, compare=False, metadata={"least": 0})
 
     def __post_init__(self) -> None:
         check_values(self)
         on_manifold.check_options(self)
+
+    @property
+    def applies_norm(self) -> bool:
+        """Inside a projection a norm keeps its input, which `stream_layers` is to spare."""
+        return self.stream_layers > 0
 
     @property
     def label(self) -> str:

@@ -15,7 +15,7 @@ class ParameterCount:
     """Parameters of the whole model, and those among them that connections added."""
 
     total: int
-    frac: int
+    connections: int
 
 
 def count_parameters(chunks: Iterable[nn.Module]) -> ParameterCount:
@@ -24,15 +24,15 @@ def count_parameters(chunks: Iterable[nn.Module]) -> ParameterCount:
     Args:
         chunks: this rank's model chunks.
     """
-    total = frac = 0.0
+    total = connections = 0.0
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             share = parameter.numel() / _copies(parameter)
             if getattr(parameter, "shared_embedding", False) and not mpu.is_pipeline_first_stage():
                 continue
             total += share
-            frac += share if is_connection_key(name) else 0
-    counts = torch.tensor([total, frac], dtype=torch.float64, device=torch.cuda.current_device())
+            connections += share if is_connection_key(name) else 0
+    counts = torch.tensor([total, connections], dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(counts)
     return ParameterCount(*(round(value) for value in counts.tolist()))
 

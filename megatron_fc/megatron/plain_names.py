@@ -8,6 +8,7 @@ loads `--ckpt-format torch` where keys are missing, it would leave these norms a
 `state_dict` keeps the names of the parameters: sharded optimizers and torch's distributed checkpoints compare the two.
 """
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,27 @@ def refuse_what_would_be_dropped(
         )
 
 
+def announce_plain_weights(slot: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """`load_state_dict` pre-hook of a norm slot: with strict=False a plain layer's weights leave its connection alone.
+
+    At their start Frac- and Hyper-Connections make the plain network of them, mHC and mFC do not.
+    """
+    layer = prefix[: prefix.rstrip(".").rfind(".") + 1]
+    is_plain = any(key.startswith(layer) for key in state_dict) and not any(
+        key.startswith(f"{prefix}connection.") for key in state_dict
+    )
+    if not is_plain:
+        return
+    site: Any = slot.get_submodule("connection")
+    if not all(p.is_meta or site.config.is_identity(name, p) for name, p in site.named_parameters()):
+        warnings.warn(
+            f"plain weights are loaded into a model whose {site.config.label} connections are no identities, so it "
+            f"computes something else than the plain one: convert the checkpoint by `megatron-fc upcycle`, or call "
+            f"start_as_residual() of every connection",
+            stacklevel=2,
+        )
+
+
 def _take_fused_names(name: str, layer: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """`load_state_dict` pre-hook of a layer: the norm of one of its slots, where the plain layer has it elsewhere."""
     ours = f"{name}.{NORM}"
@@ -67,6 +89,7 @@ class TakesPlainNames(nn.Module):
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_pre_hook(take_plain_names)
         self.register_load_state_dict_pre_hook(refuse_what_would_be_dropped)
+        self.register_load_state_dict_pre_hook(announce_plain_weights)
 
     def meet_layer(self, layer: nn.Module, name: str) -> None:
         """Called when a layer takes this slot as its child `name`: it hands to each child the keys below that name.

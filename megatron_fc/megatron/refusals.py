@@ -26,6 +26,8 @@ def refuse_unsupported_config(config: TransformerConfig, connection: ConnectionC
     args = training_args()
     if args is not None:
         refuse_unsupported_args(args)
+        refuse_with_stream_layers(args, connection)
+    refuse_with_stream_layers(config, connection)
     if config.inference_fuse_tp_communication:
         raise UserError(
             "inference_fuse_tp_communication adds the residual inside the projections and would skip the depth "
@@ -68,6 +70,52 @@ def refuse_captured_layers(config: TransformerConfig | Namespace, connection: Co
             f"cuda_graph_impl={impl} captures layers whose input is hidden_size={width} wide, and the stream of "
             f"{connection.label} has {connection.stream_width(width)} values per token: use full_iteration"
         )
+
+
+def refuse_with_stream_layers(options: TransformerConfig | Namespace, connection: ConnectionConfig) -> None:
+    """Check that nothing makes recompute of the stream useless, or frees or replaces what it computes from.
+
+    Args:
+        options: of a layer, or Megatron's arguments.
+        connection: of the layers.
+
+    Raises:
+        UserError: names the option and what to do.
+    """
+    if not connection.stream_layers:
+        return
+
+    def has(name: str) -> bool:
+        return bool(getattr(options, name, False))
+
+    reason = None
+    if getattr(options, "recompute_granularity", None) == "full":
+        reason = "recompute_granularity=full keeps one stream per recomputed part already: drop one of the two"
+    elif _recomputes_layernorm(options):
+        reason = (
+            "recompute_modules=['layernorm'] runs the width connection again from the stream, which would be kept: "
+            "take layernorm out of recompute_modules"
+        )
+    elif (graphs := getattr(options, "cuda_graph_impl", None)) in CAPTURE_LAYERS:
+        reason = (
+            f"a layer in a graph of its own (cuda_graph_impl={graphs}) cannot compute streams of other layers again: "
+            f"use cuda_graph_impl=full_iteration or none"
+        )
+    elif has("overlap_moe_expert_parallel_comm"):
+        reason = (
+            "overlap_moe_expert_parallel_comm cuts the graph between the parts of a layer, and every part would keep "
+            "the stream: drop one of the two"
+        )
+    elif has("cpu_offloading") or has("cpu_offloading_num_layers"):
+        reason = "cpu_offloading would move sub-layers' outputs that have to stay: drop one of the two"
+    elif has("use_megatron_fsdp") or has("use_torch_fsdp2"):
+        fsdp = "use_megatron_fsdp" if has("use_megatron_fsdp") else "use_torch_fsdp2"
+        reason = (
+            f"{fsdp} releases parameters of other layers, which computing the stream again reads: use the "
+            f"distributed optimizer"
+        )
+    if reason is not None:
+        raise UserError(f"stream_layers={connection.stream_layers} of {connection.label}: {reason}")
 
 
 def _recomputes_layernorm(config: TransformerConfig | Namespace) -> bool:

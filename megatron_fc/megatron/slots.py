@@ -17,6 +17,7 @@ A stream that is wider than the model begins where the first sub-layer meets the
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,8 @@ from megatron_fc.connections.norm import HandsOutWeights
 from megatron_fc.connections.observers import observed
 from megatron_fc.connections.ops import Prepared
 from megatron_fc.connections.parcel import Parcel
+from megatron_fc.connections.site import biased
+from megatron_fc.connections.stream_recompute import Link, Written
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norms import hand_out_weights
 from megatron_fc.megatron.output_projections import announce_unscaled
@@ -129,6 +132,8 @@ class NormSlot(TakesPlainNames, MegatronModule):
         self.paired = False
         self.handover: Parcel[Handover] = Parcel()
         self.prepared: Parcel[Prepared] = Parcel()
+        self.link: Parcel[Link] = Parcel()
+        self._begins_layer = pairing.place[0] == 0
         # Whether the layer ran with gradients last. Not seen inside selective recompute, which turns them off.
         self.differentiates: bool | None = None
         self._recomputed = config.recompute_granularity == "selective" and "layernorm" in (
@@ -172,17 +177,27 @@ class NormSlot(TakesPlainNames, MegatronModule):
         h = self.stream.entered(h)
         if before is not None and self.learns_predecessor and gradients:
             before.followed_by(self)
-        if not self.is_handing_over:
-            x = self.norm(site(h)) if observed(site) else site(h, self.norm)
-            return (x, h) if self.hands_over and norms_declare_residual() else x
-        if prepared is None:
+        hand_over = self.is_handing_over
+        link = self._link(h) if gradients and site.config.stream_layers else None
+        if link is not None:
+            x, handover = link.width(h)
+        elif not hand_over:
+            x, handover = self.norm(site(h)) if observed(site) else site(h, self.norm), None
+        elif prepared is None:
             x, handover = site(h, self.norm, hand_over=True)
         else:
             x, handover = site(h, self.norm, hand_over=True, prepared=prepared)
-        # For a view, since a handover keeps h itself alive.
-        stream = h.view_as(h)
-        self.handover.leave(stream, handover)
-        return x, stream
+        if hand_over and handover is not None:
+            # For a view, since a handover keeps h itself alive.
+            h = h.view_as(h)
+            self.handover.leave(h, handover)
+        if link is not None and link.describes(h):  # no hook of the site or norm has written to it
+            self.link.leave(h, link)
+        return (x, h) if hand_over or (self.hands_over and norms_declare_residual()) else x
+
+    def _link(self, h: Tensor) -> Link:
+        """What backward is given in place of h."""
+        return Link(self.connection, self.norm, h, _written.take(h), self._begins_layer)
 
     @property
     def is_handing_over(self) -> bool:
@@ -240,7 +255,7 @@ class AddSlot(nn.Module):
         [norm] = self._norm
         h = norm.stream.entered(h)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(training, o, h)):
-            handover = norm.handover.take(h)
+            handover, link = norm.handover.take(h), norm.link.take(h)
             kernels = handover if handover is not None and handover.backend == "triton" else None
             if kernels is not None and self._following and self._in_one_pass():
                 [following] = self._following
@@ -248,6 +263,12 @@ class AddSlot(nn.Module):
                 # The connection itself is called, since the slot has no parameters whose gathers wait for its call.
                 stream, prepared = following.connection(pending, following.norm)
                 following.prepared.leave(stream, prepared)
+            elif link is not None:
+                o = biased(o, h, bias, dropout)
+                # A depth connection that was handed nothing looks at h again.
+                with link.in_place_of(h) if handover is None else nullcontext():
+                    stream = norm.connection.depth(o, h, handover)
+                _written.leave(stream, link.written(o))
             else:
                 stream = norm.connection.depth(o, h, handover, bias, dropout)
         if kernels is not None and stream.requires_grad:
@@ -278,3 +299,5 @@ class AddSlot(nn.Module):
 
 # By whom a stream was returned, of the one that was returned last.
 _returned: Parcel[AddSlot] = Parcel()
+# And how it came about, where the next site recomputes it.
+_written: Parcel[Written] = Parcel()

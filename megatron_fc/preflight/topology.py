@@ -143,7 +143,7 @@ class Topology:
         else:
             lines.append(
                 f"compute    {self.flops_per_token:.3e} FLOPs per token, forward and backward, by Megatron's count, "
-                f"which leaves out Frac-Connections"
+                f"which leaves out the connections"
             )
         if self.gpu_hours is not None:
             days = self.gpu_hours / layout.world / 24

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fc.connections.kinds import KINDS
 from megatron_fc.errors import UserError
 from megatron_fc.runs.arguments import read_arguments
 from megatron_fc.runs.log_lines import parse_iteration, parse_validation
@@ -256,8 +257,14 @@ def _number(arguments: dict[str, str], name: str) -> int | None:
 def _connection(arguments: dict[str, str]) -> str | None:
     if not arguments:
         return None
-    rate = arguments.get("frac_rate", "None")
-    return "residual" if rate == "None" else f"{'dfc' if arguments.get('frac_dynamic') == 'True' else 'sfc'}_x{rate}"
+    for kind, config in KINDS.items():
+        slots, fractions = _number(arguments, f"{kind}_{config.slots_option}"), _number(arguments, f"{kind}_fractions")
+        if slots is not None:
+            options: dict[str, Any] = {config.slots_option: slots}
+            options |= {} if fractions is None else {"fractions": fractions}
+            dynamic = arguments.get(f"{kind}_dynamic")
+            return config(**options, **({} if dynamic is None else {"dynamic": dynamic == "True"})).label
+    return "residual"
 
 
 def _checkpoint_folder(run_dir: Path, arguments: dict[str, str]) -> Path:

@@ -48,7 +48,7 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 def comparison_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """Return a table with one column per run and the difference to the first where it means something."""
-    table = Table(title="Frac-Connections against plain residuals" if len(summaries) > 1 else None)
+    table = Table(title="Connections against plain residuals" if len(summaries) > 1 else None)
     table.add_column("")
     for summary in summaries:
         table.add_column(summary["connection"], justify="right")
@@ -61,7 +61,7 @@ def comparison_table(summaries: Sequence[dict[str, Any]]) -> Table:
         ("tokens/s", "tokens_per_second", "speed"),
         ("step time", "median_step_ms", "ms"),
         ("parameters", "parameters", "count"),
-        ("of these Frac-Connections", "frac_parameters", "count"),
+        ("of these connections", "connection_parameters", "count"),
         ("peak memory", "peak_memory_bytes", "bytes"),
         ("iterations", "iterations", "count"),
     ):

@@ -140,8 +140,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_model_goes_on_from_the_upcycled_checkpoint(
     kind: str, precision: str, connection: ConnectionConfig, tmp_path: Path
 ) -> None:
-    # mHC is the residual network up to the epsilons of its coefficients, 1e-6 each.
-    rounding = {"fp32": 1e-5, "bf16": 2e-2}[precision] if isinstance(connection, ManifoldConfig) else 0.0
+    # mHC is the residual network up to the epsilons of its coefficients, 1e-6 each; observed are 9e-7 and 4e-3.
+    rounding = {"fp32": 5e-6, "bf16": 2e-2}[precision] if isinstance(connection, ManifoldConfig) else 0.0
     old = Run(kind, None, precision)
     for step in range(ITERATION):
         old.step(step)
@@ -405,7 +405,7 @@ def test_upcycled_run_goes_on_with_the_same_loss(config: Path, finished: Path) -
     assert list(connected) == [4, 5, 6]
     assert connected[4] == plain[4]
     assert connected[6] != plain[6]
-    assert summary["frac_parameters"] == 472
+    assert summary["connection_parameters"] == 472
 
     trained = find_checkpoint(config.parent / "goes_on" / "checkpoints")
     with pytest.raises(UserError, match="is no identity any more"):
@@ -432,8 +432,8 @@ def test_a_wider_stream_goes_on_in_pipeline_stages(
         assert harness.run("command_line", ranks, config.parent / f"{connection}-{ranks}-ranks", words + layout) == (
             [0] * ranks
         )
-        # Rounding, and the epsilons of mHC.
-        assert read_metrics(run_dir).loss == {4: pytest.approx(expected, abs=1e-4)}
+        rounding = 2e-6 if connection == "mhc" else 0.0
+        assert read_metrics(run_dir).loss == {4: pytest.approx(expected, rel=0, abs=rounding)}
         stored = tensors(run_dir / "checkpoints" / "iter_0000003")
         connections.append({key: value for key, value in stored.items() if is_connection_key(key)})
         assert_same(

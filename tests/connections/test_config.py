@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from megatron_fc import FracConfig, UserError
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
+from megatron_fc.connections.reference import Config
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,18 @@ def test_recompute_goes_with_every_connection_and_makes_it_no_other() -> None:
         config = FracConfig(dynamic=dynamic, recompute=True)
         assert config == FracConfig(dynamic=dynamic)
         assert FracConfig.from_dict(config.to_dict()).recompute
+
+
+@pytest.mark.parametrize("kind", [HyperConfig, ManifoldConfig])
+def test_recompute_of_the_stream_makes_it_no_other_connection(kind: type[Config]) -> None:
+    config = kind.from_dict({"stream_layers": 2})
+    assert config == kind()
+    assert kind.from_dict(config.to_dict()).stream_layers == 2
+    assert config.applies_norm
+    assert not kind().applies_norm
+    for value in (-1, True, 1.5):
+        with pytest.raises(UserError, match=f"stream_layers must be a whole number of at least 0, not {value}: use 0"):
+            kind.from_dict({"stream_layers": value})
 
 
 def test_config_is_immutable() -> None:

@@ -28,7 +28,7 @@ def test_demo_trains_compares_and_is_not_repeated(installed: Installed, tmp_path
         f"demo    writes its data to {tmp_path}/data/demo and its runs to {tmp_path}/runs/demo; nothing is downloaded",
         "        trains residual and then dfc_x4; interrupted, the same command goes on",
     ]
-    assert "Frac-Connections against plain residuals" in first.stdout
+    assert "Connections against plain residuals" in first.stdout
     runs = tmp_path / "runs" / "demo"
     assert (runs / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert all((runs / name / "summary.json").exists() for name in ("residual", "dfc_x4"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_fc.connections.kinds import KINDS
 from support import harness
 from support.layouts import ALL_MODELS, BY_NAME, LAYOUTS, ONE_RANK, Layout, Model, model_named, models_of
 
@@ -43,22 +44,22 @@ def test_layout_equals_one_rank(
 ) -> None:
     folder = store / layout.name.replace(" ", "-")
     ranks = harness.run("train_all", layout.world, folder, layout, models_of(layout), store / "models")
-    worst: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    worst: dict[tuple[str, bool], tuple[float, float]] = {}
     for model in models_of(layout):
         results = [rank[model.name] for rank in ranks]
         losses, gradient = loss_differences(results, reference[model.name]), gradient_difference(results, model)
-        worst[model.bf16].append((max(losses.values()), gradient))
+        loss, largest = worst.get((model.connection.kind, model.bf16), (0.0, 0.0))
+        worst[model.connection.kind, model.bf16] = max(loss, *losses.values()), max(largest, gradient)
         for optimizer, difference in losses.items():
             assert difference < (LOSS_BF16 if model.bf16 else LOSS[optimizer]), (model.name, optimizer)
         assert gradient < (GRADIENT_BF16 if model.bf16 else {"mla": GRADIENT_MLA}.get(model.kind, GRADIENT)), model.name
         assert all(result.recompute_exact in (True, None) for result in results), model.name
-    for bf16, pairs in ((bf16, pairs) for bf16, pairs in worst.items() if pairs):
-        loss, gradient = (max(values) for values in zip(*pairs, strict=True))
-        recompute = "-" if bf16 else "exact"
-        precision = "bf16" if bf16 else "fp32"
-        record_property(
-            "layout", f"| {layout.name} | {precision} | {loss:.1e} | {gradient:.1e} | {recompute} | equal |"
-        )
+    for bf16 in sorted({bf16 for _, bf16 in worst}):
+        columns = [worst.get((kind, bf16)) for kind in KINDS]
+        shown = ["-" if column is None else "{:.0e}, {:.0e}".format(*column) for column in columns]
+        precision, recompute = ("bf16", "-") if bf16 else ("fp32", "exact")
+        name = layout.name.replace("|", r"\|")
+        record_property("layout", f"| {name} | {precision} | {' | '.join(shown)} | {recompute} |")
 
 
 def loss_differences(results: list[Any], reference: Any) -> dict[str, float]:

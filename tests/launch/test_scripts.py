@@ -120,6 +120,7 @@ def test_without_a_site_file_a_dry_run_shows_placeholders(tmp_path: Path) -> Non
     variables = {"SITE": str(missing), "USER": "me"}
     for words in (
         ["moe7b.sh", "--dry-run", "-N", "8"],
+        ["moe7b.sh", "connection=dhc", "--dry-run"],
         ["dense1b.sh", "--dry-run"],
         ["moe1b3.sh", "dfc_x4", "--dry-run"],
         ["profile.sh", "configs/olmoe_7b.yaml", "--dry-run"],

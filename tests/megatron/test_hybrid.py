@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from megatron_fc import FracConfig, UserError
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.megatron.hybrid import gpt_key_to_hybrid, hybrid_pattern, hybrid_stack
 from support import tiny
 
@@ -19,8 +20,18 @@ def test_pattern_of_another_length_is_refused() -> None:
         hybrid_pattern(3, [0, 1])
 
 
-@pytest.mark.parametrize("frac", [None, FracConfig(rate=4), FracConfig(rate=2, dynamic=False)])
-def test_same_weights_give_the_same_logits_as_gpt(frac: FracConfig | None) -> None:
+@pytest.mark.parametrize(
+    "frac",
+    [
+        None,
+        FracConfig(rate=4),
+        FracConfig(rate=2, dynamic=False),
+        HyperConfig(slots=4),
+        ManifoldConfig(slots=4, leave="learned"),
+    ],
+    ids=lambda frac: getattr(frac, "label", "residual"),
+)
+def test_same_weights_give_the_same_logits_as_gpt(frac: ConnectionConfig | None) -> None:
     """A dense and a MoE layer as GPTModel and as four layers of a HybridModel."""
     gpt, hybrid = tiny.build("mixed", frac, seed=1), tiny.build("hybrid", frac, seed=2)
     generator = torch.Generator().manual_seed(4)

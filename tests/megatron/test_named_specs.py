@@ -127,6 +127,7 @@ def test_flags_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
         FracConfig(rate=8, norm="none", tanh=False, scale=False, norm_eps=1e-6),
         FracConfig(dynamic=False, recompute=True),
         HyperConfig(),
+        HyperConfig(slots=2, stream_layers=3),
         HyperConfig(slots=8, fractions=2, dynamic_beta=False, norm_affine=False),
         ManifoldConfig(),
         ManifoldConfig(slots=2, leave="learned", sinkhorn_iterations=7, sinkhorn_eps=1e-5),

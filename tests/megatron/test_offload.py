@@ -16,7 +16,8 @@ from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
     FineGrainedActivationOffloadingInterface as Offloading,
 )
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
+from megatron_fc.connections.base import ConnectionConfig
 from support import tiny
 
 DFC = FracConfig(rate=4)
@@ -35,7 +36,7 @@ def manager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Offloading.reset_instance()
 
 
-def steps(frac: FracConfig | None, *modules: str, hand_over: bool = True) -> list[dict[str, torch.Tensor]]:
+def steps(frac: ConnectionConfig | None, *modules: str, hand_over: bool = True) -> list[dict[str, torch.Tensor]]:
     """Gradients of two steps: the manager only takes notes in the first one."""
     options: dict[str, Any] = {}
     if modules:
@@ -53,8 +54,17 @@ def steps(frac: FracConfig | None, *modules: str, hand_over: bool = True) -> lis
     return result
 
 
-@pytest.mark.parametrize("frac", [DFC, FracConfig(rate=4, recompute=True), FracConfig(rate=4, dynamic=False)])
-def test_gradients_are_those_without(frac: FracConfig) -> None:
+@pytest.mark.parametrize(
+    "frac",
+    [
+        DFC,
+        FracConfig(rate=4, recompute=True),
+        FracConfig(rate=4, dynamic=False),
+        HyperConfig(slots=4, stream_layers=2),
+        ManifoldConfig(slots=4),
+    ],
+)
+def test_gradients_are_those_without(frac: ConnectionConfig) -> None:
     plain, offloaded = steps(frac), steps(frac, "core_attn", "attn_proj", "qkv_linear")
     for before, after in zip(plain, offloaded, strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)

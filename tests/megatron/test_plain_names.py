@@ -1,6 +1,7 @@
 """`load_state_dict` of connected models: plain names are taken, nothing is dropped, whatever `strict` says."""
 
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,19 @@ def test_a_plain_state_dict(kind: str, frac: ConnectionConfig) -> None:
     rounding = 1e-4 if frac == LEARNED else 0
     expected = tiny.logits(plain, tiny.tokens())
     torch.testing.assert_close(tiny.logits(model, tiny.tokens()), expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("connection", [LEARNED, ManifoldConfig(slots=4, fractions=4)], ids=["mhc", "mfc"])
+def test_plain_weights_in_a_model_that_does_not_start_as_the_plain_one(connection: ConnectionConfig) -> None:
+    model, plain = tiny.build("mixed", connection), trained("mixed", None).state_dict()
+    own, identical = tiny.build("mixed", connection).state_dict(), tiny.build("mixed", DFC)
+    with pytest.warns(UserWarning, match=f"into a model whose {connection.label} connections are no identities"):
+        model.load_state_dict(plain, strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(own)
+        model.load_state_dict({key: value for key, value in plain.items() if key.startswith("embedding")}, strict=False)
+        identical.load_state_dict(plain, strict=False)
 
 
 def test_strict_misses_the_connections_and_nothing_else() -> None:

@@ -89,7 +89,7 @@ def test_one_site_per_sub_layer(kind: str) -> None:
     assert len(sites) == {"mtp": 6}.get(kind, 4)
     assert len({id(p) for site in sites for p in site.parameters()}) == 7 * len(sites)
     added = count_parameters([model]).total - count_parameters([tiny.build(kind, None)]).total
-    assert added == count_parameters([model]).frac == len(sites) * DFC.parameter_count(tiny.WIDTH)
+    assert added == count_parameters([model]).connections == len(sites) * DFC.parameter_count(tiny.WIDTH)
 
 
 @pytest.mark.parametrize(("frac", "added"), [(DFC, 165_056), (SFC, 1_152)], ids=["dfc_x4", "sfc_x4"])

@@ -32,7 +32,7 @@ def test_a_run_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         "step       4,194,304 tokens, 4,096 per sequence",
         "run        715,256 steps, 3,000,001,101,824 tokens",
         "compute    7.866e+09 FLOPs per token, forward and backward, by Megatron's count, which leaves out "
-        "Frac-Connections",
+        "the connections",
         "GPU-hours  22,093 in all, 14.4 days, assuming 30% of 989 TFLOP/s per GPU, an assumption and no measurement: "
         "give --tokens-per-second-per-gpu",
     ]
@@ -43,6 +43,12 @@ def test_a_run_over_gloo_may_do_what_gpus_cannot(capsys: pytest.CaptureFixture[s
     """As the CPU lane has to: Megatron resumes no distributed optimizer there."""
     words = ["use_distributed_optimizer=false", "overlap_param_gather=false", "distributed_backend=gloo"]
     assert ask(*words) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("connection", ["dhc", "mhc"])
+def test_a_wider_stream_goes_into_every_layout(connection: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pipeline_model_parallel_size=4", "num_virtual_stages_per_pipeline_rank=2"]
+    assert ask(f"connection={connection}", *words) == 0, capsys.readouterr().err
 
 
 def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +119,7 @@ def test_the_clusters_packages_count_not_this_machines(capsys: pytest.CaptureFix
         (["global_batch_size=null"], 8, "global_batch_size is not set: set it"),
         (["train_samples=null"], 8, "the run has no end: set train_samples or train_iters"),
         (["num_layer=3"], 8, "unknown key in section model: 'num_layer': did you mean 'num_layers'?"),
+        (["connection=mhc", "cuda_graph_impl=local"], 8, "hidden_size=2048 wide, and the stream of mhc_x4 has 8192"),
         (["--mfu", "0"], 8, "mfu=0.0 must be greater than 0"),
     ],
 )

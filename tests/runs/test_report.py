@@ -75,7 +75,7 @@ def test_no_run_yet(tmp_path: Path) -> None:
 
 def finished_run(run_dir: Path, connection: str, loss: float) -> Path:
     log_events(run_dir, {step: loss + 1 / step for step in range(1, 31)}, [loss])
-    facts = {"connection": connection, "tokens_per_iteration": 100, "parameters": 1000, "frac_parameters": 0}
+    facts = {"connection": connection, "tokens_per_iteration": 100, "parameters": 1000, "connection_parameters": 0}
     write_summary(run_dir, {**facts, "tokens": 3000, "peak_memory_bytes": 2**20})
     return run_dir
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_fc.cli.main import main
+from megatron_fc.connections.kinds import from_label
+from megatron_fc.megatron.flags import store_connection
 from megatron_fc.runs.status import find_runs, read_run
 
 # As Megatron prints it, 1,024 sequences a step.
@@ -129,6 +132,15 @@ def test_a_run_of_an_older_release(tmp_path: Path) -> None:
     run = read_run(tmp_path)
     assert (run.state, run.connection, run.starts) == ("done", "residual", [])
     assert run.tokens == run.target_tokens == 100 * 1024 * 4096
+
+
+@pytest.mark.parametrize("label", ["sfc_x2", "dfc_x8", "shc_x3", "dhc_x4", "dhc_x4_m2", "mhc_x4", "mfc_x2"])
+def test_the_connection_of_a_run(label: str, tmp_path: Path) -> None:
+    arguments = Namespace(frac_rate=None)
+    store_connection(arguments, from_label(label))
+    write_log(tmp_path, 1)
+    write_arguments(tmp_path, **vars(arguments))
+    assert read_run(tmp_path).connection == label
 
 
 def test_torn_lines_are_left_out(tmp_path: Path) -> None:

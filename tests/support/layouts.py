@@ -12,7 +12,10 @@ from megatron_fc.connections.base import ConnectionConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is spread over ranks; `stages` as Megatron's pipeline_model_parallel_layout."""
+    """How a model is spread over ranks; `stages` as Megatron's pipeline_model_parallel_layout.
+
+    `exchanges_shapes`: nobody calls `widen`.
+    """
 
     name: str
     world: int
@@ -23,6 +26,7 @@ class Layout:
     ep: int = 1
     cp: int = 1
     stages: str | None = None
+    exchanges_shapes: bool = False
     distributed_optimizer: bool = False
     overlap: bool = False
 
@@ -73,6 +77,8 @@ LAYOUTS = (
     Layout("TP2+SP", 2, tp=2, sequence=True),
     Layout("PP2", 2, pp=2),
     Layout("PP2+VPP2", 2, pp=2, vpp=2),
+    Layout("PP2, shapes exchanged", 2, pp=2, exchanges_shapes=True),
+    Layout("PP2+VPP2, shapes exchanged", 2, pp=2, vpp=2, exchanges_shapes=True),
     Layout("PP4", 4, pp=4),
     Layout("EP2", 2, ep=2),
     Layout("TP2+SP+EP2", 2, tp=2, sequence=True, ep=2),
@@ -144,6 +150,7 @@ OTHER_KINDS += tuple(Model("mixed", 2, connection, "random") for connection in O
 OTHER_KINDS += tuple(Model(kind, 2, OTHERS[2], "random") for kind in ("mtp", "hybrid"))
 # Stages without a layer are a matter of streams that are wider than the model.
 WIDE = tuple(Model("mixed", 4, connection, "random") for connection in (DHC, OTHERS[2]))
+WIDE += (Model("hybrid", 4, DHC, "random"),)
 WIDE += tuple(Model("mtp", 4, connection, "random", tied=True) for connection in (DHC, OTHERS[2]))
 ALL_MODELS = tuple(dict.fromkeys([model for group in (*MOE.values(), DENSE, OTHER_KINDS, WIDE) for model in group]))
 
@@ -152,8 +159,11 @@ def models_of(layout: Layout) -> tuple[Model, ...]:
     """What the layout is tested with."""
     if layout.name == "TP2":
         return DENSE
+    if layout.exchanges_shapes:
+        return tuple(Model(kind, layout.layers, DHC, "random") for kind in ("mixed", "hybrid"))
     if layout.stages:
-        return tuple(model for model in WIDE if ("m" in layout.stages) == (model.kind == "mtp"))
+        kind = "mtp" if "m" in layout.stages else "mixed"
+        return tuple(model for model in WIDE if model.kind == kind)
     moe = MOE[layout.layers]
     return (*moe, *OTHER_KINDS) if layout.name == "TP2+SP+PP2" else moe
 

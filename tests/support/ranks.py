@@ -371,9 +371,8 @@ class Run:
         options = {**layout.options(), **model.options(), **(more or {})}
         options["finalize_model_grads_func"] = finalize_model_grads
         stages = range(layout.vpp) if layout.vpp else [None]
-        self.chunks = [
-            tiny.build(model.kind, model.connection, vp_stage=stage, tied=model.tied, **options) for stage in stages
-        ]
+        options |= {"tied": model.tied, "exchanges_shapes": layout.exchanges_shapes}
+        self.chunks = [tiny.build(model.kind, model.connection, vp_stage=stage, **options) for stage in stages]
         self.config = unwrap_model(self.chunks[0]).config
         if folder is not None:
             self._load_start(model)
@@ -387,7 +386,8 @@ class Run:
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
             for number, chunk in enumerate(self.chunks)
         ]
-        widen(self.chunks, model.connection)
+        if not layout.exchanges_shapes:
+            widen(self.chunks, model.connection)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer=optimizer,

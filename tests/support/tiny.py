@@ -77,6 +77,7 @@ def build(
     vp_stage: int | None = None,
     tied: bool = False,
     te: bool = False,
+    exchanges_shapes: bool = False,
     **options: Any,
 ) -> torch.nn.Module:
     """Build this rank's part of the model, with plain residuals where `frac` is None, of TE's layers with `te`.
@@ -101,11 +102,14 @@ def build(
     model: torch.nn.Module
     if kind == "hybrid":
         stack = hybrid_stack(use_te=te)
-        stack = stack if frac is None else connect(stack, frac)
+        stack = stack if frac is None else connect(stack, frac, exchanges_shapes=exchanges_shapes)
         pattern = hybrid_pattern(config.num_layers // 2, config.moe_layer_freq)
+        if stages:  # the pattern has to say where they begin
+            size = len(pattern) // (stages * config.pipeline_model_parallel_size)
+            pattern = "|".join(pattern[at : at + size] for at in range(0, len(pattern), size))
         model = HybridModel(config, stack, hybrid_layer_pattern=pattern, **common)
     else:
-        model = _build_gpt(config, frac, te, common)
+        model = _build_gpt(config, frac, te, exchanges_shapes, common)
     _randomise_biases(model, seed)
     return Float16Module(config, model) if config.bf16 or config.fp16 else model
 
@@ -121,7 +125,13 @@ def _silent_pairing(slot: str, place: tuple[int, int], before: Pairing | None, r
     return Pairing(slot, place, before, returns_stream=False)
 
 
-def _build_gpt(config: TransformerConfig, frac: ConnectionConfig | None, te: bool, common: dict[str, Any]) -> GPTModel:
+def _build_gpt(
+    config: TransformerConfig,
+    frac: ConnectionConfig | None,
+    te: bool,
+    exchanges_shapes: bool,
+    common: dict[str, Any],
+) -> GPTModel:
     vp_stage = common["vp_stage"]
     spec: Any
     if config.num_moe_experts:
@@ -137,8 +147,9 @@ def _build_gpt(config: TransformerConfig, frac: ConnectionConfig | None, te: boo
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=te, vp_stage=vp_stage)
     if frac is not None:
-        spec = connect(block_spec(spec, config, vp_stage) if frac.is_wide else spec, frac)
-        mtp = connect(mtp, frac) if mtp is not None else None
+        spec = block_spec(spec, config, vp_stage) if frac.is_wide else spec
+        spec = connect(spec, frac, exchanges_shapes=exchanges_shapes)
+        mtp = connect(mtp, frac, exchanges_shapes=exchanges_shapes) if mtp is not None else None
     return GPTModel(config, spec, mtp_block_spec=mtp, **common)
 
 

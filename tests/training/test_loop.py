@@ -35,7 +35,7 @@ def test_a_run_learns_and_leaves_its_figures(finished: Path) -> None:
     assert summary["last_loss"] < summary["first_loss"] - 0.5
     assert summary["validation_loss"] < summary["first_loss"]
     sites, fraction = 4, 32 // 4
-    assert summary["frac_parameters"] == sites * (fraction * 10 + 36 + 2)
+    assert summary["connection_parameters"] == sites * (fraction * 10 + 36 + 2)
     assert summary["versions"]["megatron-core"]
     assert summary["config"]["connections"]["rate"] == 4
     assert summary["peak_memory_bytes"] > 2**20
@@ -53,10 +53,14 @@ def metrics_of(file: Path) -> Metrics:
 
 
 @pytest.mark.slow
-def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Path) -> None:
-    run_dir = config.parent / "killed"
-    words = command(config, f"run_dir={run_dir}")
-    disk = SlowDisk(config.parent / "seconds")
+@pytest.mark.parametrize("connection", ["dfc", "dhc"])
+def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Path, connection: str) -> None:
+    run_dir, which = config.parent / f"killed_{connection}", f"connection={connection}"
+    if connection != "dfc":
+        finished = config.parent / "undisturbed"
+        train(config, finished, which)
+    words = command(config, f"run_dir={run_dir}", which)
+    disk = SlowDisk(config.parent / f"seconds_{connection}")
     disk.hangs_at(20)
     variables = environment() | disk.variables
     victim = subprocess.Popen(
@@ -72,7 +76,7 @@ def test_kill_9_and_resume_equals_the_undisturbed_run(config: Path, finished: Pa
     victim.wait()
     assert latest_checkpoint(run_dir / "checkpoints") == run_dir / "checkpoints/iter_0000010"
 
-    train(config, run_dir)  # which takes over the lock of the dead
+    train(config, run_dir, which)  # which takes over the lock of the dead
     assert not (run_dir / LOCK).exists()
     first, second = (metrics_of(file) for file in sorted((run_dir / "tensorboard").iterdir()))
     assert list(first.loss) == list(range(1, 21))
@@ -88,10 +92,10 @@ def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path)
     assert gpt is not None
     short = ("train_iters=5", "lr_decay_iters=5", "save_interval=null")
     hybrid = train(config, config.parent / "hybrid", "family=hybrid", *short)
-    assert hybrid["frac_parameters"] == gpt["frac_parameters"]
+    assert hybrid["connection_parameters"] == gpt["connection_parameters"]
     assert hybrid["parameters"] == gpt["parameters"]
     residual = train(config, config.parent / "residual", "connection=residual", *short)
-    assert residual["frac_parameters"] == 0
+    assert residual["connection_parameters"] == 0
     # All weights are drawn alike, and at the start the connections are identities: the first loss is the same.
     assert residual["first_loss"] == gpt["first_loss"]
     assert "note: no CUDA device: CPU lane over gloo" in residual["printed"]
@@ -99,19 +103,20 @@ def test_hybrid_and_gpt_and_every_connection_train(config: Path, finished: Path)
 
 
 @pytest.mark.slow
-def test_bf16_run_resumes(config: Path) -> None:
-    run_dir = config.parent / "bf16"
-    options = ("bf16=true", "connection=sfc", "rate=2", "lr_decay_iters=12", "save_interval=6")
+@pytest.mark.parametrize("connection", [("connection=sfc", "rate=2"), ("connection=mhc", "leave=learned")])
+def test_bf16_run_resumes(config: Path, tmp_path: Path, connection: tuple[str, ...]) -> None:
+    run_dir, undisturbed = tmp_path / "run", tmp_path / "straight"
+    options = ("bf16=true", *connection, "lr_decay_iters=12", "save_interval=6")
     options += ("hidden_dropout=0.1", "attention_dropout=0.1")  # drawn from generators that the resume restores
     train(config, run_dir, *options, "train_iters=6")
     resumed = train(config, run_dir, *options, "train_iters=12")
-    straight = train(config, config.parent / "bf16_straight", *options, "train_iters=12")
+    straight = train(config, undisturbed, *options, "train_iters=12")
     assert resumed["iterations"] == 12
     for tag in ("lm loss", "grad-norm", "learning-rate"):
-        assert figures(run_dir)[tag] == figures(config.parent / "bf16_straight")[tag]
+        assert figures(run_dir)[tag] == figures(undisturbed)[tag]
     assert resumed["last_loss"] == straight["last_loss"]
     last = "checkpoints/iter_0000012"
-    assert random_state(run_dir / last) == random_state(config.parent / "bf16_straight" / last)
+    assert random_state(run_dir / last) == random_state(undisturbed / last)
 
 
 @pytest.mark.slow
@@ -174,6 +179,10 @@ def test_checkpoint_knows_its_connections(finished: Path) -> None:
         (["rate=2"], "has dfc_x4 connections, this run has dfc_x2 connections: give the run another run_dir"),
         (["connection=sfc"], "has dfc_x4 connections, this run has sfc_x4 connections"),
         (["connection=residual"], "has dfc_x4 connections, this run has plain residual connections"),
+        (["connection=dhc"], "has dfc_x4 connections, this run has dhc_x4 connections: give the run another run_dir"),
+        (["connection=mhc"], "has dfc_x4 connections, this run has mhc_x4 connections"),
+        (["connection=mfc"], "has dfc_x4 connections, this run has mfc_x4 connections"),
+        (["connection=dhc", "cuda_graph_impl=local"], "cuda_graph_impl=local captures layers whose input is hidden"),
         (["norm=none"], "has dfc_x4 connections, this run has dfc_x4 connections without norm"),
         (["tanh=false"], "was trained with FracConfig(rate=4, dynamic=True"),
         (

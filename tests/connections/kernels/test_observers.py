@@ -1,7 +1,7 @@
-"""Megatron models with Frac-Connections under what people do to look inside and to intervene, on both backends.
+"""Megatron models with connections under what people do to look inside and to intervene, on both backends.
 
 Each is held against the same model on the torch backend whose slots hand over nothing to each other: every width and
-depth connection is a function of the stream alone there.
+depth connection is a function of the stream alone there. Only Frac-Connections have kernels.
 """
 
 import copy
@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_fc import FracConfig, UserError
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
+from megatron_fc.connections.base import ConnectionConfig
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -28,7 +29,13 @@ with warnings.catch_warnings():
     from support import tiny
 
 FEW = tiny.tokens(batch=1)[:, :5]  # one tile of rows: the interpreter takes seconds for a step
-BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
+CONNECTIONS: dict[str, ConnectionConfig] = {
+    "torch": FracConfig(rate=4, backend="torch"),
+    "triton": FracConfig(rate=4, backend="triton"),
+    "dhc": HyperConfig(slots=4),
+    "mhc": ManifoldConfig(slots=4),
+}
+BACKENDS = pytest.mark.parametrize("backend", CONNECTIONS)
 # Sums of fp32 in another order; measured 2e-6, what is looked for here is of order one.
 CLOSE = {"rtol": 1e-3, "atol": 1e-5}
 Hook = Callable[[nn.Module, Any, Any], Any]
@@ -40,14 +47,20 @@ def one_rank() -> Iterator[None]:
         yield
 
 
-def build(backend: str | None, **options: Any) -> Any:
-    """A model whose layers know which one comes next; None for the one that hands over nothing."""
-    model: Any = tiny.build("dense", FracConfig(rate=4, backend=backend or "torch"), **options)  # type: ignore[arg-type]
+def build(backend: str, **options: Any) -> Any:
+    """A model whose layers know which one comes next."""
+    model: Any = tiny.build("dense", CONNECTIONS[backend], **options)
     tiny.randomise_connections(model)
-    for module in model.modules():
-        if isinstance(module, NormSlot) and backend is None:
-            module.hands_over = False
     tiny.loss(model, FEW)
+    return model
+
+
+def build_apart(backend: str) -> Any:
+    """The same model on the torch backend, whose slots hand over nothing."""
+    model = build("torch" if backend == "triton" else backend)
+    for module in model.modules():
+        if isinstance(module, NormSlot):
+            module.hands_over = False
     return model
 
 
@@ -89,7 +102,7 @@ EDITS = [on_layers(put_in_place), on_layers(put_other_storage), put_before]
 @BACKENDS
 @pytest.mark.parametrize("edit", EDITS, ids=["in place", "other storage", "inside a layer"])
 def test_what_is_handed_over_does_not_outlive_its_value(backend: str, edit: Callable[[Any], None]) -> None:
-    found, expected = build(backend), build(None)
+    found, expected = build(backend), build_apart(backend)
     for model in (found, expected):
         edit(model)
     close(step(found), step(expected))
@@ -99,7 +112,7 @@ def test_what_is_handed_over_does_not_outlive_its_value(backend: str, edit: Call
 
 def test_a_residual_stream_that_is_written_to_between_the_slots_of_a_layer() -> None:
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        layer, plain = (build(backend).decoder.layers[0] for backend in ("torch", None))
+        layer, plain = (made("torch").decoder.layers[0] for made in (build, build_apart))
         with mode():
             h, o = torch.randn(2, 6, 1, tiny.WIDTH)
             _, stream = layer.input_layernorm(h.clone())
@@ -167,8 +180,8 @@ def with_another_use(loss: Tensor, kept: list[Tensor]) -> list[Any]:
 def test_the_gradient_of_a_layers_output(backend: str, look: Callable[[Tensor, list[Tensor]], list[Any]]) -> None:
     """Asked for when the forward pass is over already; and how it was asked for changes no other."""
     results = []
-    for which in (backend, None):
-        model, kept = build(which), []
+    for made in (build, build_apart):
+        model, kept = made(backend), []
         for layer in model.decoder.layers:
             layer.register_forward_hook(lambda _, args, output, kept=kept: kept.append(output[0]))
         found = look(tiny.loss(model, FEW), kept)
@@ -188,7 +201,7 @@ def is_plain(value: Any) -> bool:
 @BACKENDS
 @pytest.mark.parametrize("everywhere", [False, True], ids=["on modules", "global"])
 def test_hooks_of_modules_are_shown_tensors(backend: str, everywhere: bool) -> None:
-    model, plain = build(backend), build(None)
+    model, plain = build(backend), build_apart(backend)
     seen: dict[str, list[nn.Module]] = {"before": [], "after": [], "backward": []}
 
     def before(module: nn.Module, args: Any) -> None:
@@ -234,7 +247,7 @@ def test_hooks_of_modules_are_shown_tensors(backend: str, everywhere: bool) -> N
 def test_what_is_changed_at_a_module_counts(backend: str, which: str, way: str) -> None:
     """Of one layer's second slot, whose input a boundary would have made; by a hook, or by a forward in its place."""
     shift = torch.linspace(-1, 1, tiny.WIDTH)
-    model, expected = build(backend), build(None)
+    model, expected = build(backend), build_apart(backend)
     slot = model.decoder.layers[1].pre_mlp_layernorm
     module = {"slot": slot, "connection": slot.connection, "norm": slot.norm}[which]
     if way == "hook":
@@ -278,7 +291,7 @@ def test_a_norm_slot_has_no_weight_as_far_as_others_can_tell() -> None:
     assert not hasattr(slot, "weight")
     assert dict(inspect.getmembers(slot))["norm"] is slot.norm
     for error in (AttributeError, UserError):
-        with pytest.raises(error, match="this norm slot carries a Frac-Connection"):
+        with pytest.raises(error, match="this norm slot carries a connection"):
             slot.weight  # noqa: B018
     with pytest.raises(AttributeError, match="no attribute 'wieght'"):
         slot.wieght  # noqa: B018
