@@ -160,6 +160,13 @@ def test_rows_that_the_documents_name(
         assert per_token / stream.row == pytest.approx(rows, rel=2e-3)
 
 
+def test_the_embedding_enters_every_slot() -> None:
+    """Read once, written r times; r gradients are summed by r - 1 sums of 3 rows."""
+    stream = Stream(8)
+    assert model.enter(stream, FracConfig(rate=4)) == Moves(Traffic(), Traffic())
+    assert model.enter(stream, HyperConfig(slots=4)) == Moves(Traffic(16, 64), Traffic(3 * 32, 3 * 16))
+
+
 def test_a_step_adds_up() -> None:
     traffic = Traffic(3, 2, 10, 20)
     moves = Moves(traffic, traffic * 2)
