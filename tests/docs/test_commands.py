@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from support import fork_server
-from support.documented import ROOT, chunks, commands
+from support.documented import ROOT, chunks, commands, snippets
 from support.site_files import TINY
 from support.training_runs import environment
 
@@ -108,12 +108,11 @@ def clone(data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shrink(tmp_path / "configs" / "demo.yaml", TO_PRUNE if name == "docs/modelopt.md" else {})
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for program, words in {
-        "python": "",
-        "megatron-fc": "-m megatron_fc",
-        "torchrun": "-m torch.distributed.run",
-    }.items():
-        (programs / program).write_text(f'#!/bin/bash\nexec {fork_server.python()} {words} "$@"\n')
+    scripts = {"python": "", "megatron-fc": "-m megatron_fc", "torchrun": "-m torch.distributed.run"}
+    scripts = {program: f'exec {fork_server.python()} {words} "$@"' for program, words in scripts.items()}
+    # This machine may have no cluster; tests/launch has one.
+    for program, script in (scripts | {"sbatch": ""}).items():
+        (programs / program).write_text(f"#!/bin/bash\n{script}\n")
         (programs / program).chmod(0o755)
     (programs.parent / ".installed").touch()
     monkeypatch.setenv("PATH", str(programs), prepend=":")
@@ -144,11 +143,13 @@ def run(command: str, folder: Path, how: dict[str, Any]) -> str:
     return done.stdout + done.stderr
 
 
-def is_like(shown: str, printed: str) -> bool:
-    """Whether it was printed, whatever stands for `...`, and wherever lines break."""
-    parts = re.split(r"\.\.\.(?: \(as above\))?", shown)
-    pattern = ".*".join(r"\s+".join(re.escape(word) for word in re.split(r"\s+", part)) for part in parts)
-    return re.search(pattern, printed) is not None
+def is_like(shown: list[str], printed: str) -> bool:
+    """Whether these lines were printed, wherever they break, others perhaps between them; `...` stands for anything."""
+    lines = []
+    for line in shown:
+        parts = re.split(r"\.\.\.(?: \(as above\))?", line.strip())
+        lines.append(".*".join(r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in parts))
+    return re.search(r"\s*(?:\s|\n(?:.*\n)*?)\s*".join(lines), printed) is not None
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TEXTS])
@@ -164,5 +165,16 @@ def test_commands_do_what_the_text_says(name: str, clone: Path) -> None:
             source = OUTPUT[start]
             if source not in printed:
                 printed[source] = run(source, clone, {})
-            shown = "\n".join(chunk)
-            assert is_like(shown, printed[source]), f"{shown}\n\nis not what `{source}` prints:\n\n{printed[source]}"
+            assert is_like(chunk, printed[source]), (
+                f"{'\n'.join(chunk)}\n\nis not what {source} prints:\n\n{printed[source]}"
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["docs/train.md"])
+def test_a_training_with_a_callback(name: str, clone: Path) -> None:
+    (script,) = snippets()[name]
+    (clone / "train.py").write_text(script)
+    run("python train.py", clone, {})
+    said = re.findall("^new: (.*)", (clone / "runs/announced/logs/rank0.log").read_text(), re.MULTILINE)
+    assert said == [f"runs/announced/checkpoints/iter_000000{iteration}" for iteration in (3, 6)]
