@@ -143,13 +143,19 @@ def run(command: str, folder: Path, how: dict[str, Any]) -> str:
     return done.stdout + done.stderr
 
 
-def is_like(shown: list[str], printed: str) -> bool:
-    """Whether these lines were printed, wherever they break, others perhaps between them; `...` stands for anything."""
-    lines = []
+def first_missing(shown: list[str], printed: str) -> str | None:
+    """The first of the lines that was not printed behind the one before it.
+
+    Others may be between them, lines may break elsewhere, and `...` stands for anything.
+    """
+    text, place = " ".join(printed.split()), 0
     for line in shown:
-        parts = re.split(r"\.\.\.(?: \(as above\))?", line.strip())
-        lines.append(".*".join(r"\s+".join(map(re.escape, re.split(r"\s+", part))) for part in parts))
-    return re.search(r"\s*(?:\s|\n(?:.*\n)*?)\s*".join(lines), printed) is not None
+        parts = re.split(r"\.\.\.(?: \(as above\))?", " ".join(line.split()))
+        found = re.compile(rf"(?<!\S){'.*?'.join(map(re.escape, parts))}(?!\S)").search(text, place)
+        if found is None:
+            return line
+        place = found.end()
+    return None
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TEXTS])
@@ -161,13 +167,15 @@ def test_commands_do_what_the_text_says(name: str, clone: Path) -> None:
             how = COMMANDS[command]
             if isinstance(how, dict) and (name in PAGES or command not in ON_PAGES):
                 printed[command] = run(command, clone, how)
+                if how.get("table"):
+                    rows = [line for line in printed[command].splitlines() if line.startswith("|")]
+                    assert "\n".join(rows) in (ROOT / name).read_text(), printed[command]
         if start is not None and not OUTPUT[start].startswith("tests/"):
             source = OUTPUT[start]
             if source not in printed:
                 printed[source] = run(source, clone, {})
-            assert is_like(chunk, printed[source]), (
-                f"{'\n'.join(chunk)}\n\nis not what {source} prints:\n\n{printed[source]}"
-            )
+            missing = first_missing(chunk, printed[source])
+            assert missing is None, f"{missing}\n\nis not what {source} prints:\n\n{printed[source]}"
 
 
 @pytest.mark.slow
