@@ -100,10 +100,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def clone(data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a user has after `git clone` and an installation, with the demo's config shrunk."""
-    for path in ("benchmarks", "megatron_fc", "tests", "pyproject.toml", "constraints.txt", "Makefile"):
+    for path in ("benchmarks", "megatron_fc", "pyproject.toml", "constraints.txt", "Makefile"):
         (tmp_path / path).symlink_to(ROOT / path)
     for path in ("configs", "launch"):
-        shutil.copytree(ROOT / path, tmp_path / path)
+        shutil.copytree(ROOT / path, tmp_path / path, ignore=shutil.ignore_patterns("site.sh"))
     (tmp_path / "data").symlink_to(data / "data")
     shrink(tmp_path / "configs" / "demo.yaml", TO_PRUNE if name == "docs/modelopt.md" else {})
     programs = tmp_path / ".venv" / "bin"
@@ -117,7 +117,8 @@ def clone(data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (programs.parent / ".installed").touch()
     monkeypatch.setenv("PATH", str(programs), prepend=":")
     monkeypatch.setenv("PYTHONPATH", str(data), prepend=":")
-    monkeypatch.setenv("INTERPRETED", fork_server.python(TRITON_INTERPRET="1"))
+    if name == "docs/traffic.md":
+        monkeypatch.setenv("INTERPRETED", fork_server.python(TRITON_INTERPRET="1"))
     for variable, value in VARIABLES.items():
         monkeypatch.setenv(variable, value)
     return tmp_path
