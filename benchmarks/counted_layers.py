@@ -17,10 +17,9 @@ with warnings.catch_warnings():
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_fc import FracConfig
 from megatron_fc.connections import HyperConfig
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.megatron.specs import connect
+from megatron_fc.megatron.specs import block_spec, connect
 from megatron_fc.planning.counts import DeviceCounts
 from megatron_fc.profiling.counters.device import DeviceCounter
 from megatron_fc.profiling.counters.phase import Whereabouts
@@ -47,8 +46,11 @@ class ConnectedLayer(nn.Module):
         return before_mlp.depth(o, h, handover), None
 
 
-def layer(frac: FracConfig | None, width: int, dtype: torch.dtype, **options: Any) -> nn.Module:
-    """A layer of Megatron's with small sub-layers, LayerNorm (one operation in torch on any device), no dropout."""
+def layer(connection: ConnectionConfig | None, width: int, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """A layer of Megatron's with small sub-layers, LayerNorm (one operation in torch on any device), no dropout.
+
+    It takes and returns the stream of its connections.
+    """
     config = TransformerConfig(
         num_layers=1,
         hidden_size=width,
@@ -69,13 +71,10 @@ def layer(frac: FracConfig | None, width: int, dtype: torch.dtype, **options: An
         **options,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    spec = get_gpt_layer_local_spec()
-    return build_module(spec if frac is None else connect(spec, frac), config=config, layer_number=1).to(dtype)
-
-
-def connected_layer(config: ConnectionConfig, width: int, dtype: torch.dtype) -> nn.Module:
-    """`layer` between sites of any kind, on the torch backend."""
-    return ConnectedLayer(layer(None, width, dtype), [config.build(width, sub_layer) for sub_layer in range(2)])
+    spec: Any = get_gpt_layer_local_spec()
+    if connection is not None:
+        [spec] = connect(block_spec(spec, config), connection).layer_specs or []
+    return build_module(spec, config=config, layer_number=1).to(dtype)
 
 
 def unfused_hyper_layer(config: HyperConfig, width: int, dtype: torch.dtype) -> nn.Module:

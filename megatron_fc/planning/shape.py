@@ -89,7 +89,7 @@ class Recompute:
         method: of full: uniform or block.
         layers: of full: as recompute_num_layers.
         connections: option `recompute` of Frac-Connections.
-        stream_layers: layers that keep a stream wider than the model once together, 0 where each sub-layer keeps it.
+        stream_layers: option of the connections: layers that keep the stream once together, 0 where sub-layers keep it.
     """
 
     granularity: str = "none"
@@ -114,11 +114,10 @@ class Recompute:
         return [layers[at : at + self.layers] for at in range(0, len(layers), self.layers)]
 
     def groups(self, layers: range) -> list[range]:
-        """Layers of a model chunk that keep the stream once together: a new group begins every `stream_layers`."""
+        """Layers of a model chunk that keep the stream once together."""
         if not self.stream_layers:
             return []
-        starts = [index for index in layers if index == layers.start or index % self.stream_layers == 0]
-        return [range(start, end) for start, end in zip(starts, [*starts[1:], layers.stop], strict=True)]
+        return [layers[at : at + self.stream_layers] for at in range(0, len(layers), self.stream_layers)]
 
     def __str__(self) -> str:
         words = {"none": "none", "selective": f"selective {', '.join(self.modules)}", "full": "full"}

@@ -126,17 +126,15 @@ def _recompute_words(recompute: Recompute, base: Recompute) -> list[str]:
 def _recomputes(plan: Plan) -> list[Recompute]:
     """From the fastest on: none, the MLP or the experts, whole layers.
 
-    Neither experts nor whole layers run again where the experts' communication overlaps.
+    Neither experts nor whole layers run again where the experts' communication overlaps, and no whole layers where
+    the stream does.
     """
     kinds = sorted({"moe" if moe else "mlp" for moe in plan.shape.moe_layers})
     plain = replace(plan.training.recompute, granularity="none", modules=(), method="uniform", layers=1)
     if plan.training.overlap_experts:
         return [plain]
-    return [
-        plain,
-        replace(plain, granularity="selective", modules=tuple(kinds)),
-        replace(plain, granularity="full"),
-    ]
+    selective = replace(plain, granularity="selective", modules=tuple(kinds))
+    return [plain, selective] if plain.stream_layers else [plain, selective, replace(plain, granularity="full")]
 
 
 def _layouts(plan: Plan) -> Iterator[Layout]:

@@ -176,7 +176,7 @@ def _recompute(args: Namespace, connection: ConnectionConfig | None) -> Recomput
         method=args.recompute_method or "uniform",
         layers=args.recompute_num_layers or 1,
         connections=isinstance(connection, FracConfig) and connection.recompute,
-        stream_layers=getattr(connection, "stream_layers", 0),
+        stream_layers=connection.stream_layers if connection else 0,
     )
 
 

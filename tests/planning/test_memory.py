@@ -91,7 +91,7 @@ def test_temporary() -> None:
     residual = temporary(None)
     own = TOKENS * eager_memory.width_backward(Stream(64), DHC)
     assert temporary(DHC) == max(residual + 4 * ROW, own)
-    assert temporary(DHC, stream_layers=3) == temporary(DHC) + 5 * 4 * ROW
+    assert temporary(DHC, stream_layers=3) == temporary(DHC) + (5 * 4 + 6) * ROW
     stages = replace(layout, gpus_per_node=4, pipeline=2)
     assert temporary(None, stages) == residual + ROW
     assert temporary(DHC, stages) == temporary(DHC) + 4 * ROW

@@ -5,7 +5,10 @@ from math import isclose
 
 import pytest
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.costs.eager_traffic import torch_backend
+from megatron_fc.connections.costs.traffic import Stream, norm
 from megatron_fc.planning import flops, operations
 from megatron_fc.planning.devices import DEVICES
 from megatron_fc.planning.layout import Layout
@@ -102,6 +105,22 @@ def test_rows_of_frac_connections(recompute: Recompute, in_a_row: int, rows: tup
     for counted, expected in zip((moves.forward, moves.backward), rows, strict=True):
         per_token = counted.read_bytes_per_token + counted.written_bytes_per_token
         assert round(per_token / (2 * 8192), 1) == expected
+
+
+@pytest.mark.parametrize("connection", [HyperConfig(slots=4), ManifoldConfig(slots=4)], ids=["dhc", "mhc"])
+def test_wider_streams_run_torch_operations_and_the_stream_again(connection: ConnectionConfig) -> None:
+    """Recompute of the stream runs forward once more, but for the norms, whose output is kept."""
+    shape, again = replace(SMALL, width=64, connection=connection), Recompute(stream_layers=2)
+    training = Training(norms_apart=(True,) * 3, fused_connections=False)
+    stream = Stream(64)
+    assert operations.connection_moves(shape, training, False) == torch_backend(stream, connection)
+    moves = operations.connection_moves(shape, replace(training, recompute=again), False)
+    once = torch_backend(stream, connection)
+    more = moves.backward.total_bytes(7) - once.backward.total_bytes(7)
+    assert more == once.forward.total_bytes(7) - 2 * norm(stream).forward.total_bytes(7)
+    assert moves.forward == once.forward
+    computed = flops.layer_again(shape, replace(training, recompute=again), False)
+    assert computed.connections == computed.total == flops.layer(shape, False).connections
 
 
 def test_bytes_of_residuals_and_norms() -> None:

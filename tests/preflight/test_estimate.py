@@ -41,6 +41,7 @@ from saved_bytes import saved_tensors
 from support import tiny
 from support.fake_world import rank_of
 from support.half_precision import trained
+from support.living import living
 from support.megatron_world import parallel_state as parallel_state
 from support.megatron_world import seed as seed
 from support.torch_attention import TorchAttention
@@ -163,10 +164,8 @@ OTHERS = {
 BATCH = 8
 
 
-def kept_by_megatron(
-    kind: str, connection: ConnectionConfig | None, recompute: Recompute, **more: Any
-) -> tuple[Shape, int]:
-    """A model of two layers as GPUs run it, with what its forward pass keeps, in bytes, parameters left out.
+def tiny_model(kind: str, connection: ConnectionConfig | None, recompute: Recompute, **more: Any) -> GPTModel:
+    """A model of two layers as GPUs run it.
 
     Torch's flash attention stands for Transformer Engine's, LayerNorm in bf16 (two statistics of 2 bytes) for its
     RMSNorm (one of 4).
@@ -180,7 +179,7 @@ def kept_by_megatron(
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="LayerNorm")
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = TorchAttention
-    model = GPTModel(
+    return GPTModel(
         config,
         spec if connection is None else connect(spec, connection),
         vocab_size=tiny.VOCABULARY,
@@ -188,18 +187,25 @@ def kept_by_megatron(
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
     ).bfloat16()
+
+
+def kept_by_megatron(
+    kind: str, connection: ConnectionConfig | None, recompute: Recompute, **more: Any
+) -> tuple[Shape, int]:
+    """A tiny model, with what its forward pass keeps, in bytes, parameters left out."""
+    model = tiny_model(kind, connection, recompute, **more)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     with saved_tensors() as saved:
         tiny.loss(model, tiny.tokens(batch=BATCH))
     storages = [tensor.untyped_storage() for tensor in saved]
     kept = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in parameters}
-    return shape_of_tiny(config, kind, connection), sum(kept.values())
+    return shape_of_tiny(model.config, kind, connection), sum(kept.values())
 
 
 def shape_of_tiny(config: TransformerConfig, kind: str, connection: ConnectionConfig | None) -> Shape:
     """A tiny model as planning sees it."""
     return Shape(
-        moe_layers=(kind != "dense",) * 2,
+        moe_layers=(kind != "dense",) * config.num_layers,
         width=config.hidden_size,
         heads=config.num_attention_heads,
         groups=config.num_query_groups or config.num_attention_heads,
@@ -242,6 +248,24 @@ def assert_activations(kind: str, config: ConnectionConfig | None, recompute: st
     router = 2 * (shape.experts + 2) * 8
     assert 0 <= kept - planned <= rotation + mask + router + BATCH * 8
     assert planned == pytest.approx(kept, rel=0.015)
+
+
+@pytest.mark.parametrize("connection", ["dhc_x4", "mhc_x4"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_recompute_of_the_stream_spares_what_is_planned(connection: str, layers: int) -> None:
+    """Of three layers; what it keeps is alive outside of autograd."""
+    layout = replace(ONE_RANK, micro_batch=BATCH, global_batch=BATCH, layers=3)
+    alive, planned = [], []
+    for number in (0, layers):
+        config, recompute = replace(CONNECTIONS[connection], stream_layers=number), Recompute(stream_layers=number)
+        model = tiny_model("dense", config, recompute, num_layers=3)
+        with living() as made:
+            loss = tiny.loss(model, tiny.tokens(batch=BATCH))
+        alive.append(made.living_bytes())
+        assert loss.requires_grad
+        training = Training(recompute=recompute, norms_apart=(True,) * 3, fused_connections=False)
+        planned.append(memory.of_stage(shape_of_tiny(model.config, "dense", config), training, layout, 0).activations)
+    assert alive[0] - alive[1] == planned[0] - planned[1] > 0
 
 
 @pytest.mark.parametrize("connection", CONNECTIONS)
@@ -504,11 +528,37 @@ def test_selective_recompute_without_modules_is_that_of_attention() -> None:
         (["connection=residual"], (False, False, True)),
         (["connection=dfc"], (True, True, True)),
         (["connection=dfc", "input_norm=projection"], (False, False, True)),
+        (["connection=dhc"], (False, False, True)),
+        (["connection=dhc", "stream_layers=4"], (True, True, True)),
         (["connection=residual", *HERE], (True, True, True)),
     ],
 )
 def test_norms_that_transformer_engine_takes_into_its_products(words: list[str], apart: tuple[bool, ...]) -> None:
     assert training_of(validate(CONFIGS / "olmo2_1b.yaml", words, 8, 8)).norms_apart == apart
+
+
+@pytest.mark.parametrize(
+    ("words", "fused"),
+    [
+        (["connection=residual"], False),
+        (["connection=dfc"], True),
+        (["connection=dfc", "rate=16"], False),
+        (["connection=dfc", "backend=torch"], False),
+        (["connection=dfc", "norm_affine=false"], False),
+        (["connection=dhc"], False),
+        (["connection=mfc"], False),
+    ],
+)
+def test_connections_that_have_kernels(words: list[str], fused: bool) -> None:
+    assert training_of(run("olmo2_1b", *words)).fused_connections == fused
+
+
+def test_recompute_of_the_stream_is_kept_in_a_sweep() -> None:
+    plan = plan_of(CONFIGS / "olmo2_1b.yaml", [*HERE, "connection=dhc", "stream_layers=4"], 1, device("a100"))
+    assert plan.to_dict()["recompute"] == "none, stream of 4 layers"
+    tried = [other.training.recompute for other in sweep(plan).fitting]
+    assert {how.stream_layers for how in tried} == {4}
+    assert "full" not in {how.granularity for how in tried}  # Megatron refuses both
 
 
 def test_network_bytes_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from megatron_fc.cli.main import main
 from megatron_fc.planning.counts import total_device
 from megatron_fc.profiling.files import read_parts, read_report
+from megatron_fc.profiling.report.side_by_side import side_by_side
 from megatron_fc.profiling.run_facts import layout, model_facts, paths_in_whole_model
 from megatron_fc.runs.log_lines import parse_iteration
 from megatron_fc.runs.metrics import read_metrics
@@ -143,6 +144,31 @@ def test_frac_connections_add_to_the_residual_stream_alone(profiled: Path, resid
     page = (profiled / "traffic.html").read_text()
     for label in ("residual <small>counted", "dfc_x4, torch <small>counted", "HC n=4, ideal <small>computed"):
         assert label in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connection", ["dhc", "mhc"])
+def test_the_model_is_what_was_counted(connection: str, config: Path) -> None:
+    """Of a whole run, with LayerNorms, which torch runs as one operation on a CPU.
+
+    Left out is that gradients of parameters are added to those of the micro-batch before, once for all tokens.
+    """
+    out = config.parent / f"traffic-{connection}"
+    wide = [
+        f"connection={connection}",
+        "hidden_size=256",
+        "normalization=LayerNorm",
+        "micro_batch_size=4",
+        f"run_dir={out}",
+    ]
+    megatron_fc("traffic", "run", str(config), *wide, "--from-step", "1", "--steps", "1", "--out", str(out))
+    report = read_report(out)
+    label = f"{connection}_x4, torch"
+    counted, computed = (s for s in side_by_side(report) if s.label == label)
+    assert (counted.is_computed, computed.is_computed) == (False, True)
+    for phase in ("forward", "backward"):
+        assert computed.phases[phase] == pytest.approx(counted.phases[phase], rel=0.03)
+    assert f"{label} <small>counted" in (out / "traffic.html").read_text()
 
 
 @pytest.mark.slow

@@ -50,6 +50,11 @@ def test_on_a_manifold_the_whole_stream_predicts(n: int, m: int) -> None:
     assert flops.site(config, D) - flops.projection(config, D) == 2 * stream * (m + n + 1)
 
 
+def test_a_learned_leave_predicts_and_sums() -> None:
+    assert flops.leave(ManifoldConfig(slots=4, leave="learned"), D) == 2 * 4 * 4 * D + 2 * 4 * D
+    assert flops.leave(ManifoldConfig(slots=4), D) == flops.leave(FracConfig(rate=4), D) == 0
+
+
 @pytest.mark.parametrize(
     ("config", "giga"), [(FracConfig(rate=4), 0.00236), (FracConfig(rate=2), 0.00131), (HyperConfig(slots=4), 0.00629)]
 )

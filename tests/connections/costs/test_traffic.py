@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from counted_layers import connected_layer, count, layer, saved_bytes, unfused_hyper_layer
+from counted_layers import count, layer, saved_bytes, unfused_hyper_layer
 from megatron_fc import FracConfig, FracConnection
 from megatron_fc.connections import HyperConfig, ManifoldConfig, reference
 from megatron_fc.connections.base import ConnectionConfig
@@ -99,7 +99,7 @@ def test_hyper_connections(n: int, dynamic: bool, dtype: torch.dtype) -> None:
 )
 def test_torch_backend_of_other_kinds(config: ConnectionConfig, dtype: torch.dtype) -> None:
     expected = eager.torch_backend(stream_of(dtype), config)
-    agree(connected_layer(config, WIDTH, dtype), expected, dtype, config.stream_width(WIDTH))
+    agree(layer(config, WIDTH, dtype), expected, dtype, config.stream_width(WIDTH))
 
 
 class Reference(nn.Module):
@@ -158,6 +158,13 @@ def test_rows_that_the_documents_name(
     for traffic, rows in ((moves.forward, forward), (moves.backward, backward)):
         per_token = traffic.read_bytes_per_token + traffic.written_bytes_per_token
         assert per_token / stream.row == pytest.approx(rows, rel=2e-3)
+
+
+def test_the_embedding_enters_every_slot() -> None:
+    """Read once, written r times; r gradients are summed by r - 1 sums of 3 rows."""
+    stream = Stream(8)
+    assert model.enter(stream, FracConfig(rate=4)) == Moves(Traffic(), Traffic())
+    assert model.enter(stream, HyperConfig(slots=4)) == Moves(Traffic(16, 64), Traffic(3 * 32, 3 * 16))
 
 
 def test_a_step_adds_up() -> None:
