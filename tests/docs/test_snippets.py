@@ -16,8 +16,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_fc import FracConfig, FracConnection
-from megatron_fc.megatron.parameter_order import frac_parameters_first
+from megatron_fc import FracConfig, FracConnection, HyperConfig
+from megatron_fc.connections.site import Site
+from megatron_fc.megatron.parameter_order import connection_parameters_first
 from support import tiny
 from support.documented import snippets
 from support.megatron_world import parallel_state as parallel_state
@@ -52,7 +53,7 @@ def without_te(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_every_snippet_is_run_here() -> None:
-    here = {"README.md": 1, "docs/plug-in.md": 4, "docs/traffic.md": 1}
+    here = {"README.md": 1, "docs/plug-in.md": 5, "docs/traffic.md": 1}
     elsewhere = {"docs/train.md": 1}  # test_commands.py
     assert {name: len(of_text) for name, of_text in SNIPPETS.items()} == here | elsewhere
 
@@ -82,7 +83,19 @@ def test_a_model_with_multi_token_prediction() -> None:
 def test_a_hook_of_the_model_config() -> None:
     config = SimpleNamespace(pre_wrap_hooks=[])
     execute("docs/plug-in.md", 1, model_config=config)
-    assert config.pre_wrap_hooks == [frac_parameters_first]
+    assert config.pre_wrap_hooks == [connection_parameters_first]
+
+
+def test_a_model_with_a_wider_stream() -> None:
+    config = tiny.transformer_config("dense")
+    given = {"layer_spec": get_gpt_layer_local_spec(normalization="RMSNorm"), "transformer_config": config}
+    text = SNIPPETS["docs/plug-in.md"][2]
+    assert "models = widen(models, config)" in text, "a model is built before that line"
+    left = execute("docs/plug-in.md", 2, **given, models=[])
+    model = gpt_model(config, left["spec"], ...)
+    assert left["widen"]([model], left["config"]) == [model]
+    assert [site.config for site in model.modules() if isinstance(site, Site)] == [HyperConfig(slots=4)] * 4
+    assert tiny.logits(model, tiny.tokens()).shape == (2, tiny.SEQUENCE, tiny.VOCABULARY)
 
 
 def test_flags_of_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,13 +104,13 @@ def test_flags_of_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     # It leaves a tokenizer, writers and timers behind.
     monkeypatch.setattr("megatron.training.arguments.set_global_variables", lambda args: None)
-    left = execute("docs/plug-in.md", 2, parse_and_validate_args=parse_and_validate_args)
+    left = execute("docs/plug-in.md", 3, parse_and_validate_args=parse_and_validate_args)
     assert (left["args"].frac_rate, left["args"].frac_norm) == (4, "rmsnorm")
 
 
 def test_a_connection_without_megatron() -> None:
     h, o = torch.randn(2, 3, 5, 2048).unbind(0)
-    left = execute("docs/plug-in.md", 3, h=h, o=o)
+    left = execute("docs/plug-in.md", 4, h=h, o=o)
     assert torch.equal(left["x"], h)
     torch.testing.assert_close(left["h"], h + o)
 
