@@ -24,7 +24,7 @@ from torch import nn
 import record
 from counted_layers import count, layer, unfused_hyper_layer
 from megatron_fc import FracConfig
-from megatron_fc.connections import HyperConfig
+from megatron_fc.connections import HyperConfig, ManifoldConfig
 from megatron_fc.connections.costs.traffic import Moves, Stream, hyper_ideal
 from megatron_fc.planning.counts import total_device
 from rank import one_rank
@@ -87,6 +87,9 @@ def bars(width: int) -> Iterator[Bar]:
         hyper = HyperConfig(slots=n, norm="layernorm")
         model = unfused_hyper_layer(hyper, width, DTYPE)
         yield counted("Hyper-Connections", f"DHCx{n}, unfused torch", model, hyper.stream_width(width))
+    for name, config in (("DHCx4", HyperConfig(slots=4)), ("mHCx4", ManifoldConfig(slots=4))):
+        model = layer(config, width, DTYPE)
+        yield counted("Hyper-Connections", f"{name}, torch backend", model, config.stream_width(width))
 
 
 COLOURS = {"Residual": "#6b7280", "Frac-Connections": "#0f766e", "Hyper-Connections": "#c2570c"}

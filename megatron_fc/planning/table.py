@@ -89,7 +89,7 @@ def _pipeline(plan: Plan) -> str:
     width, ratio = plan.shape.stream_width, plan.shape.stream_width // plan.shape.width
     times = f"{ratio} x hidden_size" if ratio > 1 else "hidden_size"
     sent = plan.step.pipeline_bytes / _GB
-    return f"stages exchange {width:,} values per token, {times}; a rank sends {sent:,.1f} GB of them a step"
+    return f"stages exchange {width:,} values per token, {times}; a rank of the slowest sends {sent:,.2f} GB a step"
 
 
 def _flops(plan: Plan) -> str:

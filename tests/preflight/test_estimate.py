@@ -465,7 +465,7 @@ def test_a_report_of_a_wider_stream(capsys: pytest.CaptureFixture[str]) -> None:
     for part in (
         "olmoe_7b dhc_x4 on 512 x H200",
         "connections 459,584",
-        "stages exchange 8,192 values per token, 4 x hidden_size; a rank sends 0.3 GB of them a step",
+        "stages exchange 8,192 values per token, 4 x hidden_size; a rank of the slowest sends 0.27 GB a step",
         "note: dhc_x4 is planned as its torch operations run, without fused kernels",
     ):
         assert part in printed
