@@ -81,8 +81,8 @@ def refuse_with_connection(args: Namespace, connection: ConnectionConfig, on_gpu
 def refuse_unentered_stream(connection: ConnectionConfig) -> NoReturn:
     """Refuse a stage of the embedding alone in Megatron's combined schedule."""
     raise UserError(
-        f"overlap_moe_expert_parallel_comm leaves out the decoder of a stage of the embedding alone, where the stream of "
-        f"{connection.label} begins: give that stage a layer, or drop the overlap"
+        f"overlap_moe_expert_parallel_comm leaves out the decoder of a stage of the embedding alone, where the stream "
+        f"of {connection.label} begins: give that stage a layer, or drop the overlap"
     )
 
 
