@@ -49,7 +49,7 @@ class Bar:
         return self.forward_bytes + self.backward_bytes
 
 
-def counted(family: str, scheme: str, model: nn.Module, stream_width: int = WIDTH) -> Bar:
+def counted(family: str, scheme: str, model: nn.Module, stream_width: int) -> Bar:
     """Count what a token more moves."""
 
     def totals(tokens: int) -> tuple[int, int]:
@@ -71,25 +71,25 @@ def computed(family: str, scheme: str, moves: Moves) -> Bar:
     return Bar(family, scheme, False, *passes)
 
 
-def bars() -> Iterator[Bar]:
+def bars(width: int) -> Iterator[Bar]:
     """All schemes in the order of the figure."""
-    yield counted("Residual", "Megatron's default", layer(None, WIDTH, DTYPE))
+    yield counted("Residual", "Megatron's default", layer(None, width, DTYPE), width)
     for rate in (2, 4):
         frac = FracConfig(rate=rate, backend="triton")
-        yield counted("Frac-Connections", f"DFCx{rate}, fused kernels", layer(frac, WIDTH, DTYPE))
+        yield counted("Frac-Connections", f"DFCx{rate}, fused kernels", layer(frac, width, DTYPE), width)
     for rate in (2, 4):
         frac = FracConfig(rate=rate, backend="torch")
-        yield counted("Frac-Connections", f"DFCx{rate}, torch backend", layer(frac, WIDTH, DTYPE))
-    stream = Stream(WIDTH, DTYPE.itemsize)
+        yield counted("Frac-Connections", f"DFCx{rate}, torch backend", layer(frac, width, DTYPE), width)
+    stream = Stream(width, DTYPE.itemsize)
     for n in (2, 4):
         yield computed("Hyper-Connections", f"HCx{n}, ideal", hyper_ideal(stream, HyperConfig(slots=n)))
     for n in (2, 4):
         hyper = HyperConfig(slots=n, norm="layernorm")
-        model = unfused_hyper_layer(hyper, WIDTH, DTYPE)
-        yield counted("Hyper-Connections", f"DHCx{n}, unfused torch", model, hyper.stream_width(WIDTH))
+        model = unfused_hyper_layer(hyper, width, DTYPE)
+        yield counted("Hyper-Connections", f"DHCx{n}, unfused torch", model, hyper.stream_width(width))
     for name, config in (("DHCx4", HyperConfig(slots=4)), ("mHCx4", ManifoldConfig(slots=4))):
-        model = layer(config, WIDTH, DTYPE)
-        yield counted("Hyper-Connections", f"{name}, torch backend", model, config.stream_width(WIDTH))
+        model = layer(config, width, DTYPE)
+        yield counted("Hyper-Connections", f"{name}, torch backend", model, config.stream_width(width))
 
 
 COLOURS = {"Residual": "#6b7280", "Frac-Connections": "#0f766e", "Hyper-Connections": "#c2570c"}
@@ -99,7 +99,7 @@ def _lighter(colour: str) -> tuple[float, ...]:
     return tuple(1 - 0.55 * (1 - part) for part in matplotlib.colors.to_rgb(colour))
 
 
-def draw(rows: list[Bar], path: Path) -> None:
+def draw(rows: list[Bar], width: int, path: Path) -> None:
     """Horizontal bars, forward and backward one after the other, with their sum and its multiple of the first."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -136,7 +136,7 @@ def draw(rows: list[Bar], path: Path) -> None:
         axes.text(
             0,
             1.02,
-            f"d = {WIDTH}, bf16, norms at the sub-layers' inputs included; multiples of the residual connection",
+            f"d = {width}, bf16, norms at the sub-layers' inputs included; multiples of the residual connection",
             transform=axes.transAxes,
             color="#4b5563",
         )
@@ -168,18 +168,21 @@ def report(result: dict[str, object], rows: list[Bar]) -> str:
         for row in rows
     )
     heading = record.heading("Bytes that connections move per token and layer", result)
-    return f"{heading}\nd = {WIDTH}, {str(DTYPE)[6:]}. See docs/traffic.md.\n\n" + record.table(columns, lines, left=3)
+    return f"{heading}\nd = {result['width']}, {str(DTYPE)[6:]}. See docs/traffic.md.\n\n" + record.table(
+        columns, lines, left=3
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=record.RESULTS, help="folder for the results")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="the figure, a PNG")
     args = parser.parse_args()
     with one_rank():
-        rows = list(bars())
-    draw(rows, args.figure)
-    result = record.facts("cpu") | {"width": WIDTH, "dtype": str(DTYPE), "rows": [asdict(row) for row in rows]}
+        rows = list(bars(args.width))
+    draw(rows, args.width, args.figure)
+    result = record.facts("cpu") | {"width": args.width, "dtype": str(DTYPE), "rows": [asdict(row) for row in rows]}
     page = report(result, rows)
     args.output.mkdir(parents=True, exist_ok=True)
     # Bytes are the same on every machine, so the names have none.

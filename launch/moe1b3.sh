@@ -16,8 +16,10 @@
 #
 #   launch/moe1b3.sh VARIANT [--dry-run] [--nodes=4 ...] [key=value ...]
 #
-# VARIANT is residual, sfc_x4, dfc_x2, dfc_x4, or one of DFCx2 without a part: no_norm, no_tanh, no_scale.
-# All of them:  for v in residual sfc_x4 dfc_x2 dfc_x4 no_norm no_tanh no_scale; do launch/moe1b3.sh $v; done
+# VARIANT is residual, sfc_x4, dfc_x2, dfc_x4, or one of DFCx2 without a part: no_norm, no_tanh, no_scale. All of them:
+#
+#   for v in residual sfc_x4 dfc_x2 dfc_x4 no_norm no_tanh no_scale; do launch/moe1b3.sh $v; done
+#
 # launch/moe7b.sh describes how a run goes on from job to job.
 
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2

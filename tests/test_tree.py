@@ -39,7 +39,7 @@ WITHOUT_MEGATRON = (
     "megatron_fc.profiling.counters",
 )
 # Beside the rooms' own tests: what rooms do together, on other machines, or what is no room.
-OTHER_TESTS = {"support", "distributed", "launch", "gpu", "te", "benchmarks", "docker", "packaging"}
+OTHER_TESTS = {"support", "distributed", "launch", "gpu", "te", "benchmarks", "docker", "docs", "packaging"}
 
 
 @cache

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_fc.checkpoints.integrity import INDEX
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.flags import is_connection_argument
 
 # Settings by name: value in the checkpoint, value now.
 Changes = dict[str, tuple[Any, Any]]
@@ -40,10 +41,8 @@ _DATA = re.compile(
     r"seed | .*data_path | .*data_args_path | split | mock_data | dataloader_type | data_sharding", re.VERBOSE
 )
 _COUNT = ("train_iters", "train_samples", "global_batch_size")
-# Connections have a check of their own (`megatron_fc.checkpoints.structure`), the vocabulary `refuse_other_vocabulary`.
 _WITHOUT_INFLUENCE = re.compile(
-    r"""(frac|hyper|manifold)_.* | from_residual
-    | padded_vocab_size | vocab_size | make_vocab_size_divisible_by | tokenizer_digest
+    r"""padded_vocab_size | vocab_size | make_vocab_size_divisible_by | tokenizer_digest
     | consumed_.* | skipped_.* | (curr_)?iteration | do_(train|valid|test) | num_floating_point_operations_so_far
     | (local_)?rank | world_size | _.* | transformer_pipeline_model_parallel_size | params_dtype | spec
     | max_position_embeddings | (encoder|decoder)_(num_layers|seq_length)
@@ -82,7 +81,7 @@ def changes(stored: Namespace | None, args: Namespace) -> Changes:
     return {
         name: (before[name], now[name])
         for name in sorted(before.keys() & now.keys())
-        if before[name] != now[name] and not _WITHOUT_INFLUENCE.fullmatch(name) and not _is_derived(name, now)
+        if before[name] != now[name] and not _has_no_influence(name) and not _is_derived(name, now)
     }
 
 
@@ -181,6 +180,11 @@ def _refuse(checkpoint: Path, name: str, values: tuple[Any, Any], what: str, rem
         f"{name}: {before} in {checkpoint}, {now} here, which makes {what}: give what it was written with, or begin a "
         f"run of its own, {remedy} and another run_dir"
     )
+
+
+def _has_no_influence(name: str) -> bool:
+    """Connections have a check of their own (`structure`), the vocabulary has `refuse_other_vocabulary`."""
+    return is_connection_argument(name) or _WITHOUT_INFLUENCE.fullmatch(name) is not None
 
 
 def _is_derived(name: str, now: dict[str, Any]) -> bool:

@@ -130,9 +130,10 @@ class ConnectionConfig(ABC):
         """
         if hidden_size < 1 or hidden_size % self.fractions:
             name = self.fractions_option
+            what = "number of fractions" if name == "fractions" else name
             raise UserError(
-                f"{name}={self.fractions} does not divide hidden_size={hidden_size}: "
-                f"choose a {name} that does, for example {_divisors(hidden_size)}"
+                f"{self.label}: {name}={self.fractions} does not divide hidden_size={hidden_size}: "
+                f"choose a {what} that does, for example {_divisors(hidden_size)}"
             )
         return hidden_size // self.fractions
 

@@ -14,6 +14,9 @@ arrives as the very object that the layer before returned, both with gradients: 
 stage, of a recomputed region or of a sharded module, where it is another object or was computed without gradients.
 
 A stream that is wider than the model begins where the first sub-layer meets the model's width (`stream`).
+
+Slots that recompute the stream (`stream_layers`) also leave each other how it came about (`stream_recompute`). Where
+that is lost, the stream is kept.
 """
 
 from collections.abc import Callable

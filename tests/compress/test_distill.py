@@ -55,10 +55,11 @@ def test_fresh_student_approaches_the_teacher(
     assert tensors(checkpoint).keys() == tensors(latest_checkpoint(request.getfixturevalue("trained"))).keys()
 
 
-def test_student_at_the_identity_is_the_teacher(config: Path, plain: Path) -> None:  # noqa: F811
-    """A plain model that got untrained Frac-Connections has its logits: no divergence, although the loss is there."""
+@pytest.mark.parametrize("connection", ["dfc", "mhc"])
+def test_student_at_the_identity_is_the_teacher(config: Path, plain: Path, connection: str) -> None:  # noqa: F811
+    """A plain model that got untrained connections has its logits: no divergence, although the loss is there."""
     words = [f"load={plain}", "from_residual=true", "no_load_optim=true", "finetune=true", "train_iters=1"]
-    done, divergence = distill(config, "twin", "--teacher", plain, *words)
+    done, divergence = distill(config, f"twin_{connection}", "--teacher", plain, f"connection={connection}", *words)
     assert done.code == 0, done.printed
     assert divergence[0] == pytest.approx(0, abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""What ModelOpt does to the tiny models, and that Frac-Connections and norms are not among it."""
+"""What ModelOpt does to the tiny models, and that connections and norms are not among it."""
 
 import json
 import warnings
@@ -19,9 +19,11 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.checkpoints.modelopt_state import enabled_quantizers, refuse_quantized_connections, restore_state
 from megatron_fc.compress.recipes import quantization_config
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.slots import NormSlot
 
@@ -29,7 +31,16 @@ pytestmark = pytest.mark.modelopt
 
 BF16: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16}
 LAYERNORM = {"normalization": "LayerNorm"}
-KINDS = [("moe", {}), ("mixed", LAYERNORM), ("hybrid", {}), ("mla", {}), ("shared", BF16)]
+DFC, DHC, LEARNED = FracConfig(rate=4), HyperConfig(slots=4), ManifoldConfig(slots=4, leave="learned")
+MODELS: list[tuple[str, dict[str, Any], ConnectionConfig]] = [
+    ("moe", {}, DFC),
+    ("mixed", LAYERNORM, DFC),
+    ("hybrid", {}, DFC),
+    ("mla", {}, DFC),
+    ("shared", BF16, DFC),
+    ("mixed", LAYERNORM, DHC),
+    ("hybrid", {}, LEARNED),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,8 +49,8 @@ def one_rank() -> Iterator[None]:
         yield
 
 
-def build(kind: str, options: dict[str, Any], seed: int = 1) -> torch.nn.Module:
-    model = tiny.build(kind, FracConfig(rate=4), seed=seed, **options)
+def build(kind: str, options: dict[str, Any], connection: ConnectionConfig = DFC, seed: int = 1) -> torch.nn.Module:
+    model = tiny.build(kind, connection, seed=seed, **options)
     tiny.randomise_connections(model)
     return model
 
@@ -50,10 +61,12 @@ def quantize(model: torch.nn.Module, config: dict[str, Any]) -> None:
     mtq.quantize(unwrap_model(model), config, lambda _: [tiny.loss(model, tiny.tokens(seed)) for seed in range(2)])
 
 
-@pytest.mark.parametrize(("kind", "options"), KINDS)
+@pytest.mark.parametrize(("kind", "options", "connection"), MODELS)
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "int4_awq"])
-def test_quantized_model_trains_every_parameter(kind: str, options: dict[str, Any], recipe: str) -> None:
-    model = build(kind, options)
+def test_quantized_model_trains_every_parameter(
+    kind: str, options: dict[str, Any], connection: ConnectionConfig, recipe: str
+) -> None:
+    model = build(kind, options, connection)
     original = tiny.loss(model, tiny.tokens(9)).item()
     quantize(model, quantization_config(recipe))
     refuse_quantized_connections(model)
@@ -65,8 +78,7 @@ def test_quantized_model_trains_every_parameter(kind: str, options: dict[str, An
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-    connections = [module.connection for module in model.modules() if isinstance(module, NormSlot)]
-    assert all(p.grad.any() for site in connections for p in site.parameters())
+    assert all(p.grad.any() for name, p in model.named_parameters() if is_connection_key(name))
 
 
 @pytest.mark.parametrize("recipe", ["fp8", "int8", "int4_awq"])
@@ -112,11 +124,13 @@ def test_hugging_face_export_is_refused_before_it_drops_a_connection(kind: str, 
     assert not connected.exists()
 
 
-@pytest.mark.parametrize(("kind", "options"), KINDS)
-def test_restored_model_has_the_same_logits(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "options", "connection"), MODELS)
+def test_restored_model_has_the_same_logits(
+    kind: str, options: dict[str, Any], connection: ConnectionConfig, tmp_path: Path
+) -> None:
     from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 
-    model = build(kind, options)
+    model = build(kind, options, connection)
     quantize(model, quantization_config("fp8"))
     inner = unwrap_model(model)
     checkpoint = tmp_path / "iter_0000001"
@@ -124,7 +138,7 @@ def test_restored_model_has_the_same_logits(kind: str, options: dict[str, Any], 
     dist_checkpointing.save({"model": inner.sharded_state_dict()}, str(checkpoint))
     save_sharded_modelopt_state([inner], str(checkpoint), ("torch_dist", 1))
 
-    again = build(kind, options, seed=2)
+    again = build(kind, options, connection, seed=2)
     bare = unwrap_model(again)
     restore_state([bare], checkpoint)
     assert enabled_quantizers(bare) == enabled_quantizers(inner)
@@ -134,6 +148,12 @@ def test_restored_model_has_the_same_logits(kind: str, options: dict[str, Any], 
 
 def test_quantizer_in_a_slot_is_refused() -> None:
     from modelopt.torch.quantization.nn import TensorQuantizer
+
+    model = build("moe", {}, LEARNED)
+    leave = unwrap_model(model).decoder.final_layernorm.connection
+    leave.weight_quantizer = TensorQuantizer()
+    with pytest.raises(UserError, match=r"final_layernorm.connection.weight_quantizer quantises a connection"):
+        refuse_quantized_connections(model)
 
     model = build("moe", {})
     quantize(model, quantization_config("fp8"))

@@ -119,7 +119,7 @@ def test_wrong_shapes_are_refused(config: Config) -> None:
 
 
 def test_a_width_that_fractions_do_not_divide() -> None:
-    with pytest.raises(UserError, match="fractions=2 does not divide hidden_size=7: choose a fractions that does"):
+    with pytest.raises(UserError, match=r"^dhc_x4_m2: fractions=2 does not divide hidden_size=7: choose a number of"):
         HyperConfig(slots=4, fractions=2).build(7)
     with pytest.raises(UserError, match="fractions=4 does not divide hidden_size=6"):
         ManifoldConfig(slots=4, fractions=4).build_leave(6)

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 # fp32 sums in another order; observed are 4e-6 in gradients and 2e-6 in losses.
 GRADIENT = 1e-4
 # In MLA the gradient of Megatron's own linear_kv_down_proj, plain residuals, differs by 3e-4 between TP1 and TP2+SP:
-# it nearly cancels over the heads. The width connection before it sees the same.
-GRADIENT_MLA = 2e-3
+# it nearly cancels over the heads. The width connection before it sees the same, a scalar of a site in HC 2e-3.
+GRADIENT_MLA = 5e-3
 LOSS = {"sgd": 1e-5}
 # Adam divides by the gradient's size: entries whose gradient is mere rounding move as far as the others.
 LOSS["adam"] = 3e-4

@@ -319,7 +319,7 @@ def test_layers_captured_one_by_one_have_no_room_for_a_wider_stream(impl: str) -
             norm(config=config, hidden_size=64, eps=1e-5)
         config.cuda_graph_impl = impl
         sentence = f"cuda_graph_impl={impl} captures layers whose input is hidden_size=64 wide, and the stream of"
-        with pytest.raises(UserError, match=f"^{sentence} {connection.label} has 256 values per token: set it to"):
+        with pytest.raises(UserError, match=f"^{sentence} {connection.label} has 256 values per token: use full_it"):
             norm(config=config, hidden_size=64, eps=1e-5)
 
 

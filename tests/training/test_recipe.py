@@ -161,6 +161,7 @@ def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
         (["family=mamba"], [], "unknown family 'mamba': valid are gpt, hybrid"),
         (["lr"], [], "'lr' is no override: write key=value"),
         (["rate=3"], [], "rate=3 does not divide hidden_size=64: choose a rate that does, for example 1, 2, 4, 8"),
+        (["connection=mfc", "rate=3"], [], "mfc_x3: fractions=3 does not divide hidden_size=64: choose a number of fr"),
         (["rate=0"], [], "rate must be a whole number of at least 1, not 0"),
         (["connection=mhc", "rate=0"], [], "rate must be a whole number of at least 1, not 0: use 4"),
         (["connection=hc"], [], "unknown connection 'hc': did you mean '"),

@@ -1,0 +1,120 @@
+"""The Python that README and docs print, run with the names that it takes for granted."""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_fc import FracConfig, FracConnection, HyperConfig
+from megatron_fc.megatron.parameter_order import connection_parameters_first
+from support import tiny
+from support.documented import snippets
+from support.megatron_world import parallel_state as parallel_state
+from support.megatron_world import seed as seed
+
+SNIPPETS = snippets()
+FLAGS = """--num-layers 1 --hidden-size 64 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
+--micro-batch-size 1 --train-iters 1 --lr 1e-3 --vocab-size 128 --tokenizer-type NullTokenizer --transformer-impl local
+--distributed-backend gloo --no-gradient-accumulation-fusion --no-masked-softmax-fusion --frac-rate 4"""
+
+
+def execute(name: str, number: int, **given: Any) -> dict[str, Any]:
+    """Run a text's snippet; returns the names that it leaves."""
+    names = dict(given)
+    exec(compile(SNIPPETS[name][number], name, "exec"), names)
+    return names
+
+
+def gpt_model(config: Any, spec: Any, rest: object, **more: Any) -> GPTModel:
+    """GPTModel with what the texts leave out."""
+    assert rest is ...
+    return GPTModel(config, spec, tiny.VOCABULARY, tiny.SEQUENCE, position_embedding_type="rope", **more)
+
+
+def configs(model: torch.nn.Module) -> list[FracConfig]:
+    return [site.config for site in model.modules() if isinstance(site, FracConnection)]
+
+
+def without_te(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Make specs of the local layers, whatever is asked for: Transformer Engine is never in the tests' environment."""
+    return lambda *given, use_transformer_engine: make(*given, use_transformer_engine=False)
+
+
+def test_every_snippet_is_run_here() -> None:
+    here = {"README.md": 1, "docs/plug-in.md": 5, "docs/traffic.md": 1}
+    elsewhere = {"docs/train.md": 1}  # test_commands.py
+    assert {name: len(of_text) for name, of_text in SNIPPETS.items()} == here | elsewhere
+
+
+def test_a_model_in_the_readme() -> None:
+    config = tiny.transformer_config("dense")
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    left = execute("README.md", 0, transformer_config=config, your_layer_spec=spec, GPTModel=gpt_model)
+    assert configs(left["model"]) == [FracConfig(rate=4)] * 4
+    assert tiny.logits(left["model"], tiny.tokens()).shape == (2, tiny.SEQUENCE, tiny.VOCABULARY)
+
+
+def test_a_model_with_multi_token_prediction() -> None:
+    left = execute(
+        "docs/plug-in.md",
+        0,
+        transformer_config=tiny.transformer_config("mtp"),
+        plain_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        get_gpt_decoder_block_spec=without_te(partial(get_gpt_decoder_block_spec, normalization="RMSNorm")),
+        get_gpt_mtp_block_spec=without_te(get_gpt_mtp_block_spec),
+        GPTModel=gpt_model,
+    )
+    assert configs(left["model"]) == [FracConfig(rate=4)] * 6
+    assert left["model"].mtp.layers
+
+
+def test_a_model_with_a_wider_stream() -> None:
+    config = tiny.transformer_config("dense")
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    models = [tiny.build("dense", HyperConfig(slots=4))]
+    left = execute("docs/plug-in.md", 2, transformer_config=config, layer_spec=layer, models=models)
+    model = gpt_model(config, left["spec"], ...)
+    assert tiny.logits(model, tiny.tokens()).shape == (2, tiny.SEQUENCE, tiny.VOCABULARY)
+    [model] = left["models"]
+    assert model.config.hidden_size == 4 * tiny.WIDTH
+    assert tiny.logits(model, tiny.tokens()).shape == (2, tiny.SEQUENCE, tiny.VOCABULARY)
+
+
+def test_a_hook_of_the_model_config() -> None:
+    config = SimpleNamespace(pre_wrap_hooks=[])
+    execute("docs/plug-in.md", 1, model_config=config)
+    assert config.pre_wrap_hooks == [connection_parameters_first]
+
+
+def test_flags_of_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *FLAGS.split()])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    # It leaves a tokenizer, writers and timers behind.
+    monkeypatch.setattr("megatron.training.arguments.set_global_variables", lambda args: None)
+    left = execute("docs/plug-in.md", 3, parse_and_validate_args=parse_and_validate_args)
+    assert (left["args"].frac_rate, left["args"].frac_norm) == (4, "rmsnorm")
+
+
+def test_a_connection_without_megatron() -> None:
+    h, o = torch.randn(2, 3, 5, 2048).unbind(0)
+    left = execute("docs/plug-in.md", 4, h=h, o=o)
+    assert torch.equal(left["x"], h)
+    torch.testing.assert_close(left["h"], h + o)
+
+
+def test_bytes_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    execute("docs/traffic.md", 0)
+    counted = float(capsys.readouterr().out)
+    assert f"# {counted / 1e9:.1f}e9, " in SNIPPETS["docs/traffic.md"][0]
