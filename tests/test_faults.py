@@ -16,7 +16,7 @@ def test_every_fault_has_its_line_once_and_its_tests() -> None:
     mutate = sys.modules["mutate"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(mutate)
     faults = [mutate.Fault(**entry) for entry in yaml.safe_load(mutate.FAULTS.read_text())]
-    assert len(faults) == 30
+    assert len(faults) >= 30
     for fault in faults:
         assert (ROOT / fault.file).read_text().count(fault.old) == 1, fault
         assert all((ROOT / test).exists() for test in fault.tests), fault

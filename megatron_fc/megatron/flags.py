@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import KINDS
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.refusals import refuse_captured_layers, refuse_unsupported_args, refuse_with_stream_layers
+from megatron_fc.megatron.refusals import refuse_with_connection
 
 _HELP = {
     "rate": "Frac-rate m; without it the residual connections stay plain.",
@@ -77,9 +77,7 @@ def connection_from_args(args: Namespace) -> ConnectionConfig | None:
                 raise UserError(f"{flag} is an option of another kind of connections than {config.label}: drop it")
             raise UserError(f"{flag} has no effect without --{kind}-{other.slots_option}: set that, or drop it")
     if config is not None:
-        refuse_unsupported_args(args)
-        refuse_captured_layers(args, config)
-        refuse_with_stream_layers(args, config)
+        refuse_with_connection(args, config)
     return config
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from typing import NoReturn
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,8 +26,7 @@ def refuse_unsupported_config(config: TransformerConfig, connection: ConnectionC
     """
     args = training_args()
     if args is not None:
-        refuse_unsupported_args(args)
-        refuse_with_stream_layers(args, connection)
+        refuse_with_connection(args, connection)
     refuse_with_stream_layers(config, connection)
     if config.inference_fuse_tp_communication:
         raise UserError(
@@ -56,6 +56,34 @@ def refuse_unsupported_config(config: TransformerConfig, connection: ConnectionC
             f"layer (cuda_graph_impl={config.cuda_graph_impl}) does not return: set recompute of FracConfig "
             f"(--frac-recompute) instead"
         )
+
+
+def refuse_with_connection(args: Namespace, connection: ConnectionConfig, on_gpu: bool | None = None) -> None:
+    """Check Megatron's arguments against a connection, before or after Megatron's own validation.
+
+    Args:
+        args: Megatron's arguments.
+        connection: of the model.
+        on_gpu: as of `refuse_unsupported_args`.
+
+    Raises:
+        UserError: names the option and what to do.
+    """
+    refuse_unsupported_args(args, on_gpu)
+    refuse_captured_layers(args, connection)
+    refuse_with_stream_layers(args, connection)
+    stages = getattr(args, "pipeline_model_parallel_layout", None)
+    begins_alone = isinstance(stages, str) and "t" not in stages.partition("|")[0]
+    if connection.is_wide and begins_alone and getattr(args, "overlap_moe_expert_parallel_comm", False):
+        refuse_unentered_stream(connection)
+
+
+def refuse_unentered_stream(connection: ConnectionConfig) -> NoReturn:
+    """Refuse a stage of the embedding alone in Megatron's combined schedule."""
+    raise UserError(
+        f"overlap_moe_expert_parallel_comm leaves out the decoder of a stage of the embedding alone, where the stream "
+        f"of {connection.label} begins: give that stage a layer, or drop the overlap"
+    )
 
 
 def refuse_captured_layers(config: TransformerConfig | Namespace, connection: ConnectionConfig) -> None:

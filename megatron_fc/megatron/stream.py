@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_fc.connections import ends
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.refusals import refuse_unentered_stream
 
 
 class StreamBorder:
@@ -132,10 +133,7 @@ def _enter_or_check(model: Any, connection: ConnectionConfig, config: Transforme
         decoder.register_forward_hook(partial(_checked, connection, config.hidden_size))
         return
     if getattr(config, "overlap_moe_expert_parallel_comm", False):
-        raise UserError(
-            f"overlap_moe_expert_parallel_comm leaves out the decoder of a stage of the embedding alone, where the "
-            f"stream of {connection.label} begins: give that stage a layer, or drop the overlap"
-        )
+        refuse_unentered_stream(connection)
     decoder.register_forward_hook(partial(_entered, connection))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.refusals import refuse_unsupported_args, refuse_with_stream_layers
+from megatron_fc.megatron.refusals import refuse_with_connection
 from megatron_fc.planning.layout import Layout
 from megatron_fc.preflight.batch_schedule import batch_sizes, steps_and_samples
 from megatron_fc.training.machine import has_transformer_engine
@@ -72,8 +72,7 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
     def check(args: Namespace) -> None:
         if recipe.connection is not None:
             # A run that says so is one for the CPU lane.
-            refuse_unsupported_args(args, on_gpu=args.distributed_backend != "gloo")
-            refuse_with_stream_layers(args, recipe.connection)
+            refuse_with_connection(args, recipe.connection, on_gpu=args.distributed_backend != "gloo")
         layouts.append(layout_of(args, nodes, gpus_per_node))
         refuse_impossible(args, layouts[0])
 

@@ -5,8 +5,12 @@ from typing import Any
 
 import pytest
 
-from megatron_fc import HyperConfig, ManifoldConfig, UserError
-from megatron_fc.megatron.refusals import refuse_unsupported_args, refuse_with_stream_layers
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
+from megatron_fc.megatron.refusals import (
+    refuse_unsupported_args,
+    refuse_with_connection,
+    refuse_with_stream_layers,
+)
 from support import tiny
 
 FSDP = {"use_megatron_fsdp": True}
@@ -43,6 +47,16 @@ def args(**options: Any) -> Namespace:
 def test_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         refuse_unsupported_args(args(**options))
+
+
+def test_a_stage_of_the_embedding_alone_in_the_combined_schedule() -> None:
+    """It would leave out the decoder, in which the stream begins."""
+    alone = {"pipeline_model_parallel_layout": "E|tt|L", "overlap_moe_expert_parallel_comm": True, "hidden_size": 64}
+    with pytest.raises(UserError, match="a stage of the embedding alone, where the stream of dhc_x4 begins: give"):
+        refuse_with_connection(args(**alone), HyperConfig())
+    refuse_with_connection(args(**alone), FracConfig())
+    refuse_with_connection(args(**alone | {"pipeline_model_parallel_layout": "Et|t|L"}), HyperConfig())
+    refuse_with_connection(args(**alone | {"overlap_moe_expert_parallel_comm": False}), HyperConfig())
 
 
 @pytest.mark.parametrize(
