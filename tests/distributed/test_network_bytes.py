@@ -26,7 +26,8 @@ NODES = 2
 FP32_BYTES = 4
 
 
-EVEN = [layout for layout in LAYOUTS if not layout.stages]
+# The model knows no uneven stages and no shapes on the way, which scripts alone send that widen no buffers.
+EVEN = [layout for layout in LAYOUTS if not (layout.stages or layout.exchanges_shapes)]
 
 
 @pytest.mark.parametrize("layout", EVEN, ids=lambda layout: layout.name)
@@ -52,7 +53,7 @@ def test_half_precision_keeps_connections_in_fp32(tmp_path: Path) -> None:
 
 def test_tied_embeddings_are_summed_between_first_and_last_stage(tmp_path: Path) -> None:
     layout = BY_NAME["TP2+SP+PP2"]
-    ranks = check(layout, model_of(layout), tmp_path, {"tied": True}, tied=True)
+    ranks = check(layout, replace(model_of(layout), tied=True), tmp_path)
     assert all(any(key.group == "embedding" for key in counted.counts) for counted in ranks)
 
 
@@ -177,6 +178,7 @@ def shape_of(model: Model) -> Shape:
         experts=config.num_moe_experts or 0,
         top_k=config.moe_router_topk,
         expert_ffn=config.moe_ffn_hidden_size or 0,
+        tied=model.tied,
         connection=model.connection,
     )
 
