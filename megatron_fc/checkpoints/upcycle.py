@@ -94,7 +94,7 @@ def upcycle(
     derive_checkpoint(source, target, common, added, lambda key: not with_optimizer and _of_optimizer(key))
     count = sum(is_connection_key(key) for key in wanted)
     return (
-        f"{count} {connection.label} tensors are missing in {source} and start at the identity, "
+        f"{count} {connection.label} tensors are missing in {source} and start as plain residuals, "
         f"{'their optimizer state' if states else 'the optimizer'} starts at zero: written to {target}"
     )
 

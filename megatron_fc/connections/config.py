@@ -243,6 +243,10 @@ class ManifoldConfig(ConnectionConfig):
         """``mhc_x4`` or ``mfc_x4``."""
         return f"{'mhc' if self.fractions == 1 else 'mfc'}_x{self.slots}"
 
+    @property
+    def description(self) -> str:
+        return f"{self.label} connections" + (" with leave=learned" if self.leave == "learned" else "")
+
     def parameter_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         return on_manifold.parameter_shapes(self, self.stream_width(hidden_size))
 

@@ -81,6 +81,20 @@ def connection_from_args(args: Namespace) -> ConnectionConfig | None:
     return config
 
 
+def refuse_flags_beside(args: Namespace, connection: ConnectionConfig, named: str) -> None:
+    """Check that no flag of a script asks for another connection than what it names beside them.
+
+    Raises:
+        UserError: one does; the checkpoints would say that they were trained with it.
+    """
+    if hasattr(args, "from_residual") and (asked := connection_from_args(args)) not in (None, connection):
+        flag = f"--{asked.kind}-{_dashed(asked.slots_option)}" if asked is not None else ""
+        raise UserError(
+            f"{flag} and what goes with it ask for {asked}, beside {named}: drop the flags, or take "
+            f"--spec megatron_fc.megatron.specs from_args"
+        )
+
+
 def stored_connection(args: Namespace) -> ConnectionConfig | None:
     """Return what `args` say of the connections and nothing else, as the arguments kept in a checkpoint do.
 

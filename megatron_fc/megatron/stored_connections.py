@@ -65,6 +65,11 @@ def difference(checkpoint: Path, connection: ConnectionConfig | None, hidden_siz
         )
     stamped = _stamp(checkpoint)
     if connection is not None and stamped is not None and stamped != connection:
+        theirs, ours = stamped.to_dict(), connection.to_dict()
+        names = [name for name in ours if theirs.get(name) != ours[name]] if stamped.kind == connection.kind else []
+        if names:
+            was, has = (", ".join(f"{name}={values[name]}" for name in names) for values in (theirs, ours))
+            return f"the checkpoint {checkpoint} was trained with {was}, this run has {has}"
         return f"the checkpoint {checkpoint} was trained with {stamped}, this run has {connection}"
     return None
 

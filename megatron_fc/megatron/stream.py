@@ -46,6 +46,19 @@ class StreamBorder:
             exchange_shapes(connection, config)
             self.is_carried = True
 
+    def check(self, connection: ConnectionConfig) -> None:
+        """Check that this site's stream is as wide as that of another configuration.
+
+        Raises:
+            UserError: it is not.
+        """
+        own, other = (kind.stream_width(self._width) for kind in (self._connection, connection))
+        if own != other:
+            raise UserError(
+                f"the layers have a stream of {own} values per token ({self._connection.label}), and "
+                f"{connection.label} has {other}: give widen the configuration that connect was given"
+            )
+
     def entered(self, h: Tensor) -> Tensor:
         """The stream [..., r*d]: h itself, or entered from the model's width [..., d].
 
@@ -97,30 +110,51 @@ def exchange_shapes(connection: ConnectionConfig, config: TransformerConfig) -> 
         )
 
 
-def widen[Models: Sequence[Any]](models: Models, connection: ConnectionConfig) -> Models:
-    """Let pipeline stages exchange the whole stream: to be called once behind the last wrapper, on every rank.
+def widen[Models: Sequence[Any] | nn.Module](models: Models, connection: ConnectionConfig) -> Models:
+    """Let pipeline stages exchange the whole stream: to be called behind the last wrapper, on every rank.
 
-    A stage of the embedding alone enters the stream. For a stream of the model's width nothing happens.
+    A stage of the embedding alone enters the stream. For a stream of the model's width, without pipeline stages and
+    for chunks that are widened already nothing happens. Their `config.hidden_size` reads as the stream's width then,
+    that of the layers' config does not.
 
     Args:
-        models: this rank's chunks, as the schedule gets them.
+        models: this rank's chunks, or the only one, as the schedule gets them.
         connection: of the models' layers.
 
     Returns:
         The chunks.
 
     Raises:
-        UserError: a stage of the embedding alone runs in Megatron's combined schedule, which leaves that out.
+        UserError: the layers have another stream, or a stage of the embedding alone runs in Megatron's combined
+            schedule, which leaves that out.
     """
-    if connection.is_wide:
-        for chunk in models:
-            config = chunk.config
-            chunk.config = _view(config, connection)
-            for module in chunk.modules():
-                if isinstance(border := getattr(module, "stream", None), StreamBorder):
-                    border.is_carried = True
-            _enter_or_check(_unwrapped(chunk), connection, config)
+    if not isinstance(connection, ConnectionConfig):
+        raise UserError(f"widen takes the models and the configuration of their connections, not {connection!r}")
+    for chunk in [models] if isinstance(models, nn.Module) else models:
+        _widen(chunk, connection)
     return models
+
+
+def _widen(chunk: Any, connection: ConnectionConfig) -> None:
+    config, model = chunk.config, _unwrapped(chunk)
+    borders = [module.stream for module in getattr(model, "decoder", model).modules() if _has_border(module)]
+    for border in borders:
+        border.check(connection)
+    is_plain = not connection.is_wide or config.pipeline_model_parallel_size == 1
+    if is_plain or isinstance(config, _Widened):
+        return
+    chunk.config = _view(config, connection)
+    for module in filter(_has_border, chunk.modules()):
+        module.stream.is_carried = True
+    _enter_or_check(model, connection, config)
+
+
+def _has_border(module: Any) -> bool:
+    return isinstance(getattr(module, "stream", None), StreamBorder)
+
+
+class _Widened:
+    """Marks the config of a chunk that is widened."""
 
 
 def _enter_or_check(model: Any, connection: ConnectionConfig, config: TransformerConfig) -> None:
@@ -164,7 +198,7 @@ def _view(config: Any, connection: ConnectionConfig) -> Any:
         "__reduce_ex__": lambda self, protocol: (copy.copy, (config,)),
         "__doc__": f"{type(config).__name__} with the width of the stream",
     }
-    view: Any = object.__new__(type(f"Wide{type(config).__name__}", (type(config),), reads))
+    view: Any = object.__new__(type(f"Wide{type(config).__name__}", (_Widened, type(config)), reads))
     view.__dict__ = config.__dict__
     return view
 

@@ -124,7 +124,10 @@ class _Profiler(Callback):
 
     def end(self) -> None:
         if not self._window.is_over:
-            raise UserError(f"the run ended before step {self._first + self._steps}: count earlier, or let it train on")
+            raise UserError(
+                f"the run ended before step {self._first + self._steps} of this start: set --from-step or "
+                f"--steps lower, or train_iters higher"
+            )
         texts = self._gatherer.gather(dump_part(self._part()))
         if self._rank.rank == 0:
             parts = {part.rank.rank: part for part in read_parts(self._out)}

@@ -127,6 +127,7 @@ def _connection(values: dict[str, Any]) -> tuple[ConnectionConfig | None, list[s
     if name not in CONNECTIONS:
         raise UserError(unknown("connection", str(name), CONNECTIONS))
     if name == "residual":
+        # The other keys are of its twins, which one override makes of the same file.
         return None, []
     config, _ = kinds.MEMBERS[name]
     of_kind = {field.name for field in fields(config)}
@@ -138,6 +139,9 @@ def _connection(values: dict[str, Any]) -> tuple[ConnectionConfig | None, list[s
         key for key, value in options.items() if key in lacking or (key not in of_kind and value == _DEFAULTS[key])
     }
     kept = {key: value for key, value in options.items() if key not in dropped}
+    for key in kept.keys() - of_kind:
+        having = [other for other, (kind, _) in kinds.MEMBERS.items() if key in {field.name for field in fields(kind)}]
+        raise UserError(f"{key}={kept[key]} is an option of {', '.join(having)}, which {name} does not have: drop it")
     connection: ConnectionConfig = kinds.member(name, values.get("rate", 4), values.get("fractions"), kept)
     lost = [f"{key}={options[key]}" for key in sorted(dropped) if options[key] != _DEFAULTS[key]]
     return connection, [f"{connection.label} does without {', '.join(lost)}"] if lost else []

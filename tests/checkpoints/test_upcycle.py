@@ -156,7 +156,7 @@ def test_model_goes_on_from_the_upcycled_checkpoint(
     assert_same({key: value for key, value in after.items() if key not in added}, before)
     parameters = {key for key in added if not key.startswith("optimizer.")}
     assert any("final" in key for key in parameters) == (connection == LEARNED)
-    assert said.startswith(f"{len(parameters)} {connection.label} tensors are missing in {source} and start at")
+    assert said.startswith(f"{len(parameters)} {connection.label} tensors are missing in {source} and start as")
     moments = [value for key, value in added.items() if key.startswith("optimizer.state.exp_avg")]
     assert moments
     assert not any(value.any() for value in moments)

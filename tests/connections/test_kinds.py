@@ -139,6 +139,7 @@ def test_options_that_parameters_show_are_in_the_description() -> None:
     assert FracConfig(dynamic_beta=False).description == "dfc_x4 connections without dynamic beta"
     assert FracConfig(norm_affine=False).description == "dfc_x4 connections without a weight of the norm"
     assert ManifoldConfig().description == "mhc_x4 connections"
+    assert ManifoldConfig(leave="learned").description == "mhc_x4 connections with leave=learned"
 
 
 def table(*rows: list[float]) -> Tensor:

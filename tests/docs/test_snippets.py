@@ -83,6 +83,7 @@ def test_a_model_with_a_wider_stream() -> None:
     config = tiny.transformer_config("dense")
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     models = [tiny.build("dense", HyperConfig(slots=4))]
+    models[0].config.pipeline_model_parallel_size = 2
     left = execute("docs/plug-in.md", 2, transformer_config=config, layer_spec=layer, models=models)
     model = gpt_model(config, left["spec"], ...)
     assert tiny.logits(model, tiny.tokens()).shape == (2, tiny.SEQUENCE, tiny.VOCABULARY)

@@ -47,7 +47,8 @@ def test_a_killed_rank_and_the_run_goes_on(site: Site, tmp_path: Path) -> None:
     assert printed.endswith("launch: the target is reached\n")
     starts = [json.loads(line) for line in (run_dir / "starts.jsonl").read_text().splitlines()]
     began = [(start["world_size"], start["iteration"]) for start in starts if start["event"] == "start"]
-    assert began == [(2, 0), (2, 5)]
+    # The checkpoint of iteration 10 is complete or not, as the other rank gets on before it hears of the loss.
+    assert began in ([(2, 0), (2, 5)], [(2, 0), (2, 10)])
     assert starts[-1]["reason"] == "target"
     assert starts[-1]["consumed_samples"] == 80
 

@@ -3,6 +3,7 @@
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,17 @@ def test_layers_of_virtual_stages_that_differ_need_a_builder_that_says_which(mon
     args.virtual_pipeline_model_parallel_size = 2
     with pytest.raises(UserError, match="layer_dfc_x4 does not know for which virtual pipeline stage"):
         build_uncalled(args)
+
+
+@pytest.mark.parametrize(("name", "build"), [("dhc_x4", build_gpt), ("layer_dhc_x4", build_uncalled)])
+def test_flags_beside_a_name_are_refused(
+    name: str, build: Callable[[Namespace], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be stamped on checkpoints of another connection."""
+    args = parse(monkeypatch, f"--hyper-slots 2 {SPEC} {name}", add_connection_args)
+    with pytest.raises(UserError, match=rf"--hyper-slots .* beside --spec {name}: drop the flags, or"):
+        build(args)
+    build(parse(monkeypatch, f"--hyper-slots 4 {SPEC} {name}", add_connection_args))
 
 
 def test_flags_reach_specs_that_are_not_called(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,13 +148,38 @@ def test_a_stream_of_the_models_width_needs_nothing(connection: ConnectionConfig
     assert chunk.config is inner
 
 
+def test_a_chunk_is_widened_once() -> None:
+    chunk = Chunk(config())
+    view = widen([chunk], DHC)[0].config
+    assert widen(chunk, DHC).config is view
+
+
+def test_without_pipeline_stages_nothing_is_widened() -> None:
+    model = tiny.build("dense", DHC)
+    assert widen(model, DHC).config.hidden_size == tiny.WIDTH
+
+
+@pytest.mark.parametrize(
+    ("connection", "sentence"),
+    [
+        (HyperConfig(slots=2), r"the layers have a stream of 256 .*\(dhc_x4\), and dhc_x2 has 128: give widen the"),
+        (FracConfig(rate=4), r"\(dhc_x4\), and dfc_x4 has 64: give widen the configuration that connect was given"),
+        ([], r"widen takes the models and the configuration of their connections, not \[\]"),
+    ],
+)
+def test_widen_is_given_the_layers_configuration(connection: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        widen([tiny.build("dense", DHC)], connection)
+
+
 def test_where_nobody_widens_the_first_forward_pass_says_so() -> None:
     model = tiny.build("dense", DHC)
     for slot in slots(model):
         slot.stream.is_carried = False  # as it is where the pipeline has two stages
     with pytest.raises(UserError, match=r"dhc_x4 has a stream of 256 values .* call .*widen\(models, config\)"):
         tiny.logits(model, tiny.tokens())
-    widen([model], DHC)
+    model.config.pipeline_model_parallel_size = 2
+    widen(model, DHC)
     tiny.logits(model, tiny.tokens())
 
 
@@ -167,7 +192,7 @@ def test_a_stream_that_a_stage_has_cut_is_noticed() -> None:
 
 def test_a_stage_checks_what_it_sends() -> None:
     model = tiny.build("dense", None)
-    model.post_process = False
+    model.post_process, model.config.pipeline_model_parallel_size = False, 2
     widen([model], DHC)
     with pytest.raises(
         UserError, match="would send 64 values per token, and the next one takes 256: connect the layers"

@@ -217,7 +217,7 @@ def test_a_run_that_ends_before_the_window(config: Path) -> None:
     out = config.parent / "traffic-short"
     done = subprocess.run([*words, "--out", out], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "megatron-fc: the run ended before step 5: count earlier, or let it train on\n" in done.stderr
+    assert "megatron-fc: the run ended before step 5 of this start: set --from-step or --steps lower" in done.stderr
 
 
 class _Layer(nn.Module):

@@ -123,21 +123,23 @@ class Model:
 
 DFC, SFC = FracConfig(rate=4), FracConfig(rate=2, dynamic=False)
 DHC, MHC = HyperConfig(slots=4), ManifoldConfig(slots=4)
+LEARNED = ManifoldConfig(slots=4, leave="learned")
 # Those that one layout alone is tested with, the one in which most comes together.
 OTHERS = (
+    FracConfig(rate=2),
+    FracConfig(rate=4, dynamic=False),
     HyperConfig(slots=4, dynamic=False),
     HyperConfig(slots=4, fractions=2),
-    ManifoldConfig(slots=4, leave="learned"),
+    LEARNED,
     ManifoldConfig(slots=4, fractions=4),
 )
 
 
 def models(kind: str, layers: int) -> tuple[Model, ...]:
-    """Frac-Connections of both kinds and rates, Hyper-Connections and mHC; both starts in fp32; some in bf16."""
-    random = (DFC, SFC, FracConfig(rate=2), FracConfig(rate=4, dynamic=False), DHC, MHC)
-    fp32 = [Model(kind, layers, connection, "random") for connection in random]
-    fp32 += [Model(kind, layers, connection, "paper") for connection in (DFC, SFC, DHC)]
-    return (*fp32, *(Model(kind, layers, connection, "random", bf16=True) for connection in (DFC, SFC, DHC, MHC)))
+    """Frac-Connections of both kinds, Hyper-Connections and mHC; two also from the paper's start; three in bf16."""
+    fp32 = [Model(kind, layers, connection, "random") for connection in (DFC, SFC, DHC, MHC)]
+    fp32 += [Model(kind, layers, connection, "paper") for connection in (DFC, DHC)]
+    return (*fp32, *(Model(kind, layers, connection, "random", bf16=True) for connection in (DFC, DHC, MHC)))
 
 
 # A dense layer before MoE layers; Megatron refuses to train MoE under tensor without sequence parallelism.
@@ -147,11 +149,11 @@ OTHER_KINDS = tuple(
     Model(kind, 2, connection, "random") for kind in ("mla", "mtp", "hybrid") for connection in (DFC, DHC)
 )
 OTHER_KINDS += tuple(Model("mixed", 2, connection, "random") for connection in OTHERS)
-OTHER_KINDS += tuple(Model(kind, 2, OTHERS[2], "random") for kind in ("mtp", "hybrid"))
+OTHER_KINDS += tuple(Model(kind, 2, LEARNED, "random") for kind in ("mtp", "hybrid"))
 # Stages without a layer are a matter of streams that are wider than the model.
-WIDE = tuple(Model("mixed", 4, connection, "random") for connection in (DHC, OTHERS[2]))
+WIDE = tuple(Model("mixed", 4, connection, "random") for connection in (DHC, LEARNED))
 WIDE += (Model("hybrid", 4, DHC, "random"),)
-WIDE += tuple(Model("mtp", 4, connection, "random", tied=True) for connection in (DHC, OTHERS[2]))
+WIDE += tuple(Model("mtp", 4, connection, "random", tied=True) for connection in (DHC, LEARNED))
 ALL_MODELS = tuple(dict.fromkeys([model for group in (*MOE.values(), DENSE, OTHER_KINDS, WIDE) for model in group]))
 
 

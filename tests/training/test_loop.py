@@ -184,7 +184,7 @@ def test_checkpoint_knows_its_connections(finished: Path) -> None:
         (["connection=mfc"], "has dfc_x4 connections, this run has mfc_x4 connections"),
         (["connection=dhc", "cuda_graph_impl=local"], "cuda_graph_impl=local captures layers whose input is hidden"),
         (["norm=none"], "has dfc_x4 connections, this run has dfc_x4 connections without norm"),
-        (["tanh=false"], "was trained with FracConfig(rate=4, dynamic=True"),
+        (["tanh=false"], "was trained with tanh=True, this run has tanh=False"),
         (
             ["num_attention_heads=3"],
             "hidden_size % num_attention_heads == 0 does not hold for hidden_size=32, num_attention_heads=3 (",

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron_fc.connections import kinds
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.flags import connection_from_args
+from megatron_fc.megatron.flags import connection_from_args, refuse_flags_beside
 from megatron_fc.megatron.hybrid import hybrid_stack
 from megatron_fc.megatron.model_config import prepare
 from megatron_fc.megatron.refusals import training_args
@@ -60,9 +60,10 @@ class GPTSpec(TransformerBlockSubmodules):
                 "connect(get_gpt_mtp_block_spec(...)) to GPTModel, or train a hybrid model, to connect them",
                 stacklevel=2,
             )
-        prepare(model_config, config, args)
-        if self._checks_load:
+        if self._checks_load and args is not None:
+            refuse_flags_beside(args, config, f"--spec {self.name}")
             refuse_other_checkpoint(args, config)
+        prepare(model_config, config, args)
         spec = default_layer_spec(model_config, vp_stage)
         return connect(block_spec(spec, model_config.transformer, vp_stage) if config.is_wide else spec, config)
 
@@ -133,6 +134,8 @@ def named_spec(name: str) -> Any:
 
     def made(args: Namespace | None) -> ModuleSpec:
         chosen = _chosen(config)
+        if args is not None:
+            refuse_flags_beside(args, chosen, f"--spec {name}")
         refuse_other_checkpoint(args, chosen)
         return make(name, chosen, args)
 
