@@ -12,9 +12,13 @@ from megatron_fc.connections.on_manifold import LEAVE_NAMES, residual_bias
 
 
 def enter(h: Tensor, config: ConnectionConfig) -> Tensor:
-    """Slot j is fraction (j-1) mod m + 1 of h: [..., d] -> [..., n*c], n/m copies side by side; h itself for n = m."""
+    """Slot j is fraction (j-1) mod m + 1 of h: [..., d] -> [..., n*c], n/m copies side by side; h itself for n = m.
+
+    The gradients of the copies are added up here, to one: where a stream is entered twice, as with recomputed norms,
+    the order in which autograd adds the two is the same to the bit.
+    """
     copies = config.slots // config.fractions
-    return h if copies == 1 else torch.cat([h] * copies, -1)
+    return h if copies == 1 else h.unsqueeze(-2).expand(*h.shape[:-1], copies, h.shape[-1]).flatten(-2)
 
 
 def mean(h: Tensor, config: ConnectionConfig) -> Tensor:

@@ -8,13 +8,16 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import random
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
 from megatron_fc.connections import eager
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import is_connection_key
 from support import tiny
 
 DFC, SFC = FracConfig(rate=4), FracConfig(rate=4, dynamic=False)
-OURS = {frac: replace(frac, recompute=True) for frac in (DFC, SFC)}
+DHC, MHC = HyperConfig(slots=4), ManifoldConfig(slots=4)
+OURS: dict[ConnectionConfig, ConnectionConfig] = {frac: replace(frac, recompute=True) for frac in (DFC, SFC)}
+OURS |= {wide: replace(wide, stream_layers=2) for wide in (DHC, MHC)}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
@@ -37,7 +40,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "layernorm": selective("layernorm"),
     "all-selective": selective("core_attn", "moe", "mlp", "layernorm"),
 }
-FRACS = pytest.mark.parametrize("frac", [DFC, SFC], ids=["dfc", "sfc"])
+KINDS = pytest.mark.parametrize("connection", [DFC, SFC, DHC, MHC], ids=["dfc", "sfc", "dhc", "mhc"])
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +58,14 @@ def skip_without_compiler(options: dict[str, Any], compiler: str | None) -> None
         pytest.skip(f"selective layernorm recompute compiles a C++ extension: {compiler}")
 
 
-def gradients(kind: str, frac: FracConfig, hand_over: bool = True, **options: Any) -> dict[str, torch.Tensor]:
+def gradients(
+    kind: str, connection: ConnectionConfig, hand_over: bool = True, **options: Any
+) -> dict[str, torch.Tensor]:
     """Loss, under that name, and every parameter's gradient, of a model with random connections and fixed dropout.
 
     Without `hand_over` the depth connection looks at h by itself, as it has to with Megatron's `layernorm` recompute.
     """
-    model = (tiny.build if hand_over else tiny.build_without_hand_over)(kind, frac, **options)
+    model = (tiny.build if hand_over else tiny.build_without_hand_over)(kind, connection, **options)
     tiny.randomise_connections(model)
     tiny.seed_dropout(3)
     loss = tiny.loss(model, tiny.tokens())
@@ -78,23 +83,35 @@ def hands_over(options: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> dict[tuple[FracConfig, bool], dict[str, torch.Tensor]]:
+def undisturbed() -> dict[tuple[ConnectionConfig, bool], dict[str, torch.Tensor]]:
     """A dense layer before a MoE layer, with dropout, without recompute; by connection and hand-over."""
     return {
-        (frac, hand_over): gradients("mixed", frac, hand_over, **DROPOUT)
-        for frac in (DFC, SFC)
+        (connection, hand_over): gradients("mixed", connection, hand_over, **DROPOUT)
+        for connection in OURS
         for hand_over in (True, False)
     }
 
 
-@FRACS
-@pytest.mark.parametrize("ours", [False, True], ids=["", "ours"])
+@KINDS
 @pytest.mark.parametrize("recompute", ["none", *RECOMPUTE])
-def test_exact(recompute: str, ours: bool, frac: FracConfig, undisturbed: Any, compiler: str | None) -> None:
+def test_exact(recompute: str, connection: ConnectionConfig, undisturbed: Any, compiler: str | None) -> None:
     options = RECOMPUTE.get(recompute, {})
     skip_without_compiler(options, compiler)
-    found = gradients("mixed", OURS[frac] if ours else frac, **DROPOUT, **options)
-    assert not different(found, undisturbed[frac, hands_over(options)])
+    found = gradients("mixed", connection, **DROPOUT, **options)
+    assert not different(found, undisturbed[connection, hands_over(options)])
+
+
+@KINDS
+@pytest.mark.parametrize("recompute", ["none", *RECOMPUTE])
+def test_ours_is_exact(recompute: str, connection: ConnectionConfig, undisturbed: Any, compiler: str | None) -> None:
+    options = RECOMPUTE.get(recompute, {})
+    skip_without_compiler(options, compiler)
+    if connection.is_wide and (options.get("recompute_granularity") == "full" or not hands_over(options)):
+        with pytest.raises(UserError, match="stream_layers=2"):
+            gradients("mixed", OURS[connection], **DROPOUT, **options)
+        return
+    found = gradients("mixed", OURS[connection], **DROPOUT, **options)
+    assert not different(found, undisturbed[connection, hands_over(options)])
 
 
 @pytest.mark.parametrize("kind", ["mla", "mtp", "hybrid", "shared"])
@@ -102,15 +119,17 @@ def test_exact_in_other_models(kind: str, compiler: str | None) -> None:
     for name in ("uniform", "layernorm"):
         options = RECOMPUTE[name]
         skip_without_compiler(options, compiler)
-        plain = gradients(kind, DFC, hands_over(options), **DROPOUT)
-        assert not different(gradients(kind, DFC, **DROPOUT, **options), plain), name
+        for connection in (DFC, DHC):
+            plain = gradients(kind, connection, hands_over(options), **DROPOUT)
+            found = gradients(kind, connection, **DROPOUT, **options)
+            assert not different(found, plain), (name, connection.label)
     assert not different(gradients(kind, OURS[DFC], **DROPOUT), gradients(kind, DFC, **DROPOUT))
 
 
-@FRACS
-def test_with_and_without_hand_over(frac: FracConfig, undisturbed: Any) -> None:
+@KINDS
+def test_with_and_without_hand_over(connection: ConnectionConfig, undisturbed: Any) -> None:
     """The same up to the order in which the two parts of a gradient are summed: fp32 rounding."""
-    one, other = undisturbed[frac, True], undisturbed[frac, False]
+    one, other = undisturbed[connection, True], undisturbed[connection, False]
     assert torch.equal(one["loss"], other["loss"])
     for name in one:
         torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6)
