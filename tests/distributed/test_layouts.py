@@ -87,6 +87,8 @@ def gradient_difference(results: list[Any], model: Model) -> float:
 def test_reference_learns(reference: dict[str, Any]) -> None:
     for name, trained in reference.items():
         for optimizer, losses in trained.losses.items():
+            if len(losses) < 10:
+                continue
             assert losses[-1] < losses[0] - 0.02, (name, optimizer)
 
 

@@ -32,6 +32,8 @@ ON_PAGES = {command for name in PAGES for chunk in TEXTS[name] for command in co
 # Which train, or run a benchmark.
 SLOW = {"README.md", *(f"docs/{name}.md" for name in ("memory", "modelopt", "traffic", "train", "upcycle"))}
 SLOW |= {f"configs/{name}.yaml" for name in ("olmo2_1b", "olmoe_1b3", "olmoe_7b")}
+# Whose commands the tests of their subject run, too, on models of their own.
+SOAK = {"docs/traffic.md", "docs/upcycle.md", "configs/olmo2_1b.yaml", "configs/olmoe_7b.yaml"}
 
 # What makes configs/demo.yaml one for a test. It keeps its heads, their size and the width of its experts; for pruning
 # it has layers and experts to spare.
@@ -41,6 +43,12 @@ DEMO |= {"save_interval": 6}
 TO_PRUNE = {"num_layers": 4, "num_experts": 13}
 DATA = ["train_data_path=[data/demo/train]", "valid_data_path=[data/demo/valid]", "tokenizer_model=data/demo/tokenizer"]
 SAMPLES = ["train_samples=8", "lr_decay_samples=8", "lr_warmup_samples=4", "save_interval=2"]
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (name in SLOW) + [pytest.mark.soak] * (name in SOAK)
+
+
 VARIABLES = {
     "DEMO": " ".join(f"{name}={value}" for name, value in DEMO.items()),
     "SMALL": " ".join([*TINY, *SAMPLES, *DATA]),  # the other configs
@@ -159,7 +167,7 @@ def first_missing(shown: list[str], printed: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TEXTS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TEXTS])
 def test_commands_do_what_the_text_says(name: str, clone: Path) -> None:
     printed: dict[str, str] = {}
     for chunk in TEXTS[name]:

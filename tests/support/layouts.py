@@ -106,6 +106,13 @@ class Model:
     tied: bool = False
 
     @property
+    def steps(self) -> int:
+        """Ten where Frac-, Hyper-Connections and mHC are shown to learn, fewer where that is repeated."""
+        return (
+            10 if self.kind in ("mixed", "dense") and self.connection in (DFC, SFC, DHC, MHC) and not self.bf16 else 4
+        )
+
+    @property
     def name(self) -> str:
         leave = "-learned" if getattr(self.connection, "leave", "mean") == "learned" else ""
         return f"{self.kind}{self.layers}-{self.connection.label}{leave}-{self.start}-{'bf16' if self.bf16 else 'fp32'}"

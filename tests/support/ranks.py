@@ -116,7 +116,7 @@ def train_all(layout: Layout, models: Sequence[Model], folder: Path) -> dict[str
             if optimizer == optimizers[0]:
                 trained.gradient, trained.squares = run.compare_gradient()
             run.step()
-            run.train(range(1, STEPS))
+            run.train(range(1, model.steps))
             trained.losses[optimizer] = run.losses
         if (
             layout != ONE_RANK

@@ -171,7 +171,11 @@ def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
         (["connection=dhc", "fractions=x"], [], "fractions must be a whole number of at least 1, not 'x': use 1"),
         (["fractions=2"], [], "fractions=2 is an option of shc and dhc: dfc_x4 has its own, drop it"),
         (["connection=mfc", "fractions=2"], [], "fractions=2 is an option of shc and dhc: mfc_x4 has its own"),
-        (["connection=dhc", "backend=triton"], [], "unknown hyper option 'backend': valid are"),
+        (
+            ["connection=dhc", "backend=triton"],
+            [],
+            "backend=triton is an option of sfc, dfc, which dhc does not have: drop it",
+        ),
         (["slots=4"], [], "unknown key in section model: 'slots'"),
         (["connection=mhc", "leave=sum"], [], "unknown leave 'sum': valid are learned, mean"),
         ([], ["--hyper-slots", "4"], "--hyper-slots behind -- would be a second source of the connection"),

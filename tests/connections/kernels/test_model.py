@@ -131,7 +131,12 @@ def test_layers_that_megatron_fsdp_shards_do_not_meet(calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "layers"), [pytest.param("uniform", 1, marks=pytest.mark.soak), ("uniform", 2), ("block", 1)]
+    ("method", "layers"),
+    [
+        pytest.param("uniform", 1, marks=pytest.mark.soak),
+        ("uniform", 2),
+        pytest.param("block", 1, marks=pytest.mark.soak),
+    ],
 )
 def test_full_recompute_with_dropout_is_exact(method: str, layers: int) -> None:
     """In the second step, too: the layers of one recomputed region meet, a recomputed and another layer do not."""
@@ -162,7 +167,9 @@ class Streams(torch.utils._python_dispatch.TorchDispatchMode):
 LAYERNORM_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
 
 
-@pytest.mark.parametrize("frac", [TRITON, replace(TRITON, rate=2), replace(TRITON, dynamic=False)])
+@pytest.mark.parametrize(
+    "frac", [TRITON, pytest.param(replace(TRITON, rate=2), marks=pytest.mark.soak), replace(TRITON, dynamic=False)]
+)
 @pytest.mark.parametrize(
     ("form", "options"), [(traffic.layer_alone, {}), (traffic.layer_pure, LAYERNORM_AGAIN)], ids=["boundary", "pure"]
 )
