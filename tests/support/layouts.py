@@ -174,6 +174,8 @@ def models_of(layout: Layout) -> tuple[Model, ...]:
         kind = "mtp" if "m" in layout.stages else "mixed"
         return tuple(model for model in WIDE if model.kind == kind)
     moe = MOE[layout.layers]
+    if layout.name.startswith("DP2 distributed"):  # which sees parameters, whatever they are of
+        return tuple(model for model in moe if model.start == "random" and model.connection != SFC)
     return (*moe, *OTHER_KINDS) if layout.name == "TP2+SP+PP2" else moe
 
 

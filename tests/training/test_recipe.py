@@ -174,7 +174,7 @@ def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
         (
             ["connection=dhc", "backend=triton"],
             [],
-            "backend=triton is an option of sfc, dfc, which dhc does not have: drop it",
+            "backend=triton is an option of sfc, dfc, which dhc does not have",
         ),
         (["slots=4"], [], "unknown key in section model: 'slots'"),
         (["connection=mhc", "leave=sum"], [], "unknown leave 'sum': valid are learned, mean"),
