@@ -29,9 +29,6 @@ OUTPUT: dict[str, str] = TABLE["output"]
 PAGES = [name for name in TEXTS if name.endswith(".md")]
 # What a comment repeats is run on the page.
 ON_PAGES = {command for name in PAGES for chunk in TEXTS[name] for command in commands(chunk)}
-# Which train, or run a benchmark.
-SLOW = {"README.md", *(f"docs/{name}.md" for name in ("memory", "modelopt", "traffic", "train", "upcycle"))}
-SLOW |= {f"configs/{name}.yaml" for name in ("olmo2_1b", "olmoe_1b3", "olmoe_7b")}
 # Whose commands the tests of their subject run, too, on models of their own.
 SOAK = {"docs/traffic.md", "docs/upcycle.md", "configs/olmo2_1b.yaml", "configs/olmoe_7b.yaml"}
 
@@ -46,7 +43,7 @@ SAMPLES = ["train_samples=8", "lr_decay_samples=8", "lr_warmup_samples=4", "save
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] * (name in SLOW) + [pytest.mark.soak] * (name in SOAK)
+    return [pytest.mark.soak if name in SOAK else pytest.mark.slow]
 
 
 VARIABLES = {

@@ -70,6 +70,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("frac", CONNECTIONS, ids=NAMES)
 def test_losses_and_gradients_are_those_of_the_plain_schedule(frac: ConnectionConfig | None, options: str) -> None:

@@ -122,6 +122,7 @@ def test_parameters_of_a_gated_shared_expert() -> None:
     assert ([counted.total], counted.connections) == built(one, rank=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layout"),
     [(name, layout) for name in ("olmoe_7b", "olmo2_1b") for layout in LAYOUTS]
@@ -223,6 +224,7 @@ def shape_of_tiny(config: TransformerConfig, kind: str, connection: ConnectionCo
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("connection", CONNECTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recompute", RECOMPUTES)
@@ -268,6 +270,7 @@ def test_recompute_of_the_stream_spares_what_is_planned(connection: str, layers:
     assert alive[0] - alive[1] == planned[0] - planned[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("connection", CONNECTIONS)
 @pytest.mark.parametrize("recompute", ["none", "layernorm", "full"])
 def test_activations_of_a_tensor_parallel_rank(connection: str, recompute: str) -> None:
@@ -320,6 +323,7 @@ def test_flops_of_connections_are_counted(
     assert f"connections {giga} G of the forward pass" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more", "nodes"),
     [
