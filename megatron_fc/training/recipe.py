@@ -62,9 +62,11 @@ class Recipe:
 
 
 _OF_ALL = ("connection", "from_residual", "rate", "fractions")
-_DEFAULTS = {field.name: field.default for kind in kinds.KINDS.values() for field in fields(kind)}
+_OPTIONS = [field for kind in kinds.KINDS.values() for field in fields(kind)]
 # The options that change what a connection computes; the others change memory and time.
-_PREDICTING = {field.name for kind in kinds.KINDS.values() for field in fields(kind) if field.compare}
+_PREDICTING = {field.name for field in _OPTIONS if field.compare}
+# Kinds may differ in one.
+_DEFAULTS = {name: [field.default for field in _OPTIONS if field.name == name] for name in {f.name for f in _OPTIONS}}
 
 
 def load_recipe(
@@ -132,18 +134,18 @@ def _connection(values: dict[str, Any]) -> tuple[ConnectionConfig | None, list[s
     config, _ = kinds.MEMBERS[name]
     of_kind = {field.name for field in fields(config)}
     # One override turns a file into its twin of another kind: what the kind does not have is dropped with it, be it at
-    # its default or an option of the prediction. `from_dict` refuses the rest.
+    # its default or an option of the prediction. The rest is refused.
     lacking = _PREDICTING if name in ("sfc", "shc") else _PREDICTING - of_kind
     options = {key: value for key, value in values.items() if key not in _OF_ALL}
     dropped = {
-        key for key, value in options.items() if key in lacking or (key not in of_kind and value == _DEFAULTS[key])
+        key for key, value in options.items() if key in lacking or (key not in of_kind and value in _DEFAULTS[key])
     }
     kept = {key: value for key, value in options.items() if key not in dropped}
     for key in kept.keys() - of_kind:
         having = [other for other, (kind, _) in kinds.MEMBERS.items() if key in {field.name for field in fields(kind)}]
         raise UserError(f"{key}={kept[key]} is an option of {', '.join(having)}, which {name} does not have: drop it")
     connection: ConnectionConfig = kinds.member(name, values.get("rate", 4), values.get("fractions"), kept)
-    lost = [f"{key}={options[key]}" for key in sorted(dropped) if options[key] != _DEFAULTS[key]]
+    lost = [f"{key}={options[key]}" for key in sorted(dropped) if options[key] not in _DEFAULTS[key]]
     return connection, [f"{connection.label} does without {', '.join(lost)}"] if lost else []
 
 

@@ -70,6 +70,8 @@ def test_connection_kinds_share_one_file(base: Path) -> None:
     assert constrained.connection == ManifoldConfig(slots=4)
     assert "mhc_x4 does without norm=none, tanh=False" in constrained.notes
     assert "dfc_x4 does without leave=learned" in load_recipe(base, ["leave=learned"]).notes
+    static = load_recipe(base, ["connection=sfc", "norm_eps=1.0e-5"]).notes
+    assert not [note for note in static if "does without" in note], "a default of its kind"
 
 
 @pytest.mark.parametrize(
