@@ -263,11 +263,11 @@ def layer_pure(stream: Stream, config: ConnectionConfig) -> Moves:
 
 
 def enter(stream: Stream, config: ConnectionConfig) -> Moves:
-    """Once per network, r copies of the embedding, whose gradients are summed one by one; nothing where r = 1."""
+    """Once per network, r copies of the embedding, whose gradients are summed in one pass; nothing where r = 1."""
     row, wide = stream.row, Site.of(stream, config).stream
     if wide == row:
         return Moves(Traffic(), Traffic())
-    return Moves(Traffic(row, wide), gradient_sum(stream).backward * (wide / row - 1))
+    return Moves(Traffic(row, wide), Traffic(wide, row))
 
 
 # Hyper-Connections.

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from counted_layers import count, layer, saved_bytes, unfused_hyper_layer
 from megatron_fc import FracConfig, FracConnection
-from megatron_fc.connections import HyperConfig, ManifoldConfig, reference
+from megatron_fc.connections import HyperConfig, ManifoldConfig, ends, reference
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.costs import eager_traffic as eager
 from megatron_fc.connections.costs import traffic as model
 from megatron_fc.connections.costs.traffic import Moves, Stream, Traffic
 from megatron_fc.planning.counts import total_device
+from megatron_fc.profiling.counters.device import DeviceCounter
+from megatron_fc.profiling.counters.phase import Whereabouts
 from rank import one_rank
 from support.family import name
 
@@ -160,11 +162,30 @@ def test_rows_that_the_documents_name(
         assert per_token / stream.row == pytest.approx(rows, rel=2e-3)
 
 
+class Entering(nn.Module):
+    """A network of its beginning alone."""
+
+    def __init__(self, config: ConnectionConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, h: Tensor) -> Tensor:
+        return ends.enter(h, self.config)
+
+
 def test_the_embedding_enters_every_slot() -> None:
-    """Read once, written r times; r gradients are summed by r - 1 sums of 3 rows."""
-    stream = Stream(8)
+    """Read once, written r times, and the reverse for gradients: as counted."""
+    stream, config = Stream(8, element_bytes=4), HyperConfig(slots=4)
     assert model.enter(stream, FracConfig(rate=4)) == Moves(Traffic(), Traffic())
-    assert model.enter(stream, HyperConfig(slots=4)) == Moves(Traffic(16, 64), Traffic(3 * 32, 3 * 16))
+    embedding, gradient = torch.randn(5, 8, requires_grad=True), torch.randn(5, 32)
+    network = Entering(config)
+    with Whereabouts(network) as whereabouts, DeviceCounter(whereabouts) as counter:
+        network(embedding).backward(gradient)
+    moves = model.enter(stream, config)
+    for phase, moved in (("forward", moves.forward), ("backward", moves.backward)):
+        counted = total_device(count for key, count in counter.counts.items() if key.phase == phase)
+        assert counted.read_bytes == 5 * moved.read_bytes_per_token
+        assert counted.written_bytes == 5 * moved.written_bytes_per_token
 
 
 def test_a_step_adds_up() -> None:

@@ -64,10 +64,10 @@ def test_fused_kernels_are_computed_where_they_did_not_run() -> None:
 @pytest.mark.parametrize(
     ("config", "label", "rows"),
     [
-        # 4 r + 4 and 6 r + 6 rows, in the first of two layers r and r more; a quarter of entering, r + 1 and 3(r - 1).
-        (HyperConfig(slots=4), "dhc_x4", 20 + 30 + (4 + 4) / 2 + (5 + 9) / 4),
+        # 4 r + 4 and 6 r + 6 rows, in the first of two layers r and r more; a quarter of entering, r + 1 twice.
+        (HyperConfig(slots=4), "dhc_x4", 20 + 30 + (4 + 4) / 2 + (5 + 5) / 4),
         (HyperConfig(slots=4, fractions=2), "dhc_x4_m2", 12 + 18 + (2 + 2) / 2 + (3 + 3) / 4),
-        (ManifoldConfig(slots=4), "mhc_x4", 20 + 30 + (4 + 4) / 2 + (5 + 9) / 4),
+        (ManifoldConfig(slots=4), "mhc_x4", 20 + 30 + (4 + 4) / 2 + (5 + 5) / 4),
         (ManifoldConfig(slots=4, fractions=4), "mfc_x4", 8 + 12 + (1 + 1) / 2),
     ],
 )
