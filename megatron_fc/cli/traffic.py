@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     teachers = [distillation(args)] if args.teacher else []
     report = profile(
-        args.config, args.overrides, args.from_step, args.steps, out, args.command_line, args.nvtx, teachers
+        args.config, args.overrides, args.from_step, args.steps, out, args.command_line, args.nvtx, teachers, against
     )
     return 0 if report is None else _publish(report, out, against)
 

@@ -28,7 +28,7 @@ from megatron_fc.profiling.files import clear, dump_part, parse_part, read_parts
 from megatron_fc.profiling.gather import Gatherer, make_gatherer
 from megatron_fc.profiling.groups import group_names
 from megatron_fc.profiling.kinds import by_kind
-from megatron_fc.profiling.records import Part, Rank, Report, Run, report_of
+from megatron_fc.profiling.records import Part, Rank, Report, Run, check_same_but_connections, named, report_of
 from megatron_fc.profiling.run_facts import coordinates, layout, model_facts, paths_in_whole_model
 from megatron_fc.runs.summary import git_commit, package_versions
 from megatron_fc.training import cpu_lane
@@ -49,6 +49,7 @@ def profile(
     command: Sequence[str],
     nvtx: bool = False,
     callbacks: Sequence[Callback] = (),
+    against: Sequence[Report] = (),
 ) -> Report | None:
     """Train, count on steps `first` to `first + steps - 1`, stop; every rank calls it.
 
@@ -60,19 +61,21 @@ def profile(
         command: how the program was called, for the report.
         nvtx: mark ranges for Nsight, and start and stop its capture, instead of timing kernels by torch's profiler.
         callbacks: go along with the training, and are counted.
+        against: reports that this one is to stand beside.
 
     Returns:
         The report on rank 0, None elsewhere.
 
     Raises:
-        UserError: a value is wrong, or the run is too short for the window.
+        UserError: a value is wrong, the run differs from those in more than connections, or it is too short for the
+            window.
     """
     if first < 0 or steps < 1:
         raise UserError(f"--from-step {first} --steps {steps}: count from step 0 on, one step at least")
     if nvtx and cpu_lane.needed():
         raise UserError("--nvtx is for nsys and ncu, which need a CUDA device: torch sees none")
     recipe = load_recipe(config, [*_DEFAULTS, *overrides, f"run_dir={out}"])
-    profiler = _Profiler(recipe, first, steps, out, shlex.join(["megatron-fc", *command]), nvtx)
+    profiler = _Profiler(recipe, first, steps, out, shlex.join(["megatron-fc", *command]), nvtx, against)
     # While dispatch modes are active torch runs no compiled function: so that all steps are alike, none does.
     with torch._dynamo.config.patch(disable=True):
         train(recipe, [*callbacks, profiler])
@@ -82,7 +85,17 @@ def profile(
 class _Profiler(Callback):
     """Counts on one rank: a callback of the training and an `Observer` of the window."""
 
-    def __init__(self, recipe: Recipe, first: int, steps: int, out: Path, command: str, nvtx: bool) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        first: int,
+        steps: int,
+        out: Path,
+        command: str,
+        nvtx: bool,
+        against: Sequence[Report],
+    ) -> None:
+        self._against = against
         self.report: Report | None = None
         self._recipe, self._out, self._command, self._nvtx = recipe, out, command, nvtx
         self._window = Window(first, steps, self)
@@ -102,6 +115,7 @@ class _Profiler(Callback):
         self._gatherer: Gatherer = make_gatherer(_GATHERING)
         self._global_path = paths_in_whole_model(chunks)
         self._run = self._facts(parameters)
+        check_same_but_connections([("this run", self._run), *named(self._against)])
         rank = torch.distributed.get_rank()
         self._rank = Rank(rank, socket.gethostname(), coordinates())
         if rank == 0:

@@ -1,6 +1,6 @@
 """Records of a profiled run: a part of every rank, and the report that is made of the parts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,6 +58,31 @@ class Run:
             return None
         fields = dict(self.options)
         return KINDS[fields.pop("kind")].from_dict(fields)
+
+
+def check_same_but_connections(runs: Sequence[tuple[str, Run]]) -> None:
+    """Refuse runs that differ in more than their connections.
+
+    Args:
+        runs: each with a name for the message.
+
+    Raises:
+        UserError: names the fields that differ.
+    """
+    name, first = runs[0]
+    for other_name, other in runs[1:]:
+        if differing := _differences(first, other):
+            raise UserError(
+                f"{name} and {other_name} are of runs that differ in {'; '.join(differing)}: only connections may"
+            )
+
+
+def _differences(first: Run, other: Run) -> list[str]:
+    mine, theirs = ({**run.model, **run.layout, "device": run.device} for run in (first, other))
+    fields = [*mine, *(field for field in theirs if field not in mine)]
+    return [
+        f"{field} ({mine.get(field)}, {theirs.get(field)})" for field in fields if mine.get(field) != theirs.get(field)
+    ]
 
 
 @dataclass(frozen=True)
@@ -252,3 +277,8 @@ def report_of(parts: Iterable[Part]) -> Report:
     there = {part.rank.rank for part in parts}
     missing = [rank for rank in range(run.layout["world_size"]) if rank not in there]
     return Report(run, [part.rank for part in parts], missing, device)
+
+
+def named(reports: Iterable[Report]) -> list[tuple[str, Run]]:
+    """Runs by the commands that they were called with."""
+    return [(f"`{report.run.command}`", report.run) for report in reports]

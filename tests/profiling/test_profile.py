@@ -220,6 +220,23 @@ def test_a_run_that_ends_before_the_window(config: Path) -> None:
     assert "megatron-fc: the run ended before step 5 of this start: set --from-step or --steps lower" in done.stderr
 
 
+def test_a_run_that_cannot_stand_beside_a_report_trains_no_step(config: Path, residual: Path) -> None:
+    out = config.parent / "traffic-other"
+    words = ["traffic", "run", str(config), "global_batch_size=8", "--out", str(out), "--against", str(residual)]
+    done = subprocess.run(
+        [fork_server.python(), "-m", "megatron_fc", *words],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "megatron-fc: this run and `megatron-fc traffic run" in done.stderr
+    assert "are of runs that differ in global_batch_size (8, 4): only connections may" in done.stderr
+    assert not [line for line in (out / "logs" / "rank0.log").read_text().splitlines() if parse_iteration(line)]
+    assert not (out / "traffic.json").exists()
+
+
 class _Layer(nn.Module):
     def __init__(self, number: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from rich.text import Text
 from megatron_fc.errors import UserError
 from megatron_fc.profiling.files import read_report, report_file
 from megatron_fc.profiling.kinds import KINDS
-from megatron_fc.profiling.records import Report
+from megatron_fc.profiling.records import Report, check_same_but_connections
 from megatron_fc.profiling.units import show_bytes, show_seconds
 
 # Colour-blind safe (Okabe-Ito), the baseline in grey.
@@ -27,7 +27,7 @@ def read_comparable(paths: Sequence[Path]) -> dict[str, Report]:
     if repeated := next((path for path, file in zip(paths, files, strict=True) if files.count(file) > 1), None):
         raise UserError(f"{repeated} is given twice: give each report once")
     reports = [read_whole(path) for path in paths]
-    check_same_but_connections(list(zip(map(str, paths), reports, strict=True)))
+    check_same_but_connections([(str(path), report.run) for path, report in zip(paths, reports, strict=True)])
     connections = [report.run.connection for report in reports]
     return {
         connection if connections.count(connection) == 1 else f"{connection} ({path})": report
@@ -44,31 +44,6 @@ def read_whole(path: Path) -> Report:
     report = read_report(path)
     report.refuse_lost_ranks(str(path))
     return report
-
-
-def check_same_but_connections(reports: Sequence[tuple[str, Report]]) -> None:
-    """Refuse reports of runs that differ in more than their connections.
-
-    Args:
-        reports: each with a name for the message.
-
-    Raises:
-        UserError: names the fields that differ.
-    """
-    name, first = reports[0]
-    for other_name, other in reports[1:]:
-        if differing := _differences(first, other):
-            raise UserError(
-                f"{name} and {other_name} are of runs that differ in {'; '.join(differing)}: only connections may"
-            )
-
-
-def _differences(first: Report, other: Report) -> list[str]:
-    mine, theirs = ({**run.model, **run.layout, "device": run.device} for run in (first.run, other.run))
-    fields = [*mine, *(field for field in theirs if field not in mine)]
-    return [
-        f"{field} ({mine.get(field)}, {theirs.get(field)})" for field in fields if mine.get(field) != theirs.get(field)
-    ]
 
 
 def comparison_table(reports: dict[str, Report]) -> Table:

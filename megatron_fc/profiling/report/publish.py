@@ -5,8 +5,7 @@ from pathlib import Path
 
 from megatron_fc.errors import UserError
 from megatron_fc.profiling.files import REPORT, read_parts, write_atomically, write_report
-from megatron_fc.profiling.records import Report, report_of
-from megatron_fc.profiling.report.compare import check_same_but_connections
+from megatron_fc.profiling.records import Report, check_same_but_connections, named, report_of
 from megatron_fc.profiling.report.markdown import markdown
 from megatron_fc.profiling.report.page import page
 from megatron_fc.profiling.report.side_by_side import StreamBytes, side_by_side
@@ -27,7 +26,7 @@ def publish(folder: Path, report: Report, against: Sequence[Report] = ()) -> lis
     try:
         if against:
             report.refuse_lost_ranks("this run, whose report is written without --against,")
-        check_same_but_connections([("this run", report), *((f"`{other.run.command}`", other) for other in against)])
+        check_same_but_connections([("this run", report.run), *named(against)])
     except UserError:
         _write(folder, report, side_by_side(report))
         raise
