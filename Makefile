@@ -2,6 +2,9 @@
 .DEFAULT_GOAL := help
 .PHONY: demo demo-first test test-quick soak mutate test-modelopt test-te gpu-check compat lint types format lock clean help
 
+# Where it is set, hundreds of Python processes compile the same sources.
+unexport PYTHONDONTWRITEBYTECODE
+
 # ARGS reaches the command behind demo, the tests and gpu-check: make test ARGS="-k doctor"
 ARGS :=
 # gpu-check installs nothing, so that it runs where there is no network: make gpu-check PYTHON=/path/to/python

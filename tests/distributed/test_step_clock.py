@@ -15,7 +15,7 @@ NAME = r"rank {} \(process \d+ on \S+\)"
 @pytest.mark.parametrize(
     ("how", "rank", "said"),
     [
-        ("sleep", 2, f"{NAME.format(2)} in hang .ranks.py:\\d+.; .* in barrier "),
+        pytest.param("sleep", 2, f"{NAME.format(2)} in hang .ranks.py:\\d+.; .* in barrier ", marks=pytest.mark.slow),
         ("sleep", 0, f"{NAME.format(0)} in hang .ranks.py:\\d+.; .* in barrier "),
         pytest.param("stop", 2, f"{NAME.format(2)} {SILENT}; .* in barrier ", marks=pytest.mark.slow),
         pytest.param("stop", 0, f"{NAME.format(0)} {SILENT}, ", marks=pytest.mark.slow),
@@ -37,9 +37,9 @@ def test_a_rank_that_hangs_is_named_and_the_others_end(how: str, rank: int, said
 @pytest.mark.parametrize(
     ("files", "advice"),
     [
-        ("fail", "the tracker is torn"),
+        pytest.param("fail", "the tracker is torn", marks=pytest.mark.slow),
         ("block", "its files do not answer within 1 s, repair that, start the same command again"),
-        ("block the log", "do so"),
+        pytest.param("block the log", "do so", marks=pytest.mark.slow),
     ],
 )
 def test_files_that_fail_or_never_answer_keep_no_rank(files: str, advice: str, tmp_path: Path) -> None:

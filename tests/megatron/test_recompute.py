@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -40,11 +41,25 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "layernorm": selective("layernorm"),
     "all-selective": selective("core_attn", "moe", "mlp", "layernorm"),
 }
+
+
+def hands_over(options: dict[str, Any]) -> bool:
+    return "layernorm" not in options.get("recompute_modules", [])
+
+
+def recomputes(*names: str) -> pytest.MarkDecorator:
+    """Of these names, or none or ours; slow are those for which Megatron compiles an extension first."""
+    slow = {name for name, options in RECOMPUTE.items() if not hands_over(options)}
+    return pytest.mark.parametrize(
+        "recompute", [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in names]
+    )
+
+
 KINDS = pytest.mark.parametrize("connection", [DFC, SFC, DHC, MHC], ids=["dfc", "sfc", "dhc", "mhc"])
 
 
-@pytest.fixture(scope="module")
-def compiler() -> str | None:
+@cache
+def share_storage_fails() -> str | None:
     """None, or why the C++ extension that Megatron's `layernorm` recompute needs does not compile."""
     try:
         random._get_share_storage()
@@ -53,9 +68,9 @@ def compiler() -> str | None:
     return None
 
 
-def skip_without_compiler(options: dict[str, Any], compiler: str | None) -> None:
-    if "layernorm" in options.get("recompute_modules", []) and compiler is not None:
-        pytest.skip(f"selective layernorm recompute compiles a C++ extension: {compiler}")
+def skip_without_compiler(options: dict[str, Any]) -> None:
+    if not hands_over(options) and (why := share_storage_fails()) is not None:
+        pytest.skip(f"selective layernorm recompute compiles a C++ extension: {why}")
 
 
 def gradients(
@@ -78,10 +93,6 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def hands_over(options: dict[str, Any]) -> bool:
-    return "layernorm" not in options.get("recompute_modules", [])
-
-
 @pytest.fixture(scope="module")
 def undisturbed() -> dict[tuple[ConnectionConfig, bool], dict[str, torch.Tensor]]:
     """A dense layer before a MoE layer, with dropout, without recompute; by connection and hand-over."""
@@ -93,19 +104,19 @@ def undisturbed() -> dict[tuple[ConnectionConfig, bool], dict[str, torch.Tensor]
 
 
 @KINDS
-@pytest.mark.parametrize("recompute", ["none", *RECOMPUTE])
-def test_exact(recompute: str, connection: ConnectionConfig, undisturbed: Any, compiler: str | None) -> None:
+@recomputes("none", *RECOMPUTE)
+def test_exact(recompute: str, connection: ConnectionConfig, undisturbed: Any) -> None:
     options = RECOMPUTE.get(recompute, {})
-    skip_without_compiler(options, compiler)
+    skip_without_compiler(options)
     found = gradients("mixed", connection, **DROPOUT, **options)
     assert not different(found, undisturbed[connection, hands_over(options)])
 
 
 @KINDS
-@pytest.mark.parametrize("recompute", ["none", *RECOMPUTE])
-def test_ours_is_exact(recompute: str, connection: ConnectionConfig, undisturbed: Any, compiler: str | None) -> None:
+@recomputes("none", *RECOMPUTE)
+def test_ours_is_exact(recompute: str, connection: ConnectionConfig, undisturbed: Any) -> None:
     options = RECOMPUTE.get(recompute, {})
-    skip_without_compiler(options, compiler)
+    skip_without_compiler(options)
     if connection.is_wide and (options.get("recompute_granularity") == "full" or not hands_over(options)):
         with pytest.raises(UserError, match="stream_layers=2"):
             gradients("mixed", OURS[connection], **DROPOUT, **options)
@@ -114,11 +125,12 @@ def test_ours_is_exact(recompute: str, connection: ConnectionConfig, undisturbed
     assert not different(found, undisturbed[connection, hands_over(options)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mla", "mtp", "hybrid", "shared"])
-def test_exact_in_other_models(kind: str, compiler: str | None) -> None:
+def test_exact_in_other_models(kind: str) -> None:
     for name in ("uniform", "layernorm"):
         options = RECOMPUTE[name]
-        skip_without_compiler(options, compiler)
+        skip_without_compiler(options)
         for connection in (DFC, DHC):
             plain = gradients(kind, connection, hands_over(options), **DROPOUT)
             found = gradients(kind, connection, **DROPOUT, **options)
@@ -140,13 +152,13 @@ def test_ours_is_exact_in_bf16() -> None:
     assert not different(gradients("mixed", OURS[DFC], **bf16), gradients("mixed", DFC, **bf16))
 
 
-@pytest.mark.parametrize("recompute", ["uniform", "layernorm", "ours"])
+@recomputes("uniform", "layernorm", "ours")
 def test_an_error_in_what_is_recomputed_is_noticed(
-    recompute: str, undisturbed: Any, compiler: str | None, monkeypatch: pytest.MonkeyPatch
+    recompute: str, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control: the mixing is off by 1e-6 once the forward pass is over."""
     options = RECOMPUTE.get(recompute, {})
-    skip_without_compiler(options, compiler)
+    skip_without_compiler(options)
     mix, calls, in_forward = eager._mix, itertools.count(1), 8  # two at each of four sites
 
     def drifting(weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -170,9 +182,10 @@ def accumulations(frac: FracConfig, **options: Any) -> set[int]:
     return set(times.values())
 
 
-def test_only_megatrons_layernorm_recompute_accumulates_a_gradient_twice(compiler: str | None) -> None:
+@pytest.mark.slow
+def test_only_megatrons_layernorm_recompute_accumulates_a_gradient_twice() -> None:
     """Width and depth share parameters: sharded gradients that are reduced at the first time would lose the second."""
     assert accumulations(DFC) == accumulations(DFC, **RECOMPUTE["uniform"]) == accumulations(OURS[DFC]) == {1}
-    skip_without_compiler(RECOMPUTE["layernorm"], compiler)
+    skip_without_compiler(RECOMPUTE["layernorm"])
     assert accumulations(SFC, **RECOMPUTE["layernorm"]) == {2}
     assert accumulations(DFC, **RECOMPUTE["layernorm"]) == {2}

@@ -142,8 +142,13 @@ def kept(config: Config, **options: Any) -> int:
 
 @pytest.mark.parametrize(
     ("config", "options", "groups"),
-    [(DHC, {}, (1, 2, 3, 4)), (DHC, BF16, (2,)), (MHC, {}, (3,)), (BETWEEN, {}, (1,)), (MFC, {}, (2,))],
-    ids=["dhc", "bf16", "mhc", "between", "mfc"],
+    [
+        pytest.param(DHC, {}, (1, 2, 3, 4), id="dhc"),
+        pytest.param(DHC, BF16, (2,), id="bf16", marks=pytest.mark.slow),
+        pytest.param(MHC, {}, (3,), id="mhc"),
+        pytest.param(BETWEEN, {}, (1,), id="between", marks=pytest.mark.slow),
+        pytest.param(MFC, {}, (2,), id="mfc", marks=pytest.mark.slow),
+    ],
 )
 def test_a_group_keeps_one_stream_and_no_input_of_a_norm(
     config: Config, options: dict[str, Any], groups: tuple[int, ...]

@@ -74,6 +74,7 @@ def test_names_the_lane_that_will_run(here: Report) -> None:
     assert "Backend: torch" in text_of(here)
 
 
+@pytest.mark.slow
 def test_without_an_mpi_library_all_is_well() -> None:
     """As on a fresh machine after `make demo`: the real mpi4py says so itself."""
     pytest.importorskip("mpi4py", reason="mpi4py not found: pip install 'megatron_fc[mpi]'")

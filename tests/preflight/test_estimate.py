@@ -1,5 +1,6 @@
 """What planning says of a run, against Megatron itself: its models, optimizer, saved tensors and own counts."""
 
+import itertools
 import json
 from dataclasses import replace
 from functools import cache
@@ -82,9 +83,14 @@ EXPERTS = {"EP8": ["expert_model_parallel_size=8"]}
 EXPERTS["EP4 ETP2"] = ["expert_model_parallel_size=4", "expert_tensor_parallel_size=2", *TP2]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("connection", ["residual", "dfc", "sfc", "dhc", "mhc"])
-def test_parameters_of_the_model(name: str, connection: str) -> None:
+QUICK = [("residual", "olmo2_1b"), ("dfc", "olmoe_7b"), ("dhc", "olmoe_1b3"), ("mhc", "olmo2_1b")]
+MODELS = itertools.product(["residual", "dfc", "sfc", "dhc", "mhc"], NAMES)
+
+
+@pytest.mark.parametrize(
+    ("connection", "name"), [pytest.param(*model, marks=[pytest.mark.slow] * (model not in QUICK)) for model in MODELS]
+)
+def test_parameters_of_the_model(connection: str, name: str) -> None:
     one = run(name, f"connection={connection}", "expert_model_parallel_size=1")
     counted = parameters.model(shape_of(one))
     assert ([counted.total], counted.connections) == built(one, rank=0)

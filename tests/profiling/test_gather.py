@@ -44,14 +44,18 @@ def _rank(rank: int, ranks: int, folder: str, absent: int | None, seconds: float
     os._exit(0)  # without the others
 
 
-@pytest.mark.parametrize(("absent", "seconds", "gathered"), [(None, 60.0, "part 0\npart 1\npart 2"), (1, 2.0, "")])
+@pytest.mark.parametrize(
+    ("absent", "seconds", "gathered"),
+    [(None, 60.0, "part 0\npart 1\npart 2"), pytest.param(1, 2.0, "", marks=pytest.mark.slow)],
+)
 def test_over_torch(absent: int | None, seconds: float, gathered: str, tmp_path: Path) -> None:
     processes.spawn(_rank, (3, str(tmp_path), absent, seconds), nprocs=3)
     assert [Path(tmp_path, f"gathered-{rank}").read_text() for rank in range(3)] == [gathered, "", ""]
 
 
 @pytest.mark.parametrize(
-    ("absent", "seconds", "gathered"), [(-1, 60, "part 0\npart 1\npart 2"), (1, 3, "part 0\npart 2")]
+    ("absent", "seconds", "gathered"),
+    [(-1, 60, "part 0\npart 1\npart 2"), pytest.param(1, 3, "part 0\npart 2", marks=pytest.mark.slow)],
 )
 def test_over_mpi(absent: int, seconds: int, gathered: str) -> None:
     pytest.importorskip("mpi4py", reason="mpi4py not found: pip install 'megatron_fc[mpi]'")

@@ -8,3 +8,5 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     cpu_lane.install()
     import megatron.core  # noqa: F401
+
+    import support.megatron_parser  # noqa: F401

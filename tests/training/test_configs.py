@@ -29,6 +29,7 @@ NAMES = ("olmoe_7b", "olmoe_1b3", "olmo2_1b")
 def parameters(name: str, *overrides: str) -> dict[str, int]:
     """Parameters by name of the full-size model on one rank, built without memory."""
     here = ["mock_data=true", "tokenizer_type=NullTokenizer", "expert_model_parallel_size=1"]
+    here += ["no_initialization=true"]
     recipe = load_recipe(CONFIGS / f"{name}.yaml", [*here, *overrides])
     config = model_config(parse(recipe), recipe)
     builder = config.get_builder_cls()(config)

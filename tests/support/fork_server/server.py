@@ -7,6 +7,7 @@ of the process that runs for a client, in a file with the client's number. It ha
 not fork.
 """
 
+import argparse
 import contextlib
 import gc
 import json
@@ -51,7 +52,8 @@ def import_what_is_slow() -> dict[str, str]:
         import multiprocessing.spawn  # noqa: F401  which keeps the real Python: it hands files on to what it starts
 
         import megatron.core.tokenizers.text
-        import megatron.training.training  # noqa: F401
+        import megatron.training.arguments
+        import megatron.training.training
         import tensorboard.backend.event_processing.event_accumulator  # noqa: F401
         import torch.utils.tensorboard  # noqa: F401
 
@@ -60,7 +62,9 @@ def import_what_is_slow() -> dict[str, str]:
         import megatron_fc.profiling.profile
         import megatron_fc.training.batches
         import megatron_fc.training.loop  # noqa: F401
+        import support.megatron_parser  # noqa: F401
 
+        megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())  # its sources are remembered now
         if find_spec("modelopt") is not None:
             import modelopt.torch.distill
             import modelopt.torch.quantization  # noqa: F401
