@@ -64,7 +64,7 @@ compat: .venv/.installed  ## run the quick tests with every supported megatron-c
 lint: .venv/.installed  ## check style and formatting
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/shellcheck -x launch/*.sh .ci/run $(filter-out %.py,$(wildcard scripts/*))
+	.venv/bin/shellcheck -x launch/*.sh .ci/run $(filter-out %.py %__pycache__,$(wildcard scripts/*))
 	.venv/bin/hadolint docker/Dockerfile*
 
 types: .venv/.installed  ## check types
@@ -79,7 +79,7 @@ lock: .venv/.installed  ## resolve every dependency anew and write constraints.t
 
 clean:  ## remove the environment, builds and caches; runs/ stays
 	rm -rf .venv .venv-te .modelopt build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
-	find megatron_fc tests -name __pycache__ -prune -exec rm -rf {} +
+	find megatron_fc tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
