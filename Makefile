@@ -18,24 +18,25 @@ demo-first:
 		"trained, 2 to 4 minutes each on two CPU cores."; fi
 
 test: .venv/.installed  ## run the tests
-	@$(PYTEST) -m "not soak" --times $(ARGS)
+	@$(PYTEST) -n 4 -m "not soak" --times $(ARGS)
 
 test-quick: .venv/.installed  ## run the tests that take little time, before a commit, and name what they do not touch
-	@$(PYTEST) -m "not slow and not soak" --touched $(ARGS)
+	@$(PYTEST) -n 3 -m "not slow and not soak" --touched $(ARGS)
 
 soak: .venv/.installed  ## run the long tests that repeat at more length what others show
-	@$(PYTEST) -m soak $(ARGS)
+	@$(PYTEST) -n 3 -m soak $(ARGS)
 
 mutate: .venv/.installed  ## plant the faults of tests/faults.yaml, one by one, and see that the tests notice
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python scripts/mutate.py $(ARGS)
 
-# PATH: PyTorch looks for the environment's ninja there. tests/support/schedule.py orders the files.
+# PATH: PyTorch looks for the environment's ninja there. tests/support/schedule.py orders the files. More workers than two
+# cores where many tests wait for a cluster.
 PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m pytest \
-	-n 3 --dist loadfile --no-loadscope-reorder
+	--dist loadfile --no-loadscope-reorder
 
 # Beside the environment and not in it: where ModelOpt can be imported Megatron imports it, which doubles every start.
 test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distillation with NVIDIA ModelOpt
-	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) -m modelopt $(ARGS)
+	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) -n 3 -m modelopt $(ARGS)
 
 # TE_TORCH_WHEEL: see scripts/setup-te.
 test-te: .venv/.installed  ## run the tests of Transformer Engine's layers, in an environment of its own, without a GPU

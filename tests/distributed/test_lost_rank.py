@@ -20,7 +20,7 @@ from megatron_fc.mpi import free_port
 from megatron_fc.resilience.rank_watch import LOST_RANK_EXIT_CODE, WRONG_INPUT_EXIT_CODE
 from megatron_fc.runs.metrics import read_metrics
 from support import fork_server, harness
-from support.patience import PATIENCE, wait_for_iteration
+from support.patience import PATIENCE, wait_for_iteration, wait_until
 from support.training_runs import command, environment, figures
 
 # The fixture; pytest finds it by its name here.
@@ -96,6 +96,11 @@ def file_system(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+def made_read_only(folder: Path) -> bool:
+    """Not while a file in it is open for writing."""
+    return subprocess.run(["mount", "-o", "remount,ro", folder], capture_output=True, check=False).returncode == 0
+
+
 def finish(config: Path, run_dir: Path, iterations: int) -> None:
     """Up to an iteration, on forked ranks: they need no time to start."""
     folder, line = run_dir.with_name(f"{run_dir.name}-finish"), words(config, run_dir, f"exit_interval={iterations}")
@@ -153,7 +158,7 @@ def test_checkpoints_that_cannot_be_written_any_more_end_all_ranks_for_that(conf
     with file_system(run_dir / "checkpoints"):
         with ranks(config, run_dir) as processes:
             wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
-            subprocess.run(["mount", "-o", "remount,ro", run_dir / "checkpoints"], check=True)
+            wait_until(lambda: made_read_only(run_dir / "checkpoints"), "a moment in which no file is written")
             codes = [process.wait(PATIENCE) for process in processes]
         saved = last_checkpoint(run_dir)
     assert codes == [WRONG_INPUT_EXIT_CODE] * WORLD

@@ -187,7 +187,7 @@ def test_deaf_ranks_are_killed_before_the_time_limit(
 ) -> None:
     site.write(more=f"PYTHON={tmp_path}/python\n")
     # The signal is due after ten seconds. A controller that is busy looks late, and the limit is not to come with it.
-    limit = ("--time=3", "--signal=B:USR1@170")
+    limit = ("--time=2", "--signal=B:USR1@110")
     (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, *limit, f"run_dir={stand_in}"))
     ended = cluster.wait(job, *END)
     log = site.log(job)
