@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
+from megatron_fc.connections.kernels.sums import Partial
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
@@ -35,7 +36,7 @@ _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 STREAM, FP32 = "*bf16", "*fp32"
 _P = PerSlotParameters(*[FP32] * 7)  # type: ignore[arg-type]
 _NORM = launch.Weights(STREAM, None)  # type: ignore[arg-type]
-_PARTIAL = launch.Partial(FP32, FP32, FP32, FP32, FP32, None)  # type: ignore[arg-type]
+_PARTIAL = Partial(FP32, FP32, FP32, None, FP32)  # type: ignore[arg-type]
 _DEPTH = launch.DepthInputs(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type]
 _BACK = _DEPTH._replace(h=None, alpha=None, g_o=STREAM, g_beta=FP32)  # type: ignore[arg-type]
 _BIAS_DROPOUT = {"bias": STREAM, "seed": "*i64", "dropout": 0.1}
@@ -46,12 +47,15 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0)}),
     "width backward": (width_backward_kernel, {**_BACKWARD, "pre": launch.DepthInputs(dropout=0.0)}),
     "depth forward": (depth_forward_kernel, {"pre": _DEPTH, "out": STREAM}),
-    "depth backward": (depth_backward_kernel, {"g": STREAM, "pre": _BACK}),
+    "depth backward": (depth_backward_kernel, {"g": STREAM, "pre": _BACK, "partial": Partial()}),
     "boundary forward": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH}),
     "boundary backward": (width_backward_kernel, {**_BACKWARD, "pre": _BACK}),
     # With the bias and dropout of Megatron's slot.
     "boundary forward, b+d": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH._replace(**_BIAS_DROPOUT)}),
-    "boundary backward, b+d": (width_backward_kernel, {**_BACKWARD, "pre": _BACK._replace(**_BIAS_DROPOUT)}),
+    "boundary backward, b+d": (
+        width_backward_kernel,
+        {**_BACKWARD, "pre": _BACK._replace(**_BIAS_DROPOUT), "partial": _PARTIAL._replace(output_bias=FP32)},  # type: ignore[arg-type]
+    ),
 }
 
 
@@ -74,7 +78,8 @@ def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
     stream = torch.empty(16, width, dtype=torch.bfloat16, device="meta")
     norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
     operands = Operands(*_P, rate, "rmsnorm", True, 1e-5) if "p" in arguments else None
-    site = launch.site_of(stream, rate, operands, norm, backward="g_x" in arguments)
+    cut = launch.DEPTH if operands is None else launch.WIDTH_BACKWARD if "g_x" in arguments else launch.WIDTH
+    site = launch.site_of(cut, stream, rate, operands, norm)
     source = _source(kernel, arguments, site)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": site.W, "num_stages": 1})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -15,7 +15,6 @@ from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.once import differentiated_once
 from megatron_fc.connections.operands import N_OPERANDS, N_PARAMETERS, Operands
 from megatron_fc.connections.parcel import values_of
-from megatron_fc.connections.per_slot import PerSlotParameters
 
 _SITE = (
     "Tensor static_beta, Tensor static_gamma, Tensor static_alpha, Tensor? dynamic_weight, Tensor? scale_beta, "
@@ -116,11 +115,6 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _apart(gradients: PerSlotParameters) -> list[Tensor]:
-    """Gradients of a site in storages of their own: an op may not return slices of one table, as small ones may be."""
-    return [g.clone() if g.dim() == 1 else g for g in _present(gradients)]
-
-
 def _present(tensors: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
@@ -171,19 +165,8 @@ def _width_backward_impl(
     g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *values: Any
 ) -> list[Tensor]:
     p, norm = Operands(*values[:N_OPERANDS]), _norm(values[N_OPERANDS:])
-    g = _kernels().width_backward(*map(_contiguous, (g_x, g_beta, g_mixed)), h.contiguous(), p, norm)
-    weights = _norm_gradients(norm if g_x is not None else None, g.weight, g.bias)
-    return [g.h, *_apart(g.parameters), *weights]
-
-
-def _norm_gradients(norm: NormWeights | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-    """In the dtypes of the norm's parameters."""
-    if norm is None or weight is None:
-        return []
-    given = [weight.to(norm.weight.dtype)]
-    if norm.bias is not None and bias is not None:
-        given.append(bias.to(norm.bias.dtype))
-    return given
+    g, gradients = _kernels().width_backward(*map(_contiguous, (g_x, g_beta, g_mixed)), h.contiguous(), p, norm)
+    return [g, *_present(gradients)]
 
 
 def _width_backward_fake(
@@ -215,22 +198,18 @@ def _depth_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @differentiated_once
 def _depth_grad(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     o, beta, bias, seed = ctx.saved_tensors
-    g_o, g_beta = _depth_backward(g, o, beta, bias, seed, ctx.dropout)
-    return g_o, None, g_beta, None, g, _bias_gradient(g_o, bias), None, None
+    g_o, g_beta, *g_bias = _depth_backward(g, o, beta, bias, seed, ctx.dropout)
+    return g_o, None, g_beta, None, g, *(g_bias or [None]), None, None
 
 
-def _bias_gradient(g_o: Tensor, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else g_o.reshape(-1, len(bias)).sum(0, dtype=torch.float32).to(bias.dtype)
-
-
-def _depth_backward_impl(g: Tensor, o: Tensor, beta: Tensor, *values: Any) -> tuple[Tensor, Tensor]:
+def _depth_backward_impl(g: Tensor, o: Tensor, beta: Tensor, *values: Any) -> list[Tensor]:
     launch = _kernels()
     depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, *values)
-    return launch.depth_backward(g.contiguous(), depth)
+    return _present(launch.depth_backward(g.contiguous(), depth))
 
 
-def _depth_backward_fake(g: Tensor, o: Tensor, beta: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (o, beta))  # type: ignore[return-value]
+def _depth_backward_fake(g: Tensor, o: Tensor, beta: Tensor, bias: Tensor | None, *_: Any) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _present((o, beta, bias))]
 
 
 # Boundary.
@@ -276,10 +255,10 @@ class _BoundaryDepth(torch.autograd.Function):
             return (None,) * (_N_DEPTH + 1)
         o, beta, bias, seed = ctx.saved_tensors
         if made is not None and made[0] is g and made[1] == g._version:
-            g_o, g_beta = made[2:]
+            g_o, g_beta, *g_bias = made[2:]
         else:
-            g_o, g_beta = _depth_backward(g, o, beta, bias, seed, ctx.dropout)
-        return g_o, None, g_beta, None, g, _bias_gradient(g_o, bias), None, None, None
+            g_o, g_beta, *g_bias = _depth_backward(g, o, beta, bias, seed, ctx.dropout)
+        return g_o, None, g_beta, None, g, *(g_bias or [None]), None, None, None
 
 
 class _PreparedWidth(torch.autograd.Function):
@@ -303,7 +282,8 @@ class _PreparedWidth(torch.autograd.Function):
         if follows_boundary:
             before = (*depth.saved_tensors, depth.dropout)
             g, g_o, g_before, *gradients = _boundary_backward(g_x, g_beta, g_mixed, h, *before, *values)
-            depth.made = (g, g._version, g_o, g_before)
+            g_bias = [] if before[2] is None else [gradients.pop()]
+            depth.made = (g, g._version, g_o, g_before, *g_bias)
         else:
             g, *gradients = _width_backward(g_x, g_beta, g_mixed, h, *values)
         return g, None, *_placed(gradients, tensors, g_x is not None)
@@ -315,17 +295,16 @@ def _boundary_backward_impl(g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *val
     launch = _kernels()
     depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, bias, seed, dropout)
     incoming = map(_contiguous, (g_x, g_beta, g_mixed))
-    g, g_o, g_before = launch.boundary_backward(*incoming, h.contiguous(), depth, p, norm)
-    weights = _norm_gradients(norm if g_x is not None else None, g.weight, g.bias)
-    return [g.h, g_o, g_before, *_apart(g.parameters), *weights]
+    g, gradients, g_o, g_before = launch.boundary_backward(*incoming, h.contiguous(), depth, p, norm)
+    return [g, g_o, g_before, *_present(gradients)]
 
 
 def _boundary_backward_fake(g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
-    o, beta = values[:2]
+    o, beta, bias = values[:3]
     site = values[5:]
     norm = site[N_OPERANDS : N_OPERANDS + 2] if g_x is not None else ()
     streams = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, o, beta)]
-    return [*streams, *(torch.empty_like(tensor) for tensor in _present((*site[:N_PARAMETERS], *norm)))]
+    return [*streams, *(torch.empty_like(tensor) for tensor in _present((*site[:N_PARAMETERS], *norm, bias)))]
 
 
 def _define(name: str, schema: str, implementation: Any, fake: Any, setup: Any = None, backward: Any = None) -> Any:
@@ -354,7 +333,7 @@ _width = _define(
 )
 _depth_backward = _define(
     "frac_depth_backward",
-    f"(Tensor g, {_BEFORE}) -> (Tensor, Tensor)",
+    f"(Tensor g, {_BEFORE}) -> Tensor[]",
     _depth_backward_impl,
     _depth_backward_fake,
 )

@@ -12,6 +12,7 @@ are also, in fp32, beta and alpha in forward, beta and its gradient in backward.
 import triton
 import triton.language as tl
 
+from megatron_fc.connections.kernels.sums import add_weight
 from megatron_fc.connections.kernels.tiles import (
     by_lanes,
     gathered,
@@ -73,7 +74,7 @@ def depth_chunk(pre, beta, alpha, first, count, n, like, S: tl.constexpr):
 
 
 @triton.jit
-def depth_gradient_chunk(g, pre, beta, first, count, n, like, S: tl.constexpr):
+def depth_gradient_chunk(g, pre, beta, partial, first, count, n, started, like, S: tl.constexpr):
     """Store chunk n of the gradient of o; return the chunk's part of beta's gradient, [W, R]."""
     g = g.to(tl.float32)
     d_beta = tl.sum(g * output_chunk(pre, first, count, n, like, S).to(tl.float32), axis=2)
@@ -81,6 +82,8 @@ def depth_gradient_chunk(g, pre, beta, first, count, n, like, S: tl.constexpr):
     if pre.seed is not None:
         g_o = tl.where(kept_by_dropout(pre.seed, pre.dropout, first, n, S), g_o * (1.0 / (1.0 - pre.dropout)), 0.0)
     store_chunk(pre.g_o, g_o, first, count, n, S)
+    if partial.output_bias is not None:
+        add_weight(partial.output_bias, g_o, n, started, S)
     return d_beta
 
 
@@ -96,14 +99,15 @@ def depth_forward_kernel(pre, out, count, S: tl.constexpr):
 
 
 @triton.jit
-def depth_backward_kernel(g, pre, count, S: tl.constexpr):
+def depth_backward_kernel(g, pre, partial, count, S: tl.constexpr):
     """count: rows of h, that is tokens times M."""
     CHUNKS: tl.constexpr = S.CHUNKS
     for tile in tl.range(tl.program_id(0), tl.cdiv(count, S.R), tl.num_programs(0), disable_licm=True):
         first = tile * S.R
-        rows = first + tl.arange(0, S.R)
-        beta = beta_rows(pre.beta, first, count, S)
-        d_beta = tl.zeros([S.W, S.R], tl.float32)
+        started = tile >= tl.num_programs(0)
+        beta, d_beta = beta_rows(pre.beta, first, count, S), tl.zeros([S.W, S.R], tl.float32)
         for n in tl.range(CHUNKS, disable_licm=True):
-            d_beta += depth_gradient_chunk(load_chunk(g, first, count, n, S), pre, beta, first, count, n, g, S)
-        tl.store(pre.g_beta + rows, tl.sum(d_beta, axis=0), mask=rows < count)
+            rows = load_chunk(g, first, count, n, S)
+            d_beta += depth_gradient_chunk(rows, pre, beta, partial, first, count, n, started, g, S)
+        at = first + tl.arange(0, S.R)
+        tl.store(pre.g_beta + at, tl.sum(d_beta, axis=0), mask=at < count)

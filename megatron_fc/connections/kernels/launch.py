@@ -4,7 +4,7 @@ Streams are [tokens, d] with d = m*c, rows contiguous. No function looks at a te
 """
 
 import functools
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
+from megatron_fc.connections.kernels.sums import Gradients, Partial, reduce_kernel
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
@@ -21,11 +22,23 @@ from megatron_fc.connections.per_slot import PerSlotParameters
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _ROWS = 16  # of a tile: what a tensor core's product needs
-_WARPS = 8
-# Columns of a warp in a chunk. Chosen so that the compiler keeps everything in registers, twice as many in forward.
-_COLUMNS, _COLUMNS_BACKWARD = 32, 16
-# Programs for each of a GPU's processors. The registers of width and boundary backward leave room for one.
-_PROGRAMS, _PROGRAMS_BACKWARD = 2, 1
+
+
+class Cut(NamedTuple):
+    """How a kernel's work is cut: warps of a program, columns of a warp in a chunk, programs per processor of a GPU."""
+
+    warps: int
+    columns: int
+    programs: int
+
+
+# The best of what was predicted (benchmarks/results/predicted-h200.md). Programs of one warp meet no barriers, and
+# registers leave room for many. A depth connection has few registers and many loads.
+WIDTH, WIDTH_BACKWARD, DEPTH = Cut(1, 64, 16), Cut(1, 64, 8), Cut(8, 32, 4)
+if INTERPRETED:  # where time goes by operations, not by what they work on
+    WIDTH, WIDTH_BACKWARD, DEPTH = Cut(8, 32, 1), Cut(8, 16, 1), Cut(8, 32, 1)
+# Of the launch that adds up what programs have summed: columns of the projection and of vectors [d], programs at once.
+_REDUCED_COLUMNS, _REDUCED_WIDE, _REDUCED_PROGRAMS, _REDUCED_WARPS = 8, 32, 128, 8
 
 
 class DepthInputs(NamedTuple):
@@ -40,26 +53,6 @@ class DepthInputs(NamedTuple):
     dropout: float = 0.0
     g_o: Tensor | None = None
     g_beta: Tensor | None = None
-
-
-class Partial(NamedTuple):
-    """Sums of the programs for the gradients of parameters, fp32."""
-
-    projection: Tensor | None  # [programs, 2m+1, c]
-    table: Tensor  # [programs, R, KP], of the coefficients
-    scaled: Tensor  # [programs, KP], of the scales, still a sum for each coefficient
-    shift: Tensor  # [programs, KP], what the means of fractions take from the projection's
-    weight: Tensor | None  # [programs, d], of the sub-layer's norm
-    bias: Tensor | None
-
-
-class WidthGradients(NamedTuple):
-    """Gradients of a width connection: of the stream, of the site's parameters, of the sub-layer norm's."""
-
-    h: Tensor
-    parameters: PerSlotParameters
-    weight: Tensor | None
-    bias: Tensor | None
 
 
 def width_forward(
@@ -87,7 +80,7 @@ def width_backward(
     h: Tensor,
     p: Operands,
     norm: NormWeights | None = None,
-) -> WidthGradients:
+) -> tuple[Tensor, Gradients]:
     """Gradients of h and of all parameters; the incoming ones may be None, which stands for zero."""
     return _width_backward(g_x, g_beta, g_mixed, h, DepthInputs(), p, norm)
 
@@ -100,10 +93,10 @@ def boundary_backward(
     depth: DepthInputs,
     p: Operands,
     norm: NormWeights | None = None,
-) -> tuple[WidthGradients, Tensor, Tensor]:
-    """As `width_backward` at h, the boundary's h'. Also gradients of o and beta."""
+) -> tuple[Tensor, Gradients, Tensor, Tensor]:
+    """As `width_backward` at h, the boundary's h', and with the parameters o's bias. Also gradients of o and beta."""
     depth, g_o, g_depth = _with_gradients(depth)
-    return _width_backward(g_x, g_beta, g_mixed, h, depth, p, norm), g_o, g_depth
+    return *_width_backward(g_x, g_beta, g_mixed, h, depth, p, norm), g_o, g_depth
 
 
 def depth_forward(depth: DepthInputs) -> Tensor:
@@ -111,15 +104,17 @@ def depth_forward(depth: DepthInputs) -> Tensor:
     assert depth.h is not None
     assert depth.beta is not None
     out = torch.empty_like(depth.h)
-    _launch(depth_forward_kernel, site_of(out, depth.beta.shape[1]), _tokens(out), out.device, depth, out)
+    _launch(depth_forward_kernel, site_of(DEPTH, out, depth.beta.shape[1]), DEPTH, out, depth, out)
     return out
 
 
-def depth_backward(g: Tensor, depth: DepthInputs) -> tuple[Tensor, Tensor]:
-    """Gradients of o (in its dtype) and of beta [T, m] in fp32; that of the mixed residual is g itself."""
+def depth_backward(g: Tensor, depth: DepthInputs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of o (in its dtype), of beta [T, m] in fp32 and of o's bias; that of the mixed residual is g itself."""
     depth, g_o, g_beta = _with_gradients(depth)
-    _launch(depth_backward_kernel, site_of(g, g_beta.shape[1]), _tokens(g), g.device, g, depth)
-    return g_o, g_beta
+    site = site_of(DEPTH, g, g_beta.shape[1])
+    partial = _partial(programs(_tokens(g) * site.M, g.device, DEPTH), g, site, output_bias=depth.bias)
+    _launch(depth_backward_kernel, site, DEPTH, g, g, depth, partial)
+    return g_o, g_beta, _reduced(partial, site, Gradients(output_bias=_like(depth.bias))).output_bias
 
 
 def _with_gradients(depth: DepthInputs) -> tuple[DepthInputs, Tensor, Tensor]:
@@ -138,8 +133,8 @@ def _width_forward(
     x = torch.empty_like(h) if want_x else None
     beta = h.new_empty(tokens, m, dtype=torch.float32)
     alpha = h.new_empty(tokens, m * m, dtype=torch.float32)
-    site = site_of(h, m, p, norm if want_x else None)
-    _launch(width_forward_kernel, site, tokens, h.device, h, depth, p.parameters, _weights(norm), x, beta, alpha)
+    site = site_of(WIDTH, h, m, p, norm if want_x else None)
+    _launch(width_forward_kernel, site, WIDTH, h, h, depth, p.parameters, _weights(norm), x, beta, alpha)
     return x, beta, alpha
 
 
@@ -151,50 +146,55 @@ def _width_backward(
     depth: DepthInputs,
     p: Operands,
     norm: NormWeights | None,
-) -> WidthGradients:
-    norm = norm if g_x is not None else None
-    site, g_h = site_of(h, p.fractions, p, norm, backward=True), torch.empty_like(h)
-    partial = _partial(programs(_tokens(h) * p.fractions, h.device, _PROGRAMS_BACKWARD), h, site, norm)
-    arguments = (g_x, g_beta, g_mixed, h, depth, p.parameters, _weights(norm), g_h, partial)
-    _launch(width_backward_kernel, site, _tokens(h), h.device, *arguments, per_processor=_PROGRAMS_BACKWARD)
-    parameters = _parameter_gradients(partial, p)
-    weight, bias = (None if part is None else part.sum(0) for part in (partial.weight, partial.bias))
-    return WidthGradients(g_h, parameters, weight, bias)
+) -> tuple[Tensor, Gradients]:
+    weights = _weights(norm if g_x is not None else None)
+    site, g_h = site_of(WIDTH_BACKWARD, h, p.fractions, p, norm if g_x is not None else None), torch.empty_like(h)
+    count = programs(_tokens(h) * site.M, h.device, WIDTH_BACKWARD)
+    partial = _partial(count, h, site, weights, depth.bias)
+    arguments = (g_x, g_beta, g_mixed, h, depth, p.parameters, weights, g_h, partial)
+    _launch(width_backward_kernel, site, WIDTH_BACKWARD, h, *arguments)
+    wanted = Gradients(*map(_like, (*p.parameters, *weights, depth.bias)))
+    return g_h, _reduced(partial, site, wanted, p.parameters)
 
 
-def _partial(count: int, h: Tensor, site: Site, norm: NormWeights | None) -> Partial:
-    # `count` programs. Without tokens none runs, and the sums over none of them are zero.
-    def of(*shape: int) -> Tensor:
-        return h.new_empty(count, *shape, dtype=torch.float32)
+def _like(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else torch.empty_like(parameter, memory_format=torch.contiguous_format)
 
+
+def _partial(
+    count: int, h: Tensor, site: Site, weights: "Weights | None" = None, output_bias: Tensor | None = None
+) -> Partial:
+    """Of `count` programs; without `weights` those of a depth connection."""
+
+    def of(*shape: int, wanted: bool = True) -> Tensor | None:
+        return h.new_empty(count, *shape, dtype=torch.float32) if wanted else None
+
+    d, output = site.M * site.C, of(site.M * site.C, wanted=output_bias is not None)
+    if weights is None:
+        return Partial(output_bias=output)
     return Partial(
-        projection=of(2 * site.M + 1, site.C) if site.DYNAMIC else None,
-        table=of(site.R, site.KP),
-        scaled=of(site.KP),
-        shift=of(site.KP),
-        weight=of(h.shape[-1]) if norm is not None else None,
-        bias=of(h.shape[-1]) if norm is not None and norm.bias is not None else None,
+        projection=of(2 * site.M + 1, site.C, wanted=site.DYNAMIC),
+        table=of(site.M, site.KP),
+        scaled=of(site.KP, wanted=site.DYNAMIC),
+        shift=of(site.KP, wanted=site.NORM == "layernorm"),
+        weight=of(d, wanted=weights.weight is not None),
+        bias=of(d, wanted=weights.bias is not None),
+        output_bias=output,
     )
 
 
-def _parameter_gradients(partial: Partial, p: Operands) -> PerSlotParameters:
-    m = p.fractions
-    table = partial.table.unflatten(1, (-1, m)).sum((0, 1))  # rows are fractions, token after token
-    gradients = PerSlotParameters(table[:, 0], table[:, 1 : 1 + m].flatten(), table[:, 1 + m : 1 + 2 * m].flatten())
-    if partial.projection is None:
-        return gradients
-    k = 2 * m + 1
-    projection = partial.projection.sum(0)
-    if p.norm == "layernorm":
-        projection = projection - partial.shift.sum(0)[:k, None]
-    assert p.dynamic_weight is not None
-    scaled = partial.scaled.sum(0)
-    return gradients._replace(
-        dynamic_weight=projection if p.norm_weight is None else projection * p.norm_weight,
-        scale_beta=None if p.scale_beta is None else scaled[:1],
-        scale_alpha=None if p.scale_alpha is None else scaled[1:k].sum(0, keepdim=True),
-        norm_weight=None if p.norm_weight is None else (projection * p.dynamic_weight).sum(0),
-    )
+def _reduced(partial: Partial, site: Site, wanted: Gradients, parameters: PerSlotParameters | None = None) -> Gradients:
+    """All gradients of parameters, in one launch; without any, in none."""
+    given = next((sums for sums in partial if sums is not None), None)
+    if given is None:
+        return wanted
+    blocks = -(-site.C // _REDUCED_COLUMNS) if site.DYNAMIC else 0
+    vectors = -(-site.M * site.C // _REDUCED_WIDE)
+    arguments = (partial, parameters or PerSlotParameters(*[None] * 7), wanted, len(given))  # type: ignore[arg-type]
+    constants = (_constant(site), blocks, _REDUCED_COLUMNS, _REDUCED_WIDE, _REDUCED_PROGRAMS)
+    with _on(given.device):
+        reduce_kernel[blocks + vectors + 1,](*arguments, *constants, num_warps=_REDUCED_WARPS)
+    return wanted
 
 
 class Weights(NamedTuple):
@@ -208,14 +208,12 @@ def _weights(norm: NormWeights | None) -> Weights:
     return Weights(None, None) if norm is None else Weights(norm.weight, norm.bias)
 
 
-def site_of(
-    h: Tensor, rate: int, p: Operands | None = None, norm: NormWeights | None = None, backward: bool = False
-) -> Site:
+def site_of(cut: Cut, h: Tensor, rate: int, p: Operands | None = None, norm: NormWeights | None = None) -> Site:
     """What the kernels are compiled for, from a stream and the options; a depth connection has none."""
     c = h.shape[-1] // rate
     covered = max(16, triton.next_power_of_2(c))
-    warps = min(_WARPS, covered // 16)
-    columns = min(_COLUMNS_BACKWARD if backward else _COLUMNS, covered // warps)
+    warps = min(cut.warps, covered // 16)
+    columns = min(cut.columns, covered // warps)
     dynamic = p is not None and p.dynamic_weight is not None
     return Site(
         M=rate,
@@ -243,23 +241,28 @@ def _tokens(stream: Tensor) -> int:
     return stream.numel() // stream.shape[-1]
 
 
-def _launch(
-    kernel: Any, site: Site, tokens: int, device: torch.device, *arguments: Any, per_processor: int = _PROGRAMS
-) -> None:
-    if not tokens:
+def _launch(kernel: Any, site: Site, cut: Cut, stream: Tensor, *arguments: Any) -> None:
+    count = _tokens(stream) * site.M
+    if not count:
         return
-    # Loops are unrolled over what the compiler knows to be constant; the interpreter wants plain values.
-    constants = site if INTERPRETED else Site(*map(tl.constexpr, site))
-    count = tokens * site.M
-    grid = (programs(count, device, per_processor),)
-    # Triton launches on the current device, whichever has the tensors.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, count, S=constants, num_warps=site.W, num_stages=1)
+    grid = (programs(count, stream.device, cut),)
+    with _on(stream.device):
+        kernel[grid](*arguments, count, S=_constant(site), num_warps=site.W, num_stages=1)
 
 
-def programs(count: int, device: torch.device, per_processor: int) -> int:
+def _constant(site: Site) -> Site:
+    """Loops are unrolled over what the compiler knows to be constant; the interpreter wants plain values."""
+    return site if INTERPRETED else Site(*map(tl.constexpr, site))
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whichever has the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def programs(count: int, device: torch.device, cut: Cut) -> int:
     """Programs for so many rows: they go on to the next tile until none is left."""
-    return min(-(-count // _ROWS), per_processor * _processors(device))
+    return min(-(-count // _ROWS), cut.programs * _processors(device))
 
 
 @functools.cache

@@ -97,11 +97,21 @@ def spread(values, S: tl.constexpr):
 
 
 @triton.jit
+def ask(pointer, first, count, n, S: tl.constexpr):
+    """Load chunk n of the rows from `first` on as lanes have it, [L, W, R / L, K] in the tensor's own dtype.
+
+    Zero outside, also behind the last chunk. A load that is carried from one chunk to the next has arrived when it is
+    `gathered`, so that rows come at the memory's rate and not one latency after another.
+    """
+    rows = by_lanes(S.R, S)
+    mask = (first + rows < count) & inside(n, S) & (n < S.CHUNKS)
+    return tl.load(chunk(pointer, first, n, S) + rows * S.C + columns(S), mask=mask, other=0.0)
+
+
+@triton.jit
 def load_chunk(pointer, first, count, n, S: tl.constexpr):
     """Chunk n of the rows from `first` on, [W, R, K] in the tensor's own dtype; zero outside."""
-    rows = by_lanes(S.R, S)
-    mask = (first + rows < count) & inside(n, S)
-    return gathered(tl.load(chunk(pointer, first, n, S) + rows * S.C + columns(S), mask=mask, other=0.0), S)
+    return gathered(ask(pointer, first, count, n, S), S)
 
 
 @triton.jit

@@ -19,13 +19,12 @@ import triton
 import triton.language as tl
 
 from megatron_fc.connections.kernels.depth import alpha_matrix, beta_rows, depth_chunk, depth_gradient_chunk
+from megatron_fc.connections.kernels.sums import add_projection, add_weight, store_table_sums
 from megatron_fc.connections.kernels.tiles import (
-    by_lanes,
-    chunk,
-    columns,
+    ask,
     diagonal,
     from_table,
-    inside,
+    gathered,
     less,
     load_chunk,
     load_projection,
@@ -36,7 +35,6 @@ from megatron_fc.connections.kernels.tiles import (
     same_token,
     scales,
     spoiled,
-    spread,
     static_table,
     store_chunk,
     table_by_rows,
@@ -148,7 +146,7 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
         products = no_products(S)
         if pre.o is not None:
             pre_beta, pre_alpha = beta_rows(pre.beta, first, count, S), alpha_matrix(pre.alpha, first, count, S)
-        for n in tl.range(CHUNKS, disable_licm=True):
+        for n in tl.range(CHUNKS):
             if pre.o is not None:
                 rows = depth_chunk(pre, pre_beta, pre_alpha, first, count, n, h, S)
                 store_chunk(h, rows, first, count, n, S)
@@ -164,7 +162,7 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
             gamma = from_table(table, 1, S)
             if S.SUB_NORM != "none":
                 mean, deviation, _ = input_moments(gamma, products, S)
-            for back in tl.range(CHUNKS, disable_licm=True):
+            for back in tl.range(CHUNKS):
                 n = CHUNKS - 1 - back
                 out = mix(tl.trans(gamma), load_chunk(h, first, count, n, S), S)
                 if S.SUB_NORM != "none":
@@ -173,35 +171,6 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
                     if norm.bias is not None:
                         out += load_weight(norm.bias, n, S)
                 store_chunk(x, out, first, count, n, S)
-
-
-@triton.jit
-def add_to(pointer, at, values, mask, started):
-    """Add to a program's own sums in memory; they begin with its first tile.
-
-    They stay in cache. In registers there is no room for them, and other programs do not touch them: the order of
-    additions, and with it the result, is always the same.
-    """
-    tl.store(pointer + at, tl.load(pointer + at, mask=mask & started, other=0.0) + values, mask=mask)
-
-
-@triton.jit
-def add_projection(pointer, dz, h, n, started, S: tl.constexpr):
-    """Add dz^T h of chunk n to a program's sums for the projection [2m+1, c]."""
-    k = by_lanes(S.KP, S)
-    rows: tl.constexpr = 2 * S.M + 1
-    values = spread(table_by_rows(tl.trans(dz), h, S), S)
-    pointer = chunk(pointer, tl.program_id(0) * rows, n, S)
-    add_to(pointer, k * S.C + columns(S), values, (k < rows) & inside(n, S), started)
-
-
-@triton.jit
-def add_weight(pointer, values, n, started, S: tl.constexpr):
-    """Add chunk n, [W, R, K], over its tokens to a program's sums for a weight or bias [d]."""
-    values = tl.sum(tl.reshape(values, [S.W, S.R // S.M, S.M, S.K]), axis=1)
-    i = tl.arange(0, S.M)[:, None, None, None]
-    values = tl.permute(values, 1, 0, 2)[:, :, None, :]
-    add_to(chunk(pointer, tl.program_id(0) * S.M, n, S), i * S.C + columns(S), values, inside(n, S), started)
 
 
 @triton.jit
@@ -240,18 +209,28 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
         products = no_products(S)
         with_x, u_sums = products[1], products[2]
         with_mixed = with_x
-        for n in tl.range(CHUNKS, disable_licm=True):
-            rows = load_chunk(h, first, count, n, S)
+        next_h = ask(h, first, count, 0, S)
+        if g_x is not None:
+            next_x = ask(g_x, first, count, 0, S)
+        if g_mixed is not None:
+            next_mixed = ask(g_mixed, first, count, 0, S)
+        for n in tl.range(CHUNKS):
+            rows = gathered(next_h, S)
+            next_h = ask(h, first, count, n + 1, S)
+            if g_x is not None:
+                u = gathered(next_x, S)
+                next_x = ask(g_x, first, count, n + 1, S)
+            if g_mixed is not None:
+                g = gathered(next_mixed, S)
+                next_mixed = ask(g_mixed, first, count, n + 1, S)
             products = add_products(products, rows, p, n, h, S)
             if g_x is not None:
-                u = load_chunk(g_x, first, count, n, S)
                 if S.SUB_NORM != "none":
                     u = (u * weight_chunk(norm, n, S)).to(rows.dtype)
                     if S.SUB_NORM == "layernorm":
                         u_sums += tl.sum(u.to(tl.float32), axis=2)
                 with_x = rows_by_rows(rows, u, with_x, S)
             if g_mixed is not None:
-                g = load_chunk(g_mixed, first, count, n, S)
                 with_mixed = rows_by_rows(rows, g, with_mixed, S)
 
         between_passes()
@@ -280,7 +259,7 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
 
         if pre.o is not None:
             pre_beta, d_pre_beta = beta_rows(pre.beta, first, count, S), tl.zeros([S.W, S.R], tl.float32)
-        for back in tl.range(CHUNKS, disable_licm=True):
+        for back in tl.range(CHUNKS):
             n = CHUNKS - 1 - back
             rows = load_chunk(h, first, count, n, S)
             g = tl.zeros([S.W, S.R, S.K], tl.float32)
@@ -306,11 +285,8 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
             store_chunk(g_h, g, first, count, n, S)
             if pre.o is not None:
                 rounded = g.to(g_h.dtype.element_ty)
-                d_pre_beta += depth_gradient_chunk(rounded, pre, pre_beta, first, count, n, h, S)
+                d_pre_beta += depth_gradient_chunk(rounded, pre, pre_beta, partial, first, count, n, started, h, S)
         if pre.o is not None:
             at = first + tl.arange(0, S.R)
             tl.store(pre.g_beta + at, tl.sum(d_pre_beta, axis=0), mask=at < count)
-    program, r, k = tl.program_id(0), tl.arange(0, S.R), tl.arange(0, S.KP)
-    tl.store(partial.table + (program * S.R + r)[:, None] * S.KP + k[None, :], d_table)
-    tl.store(partial.scaled + program * S.KP + k, d_scaled)
-    tl.store(partial.shift + program * S.KP + k, d_shift)
+    store_table_sums(partial, d_table, d_scaled, d_shift, S)

@@ -37,14 +37,14 @@ def test_width(case: kernel_reference.Case) -> None:
     assert rows(moved, case.h, x) == 2
     assert of(moved, beta, alpha) == beta_bytes + alpha_bytes
     with counted() as moved:
-        back = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, *site)
-    assert rows(moved, case.g_x, case.g_mixed, case.h, back.h) == 4
+        g_h, _ = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, *site)
+    assert rows(moved, case.g_x, case.g_mixed, case.h, g_h) == 4
     assert of(moved, case.g_beta) == beta_bytes
-    rest = moved.total() - of(moved, case.g_x, case.g_mixed, case.h, back.h, case.g_beta)
+    rest = moved.total() - of(moved, case.g_x, case.g_mixed, case.h, g_h, case.g_beta)
     # Parameters are read once per program and sums written once per program, neither once per tile.
     c, k = WIDTH // RATE, 2 * RATE + 1
     small = 4096 + 16 * 4 * 32  # static parameters and tables of coefficients
-    programs = launch.programs(TILES * 16, case.h.device, per_processor=1)
+    programs = launch.programs(TILES * 16, case.h.device, launch.WIDTH_BACKWARD)
     assert rest <= programs * (2 * 4 * k * c + 4 * c + 6 * WIDTH + small)
 
 
@@ -56,7 +56,7 @@ def test_depth(case: kernel_reference.Case) -> None:
     assert rows(moved, case.o, case.h, out) == 3
     assert of(moved, depth.beta, depth.alpha) == beta_bytes + alpha_bytes
     with counted() as moved:
-        g_o, g_beta = launch.depth_backward(case.g_x, depth)
+        g_o, g_beta, _ = launch.depth_backward(case.g_x, depth)
     assert rows(moved, case.g_x, case.o, g_o) == 3
     assert of(moved, depth.beta, g_beta) == 2 * beta_bytes
 
@@ -69,5 +69,5 @@ def test_boundary(case: kernel_reference.Case) -> None:
     assert rows(moved, case.o, case.h, h, x) == 4
     incoming = (case.g_x, case.g_beta, case.g_mixed)
     with counted() as moved:
-        back, g_o, _ = launch.boundary_backward(*incoming, h, depth, *site)
-    assert rows(moved, case.g_x, case.g_mixed, h, case.o, back.h, g_o) == 6
+        g_h, _, g_o, _ = launch.boundary_backward(*incoming, h, depth, *site)
+    assert rows(moved, case.g_x, case.g_mixed, h, case.o, g_h, g_o) == 6
