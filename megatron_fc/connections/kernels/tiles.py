@@ -104,7 +104,7 @@ def ask(pointer, first, count, n, S: tl.constexpr):
     `gathered`, so that rows come at the memory's rate and not one latency after another.
     """
     rows = by_lanes(S.R, S)
-    mask = (first + rows < count) & inside(n, S) & (n < S.CHUNKS)
+    mask = (first + rows < tl.where(n < S.CHUNKS, count, 0)) & inside(n, S)
     return tl.load(chunk(pointer, first, n, S) + rows * S.C + columns(S), mask=mask, other=0.0)
 
 
