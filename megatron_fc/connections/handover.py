@@ -33,5 +33,5 @@ class Handover(NamedTuple):
 
 
 def without_storage(like: Tensor) -> Tensor:
-    """A tensor of the same shape and one element."""
-    return like.new_zeros(1).expand(like.shape)
+    """A tensor of the same shape and one element, which has no value: to write one would be a launch."""
+    return like.new_empty(1).expand(like.shape)

@@ -34,7 +34,7 @@ class Cut(NamedTuple):
 
 # The best of what was predicted (benchmarks/results/predicted-h200.md). Programs of one warp meet no barriers, and
 # registers leave room for many. A depth connection has few registers and many loads.
-WIDTH, WIDTH_BACKWARD, DEPTH = Cut(1, 64, 16), Cut(1, 64, 8), Cut(8, 32, 4)
+WIDTH, WIDTH_BACKWARD, DEPTH = Cut(1, 64, 16), Cut(1, 32, 8), Cut(8, 32, 4)
 if INTERPRETED:  # where time goes by operations, not by what they work on
     WIDTH, WIDTH_BACKWARD, DEPTH = Cut(8, 32, 1), Cut(8, 16, 1), Cut(8, 32, 1)
 # Of the launch that adds up what programs have summed: columns of the projection and of vectors [d], programs at once.
@@ -213,7 +213,8 @@ def site_of(cut: Cut, h: Tensor, rate: int, p: Operands | None = None, norm: Nor
     c = h.shape[-1] // rate
     covered = max(16, triton.next_power_of_2(c))
     warps = min(cut.warps, covered // 16)
-    columns = min(cut.columns, covered // warps)
+    padded = max(_ROWS, triton.next_power_of_2(2 * rate + 1))
+    columns = min(cut.columns, 1024 // padded, covered // warps)  # longer tables leave registers for fewer
     dynamic = p is not None and p.dynamic_weight is not None
     return Site(
         M=rate,
@@ -224,7 +225,7 @@ def site_of(cut: Cut, h: Tensor, rate: int, p: Operands | None = None, norm: Nor
         # Lanes move 16 bytes each.
         L=min(_ROWS, 32 * 16 // (2 * columns)),
         CHUNKS=-(-c // (warps * columns)),
-        KP=max(16, triton.next_power_of_2(2 * rate + 1)),
+        KP=padded,
         DYNAMIC=dynamic,
         NORM=p.norm if p is not None and dynamic else "none",
         EPS=p.norm_eps if p is not None else 1.0,

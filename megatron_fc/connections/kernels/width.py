@@ -146,7 +146,7 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
         products = no_products(S)
         if pre.o is not None:
             pre_beta, pre_alpha = beta_rows(pre.beta, first, count, S), alpha_matrix(pre.alpha, first, count, S)
-        for n in tl.range(CHUNKS):
+        for n in tl.range(CHUNKS, disable_licm=True):
             if pre.o is not None:
                 rows = depth_chunk(pre, pre_beta, pre_alpha, first, count, n, h, S)
                 store_chunk(h, rows, first, count, n, S)
@@ -162,7 +162,7 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
             gamma = from_table(table, 1, S)
             if S.SUB_NORM != "none":
                 mean, deviation, _ = input_moments(gamma, products, S)
-            for back in tl.range(CHUNKS):
+            for back in tl.range(CHUNKS, disable_licm=True):
                 n = CHUNKS - 1 - back
                 out = mix(tl.trans(gamma), load_chunk(h, first, count, n, S), S)
                 if S.SUB_NORM != "none":
@@ -214,7 +214,7 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
             next_x = ask(g_x, first, count, 0, S)
         if g_mixed is not None:
             next_mixed = ask(g_mixed, first, count, 0, S)
-        for n in tl.range(CHUNKS):
+        for n in tl.range(CHUNKS, disable_licm=True):
             rows = gathered(next_h, S)
             next_h = ask(h, first, count, n + 1, S)
             if g_x is not None:
@@ -259,7 +259,7 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
 
         if pre.o is not None:
             pre_beta, d_pre_beta = beta_rows(pre.beta, first, count, S), tl.zeros([S.W, S.R], tl.float32)
-        for back in tl.range(CHUNKS):
+        for back in tl.range(CHUNKS, disable_licm=True):
             n = CHUNKS - 1 - back
             rows = load_chunk(h, first, count, n, S)
             g = tl.zeros([S.W, S.R, S.K], tl.float32)

@@ -1,11 +1,14 @@
 """Forward and every gradient of the kernels against float64 autograd of the reference."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor
 
 from megatron_fc import FracConfig, FracConnection, UserError
 from megatron_fc.connections import ops
@@ -136,7 +139,9 @@ def test_strides_of_streams_and_gradients_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_custom_ops_pass_opcheck(dynamic: bool) -> None:
+def test_custom_ops_pass_opcheck(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its only element has no value. Nobody reads it but opcheck.
+    monkeypatch.setattr(ops, "without_storage", lambda like: like.new_zeros(1).expand(like.shape))
     config = FracConfig(rate=4, dynamic=dynamic)
     p = FracConnection(64, config).operands()
     norm = NormWeights("layernorm", torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True), 1e-5)
@@ -382,3 +387,45 @@ def test_a_boundarys_values_are_not_taken_for_other_parameters() -> None:
     assert torch.equal(site(following, prepared=prepared), site(following))
     site.static_gamma.data = 3 * site.static_gamma.data
     assert torch.equal(site(following, prepared=prepared), site(following))
+
+
+# What torch does without a launch on a GPU: it makes tensors, or looks at them in another way.
+_NO_LAUNCH = re.compile(r"aten::(new_)?empty\w*|aten::(expand|as_strided|detach|view|reshape|result_type)|(?!aten::).*")
+
+
+def launches(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What a GPU would be asked to do, by name, also within custom operations; kernels have one name, and do not run."""
+    found = Counter[str]()
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: found.update(["kernel"]))
+    with torch.autograd.profiler.profile() as profile:
+        run()
+    return found + Counter(event.name for event in profile.function_events if not _NO_LAUNCH.fullmatch(event.name))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_launches_of_sites(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for each pass forward. Backward two for a boundary and for a width connection, one for a depth connection
+    and one more for its bias."""
+    width = 64
+    one, other = (FracConnection(width, FracConfig(rate=4, backend="triton")) for _ in range(2))
+
+    def vector() -> torch.Tensor:
+        return torch.ones(width, requires_grad=True)
+
+    norms = [NormWeights("rmsnorm", vector(), None, 1e-5) for _ in range(2)]
+    biases = [vector() if bias else None for _ in range(2)]
+    h, o, after = (torch.randn(5, width, requires_grad=True) for _ in range(3))
+    outputs: list[torch.Tensor] = []
+
+    def forward() -> None:
+        x, handover = ops.frac_width(h, one.operands(), norms[0])
+        following, prepared = ops.frac_boundary(o, h, handover, biases[0], None, 0.0, other.operands(), norms[1])
+        later = ops.frac_prepared_width(following, prepared, other.operands(), norms[1])
+        assert later is not None
+        outputs.extend((x, later[0], ops.frac_depth(after, following, later[1], biases[1])))
+
+    assert launches(forward, monkeypatch) == {"kernel": 3}
+    weights = [norm.weight for norm in norms] + [b for b in biases if b is not None]
+    wanted = [h, o, after, *weights, *one.parameters(), *other.parameters()]
+    g = torch.randn(5, width)
+    assert launches(lambda: torch.autograd.grad(outputs, wanted, [g, g, g]), monkeypatch) == {"kernel": 5 + bias}
