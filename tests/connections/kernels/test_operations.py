@@ -394,7 +394,7 @@ _NO_LAUNCH = re.compile(r"aten::(new_)?empty\w*|aten::(expand|as_strided|detach|
 
 
 def launches(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """What a GPU would be asked to do, by name, also within custom operations; kernels have one name, and do not run."""
+    """What a GPU would be asked to do, by name, also within custom operations; all kernels have one, and do not run."""
     found = Counter[str]()
     monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: found.update(["kernel"]))
     with torch.autograd.profiler.profile() as profile:
