@@ -107,7 +107,8 @@ def reduce_projection(block, partial, p, g, programs, S: tl.constexpr, N: tl.con
     else:
         norm = tl.load(p.norm_weight + column, mask=mask, other=0.0)
         tl.store(g.dynamic_weight + at, folded * norm, mask=mask)
-        products = folded * tl.load(p.dynamic_weight + at, mask=mask, other=0.0)
+        # A choice, as in `row_sum`.
+        products = tl.where(mask, folded * tl.load(p.dynamic_weight + at, mask=mask, other=0.0), 0.0)
         column = block * N + tl.arange(0, N)
         tl.store(g.norm_weight + column, tl.sum(tl.reshape(products, [S.KP, N]), axis=0), mask=column < S.C)
 

@@ -199,6 +199,16 @@ def token_sum(values, S: tl.constexpr):
 
 
 @triton.jit
+def row_sum(products, S: tl.constexpr):
+    """Sums of the rows of a table of products, the same in all lanes that have a row, to the bit.
+
+    Without a choice in between, a product and the first addition become one operation, which rounds one of two lanes'
+    products and not the other's: the lanes exchange theirs and end with different sums. The padding gives the choice.
+    """
+    return tl.sum(tl.where(tl.arange(0, S.KP)[None, :] <= 2 * S.M, products, 0.0), axis=1)
+
+
+@triton.jit
 def spoiled(products, S: tl.constexpr):
     """NaN in the rows of each token with rows whose products [R, R] are not finite, else zero; [R]."""
     return tl.sum(tl.where(same_token(S) & ~is_finite(products), float("nan"), 0.0), axis=1)

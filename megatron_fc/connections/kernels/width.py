@@ -31,6 +31,7 @@ from megatron_fc.connections.kernels.tiles import (
     load_weight,
     mix,
     moments,
+    row_sum,
     rows_by_rows,
     same_token,
     scales,
@@ -250,9 +251,9 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
         dz = d * scales(p, S)[None, :]
         if S.TANH:
             dz *= 1.0 - t * t
-        slope = deviation * deviation * tl.sum(dz * z, axis=1) / S.C
+        slope = deviation * deviation * row_sum(dz * z, S) / S.C
         dz *= deviation[:, None]
-        shift = tl.sum(dz * w_sums[None, :], axis=1) / S.C
+        shift = row_sum(dz * w_sums[None, :], S) / S.C
         d_table += d
         d_scaled += tl.sum(d * t, axis=0)
         d_shift += tl.sum(dz * mean[:, None], axis=0)
