@@ -121,6 +121,7 @@ class Access(Threads):
         if mask is not None and not np.count_nonzero(mask):
             return self._none(size, count)
         places = self.global_places(address, offset, size * count, mask, at)
+        self.report(places, size * count, mask, writes=False)
         return self._load(self.memory, 1, places, size, count, mask, at)
 
     def store_global(
@@ -134,7 +135,14 @@ class Access(Threads):
                 self._fault(
                     at, "writes", bad, places + GLOBAL, lambda t: f"read-only {self.memory.describe(places[t])}"
                 )
+            self.report(places, size * len(values), mask, writes=True)
             self._store(self.memory, 1, places, size, values, mask, at)
+
+    def report(self, places: Array, size: int, mask: Mask, writes: bool) -> None:
+        """Tell whoever counts the traffic of global memory."""
+        if self.batch.traffic is not None:
+            who = slice(None) if mask is None else mask
+            self.batch.traffic(self.batch.ctas[self.cta[who]], self.memory.hosts(places[who]), size, writes)
 
     def load_local(self, address: Array, offset: int, size: int, count: int, mask: Mask, at: int) -> Array:
         places = self.local_places(address, offset, size * count, mask, at)

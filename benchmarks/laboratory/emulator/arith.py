@@ -100,23 +100,29 @@ def through_f64(function: Any) -> Any:
 # Pairs of 16-bit floats in 32 bits.
 
 
+def halves_bf16(pairs: Array) -> tuple[Array, Array]:
+    """[uint32] -> the lower and the upper half in fp32."""
+    return (pairs << U32(16)).view(F32), (pairs & U32(0xFFFF0000)).view(F32)
+
+
+def halves_f16(pairs: Array) -> tuple[Array, Array]:
+    """[uint32] -> the lower and the upper half in fp64."""
+    low, high = np.ascontiguousarray(pairs).view(F16).reshape(-1, 2).T.astype(F64)
+    return low, high
+
+
 def packed_bf16(function: Callable[..., Any], *operands: Array) -> Array:
     """A function of fp32 on the two halves of registers."""
-    low, high = (
-        round_bf16(np.asarray(function(*values), F32))
-        for values in (
-            [(x << U32(16)).view(F32) for x in operands],
-            [(x & U32(0xFFFF0000)).view(F32) for x in operands],
-        )
-    )
+    parts = zip(*map(halves_bf16, operands), strict=True)
+    low, high = (round_bf16(np.asarray(function(*values), F32)) for values in parts)
     return low | high << U32(16)
 
 
 def packed_f16(function: Callable[..., Any], *operands: Array) -> Array:
     """A function of fp64 on the two halves of registers."""
-    values = [np.ascontiguousarray(x).view(F16).astype(F64) for x in operands]
-    bits = round_f16(function(*values)).astype(U16)
-    return bits.view(U32)
+    parts = zip(*map(halves_f16, operands), strict=True)
+    low, high = (round_f16(np.asarray(function(*values), F64)) for values in parts)
+    return low | high << U32(16)
 
 
 # Integers.

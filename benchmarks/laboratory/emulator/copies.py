@@ -42,6 +42,7 @@ class Copies(Access):
         origin = places if reading is not None and not np.count_nonzero(reading) else None
         if origin is None:
             origin = self.global_places(*source, size, reading, at)
+            self.report(origin, size, reading, writes=False)
         self._copies.append(_Copy(active.copy(), self._committed.copy(), places, origin, size, given, at))
 
     def commit_copies(self, mask: Mask) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from laboratory.emulator.arith import F16, F32, F64, U16, U32, Array, toward_zero
+from laboratory.emulator.arith import F16, F32, F64, U16, U32, Array, halves_f16, toward_zero
 
 # Of an element: how a register's 32 bits become values in fp64.
 FORMATS = ("bf16", "f16", "tf32")
@@ -68,7 +68,7 @@ def pack_halves(d: Array) -> list[Array]:
 
 def unpack_halves(c: Sequence[Array]) -> list[Array]:
     """The reverse."""
-    return [half for pair in c for half in np.ascontiguousarray(pair).view(F16).reshape(-1, 2).T.astype(F32)]
+    return [half.astype(F32) for pair in c for half in halves_f16(pair)]
 
 
 def from_rows(matrices: Array, transposed: bool) -> Array:

@@ -6,6 +6,7 @@ import numpy as np
 
 from laboratory.emulator.arith import KINDS, Array
 from laboratory.emulator.memory import Space
+from laboratory.emulator.options import Options
 
 LANES = 32
 Mask = Array | None  # which threads take part; None for all
@@ -45,13 +46,13 @@ class Grid:
 class Batch:
     """CTAs that run at the same time, with their shared and local memory."""
 
-    def __init__(self, grid: Grid, ctas: Array, uninitialised: str) -> None:
-        self.grid, self.ctas = grid, ctas
-        known = uninitialised == "zero"
+    def __init__(self, grid: Grid, ctas: Array, options: Options) -> None:
+        self.grid, self.ctas, self.traffic = grid, ctas, options.traffic
+        known = options.uninitialised == "zero"
         self.shared_stride = -(-max(grid.shared_bytes, 1) // 128) * 128
         self.local_stride = -(-max(grid.local_bytes, 1) // 16) * 16
         self.shared = Space(self.shared_stride * len(ctas), known)
         self.local = Space(self.local_stride * len(ctas) * grid.warps * LANES, known)
-        if uninitialised == "error":
+        if options.uninitialised == "error":
             self.shared.watch()
             self.local.watch()

@@ -87,6 +87,7 @@ class Region:
     end: int
     name: str
     writable: bool
+    host: int = 0  # where the caller has it
 
 
 class GlobalMemory(Space):
@@ -103,7 +104,7 @@ class GlobalMemory(Space):
         end = 256
         for start, stop, name, writable in _merged(self.arrays):
             begin = end + start % 16  # what is misaligned stays so
-            self.regions.append(Region(begin, begin + stop - start, name, writable))
+            self.regions.append(Region(begin, begin + stop - start, name, writable, start))
             for _, array in self.arrays:
                 if start <= array.ctypes.data < stop:
                     self.addresses[array.ctypes.data] = GLOBAL + begin + array.ctypes.data - start
@@ -133,6 +134,11 @@ class GlobalMemory(Space):
         for _, array in self.arrays:
             if array.flags.writeable:
                 array.reshape(-1).view(U8)[:] = self._of(array)
+
+    def hosts(self, places: Array) -> Array:
+        """The addresses of places that are in arrays of the caller's, in the caller's memory."""
+        at = np.searchsorted(np.array(self.starts), places, side="right") - 1
+        return places + np.array([region.host - region.start for region in self.regions])[at]
 
     def holds(self, low: int, high: int) -> bool:
         """Whether one region has all of low..high."""

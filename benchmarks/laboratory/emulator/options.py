@@ -1,7 +1,13 @@
 """Ways to run a kernel, and what a run took."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+from laboratory.emulator.arith import Array
+
+# CTAs and addresses of the threads that access global memory in an instruction, bytes of each, whether it writes.
+Traffic = Callable[[Array, Array, int, bool], None]
 
 
 @dataclass
@@ -29,6 +35,7 @@ class Options:
             format, "zero", or "error": reading them raises.
         rounding: of matrix products: "nearest", or "zero" as tensor cores truncate.
         threads: that run together at most, of as many CTAs as fit.
+        traffic: is called with every access to global memory; addresses are those of the caller's arrays.
         limit: of blocks that a batch runs, against loops that do not end.
     """
 
@@ -40,4 +47,5 @@ class Options:
     uninitialised: Literal["poison", "zero", "error"] = "poison"
     rounding: Literal["nearest", "zero"] = "nearest"
     threads: int = 4096
+    traffic: Traffic | None = None
     limit: int = 5_000_000

@@ -98,7 +98,7 @@ class _Run:
         return self.statistics
 
     def _batch(self, ctas: Array) -> None:
-        batch = Batch(self.grid, ctas, self.options.uninitialised)
+        batch = Batch(self.grid, ctas, self.options)
         races = None
         if self.races_global is not None:
             shared = self._races("shared", len(batch.shared.bytes))
