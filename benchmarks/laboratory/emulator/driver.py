@@ -4,6 +4,7 @@ with emulated(arch=90):
     kernel[(4,)](x, y, n, BLOCK=128)  # x and y are CPU tensors
 """
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -103,7 +104,10 @@ def as_array(value: torch.Tensor | None) -> np.ndarray | None:
     """A CPU tensor's memory, from its first element to its last; bf16, which numpy lacks, as uint16."""
     if value is None:
         return None
-    flat = value.detach()
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(flat.shape, flat.stride(), strict=True))
-    flat = flat.as_strided((extent if flat.numel() else 0,), (1,))
-    return (flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat).numpy()
+    kind = np.dtype("uint16" if value.dtype == torch.bfloat16 else str(value.dtype).removeprefix("torch."))
+    if not value.numel():
+        return np.empty(0, kind)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    # Not by torch's numpy(), after which Megatron could not free the tensor's memory.
+    memory = (ctypes.c_uint8 * (extent * kind.itemsize)).from_address(value.data_ptr())
+    return np.frombuffer(memory, kind)
