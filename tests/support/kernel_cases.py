@@ -1,6 +1,7 @@
-"""Options of connections, and tolerances, that the kernels are checked with in the interpreter and on a card."""
+"""Options of connections, tolerances and checks for the kernels: interpreted, emulated and on a card."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -51,3 +52,33 @@ def check(case: kernel_reference.Case, tolerance: float) -> None:
     g, o = (t.double().unflatten(-1, (case.config.rate, -1)) for t in (case.g_x, case.o))
     assert kernel_reference.error(g_o, (beta.double().unsqueeze(-1) * g).flatten(-2)) < tolerance
     assert kernel_reference.error(g_beta, (g * o).sum(-1)) < tolerance
+
+
+def depth_inputs(case: kernel_reference.Case, dropout: bool) -> launch.DepthInputs:
+    """The case's depth connection, and with `dropout` a bias and a dropout of a quarter as Megatron's slot has them."""
+    depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
+    if not dropout:
+        return depth
+    return depth._replace(bias=case.g_mixed[0].clone(), seed=torch.tensor([7]), dropout=0.25)
+
+
+def boundary_and_parts(
+    case: kernel_reference.Case, depth: launch.DepthInputs
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """All that a boundary computes, forward and backward, and the same of its depth and its width connection."""
+    site, incoming = (case.operands, case.norm), (case.g_x, case.g_beta, case.g_mixed)
+    h, *after = launch.boundary_forward(depth, *site)
+    both, g_o, g_beta = launch.boundary_backward(*incoming, h, depth, *site)
+    parts = launch.width_forward(h, *site)
+    width = launch.width_backward(*incoming, h, *site)
+    found = {"h'": h, **_named(after, both), "g_o": g_o, "g_beta": g_beta}
+    expected = {"h'": launch.depth_forward(depth), **_named(parts, width)}
+    # Of the boundary's own gradient of h', which it does not write in between.
+    expected["g_o"], expected["g_beta"] = launch.depth_backward(both.h, depth)
+    return found, expected
+
+
+def _named(outputs: Sequence[torch.Tensor | None], back: launch.WidthGradients) -> dict[str, torch.Tensor]:
+    named = dict(zip(("x", "beta", "alpha"), outputs, strict=True))
+    named |= {"g_h": back.h, **back.parameters._asdict(), "weight": back.weight, "bias": back.bias}
+    return {name: value for name, value in named.items() if value is not None}

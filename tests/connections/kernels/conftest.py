@@ -1,7 +1,7 @@
-"""The kernels on CPU tensors: compiled and run in the emulator, and a few tests in Triton's interpreter.
+"""The kernels on CPU tensors: compiled and run in the emulator, and some in Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so what the interpreter runs is in a process that sets it before
-anything imports the kernels: `test_in_interpreter.py` starts it, and pytest leaves these files alone elsewhere.
+Triton reads TRITON_INTERPRET when a kernel is defined, so `test_interpreted.py` runs in a process that sets it before
+anything imports the kernels: `test_in_interpreter.py` starts it, and pytest leaves it alone elsewhere.
 """
 
 import os
@@ -13,11 +13,11 @@ import pytest
 from laboratory.emulator import Options
 from laboratory.emulator.driver import Emulator, emulated
 
-INTERPRETED = {"test_interpreted.py", "test_layouts_with_kernels.py"}
+INTERPRETED = "test_interpreted.py"
 collect_ignore = [
     file.name
     for file in Path(__file__).parent.glob("test_*.py")
-    if (file.name in INTERPRETED) != (os.environ.get("TRITON_INTERPRET") == "1")
+    if (file.name == INTERPRETED) != (os.environ.get("TRITON_INTERPRET") == "1")
 ]
 
 

@@ -30,6 +30,7 @@ with warnings.catch_warnings():
     from counted_layers import saved_bytes
     from support import tiny
 
+pytestmark = pytest.mark.slow
 TRITON = FracConfig(rate=4, backend="triton")
 TOKENS = tiny.tokens(batch=1)
 FEW = TOKENS[:, :6]  # two tiles of rows, of which one is not full
@@ -136,13 +137,13 @@ def test_layers_that_megatron_fsdp_shards_do_not_meet(calls: list[str]) -> None:
 @pytest.mark.parametrize(
     ("method", "layers"),
     [
-        pytest.param("uniform", 1, marks=pytest.mark.soak),
+        ("uniform", 1),
         ("uniform", 2),
-        pytest.param("block", 1, marks=pytest.mark.soak),
+        ("block", 1),
     ],
 )
 def test_full_recompute_with_dropout_is_exact(method: str, layers: int) -> None:
-    """Also in the second step, when the two layers of one recomputed region meet; a recomputed and another layer do not."""
+    """In the second step, too: the layers of one recomputed region meet, a recomputed and another layer do not."""
     options = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
     apart, met = gradients("dense", TRITON, steps=2, tokens=FEW, hidden_dropout=0.1)
     first, second = gradients("dense", TRITON, steps=2, tokens=FEW, hidden_dropout=0.1, **options)

@@ -30,6 +30,7 @@ with warnings.catch_warnings():
     from megatron_fc.megatron.slots import NormSlot
     from support import tiny
 
+pytestmark = pytest.mark.slow
 FEW = tiny.tokens(batch=1)[:, :5]  # one tile of rows
 CONNECTIONS: dict[str, ConnectionConfig] = {
     "torch": FracConfig(rate=4, backend="torch"),
