@@ -52,11 +52,12 @@ def backend_of(connection: ConnectionConfig, device: str) -> tuple[str, str]:
 
 @torch.compiler.assume_constant_result  # which torch.compile need not look into
 def _announced(wanted: Backend, rate: int, option: str | None, device: str, dtype: torch.dtype) -> str:
-    return _announced_once(wanted, rate, option, device, dtype)
+    chosen, reason = backend_on(wanted, rate, device, dtype, option)
+    _announce(chosen, reason, rate, device, dtype)
+    return chosen
 
 
 @functools.cache
-def _announced_once(wanted: Backend, rate: int, option: str | None, device: str, dtype: torch.dtype) -> str:
-    chosen, reason = backend_on(wanted, rate, device, dtype, option)
+def _announce(chosen: str, reason: str, rate: int, device: str, dtype: torch.dtype) -> None:
+    """Log a choice, once for each kind of stream."""
     logging.getLogger("megatron_fc").info("Frac-Connections run on %s: %s", chosen, reason)
-    return chosen

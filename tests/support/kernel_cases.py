@@ -1,6 +1,7 @@
-"""Options of connections, and tolerances, that the kernels are checked with in the interpreter and on a card."""
+"""Options of connections, tolerances and checks for the kernels: interpreted, emulated and on a card."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -51,3 +52,33 @@ def check(case: kernel_reference.Case, tolerance: float) -> None:
     g, o = (t.double().unflatten(-1, (case.config.rate, -1)) for t in (case.g_x, case.o))
     assert kernel_reference.error(g_o, (beta.double().unsqueeze(-1) * g).flatten(-2)) < tolerance
     assert kernel_reference.error(g_beta, (g * o).sum(-1)) < tolerance
+
+
+def depth_inputs(case: kernel_reference.Case, dropout: bool) -> launch.DepthInputs:
+    """The case's depth connection, and with `dropout` a bias and a dropout of a quarter as Megatron's slot has them."""
+    depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
+    if not dropout:
+        return depth
+    return depth._replace(bias=case.g_mixed[0].clone(), seed=torch.tensor([7]), dropout=0.25)
+
+
+def boundary_and_parts(
+    case: kernel_reference.Case, depth: launch.DepthInputs
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """All that a boundary computes, forward and backward, and the same of its depth and its width connection."""
+    site, incoming = (case.operands, case.norm), (case.g_x, case.g_beta, case.g_mixed)
+    h, *after = launch.boundary_forward(depth, *site)
+    g_h, gradients, g_o, g_beta = launch.boundary_backward(*incoming, h, depth, *site)
+    found = {"h'": h, **_named(after, g_h, gradients), "g_o": g_o, "g_beta": g_beta}
+    parts, (following, others) = launch.width_forward(h, *site), launch.width_backward(*incoming, h, *site)
+    # Of the boundary's own gradient of h', which it does not write in between.
+    expected_o, expected_beta, output_bias = launch.depth_backward(g_h, depth)
+    expected = {"h'": launch.depth_forward(depth), "g_o": expected_o, "g_beta": expected_beta}
+    return found, expected | _named(parts, following, others._replace(output_bias=output_bias))
+
+
+def _named(
+    outputs: Sequence[torch.Tensor | None], g_h: torch.Tensor, gradients: launch.Gradients
+) -> dict[str, torch.Tensor]:
+    named = {**dict(zip(("x", "beta", "alpha"), outputs, strict=True)), "g_h": g_h, **gradients._asdict()}
+    return {name: value for name, value in named.items() if value is not None}

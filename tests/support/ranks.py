@@ -38,6 +38,8 @@ with warnings.catch_warnings():
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.utils import get_batch_on_this_cp_rank, unwrap_model
 
+    from laboratory.emulator import Options
+    from laboratory.emulator.driver import emulated
     from megatron_fc.checkpoints.integrity import refuse_corrupt
     from megatron_fc.cli.main import main
     from megatron_fc.connections import reference
@@ -240,6 +242,14 @@ def first_step(layout: Layout, model: Model, folder: Path) -> tuple[float, dict[
     run = Run(layout, model, folder / model.name, optimizers_of(layout, model)[0])
     run.accumulate(0)
     return run.losses[0], run.compare_gradient()[0]
+
+
+def first_step_emulated(layout: Layout, model: Model, folder: Path) -> tuple[float, dict[str, float]]:
+    """As `first_step`, with the kernels compiled and run in the emulator."""
+    with emulated(90, Options(uninitialised="error")) as emulator:
+        result = first_step(layout, model, folder)
+    assert emulator.launches
+    return result
 
 
 def parameters_at_every_forward(

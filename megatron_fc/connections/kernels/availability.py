@@ -5,6 +5,9 @@ import torch
 from megatron_fc.connections.config import FracConfig
 
 TRITON_RATES = (1, 2, 4, 8)
+# Where kernels run. The meta device runs none: shapes are all that is asked for. A driver for tensors of another device
+# adds it, such as that of the emulator in benchmarks/laboratory.
+DEVICES = frozenset({"cuda", "meta"})
 
 
 def unknown_option(config: FracConfig) -> str | None:
@@ -25,8 +28,7 @@ def triton_obstacle(
         from triton import knobs
     except ImportError as error:
         return f"Triton is not installed ({error})"
-    # The meta device runs no kernel: shapes are all that is asked for.
-    if device not in ("cuda", "meta") and not knobs.runtime.interpret:
+    if device not in DEVICES and not knobs.runtime.interpret:
         return f"tensors are on {device}, Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
     if rate not in TRITON_RATES:
         return f"the kernels are for rate {', '.join(map(str, TRITON_RATES))}, not {rate}"

@@ -1,14 +1,28 @@
-"""The kernels in Triton's interpreter, on CPU tensors.
+"""The kernels on CPU tensors: compiled and run in the emulator, and some in Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so these tests run in a process that sets it before anything
-imports the kernels: `test_in_interpreter.py` starts it, and pytest leaves the others here alone.
+Triton reads TRITON_INTERPRET when a kernel is defined, so `test_interpreted.py` runs in a process that sets it before
+anything imports the kernels: `test_in_interpreter.py` starts it, and pytest leaves it alone elsewhere.
 """
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = (
-    ["test_in_interpreter.py", "test_compiled.py"]
-    if INTERPRETING
-    else ["test_operations.py", "test_traffic.py", "test_model.py", "test_observers.py", "test_layouts_with_kernels.py"]
-)
+import pytest
+
+from laboratory.emulator import Options
+from laboratory.emulator.driver import Emulator, emulated
+
+INTERPRETED = "test_interpreted.py"
+collect_ignore = [
+    file.name
+    for file in Path(__file__).parent.glob("test_*.py")
+    if (file.name == INTERPRETED) != (os.environ.get("TRITON_INTERPRET") == "1")
+]
+
+
+@pytest.fixture
+def emulator() -> Iterator[Emulator]:
+    """An H100 that watches for races between lanes and for memory that nothing was written to."""
+    with emulated(90, Options(races="lanes", uninitialised="error")) as emulator:
+        yield emulator

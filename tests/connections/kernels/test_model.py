@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from laboratory.emulator import Options
+from laboratory.emulator.driver import Emulator, emulated
 from megatron_fc import FracConfig
 from megatron_fc.connections.costs import traffic
 from megatron_fc.connections.costs.traffic import Stream
@@ -28,15 +30,16 @@ with warnings.catch_warnings():
     from counted_layers import saved_bytes
     from support import tiny
 
+pytestmark = pytest.mark.slow
 TRITON = FracConfig(rate=4, backend="triton")
-TOKENS = tiny.tokens(batch=1)  # the interpreter takes seconds for a step
+TOKENS = tiny.tokens(batch=1)
 FEW = TOKENS[:, :6]  # two tiles of rows, of which one is not full
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    with rank.one_rank():
-        yield
+def emulator() -> Iterator[Emulator]:
+    with rank.one_rank(), emulated(90, Options(uninitialised="error")) as emulator:
+        yield emulator
 
 
 def gradients(
@@ -87,15 +90,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_as_the_torch_backend(kind: str, dynamic: bool, meetings: tuple[int, int], calls: list[str]) -> None:
     """Of the four sites in a row those of one layer meet, which in a hybrid model has one; then those of two layers.
 
-    A meeting changes no bit.
+    A meeting changes roundings in fp32, and nothing else.
     """
     frac = replace(TRITON, dynamic=dynamic)
     [expected] = gradients(kind, replace(frac, backend="torch"))
     first, second = gradients(kind, frac, steps=2)
     assert calls == launches(meetings[0]) + launches(meetings[1])
-    assert same(first, second)
     assert first.keys() == expected.keys()
     for name in first:
+        # Measured 9e-7: a boundary's sums are compiled in another order than those of its two parts.
+        assert (second[name] - first[name]).abs().max() <= 3e-6 * first[name].abs().max()
         torch.testing.assert_close(first[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
@@ -133,18 +137,18 @@ def test_layers_that_megatron_fsdp_shards_do_not_meet(calls: list[str]) -> None:
 @pytest.mark.parametrize(
     ("method", "layers"),
     [
-        pytest.param("uniform", 1, marks=pytest.mark.soak),
+        ("uniform", 1),
         ("uniform", 2),
-        pytest.param("block", 1, marks=pytest.mark.soak),
+        ("block", 1),
     ],
 )
 def test_full_recompute_with_dropout_is_exact(method: str, layers: int) -> None:
     """In the second step, too: the layers of one recomputed region meet, a recomputed and another layer do not."""
     options = {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": layers}
-    [plain] = gradients("dense", TRITON, tokens=FEW, hidden_dropout=0.1)
+    apart, met = gradients("dense", TRITON, steps=2, tokens=FEW, hidden_dropout=0.1)
     first, second = gradients("dense", TRITON, steps=2, tokens=FEW, hidden_dropout=0.1, **options)
-    assert same(first, plain)
-    assert same(second, plain)
+    assert same(first, apart)
+    assert same(second, met if layers == 2 else apart)
 
 
 class Streams(torch.utils._python_dispatch.TorchDispatchMode):
@@ -173,7 +177,9 @@ LAYERNORM_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["
 @pytest.mark.parametrize(
     ("form", "options"), [(traffic.layer_alone, {}), (traffic.layer_pure, LAYERNORM_AGAIN)], ids=["boundary", "pure"]
 )
-def test_a_layer_moves_what_the_model_says(form: Any, options: dict[str, Any], frac: FracConfig) -> None:
+def test_a_layer_moves_what_the_model_says(
+    emulator: Emulator, form: Any, options: dict[str, Any], frac: FracConfig
+) -> None:
     """All between the sub-layers of a transformer layer."""
     layer = tiny.build("dense", frac, **options).decoder.layers[0]
     width, tokens = layer.config.hidden_size, 16
@@ -198,13 +204,13 @@ def test_a_layer_moves_what_the_model_says(form: Any, options: dict[str, Any], f
         assert total.written_bytes == pytest.approx(moves.written_bytes(tokens), rel=0.01)
     if not options:  # recompute frees streams, whose addresses say nothing then
         # The loads and stores of the kernels, one by one.
-        with Streams(tokens * width) as ours, counted() as moved:
+        with Streams(tokens * width) as ours, counted(emulator) as moved:
             run()
         assert of(moved, *ours.seen.values()) == 22 * tokens * width * 4
         assert saved_bytes(layer, h) == pytest.approx(tokens * expected.saved_bytes_per_token, rel=0.01)
 
 
-def test_two_layers_that_meet_move_two_rows_less_than_two_alone() -> None:
+def test_two_layers_that_meet_move_two_rows_less_than_two_alone(emulator: Emulator) -> None:
     decoder = tiny.build("dense", TRITON).decoder
     width, tokens = decoder.config.hidden_size, 16
     mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
@@ -214,6 +220,6 @@ def test_two_layers_that_meet_move_two_rows_less_than_two_alone() -> None:
         decoder(hidden_states=h, attention_mask=mask).sum().backward()
 
     run()
-    with Streams(tokens * width) as ours, counted() as moved:
+    with Streams(tokens * width) as ours, counted(emulator) as moved:
         run()
     assert of(moved, *ours.seen.values()) == (22 + 20) * tokens * width * 4

@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from laboratory.emulator import Options
+from laboratory.emulator.driver import emulated
 from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
 from megatron_fc.connections.base import ConnectionConfig
 
@@ -28,7 +30,8 @@ with warnings.catch_warnings():
     from megatron_fc.megatron.slots import NormSlot
     from support import tiny
 
-FEW = tiny.tokens(batch=1)[:, :5]  # one tile of rows: the interpreter takes seconds for a step
+pytestmark = pytest.mark.slow
+FEW = tiny.tokens(batch=1)[:, :5]  # one tile of rows
 CONNECTIONS: dict[str, ConnectionConfig] = {
     "torch": FracConfig(rate=4, backend="torch"),
     "triton": FracConfig(rate=4, backend="triton"),
@@ -43,7 +46,7 @@ Hook = Callable[[nn.Module, Any, Any], Any]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_rank() -> Iterator[None]:
-    with rank.one_rank():
+    with rank.one_rank(), emulated(90, Options(uninitialised="error")):
         yield
 
 

@@ -1,10 +1,11 @@
-"""Bytes that the kernels move between memory and cache, counted in the interpreter, against their headers' tables."""
+"""Bytes that the kernels move between memory and cache, counted in the emulator, against their headers' tables."""
 
 from collections import Counter
 
 import pytest
 import torch
 
+from laboratory.emulator.driver import Emulator
 from megatron_fc import FracConfig
 from megatron_fc.connections.kernels import launch
 from support import kernel_reference
@@ -30,13 +31,13 @@ def coefficient_bytes(case: kernel_reference.Case) -> tuple[int, int]:
     return len(case.h) * 4 * case.config.rate, len(case.h) * 4 * case.config.rate**2
 
 
-def test_width(case: kernel_reference.Case) -> None:
+def test_width(emulator: Emulator, case: kernel_reference.Case) -> None:
     site, (beta_bytes, alpha_bytes) = (case.operands, case.norm), coefficient_bytes(case)
-    with counted() as moved:
+    with counted(emulator) as moved:
         x, beta, alpha = launch.width_forward(case.h, *site)
     assert rows(moved, case.h, x) == 2
     assert of(moved, beta, alpha) == beta_bytes + alpha_bytes
-    with counted() as moved:
+    with counted(emulator) as moved:
         g_h, _ = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, *site)
     assert rows(moved, case.g_x, case.g_mixed, case.h, g_h) == 4
     assert of(moved, case.g_beta) == beta_bytes
@@ -50,26 +51,26 @@ def test_width(case: kernel_reference.Case) -> None:
     assert rest <= programs * (parameters + 2 * sums + small) + 2 * parameters + small
 
 
-def test_depth(case: kernel_reference.Case) -> None:
+def test_depth(emulator: Emulator, case: kernel_reference.Case) -> None:
     beta_bytes, alpha_bytes = coefficient_bytes(case)
     depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
-    with counted() as moved:
+    with counted(emulator) as moved:
         out = launch.depth_forward(depth)
     assert rows(moved, case.o, case.h, out) == 3
     assert of(moved, depth.beta, depth.alpha) == beta_bytes + alpha_bytes
-    with counted() as moved:
+    with counted(emulator) as moved:
         g_o, g_beta, _ = launch.depth_backward(case.g_x, depth)
     assert rows(moved, case.g_x, case.o, g_o) == 3
     assert of(moved, depth.beta, g_beta) == 2 * beta_bytes
 
 
-def test_boundary(case: kernel_reference.Case) -> None:
+def test_boundary(emulator: Emulator, case: kernel_reference.Case) -> None:
     site = (case.operands, case.norm)
     depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
-    with counted() as moved:
+    with counted(emulator) as moved:
         h, x, _, _ = launch.boundary_forward(depth, *site)
     assert rows(moved, case.o, case.h, h, x) == 4
     incoming = (case.g_x, case.g_beta, case.g_mixed)
-    with counted() as moved:
+    with counted(emulator) as moved:
         g_h, _, g_o, _ = launch.boundary_backward(*incoming, h, depth, *site)
     assert rows(moved, case.g_x, case.g_mixed, h, case.o, g_h, g_o) == 6

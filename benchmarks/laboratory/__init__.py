@@ -1,0 +1,1 @@
+"""A laboratory for kernels without a GPU (docs/laboratory.md)."""
