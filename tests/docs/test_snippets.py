@@ -52,7 +52,7 @@ def without_te(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_every_snippet_is_run_here() -> None:
-    here = {"README.md": 1, "docs/plug-in.md": 5, "docs/traffic.md": 1}
+    here = {"README.md": 1, "docs/laboratory.md": 1, "docs/plug-in.md": 5, "docs/traffic.md": 1}
     elsewhere = {"docs/train.md": 1}  # test_commands.py
     assert {name: len(of_text) for name, of_text in SNIPPETS.items()} == here | elsewhere
 
@@ -113,6 +113,11 @@ def test_a_connection_without_megatron() -> None:
     left = execute("docs/plug-in.md", 4, h=h, o=o)
     assert torch.equal(left["x"], h)
     torch.testing.assert_close(left["h"], h + o)
+
+
+def test_a_connection_in_the_emulator(capsys: pytest.CaptureFixture[str]) -> None:
+    execute("docs/laboratory.md", 0)
+    assert f"# {capsys.readouterr().out.strip()}\n" in SNIPPETS["docs/laboratory.md"][0]
 
 
 def test_bytes_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:

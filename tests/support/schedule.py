@@ -1,7 +1,7 @@
 """The order of the test files.
 
-A file's tests go to one worker of pytest-xdist, where its fixtures are made once. Files that take long come first: those
-that mostly wait, for a cluster, lie beside others that compute, and none of them is the last to run.
+A file's tests go to one worker, where its fixtures are made once. Files that take long come first: those that mostly
+wait, for a cluster, lie beside others that compute, and none of them is the last to run.
 """
 
 import pytest
