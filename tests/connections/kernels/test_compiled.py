@@ -19,7 +19,7 @@ def test_the_tables_hold_all_shapes(arch: int) -> None:
     assert set(table) == set(itertools.product(KERNELS, WIDTHS, RATES))
     for (name, _, _), compiled in table.items():
         if arch == 90:  # docs/kernels.md has what spills elsewhere
-            assert compiled.stack <= (0 if "forward" in name else 128)
+            assert compiled.stack <= (128 if "backward" in name else 24)
         assert compiled.shared <= SHARED_MEMORY[arch]
         assert compiled.wide > 0
         if name != "depth backward":  # which has no product of matrices

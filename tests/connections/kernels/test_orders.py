@@ -83,8 +83,12 @@ def test_swapped_registers_of_a_product_are_noticed(emulator: Emulator) -> None:
     assert error_of_x(emulator, Options(), nth(MMA, 0, lambda m: f"{m[1]}, {{ {m[3]}, {m[2]} }}")) > 10 * LIMIT
 
 
-def test_dropped_barriers_are_noticed(emulator: Emulator) -> None:
-    """Some of the barriers are needed: without one there is a race, and a random order changes what comes out."""
+def test_dropped_barriers_are_noticed(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of the barriers are needed: without one there is a race, and a random order changes what comes out.
+
+    Where a program has more warps than it is launched with.
+    """
+    monkeypatch.setattr(launch, "WIDTH", launch.Cut(8, 32, 2))
     noticed = changed = 0
     for n in range(8):
         drop = nth(r"bar\.sync\s+0;", n, lambda match: "")
