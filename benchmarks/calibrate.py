@@ -138,8 +138,8 @@ RECIPES = {
 def published() -> list[Published]:
     with PUBLISHED.open(newline="") as file:
         return [
-            Published(**{**line, "rows": int(line["rows"]), "width": int(line["width"]), "us": float(line["us"])})
-            for line in csv.DictReader(file)
+            Published(kernel, source, int(rows), int(width), dtype, float(us), use)
+            for kernel, source, rows, width, dtype, us, use in list(csv.reader(file))[1:]
         ]
 
 
@@ -212,7 +212,7 @@ def summary(found: Sequence[Compared]) -> str:
     )
 
 
-def page(result: Mapping[str, Any], found: Sequence[Compared], absent: Iterable[Published]) -> str:
+def page(result: dict[str, Any], found: Sequence[Compared], absent: Iterable[Published]) -> str:
     """Every case, what was left out, and the totals."""
     columns = ("kernel", "source", "dtype", "rows", "width", "published, us", "simulated, us", "ratio")
     text = (
@@ -232,8 +232,8 @@ def page(result: Mapping[str, Any], found: Sequence[Compared], absent: Iterable[
         ]
         text += f"\n## {title}\n\n{summary(chosen)}.\n\n{record.table(columns, lines, left=3)}"
     left_out = [(c.kernel, c.source, c.use.partition(": ")[2], *map(str, (c.rows, c.width, c.us))) for c in absent]
-    columns = ("kernel", "source", "why", "rows", "width", "published, us")
-    return f"{text}\n## Left out\n\n{record.table(columns, left_out, left=3)}"
+    headings = ("kernel", "source", "why", "rows", "width", "published, us")
+    return f"{text}\n## Left out\n\n{record.table(headings, left_out, left=3)}"
 
 
 def main() -> int:

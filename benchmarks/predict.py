@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ def rows(predictions: Iterable[Prediction]) -> Iterator[list[str]]:
         ]
 
 
-def page(result: Mapping[str, Any], predictions: Sequence[Prediction]) -> str:
+def page(result: dict[str, Any], predictions: Sequence[Prediction]) -> str:
     counts = " / ".join(f"{tokens:,}" for tokens in sorted({p.tokens for p in predictions}))
     columns = (
         "kernel", "d", "m", "mid, %", "low, %", "limited by", "warps × programs", "registers, stack", "shared",
@@ -259,7 +259,7 @@ def sensitivity(names: Sequence[str], width: int, rate: int, tokens: int) -> dic
     return found
 
 
-def sensitivity_page(result: Mapping[str, Any]) -> str:
+def sensitivity_page(result: dict[str, Any]) -> str:
     lines = [[name, *(f"{share:.0f}" for share in shares.values())] for name, shares in result["rows"].items()]
     return (
         record.heading("Predicted, not measured: what the unchecked assumptions decide", result)
@@ -293,8 +293,8 @@ def main() -> int:
     result = facts()  # of the sources that run, before anybody changes them
     if args.sensitivity:
         width, rate, tokens = (args.width or [2048])[0], (args.rate or [4])[0], (args.tokens or [16384])[0]
-        found = sensitivity(args.kernel or MAIN, width, rate, tokens)
-        result |= {"width": width, "rate": rate, "tokens": tokens, "rows": found}
+        shares = sensitivity(args.kernel or MAIN, width, rate, tokens)
+        result |= {"width": width, "rate": rate, "tokens": tokens, "rows": shares}
         if output:
             record.write(output, "sensitivity", result, sensitivity_page(result))
         return 0
