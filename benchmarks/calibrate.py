@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 
 import record
 from laboratory.simulator.assumptions import H100, LAUNCH_US, fingerprint
+from laboratory.simulator.core import STARTS
 from laboratory.simulator.kernel import Kernel, Parameter, Partial, Role, Stream, Token
 from megatron_fc.errors import UserError
 
@@ -36,7 +37,6 @@ VERSION = "0.8.2"  # of liger-kernel: the first with all of these kernels
 PACKAGE = Path(__file__).parents[1] / ".cache" / f"liger-kernel-{VERSION}"
 PUBLISHED = Path(__file__).parent / "laboratory" / "published-h100.csv"
 WITHIN = 0.10
-STARTS = ((1, 800), (2, 3000), (3, 6000))
 ITEM_BYTES = {"bf16": 2, "fp32": 4}
 LLAMA = 0  # the casting mode that is Liger's default
 PROCESSORS = int(H100.processors)

@@ -10,7 +10,6 @@ time of a copy of the bytes that a kernel has to move by the predicted time, a m
 """
 
 import argparse
-import functools
 import itertools
 import json
 import sys
@@ -20,30 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import record
-from compiled import KERNELS, RATES, binary_of, parameters_of
-from laboratory.simulator.assumptions import H200, H200_LOW, Assumptions, fingerprint
-from laboratory.simulator.core import Result
-from laboratory.simulator.kernel import Kernel, Parameter, Partial, Role, Stream, Token
-from megatron_fc.connections.kernels import launch
+from compiled import KERNELS, RATES
+from laboratory.simulator.assumptions import H200, H200_LOW, fingerprint
+from laboratory.simulator.core import STARTS, Result
+from launched import BYTES, ROWS, Launched, launched
 from megatron_fc.errors import UserError
 
 WIDTHS, TOKENS = (2048, 4096), (8192, 16384, 65536)
-STARTS = ((1, 800), (2, 3000), (3, 6000))  # seed, and cycles within which a processor's programs start
 NOTICED = 10.0  # points; less means nothing
-BYTES = 2  # of an element of the stream
-# Rows of d elements that a kernel has to move per token (docs/kernels.md).
-ROWS = {
-    "width forward": 2,
-    "width backward": 4,
-    "depth forward": 3,
-    "depth backward": 3,
-    "boundary forward": 4,
-    "boundary backward": 6,
-}
 MAIN = tuple(ROWS)
-STREAMS = frozenset(("h", "x", "g", "g_x", "g_mixed", "g_h", "out", "pre.h", "pre.o", "pre.g_o"))
-TOKEN_VALUES = frozenset(("beta", "alpha", "g_beta", "pre.beta", "pre.alpha", "pre.g_beta"))
-PARAMETERS = frozenset(("p", "norm", "pre.bias", "pre.seed"))
 VARIATIONS: dict[str, dict[str, float]] = {
     "as assumed": {},
     "HMMA 12 cycles": {"hmma": 12},
@@ -72,72 +56,6 @@ class Prediction:
     @property
     def key(self) -> tuple[str, int, int, int]:
         return self.kernel, self.width, self.rate, self.tokens
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A kernel of the project at a shape, compiled; `tile_tokens` tokens of a tile move `tile_bytes` at least."""
-
-    name: str
-    width: int
-    rate: int
-    kernel: Kernel
-    programs: int
-    tile_tokens: int
-    tile_bytes: int
-
-    def load(self, cycles: float, assumed: Assumptions) -> float:
-        """Per cent of the time of a copy of a tile that a processor's unit is taken for so many cycles."""
-        return 100 * cycles * assumed.dram / self.tile_bytes
-
-    def runs(self, tokens: int, assumed: Assumptions) -> list[Result]:
-        tiles = tokens // self.tile_tokens
-        return [self.kernel.simulate(assumed, tiles, self.programs, seed, skew) for seed, skew in STARTS]
-
-    def share(self, runs: Sequence[Result], tokens: int, assumed: Assumptions) -> float:
-        """Mean of the runs."""
-        copy_us = tokens / self.tile_tokens * self.tile_bytes / (assumed.copy_tbs * 1e6)
-        return sum(100 * copy_us / run.us for run in runs) / len(runs)
-
-
-@functools.cache
-def launched(name: str, width: int, rate: int) -> Launched:
-    """Compile a kernel for sm_90 as it would be launched.
-
-    Raises:
-        UserError: a kernel, or a pointer of it, of which nothing is said here.
-    """
-    ideal = ROWS.get(name.partition(",")[0])
-    if ideal is None:
-        raise UserError(f"kernel {name!r} is not in ROWS of benchmarks/predict.py: say how many rows it moves")
-    binary, site = binary_of(name, width, rate, 90)
-
-    def role(pointer: str) -> Role:
-        if pointer in STREAMS:
-            return Stream(site.R * site.C * BYTES)
-        if pointer in TOKEN_VALUES:
-            return Token()
-        if pointer.startswith("partial."):
-            return Partial()
-        if pointer in PARAMETERS or pointer.partition(".")[0] in PARAMETERS:
-            return Parameter()
-        raise UserError(
-            f"pointer {pointer!r} of kernel {name!r} is in no set of benchmarks/predict.py: say what it points to"
-        )
-
-    kernel = Kernel(
-        binary.asm["cubin"],
-        binary.asm["ptx"],
-        parameters_of(name),
-        role,
-        site.W,
-        binary.metadata.shared,
-        trips=site.CHUNKS,  # every loop inside of the tile's goes over chunks
-    )
-    backward = name.startswith(("width backward", "boundary backward"))
-    programs = launch._PROGRAMS_BACKWARD if backward else launch._PROGRAMS
-    tokens = site.R // rate
-    return Launched(name, width, rate, kernel, programs, tokens, tokens * ideal * width * BYTES)
 
 
 def predict(name: str, width: int, rate: int, tokens: int) -> Prediction:
@@ -280,8 +198,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, nargs="+", help=f"default {WIDTHS}")
     parser.add_argument("--rate", type=int, nargs="+", choices=RATES, help=f"default {RATES}")
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}")
-    parser.add_argument("--against", type=Path, metavar="FILE", help="earlier predictions; keeps nothing")
-    parser.add_argument("--sensitivity", action="store_true", help="vary each unchecked assumption, d = 2048, m = 4")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--against", type=Path, metavar="FILE", help="earlier predictions, to compare with")
+    only.add_argument("--sensitivity", action="store_true", help="vary each unchecked assumption, d = 2048, m = 4")
     parser.add_argument("--output", type=Path, help=f"folder; default {record.RESULTS} where everything is predicted")
     return parser.parse_args()
 
@@ -292,7 +211,9 @@ def main() -> int:
     output = args.output or (None if any(chosen) or args.against else record.RESULTS)
     result = facts()  # of the sources that run, before anybody changes them
     if args.sensitivity:
-        width, rate, tokens = (args.width or [2048])[0], (args.rate or [4])[0], (args.tokens or [16384])[0]
+        if any(given and len(given) > 1 for given in chosen[1:]):
+            raise UserError("--sensitivity takes one --width, one --rate and one number of --tokens")
+        (width,), (rate,), (tokens,) = args.width or [2048], args.rate or [4], args.tokens or [16384]
         shares = sensitivity(args.kernel or MAIN, width, rate, tokens)
         result |= {"width": width, "rate": rate, "tokens": tokens, "rows": shares}
         if output:

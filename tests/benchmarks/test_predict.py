@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import launched
 import predict
 from compiled import KERNELS, RATES
 from megatron_fc.errors import UserError
@@ -60,7 +61,7 @@ def test_predictions_under_other_assumptions_are_refused(tmp_path: Path) -> None
 def test_a_kernel_nobody_said_anything_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KERNELS, "another", KERNELS["depth forward"])
     with pytest.raises(UserError, match="'another' is not in ROWS"):
-        predict.launched("another", 2048, 4)
-    monkeypatch.setattr(predict, "TOKEN_VALUES", frozenset())
+        launched.launched("another", 2048, 4)
+    monkeypatch.setattr(launched, "TOKEN_VALUES", frozenset())
     with pytest.raises(UserError, match=r"pointer 'pre\.beta' of kernel 'depth forward'"):
-        predict.launched.__wrapped__("depth forward", 2048, 4)
+        launched.launched.__wrapped__("depth forward", 2048, 4)

@@ -11,7 +11,7 @@ from triton.compiler import ASTSource
 
 from laboratory.simulator.assumptions import H200, H200_LOW
 from laboratory.simulator.kernel import Kernel, Parameter, Role, Stream
-from predict import BYTES, launched
+from launched import BYTES, launched
 
 WIDTH, WARPS = 2048, 4
 
