@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def program() -> Path:
             "The simulator's core is C++ and there is no g++ on the PATH: install it (Debian: apt install g++)"
         )
     CACHE.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")  # another process may do the same: the last one to rename wins
+    fresh = path.with_suffix(f".{os.getpid()}")  # another process may do the same: the last one to rename wins
     subprocess.run([compiler, "-std=c++17", "-O3", "-o", str(fresh), str(SOURCE)], check=True)
     fresh.rename(path)
     return path
