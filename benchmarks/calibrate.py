@@ -123,7 +123,7 @@ RECIPES = {
         lambda r, w, p: (p, p, 2 * w, w, w),
         {"y_ptr": 2, "c_ptr": 1},
     ),
-    "RMSNorm forward": Recipe(
+    "RMSNorm forward": Recipe(  # row by row, which is all that v0.5.10 had; later versions take blocks of narrow rows
         "rms_norm",
         "_rms_norm_forward_kernel",
         lambda r, w, p: (p, w, p, w, p, 1, "*fp32", 1, w, 1e-6, 0.0, LLAMA, True),

@@ -43,7 +43,14 @@ class Launched:
         return 100 * cycles * assumed.dram / self.tile_bytes
 
     def runs(self, tokens: int, assumed: Assumptions) -> list[Result]:
-        tiles = tokens // self.tile_tokens
+        """One result per start.
+
+        Raises:
+            UserError: the tokens are no whole tiles.
+        """
+        tiles, left = divmod(tokens, self.tile_tokens)
+        if left or not tiles:
+            raise UserError(f"--tokens {tokens} are no whole tiles: a tile of m = {self.rate} has {self.tile_tokens}")
         return [self.kernel.simulate(assumed, tiles, self.programs, seed, skew) for seed, skew in STARTS]
 
     def share(self, runs: Sequence[Result], tokens: int, assumed: Assumptions) -> float:

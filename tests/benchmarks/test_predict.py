@@ -49,6 +49,11 @@ def test_nothing_in_common_is_no_comparison() -> None:
         compare([ONE], [replace(ONE, width=4096)])
 
 
+def test_tokens_are_whole_tiles() -> None:
+    with pytest.raises(UserError, match=r"--tokens 6 are no whole tiles: a tile of m = 4 has 4"):
+        predict.predict("depth backward", 2048, 4, 6)
+
+
 def test_predictions_under_other_assumptions_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "predicted.json"
     file.write_text(json.dumps({"assumptions": "000000000000", "rows": []}))

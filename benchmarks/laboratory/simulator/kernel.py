@@ -1,7 +1,6 @@
 """A compiled kernel as the simulator runs it: the instructions of a program in order, and where each access goes."""
 
 import collections
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from laboratory.simulator.assumptions import (
 )
 from laboratory.simulator.core import Event, Result
 from laboratory.simulator.sass import Instruction, Loop
+from megatron_fc.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Parameter:
 
 
 Role = Stream | Token | Partial | Parameter
-# Positions in the code, in the order in which a warp runs them.
-Path = list[int]
+# Indices into the code, in the order in which a warp runs them.
+Order = list[int]
 
 
 class Kernel:
@@ -80,12 +80,21 @@ class Kernel:
     def simulate(
         self, assumed: Assumptions, tiles: int, programs: int | None = None, seed: int = 1, skew: int = 800
     ) -> Result:
-        """Run `tiles` tiles on a whole GPU, `programs` per processor (default, and at most: as many as fit)."""
+        """Run `tiles` tiles on a whole GPU, `programs` per processor (default, and at most: as many as fit).
+
+        Raises:
+            UserError: not even one fits.
+        """
+        if not self.resident:
+            raise UserError(
+                f"no program fits on a processor: {self.warps} warps of {self.registers} registers per thread, "
+                f"{self.shared} bytes of shared memory"
+            )
         resident = min(self.resident, programs or PROGRAMS)
         launch = core.Launch(tiles, self.warps, resident, programs or resident, self.persistent, seed, skew)
         return core.run(self._segments(assumed), launch, assumed)
 
-    @functools.cached_property
+    @property
     def resident(self) -> int:
         """Programs that fit on a processor; 0 where one does not."""
         registers = math.ceil(self.registers / 8) * 8 * 32 * self.warps
@@ -117,7 +126,7 @@ class Kernel:
     def _segments(self, assumed: Assumptions) -> list[list[Event]]:
         return [self._events(path, assumed) for path in (self.prologue, self.body, self.epilogue)]
 
-    def _events(self, path: Path, assumed: Assumptions) -> list[Event]:
+    def _events(self, path: Order, assumed: Assumptions) -> list[Event]:
         moved: collections.Counter[str] = collections.Counter()  # bytes of the tile by pointer so far
         written: set[str] = set()
         events = []
@@ -164,7 +173,9 @@ def _groups_left(i: Instruction) -> int:
     return int(last, 16) if ".LE" in i.op and last else 0
 
 
-def _paths(code: Sequence[Instruction], loops: Sequence[Loop], trips: int, persistent: bool) -> tuple[Path, Path, Path]:
+def _paths(
+    code: Sequence[Instruction], loops: Sequence[Loop], trips: int, persistent: bool
+) -> tuple[Order, Order, Order]:
     """Prologue, body and epilogue."""
     if not persistent:
         return [], _unrolled(0, len(code), loops, trips), []
@@ -174,9 +185,9 @@ def _paths(code: Sequence[Instruction], loops: Sequence[Loop], trips: int, persi
     return list(range(outer.head)), body, list(range(outer.back + 1, len(code)))
 
 
-def _unrolled(start: int, stop: int, loops: Sequence[Loop], trips: int) -> Path:
+def _unrolled(start: int, stop: int, loops: Sequence[Loop], trips: int) -> Order:
     """Indices from start to stop with these loops' rounds. Other branches are not taken: all code in between runs."""
-    path: Path = []
+    path: Order = []
     k = start
     while k < stop:
         loop = next((loop for loop in loops if loop.head == k), None)

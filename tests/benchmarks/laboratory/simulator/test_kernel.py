@@ -1,5 +1,6 @@
 """Compiled kernels put together for the core: what runs per tile, where bytes go, what fits on a processor."""
 
+from copy import copy
 from dataclasses import replace
 from functools import cache
 
@@ -12,6 +13,7 @@ from triton.compiler import ASTSource
 from laboratory.simulator.assumptions import H200, H200_LOW
 from laboratory.simulator.kernel import Kernel, Parameter, Role, Stream
 from launched import BYTES, launched
+from megatron_fc.errors import UserError
 
 WIDTH, WARPS = 2048, 4
 
@@ -65,6 +67,10 @@ def test_one_program_per_processor_does_not_hide_the_latency() -> None:
 def test_what_fits_on_a_processor() -> None:
     kernel = scaled()
     assert kernel.resident == min(65536 // (-(-kernel.registers // 8) * 8 * 32 * WARPS), 16, 32)
+    wide = copy(kernel)
+    wide.shared = 228 * 1024
+    with pytest.raises(UserError, match="no program fits on a processor"):
+        wide.simulate(H200, 1)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("width forward", 2), ("boundary forward", 4)])
