@@ -29,7 +29,7 @@ class Assumptions:
     """One GPU. Latencies in cycles, rates in bytes per cycle of one processor unless a name says otherwise."""
 
     copy_tbs: float  # bandwidth of a device-to-device copy, read and written, TB/s
-    clock_ghz: float = 1.98  # highest clock of the data sheet's card; under load: guess
+    clock_ghz: float = 1.98  # highest clock of these cards; guess
     processors: float = 132  # data sheet
     dram_ns: float = 350  # QuACK says about 400 ns; calibration
     l2_tbs: float = 5.6  # QuACK
@@ -72,7 +72,7 @@ class Assumptions:
 
 H100 = Assumptions(copy_tbs=2.95)  # 88 % of the data sheet's; QuACK's kernels reach 3.0; calibration
 H200 = Assumptions(copy_tbs=4.3)  # the same share of its data sheet's, and a little more: 90 %; guess
-# Less of everything at once; the clock is that of the data sheet's PCIe card. Guesses.
+# Less of everything at once, the clock that of the PCIe card (chipsandcheese.com, "Nvidia's H100: Funny L2"). Guesses.
 H200_LOW = Assumptions(
     copy_tbs=4.3, clock_ghz=1.755, dram_ns=500, l2_tbs=5.0, l2_latency=320, barrier_latency=25, hmma=8.0
 )
