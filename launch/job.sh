@@ -38,12 +38,13 @@ compare_job() { # ranks, GPUs and the layout that was checked; what differs woul
 }
 
 compare() { # in every task: its node has that many tasks, each with a GPU; the first task says where it is
+  # What is wrong is an answer, too: of a task that fails SLURM may lose what it said last.
   trap '' USR1 TERM
   local tasks=${SLURM_STEP_TASKS_PER_NODE%%(*} gpus=${SLURM_GPUS_ON_NODE:-0}
   if [[ $tasks != "$TASKS_PER_NODE" ]] || ((gpus && gpus != tasks)); then
     ((SLURM_LOCALID)) || echo "launch: $SLURMD_NODENAME has $gpus GPUs for tasks: $SLURM_STEP_TASKS_PER_NODE; every" \
-      "GPU has a task: give --ntasks-per-node=G --gpus-per-node=G, and no other option for tasks or GPUs" >&2
-    exit 2
+      "GPU has a task: give --ntasks-per-node=G --gpus-per-node=G, and no other option for tasks or GPUs"
+    return 0
   fi
   ((SLURM_PROCID)) || echo "$SLURMD_NODENAME"
 }
@@ -57,8 +58,8 @@ roll_call() { # sets CODE and MASTER_ADDR, which need not be the first node of t
   ANSWERS=1
   MASTER_ADDR=$(cat "$output")
   rm "$output"
+  ! grep -m1 '^launch: ' <<<"$MASTER_ADDR" >&2 || exit 2
   export MASTER_ADDR
-  [[ $CODE != 2 ]] || exit 2
 }
 
 attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it cannot

@@ -302,10 +302,10 @@ def test_every_task_compares(tasks: str, gpus: str, said: str, all_programs: Non
     per_node = "1" if tasks == "1(x4)" else "2"
     ids = {"SLURM_LOCALID": "0", "SLURM_PROCID": "0", "TASKS_PER_NODE": per_node}
     done = functions("compare", tmp_path, **variables, **ids)
-    assert done.returncode == (2 if said.startswith("launch:") else 0)
-    assert (done.stdout + done.stderr).startswith(said)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(said)
     quiet = functions("compare", tmp_path, **variables, **ids | {"SLURM_LOCALID": "1", "SLURM_PROCID": "3"})
-    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (done.returncode, "", "")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(
