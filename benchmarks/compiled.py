@@ -7,9 +7,7 @@ python benchmarks/compiled.py --arch 80 --width 2048 --rate 4
 import argparse
 import itertools
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from laboratory.simulator import sass
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
 from megatron_fc.connections.kernels.sums import Partial
@@ -32,7 +31,6 @@ from megatron_fc.connections.per_slot import PerSlotParameters
 
 WIDTHS, RATES, ARCHITECTURES = (2048, 4096, 7168), (2, 4, 8), (80, 90, 100)
 RESULTS = Path(__file__).parent / "results"
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 STREAM, FP32 = "*bf16", "*fp32"
 _P = PerSlotParameters(*[FP32] * 7)  # type: ignore[arg-type]
 _NORM = launch.Weights(STREAM, None)  # type: ignore[arg-type]
@@ -74,36 +72,56 @@ class Compiled:
 
 def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
     """Compile one kernel as `launch` would launch it on bf16 streams, norm in the same pass."""
-    kernel, arguments = KERNELS[name]
-    stream = torch.empty(16, width, dtype=torch.bfloat16, device="meta")
-    norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
-    operands = Operands(*_P, rate, "rmsnorm", True, 1e-5) if "p" in arguments else None
-    cut = launch.DEPTH if operands is None else launch.WIDTH_BACKWARD if "g_x" in arguments else launch.WIDTH
-    site = launch.site_of(cut, stream, rate, operands, norm)
-    source = _source(kernel, arguments, site)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": site.W, "num_stages": 1})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([_TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
+    binary, site = binary_of(name, width, rate, arch)
+    registers, stack = sass.usage(binary.asm["cubin"])
+    code = sass.disassemble(binary.asm["cubin"])
 
     def count(pattern: str) -> int:
         return len(re.findall(pattern, code))
 
     return Compiled(
-        registers=int(found[1]),
-        stack=int(found[2]),
+        registers=registers,
+        stack=stack,
         shared=binary.metadata.shared,
         warps=site.W,
         spills=count(r"\b(?:LDL|STL)\b"),
         wide=count(r"\b(?:LDG|STG)\.E\S*\.128"),
         tensor_core=count(r"\bH(?:G)?MMA\b"),
     )
+
+
+def binary_of(name: str, width: int, rate: int, arch: int) -> tuple[Any, Site]:
+    """What Triton made of a kernel, with its texts in `asm`, and what it was compiled for."""
+    kernel, arguments = KERNELS[name]
+    stream = torch.empty(16, width, dtype=torch.bfloat16, device="meta")
+    norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
+    operands = Operands(*_P, rate, "rmsnorm", True, 1e-5) if "p" in arguments else None
+    site = launch.site_of(cut_of(name), stream, rate, operands, norm)
+    source = _source(kernel, arguments, site)
+    options = {"num_warps": site.W, "num_stages": 1}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), site
+
+
+def cut_of(name: str) -> launch.Cut:
+    """How `launch` cuts a kernel's work."""
+    if name.startswith("depth"):
+        return launch.DEPTH
+    return launch.WIDTH_BACKWARD if "backward" in name else launch.WIDTH
+
+
+def parameters_of(name: str) -> list[str]:
+    """Names of a kernel's run-time parameters in order; a field of a tuple is `pre.h`."""
+    kernel, arguments = KERNELS[name]
+    given = {**arguments, "count": "i32"}
+
+    def names(prefix: str, value: Any) -> Iterator[str]:
+        if isinstance(value, tuple):
+            for field, item in zip(value._fields, value, strict=True):
+                yield from names(f"{prefix}.{field}", item)
+        elif value is not None:
+            yield prefix
+
+    return [found for name in kernel.arg_names if name != "S" for found in names(name, given[name])]
 
 
 def _source(kernel: Any, arguments: dict[str, Any], site: Site) -> ASTSource:

@@ -1,0 +1,96 @@
+"""The project's kernels as they are launched, compiled for sm_90 and ready for the simulator."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compiled import binary_of, cut_of, parameters_of
+from laboratory.simulator.assumptions import Assumptions
+from laboratory.simulator.core import STARTS, Result
+from laboratory.simulator.kernel import Kernel, Parameter, Partial, Role, Stream, Token
+from megatron_fc.errors import UserError
+
+BYTES = 2  # of an element of the stream
+# Rows of d elements that a kernel has to move per token (docs/kernels.md).
+ROWS = {
+    "width forward": 2,
+    "width backward": 4,
+    "depth forward": 3,
+    "depth backward": 3,
+    "boundary forward": 4,
+    "boundary backward": 6,
+}
+STREAMS = frozenset(("h", "x", "g", "g_x", "g_mixed", "g_h", "out", "pre.h", "pre.o", "pre.g_o"))
+TOKEN_VALUES = frozenset(("beta", "alpha", "g_beta", "pre.beta", "pre.alpha", "pre.g_beta"))
+PARAMETERS = frozenset(("p", "norm", "pre.bias", "pre.seed"))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A kernel of the project at a shape, compiled; `tile_tokens` tokens of a tile move `tile_bytes` at least."""
+
+    name: str
+    width: int
+    rate: int
+    kernel: Kernel
+    programs: int
+    tile_tokens: int
+    tile_bytes: int
+
+    def load(self, cycles: float, assumed: Assumptions) -> float:
+        """Per cent of the time of a copy of a tile that a processor's unit is taken for so many cycles."""
+        return 100 * cycles * assumed.dram / self.tile_bytes
+
+    def runs(self, tokens: int, assumed: Assumptions) -> list[Result]:
+        """One result per start.
+
+        Raises:
+            UserError: the tokens are no whole tiles.
+        """
+        tiles, left = divmod(tokens, self.tile_tokens)
+        if left or not tiles:
+            raise UserError(f"--tokens {tokens} are no whole tiles: a tile of m = {self.rate} has {self.tile_tokens}")
+        return [self.kernel.simulate(assumed, tiles, self.programs, seed, skew) for seed, skew in STARTS]
+
+    def share(self, runs: Sequence[Result], tokens: int, assumed: Assumptions) -> float:
+        """Mean of the runs."""
+        copy_us = tokens / self.tile_tokens * self.tile_bytes / (assumed.copy_tbs * 1e6)
+        return sum(100 * copy_us / run.us for run in runs) / len(runs)
+
+
+@functools.cache
+def launched(name: str, width: int, rate: int) -> Launched:
+    """Compile a kernel for sm_90 as it would be launched.
+
+    Raises:
+        UserError: a kernel, or a pointer of it, of which nothing is said here.
+    """
+    ideal = ROWS.get(name.partition(",")[0])
+    if ideal is None:
+        raise UserError(f"kernel {name!r} is not in ROWS of benchmarks/launched.py: say how many rows it moves")
+    binary, site = binary_of(name, width, rate, 90)
+
+    def role(pointer: str) -> Role:
+        if pointer in STREAMS:
+            return Stream(site.R * site.C * BYTES)
+        if pointer in TOKEN_VALUES:
+            return Token()
+        if pointer.startswith("partial."):
+            return Partial()
+        if pointer in PARAMETERS or pointer.partition(".")[0] in PARAMETERS:
+            return Parameter()
+        raise UserError(
+            f"pointer {pointer!r} of kernel {name!r} is in no set of benchmarks/launched.py: say what it points to"
+        )
+
+    kernel = Kernel(
+        binary.asm["cubin"],
+        binary.asm["ptx"],
+        parameters_of(name),
+        role,
+        site.W,
+        binary.metadata.shared,
+        trips=site.CHUNKS,  # every loop inside of the tile's goes over chunks
+    )
+    tokens = site.R // rate
+    return Launched(name, width, rate, kernel, cut_of(name).programs, tokens, tokens * ideal * width * BYTES)

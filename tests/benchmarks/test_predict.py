@@ -1,0 +1,72 @@
+"""Predictions against the recorded ones: a kernel that lost 10 points is noticed, without a GPU."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import launched
+import predict
+from compiled import KERNELS, RATES
+from megatron_fc.errors import UserError
+from predict import TOKENS, VARIATIONS, WIDTHS, Prediction, compare, read
+from record import RESULTS
+
+RECORDED = RESULTS / "predicted-h200.json"
+ONE = Prediction("width forward", 2048, 4, 8192, mid=70.0, low=60.0, limit="issue")
+
+
+def test_the_record_holds_all_kernels_and_shapes() -> None:
+    assert {p.key for p in read(RECORDED)} == set(itertools.product(KERNELS, WIDTHS, RATES, TOKENS))
+
+
+@pytest.mark.parametrize("name", ["boundary forward", "width backward"])
+def test_no_kernel_lost_ten_points(name: str) -> None:
+    """Predict again and record where that is meant: python benchmarks/predict.py."""
+    _, lost = compare(read(RECORDED), [predict.predict(name, 2048, 4, 8192)])
+    assert not lost
+
+
+def test_a_drop_of_ten_points_is_named_in_either_case() -> None:
+    table, lost = compare([ONE], [replace(ONE, mid=60.1, low=50.0)])
+    assert lost == ["width forward, d = 2048, m = 4, 8,192 tokens: the low case fell from 60 % to 50 %"]
+    assert "| 70 | 60 | 60 | 50 |" in table
+    assert not compare([ONE], [replace(ONE, mid=99.0, low=50.1)])[1]
+
+
+def test_sensitivity_varies_each_assumption() -> None:
+    """Depth waits for DRAM alone: only what that costs may move it."""
+    (shares,) = predict.sensitivity(["depth backward"], 2048, 4, 4096).values()
+    assert list(shares) == list(VARIATIONS)
+    assert shares["HMMA 12 cycles"] == shares["HMMA 16 cycles"] == shares["as assumed"]
+    assert abs(shares["all, HMMA 16"] - shares["as assumed"]) < predict.NOTICED
+
+
+def test_nothing_in_common_is_no_comparison() -> None:
+    with pytest.raises(UserError, match="nothing can be compared"):
+        compare([ONE], [replace(ONE, width=4096)])
+
+
+def test_tokens_are_whole_tiles() -> None:
+    with pytest.raises(UserError, match=r"--tokens 6 are no whole tiles: a tile of m = 4 has 4"):
+        predict.predict("depth backward", 2048, 4, 6)
+
+
+def test_predictions_under_other_assumptions_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "predicted.json"
+    file.write_text(json.dumps({"assumptions": "000000000000", "rows": []}))
+    with pytest.raises(UserError, match="predict the old kernels again"):
+        read(file)
+    with pytest.raises(UserError, match="is no recorded prediction"):
+        read(tmp_path / "absent.json")
+
+
+def test_a_kernel_nobody_said_anything_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, "another", KERNELS["depth forward"])
+    with pytest.raises(UserError, match="'another' is not in ROWS"):
+        launched.launched("another", 2048, 4)
+    monkeypatch.setattr(launched, "TOKEN_VALUES", frozenset())
+    with pytest.raises(UserError, match=r"pointer 'pre\.(beta|alpha)' of kernel 'depth forward'"):
+        launched.launched.__wrapped__("depth forward", 2048, 4)
