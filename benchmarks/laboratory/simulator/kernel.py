@@ -127,7 +127,7 @@ class Kernel:
         return [self._events(path, assumed) for path in (self.prologue, self.body, self.epilogue)]
 
     def _events(self, path: Order, assumed: Assumptions) -> list[Event]:
-        moved: collections.Counter[str] = collections.Counter()  # bytes of the tile by pointer so far
+        moved: dict[str, float] = collections.defaultdict(float)  # bytes of the tile by pointer so far
         written: set[str] = set()
         events = []
         for k in path:
