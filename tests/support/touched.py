@@ -1,11 +1,13 @@
 """Which modules of the package the tests have run a function of, also in the processes that `fork_server` makes.
 
-`pytest --touched` names the others at its end. It costs next to nothing: Python reports each function's first start.
+`pytest --touched` names the others at its end. It costs next to nothing: Python reports each function's first start,
+and the text of a compiled kernel names its files.
 """
 
 import ast
 import inspect
 import os
+import re
 import sys
 import tempfile
 from contextlib import suppress
@@ -41,6 +43,17 @@ def watch() -> None:
     sys.monitoring.use_tool_id(tool, "touched")
     sys.monitoring.register_callback(tool, event, started)
     sys.monitoring.set_events(tool, event)
+
+
+def compiled_from(text: str) -> None:
+    """Write the names of the files that the text of a kernel, in PTX, comes from.
+
+    Triton may have kept it from another checkout of the same sources.
+    """
+    if _VARIABLE in os.environ:
+        files = re.findall(r'^\s*\.file\s+\d+\s+".*/megatron_fc/(.*\.py)"', text, re.MULTILINE)
+        with open(os.environ[_VARIABLE], "a") as names:
+            names.writelines(f"{_PACKAGE / file}\n" for file in files)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
