@@ -50,7 +50,7 @@ compare() { # in every task: its node has that many tasks, each with a GPU; the 
 }
 
 roll_call() { # sets CODE and MASTER_ADDR, which need not be the first node of the list
-  local output
+  local output differs
   output=$(mktemp)
   exec {ANSWERS}>"$output"
   SLURM_KILL_BAD_EXIT=1 follow "${ROLL_CALL[@]}"
@@ -58,7 +58,8 @@ roll_call() { # sets CODE and MASTER_ADDR, which need not be the first node of t
   ANSWERS=1
   MASTER_ADDR=$(cat "$output")
   rm "$output"
-  ! grep -m1 '^launch: ' <<<"$MASTER_ADDR" >&2 || exit 2
+  differs=$(grep '^launch: ' <<<"$MASTER_ADDR" | sort) || true
+  [[ ! $differs ]] || { printf '%s\n' "${differs%%$'\n'*}" >&2; exit 2; } # one node's says enough
   export MASTER_ADDR
 }
 
