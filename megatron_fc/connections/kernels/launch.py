@@ -33,7 +33,8 @@ class Cut(NamedTuple):
 
 
 # The best of what was predicted (benchmarks/results/predicted-h200.md). Programs of one warp meet no barriers, and
-# registers leave room for many. A depth connection has few registers and many loads.
+# registers leave room for many. A depth connection has few registers and many loads. Predictions take second reads for
+# hits; docs/kernels.md says where they may not be.
 WIDTH, WIDTH_BACKWARD, DEPTH = Cut(1, 64, 16), Cut(1, 32, 8), Cut(4, 32, 6)
 if INTERPRETED:  # where time goes by operations, not by what they work on
     WIDTH, WIDTH_BACKWARD, DEPTH = Cut(8, 32, 1), Cut(8, 16, 1), Cut(8, 32, 1)
