@@ -12,11 +12,11 @@ from torch import Tensor
 from case import Absent, Case, Program, rms_norm
 from megatron_fc import FracConnection
 from megatron_fc.connections import HyperConfig, reference
-from megatron_fc.connections.backend import triton_obstacle
 from megatron_fc.connections.costs import traffic
 from megatron_fc.connections.costs.traffic import Moves, Stream
-from megatron_fc.connections.frac import PendingDepth
 from megatron_fc.connections.handover import Handover
+from megatron_fc.connections.kernels.availability import triton_obstacle
+from megatron_fc.connections.site import PendingDepth
 from rivals import hyper_connections, liger_mhc, megatron
 
 # What each operation moves: ours, and Megatron's with and without `fused_residual_rmsnorm`.
@@ -78,7 +78,7 @@ def contestants(operation: str, case: Case) -> Iterator[Contestant]:
 def _ours(operation: str, case: Case, backend: str, boundary: bool = True) -> Program:
     if operation == "boundary" and backend == "torch":
         raise Absent("this backend has no boundary: it runs depth and width connection one after the other")
-    obstacle = triton_obstacle(case.config.rate, case.device.type, case.dtype) if backend == "triton" else None
+    obstacle = triton_obstacle(case.device.type, case.dtype) if backend == "triton" else None
     if obstacle:
         raise Absent(obstacle)
     first, second = (_on(backend, site) for site in case.sites)

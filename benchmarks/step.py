@@ -23,7 +23,7 @@ import options
 import record
 from clock import said
 from megatron_fc import FracConfig
-from megatron_fc.connections.backend import triton_obstacle
+from megatron_fc.connections.kernels.availability import triton_obstacle
 from megatron_fc.errors import UserError
 from megatron_fc.training.machine import device_capability
 from megatron_fc.training.precision import PRECISIONS, refuse_on_device
@@ -72,7 +72,7 @@ def contestants(
     """Rows, and what builds a contestant with a number of layers."""
     te = olmoe.uses_transformer_engine()
     without_te = "" if te else "needs Transformer Engine, which is not installed"
-    without_triton = triton_obstacle(frac.rate, device, torch.bfloat16) or ""
+    without_triton = triton_obstacle(device, torch.bfloat16) or ""
     for precision in precisions:
         low = precision != "bf16"
         missing = (low and without_te) or unfit(size, precision)

@@ -59,6 +59,16 @@ class ConnectionConfig(ABC):
         return 0
 
     @property
+    def recompute(self) -> bool:
+        """Whether a site keeps its stream and the sub-layer's output alone for backward."""
+        return False
+
+    @property
+    @abstractmethod
+    def backend(self) -> str:
+        """What runs it: triton, torch, or auto."""
+
+    @property
     def applies_norm(self) -> bool:
         """Whether the width connection is to apply a sub-layer's norm that a projection could apply, too."""
         return False

@@ -130,6 +130,7 @@ class HyperConfig(ConnectionConfig):
         norm_eps: epsilon of the norm, the connection's own and independent of the model's.
         stream_layers: layers that keep one stream together for backward and compute the others again, as well as the
             inputs of their norms; 0: every sub-layer keeps its own. No part of equality: it changes no result.
+        backend: as of `FracConfig`; the kernels are for 1, 2, 4 and 8 slots.
 
     Raises:
         UserError: a value is out of range, an option of the dynamic part is changed in a static connection, or the
@@ -152,6 +153,7 @@ class HyperConfig(ConnectionConfig):
     norm_eps: float = 1e-5
     # No part of what the connection computes.
     stream_layers: int = field(default=0, compare=False, metadata={"least": 0})
+    backend: Backend = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -212,6 +214,7 @@ class ManifoldConfig(ConnectionConfig):
         norm_eps: added to the mean square of the stream.
         leave: how the network closes: the mean of the streams, or a learned, sigmoid-weighted sum, as DeepSeek-V4 does.
         stream_layers: as of `HyperConfig`.
+        backend: as of `HyperConfig`; the coefficients are computed by torch in any case.
 
     Raises:
         UserError: a value is out of range, or between mHC and mFC.
@@ -228,6 +231,7 @@ class ManifoldConfig(ConnectionConfig):
     leave: Leave = "mean"
     # No part of what the connection computes.
     stream_layers: int = field(default=0, compare=False, metadata={"least": 0})
+    backend: Backend = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
         check_values(self)

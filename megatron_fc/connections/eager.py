@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fc.connections import eager_on_manifold, eager_per_slot
-from megatron_fc.connections.operands import AnyOperands, Operands, refuse_low_precision
+from megatron_fc.connections.on_manifold import ManifoldParameters
+from megatron_fc.connections.operands import AnyOperands, ManifoldOperands, Operands, refuse_low_precision
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -140,6 +141,61 @@ def depth_backward(g: Tensor, o: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         written = torch.eye(m, dtype=s.dtype, device=s.device).repeat(1, turns)  # [m, n]
         g_o = _mix(beta.unsqueeze(1) * written, s.view(tokens, n, c))
     return g_o.view(o.shape).to(o.dtype), g_beta
+
+
+@_as_written
+def mapping_forward(h: Tensor, p: ManifoldOperands) -> tuple[Tensor, Tensor, Tensor, eager_on_manifold.Mapping]:
+    """The coefficients on a manifold alone, for kernels that mix with them.
+
+    Args:
+        h: stream [..., n*c].
+        p: the site.
+
+    Returns:
+        beta [T, n], gamma [T, n*m] and alpha [T, n*n], row-major, in fp32; and what `mapping_backward` takes.
+    """
+    refuse_low_precision(p)
+    s, p = _slots(h, p.slots), _in_fp32(p, h)
+    table, mapping = eager_on_manifold.coefficients(s, p)
+    beta, gamma, alpha = table.split((1, p.fractions, p.slots))
+    gamma, alpha = (part.permute(1, 2, 0).flatten(1).contiguous() for part in (gamma, alpha))
+    return beta[0].clone(), gamma, alpha, mapping
+
+
+@_as_written
+def mapping_backward(
+    g_beta: Tensor | None,
+    g_gamma: Tensor | None,
+    g_alpha: Tensor | None,
+    g_h: Tensor,
+    mapping: eager_on_manifold.Mapping,
+    p: ManifoldOperands,
+) -> ManifoldParameters:
+    """Gradients of the parameters; adds what the stream gets through the coefficients to g_h.
+
+    Args:
+        g_beta: gradient of beta [T, n]. None stands for zero, here and below.
+        g_gamma: gradient of gamma [T, n*m].
+        g_alpha: gradient of alpha [T, n*n].
+        g_h: gradient of the stream [..., n*c], in its dtype.
+        mapping: of `mapping_forward`, overwritten.
+        p: the site.
+
+    Returns:
+        Gradients in the parameters' dtypes.
+    """
+    n, m, given = p.slots, p.fractions, p.parameters
+    stream, p = mapping.stream, _in_fp32(p, mapping.stream)
+    tokens = stream.shape[0]
+    sides = [
+        stream.new_zeros(tokens, n, count) if g is None else g.view(tokens, n, count)
+        for g, count in ((g_gamma, m), (g_alpha, n))
+    ]
+    g_beta = stream.new_zeros(tokens, n) if g_beta is None else g_beta
+    through = torch.zeros_like(stream)
+    gradients = eager_on_manifold.coefficients_backward(g_beta, torch.cat(sides, 2), through, mapping, p)
+    g_h.view(stream.shape).add_(through)
+    return ManifoldParameters._make(g.to(q.dtype) for g, q in zip(gradients, given, strict=True))
 
 
 def _of(p: AnyOperands) -> Any:

@@ -15,9 +15,9 @@ class Handover(NamedTuple):
     """Coefficients, the name of the mixed residual, and who made them.
 
     Attributes:
-        beta: [tokens, m] in fp32.
-        alpha: [tokens, m*m] in fp32, without gradient: that comes through `mixed`.
-        mixed: [..., d] without storage, the mixed residual.
+        beta: [tokens, n] in fp32.
+        alpha: [tokens, n*n] in fp32, without gradient: that comes through `mixed`.
+        mixed: [..., n*c] without storage, the mixed residual.
         backend: triton or torch, chosen by the width connection for the depth connection, too.
     """
 
@@ -25,6 +25,11 @@ class Handover(NamedTuple):
     alpha: Tensor
     mixed: Tensor
     backend: str
+
+    @property
+    def detached(self) -> "Handover":
+        """The same without autograd's graph."""
+        return self._replace(beta=self.beta.detach(), mixed=self.mixed.detach())
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

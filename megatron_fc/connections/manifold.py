@@ -29,6 +29,7 @@ class ManifoldConnection(Site):
         UserError: the number of fractions does not divide the hidden size.
     """
 
+    makes_boundaries = False  # torch predicts the coefficients from the whole stream, which has to be there
     config: ManifoldConfig
     mapping_weight: nn.Parameter
     mapping_bias: nn.Parameter

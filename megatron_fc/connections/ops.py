@@ -13,25 +13,25 @@ from torch import Tensor
 from megatron_fc.connections.handover import Handover, without_storage
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.once import differentiated_once
-from megatron_fc.connections.operands import N_OPERANDS, N_PARAMETERS, Operands
+from megatron_fc.connections.operands import N_OPERANDS, N_PARAMETERS, AnyOperands, Operands
 from megatron_fc.connections.parcel import values_of
 
 _SITE = (
     "Tensor static_beta, Tensor static_gamma, Tensor static_alpha, Tensor? dynamic_weight, Tensor? scale_beta, "
-    "Tensor? scale_alpha, Tensor? norm_weight, int rate, str norm, bool tanh, float norm_eps"
+    "Tensor? scale_alpha, Tensor? norm_weight, int fractions, str norm, bool tanh, float norm_eps"
 )
-_NORM = "Tensor? sub_weight, Tensor? sub_bias, str sub_norm, float sub_eps, bool one_plus"
+NORM = "Tensor? sub_weight, Tensor? sub_bias, str sub_norm, float sub_eps, bool one_plus"
 _DEPTH = "Tensor o, Tensor h, Tensor beta, Tensor alpha, Tensor mixed, Tensor? bias, Tensor? seed, float dropout"
 _N_NORM, _N_DEPTH = 5, 8
 
 
-def frac_width(h: Tensor, p: Operands, norm: NormWeights | None, want_x: bool = True) -> tuple[Tensor, Handover]:
+def width(h: Tensor, p: Operands, norm: NormWeights | None, want_x: bool = True) -> tuple[Tensor, Handover]:
     """Width connection: x or norm(x) [..., d] (empty without want_x), and what the depth connection takes over."""
-    x, beta, alpha, mixed = _width(h, *p, *_norm_values(norm), want_x)
+    x, beta, alpha, mixed = _width(h, *p, *norm_values(norm), want_x)
     return x, Handover(beta, alpha, mixed, "triton")
 
 
-def frac_depth(
+def depth(
     o: Tensor,
     h: Tensor,
     handover: Handover,
@@ -39,7 +39,7 @@ def frac_depth(
     seed: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Depth connection: the next residual stream [..., d] in the dtype of h."""
+    """Depth connection: the next stream [..., n*c] in the dtype of h."""
     following: Tensor = _depth(o, h.detach(), *handover.tensors, bias, seed, dropout)
     return following
 
@@ -56,7 +56,7 @@ class Prepared(NamedTuple):
     values: tuple[Any, ...]
 
 
-def frac_boundary(
+def boundary(
     o: Tensor,
     h: Tensor,
     handover: Handover,
@@ -69,17 +69,17 @@ def frac_boundary(
     """Depth connection of one site, and in the same pass the values of the next one's width connection: h', those."""
     depth = (o, h.detach(), *handover.tensors, bias, seed, dropout)
     # In a tuple, which autograd does not look into: h' does not depend on the next site.
-    h, x, beta, alpha = _BoundaryDepth.apply(*depth, (*p, *_norm_values(norm)))
+    h, x, beta, alpha = _BoundaryDepth.apply(*depth, (*p, *norm_values(norm)))
     return h, Prepared(x, beta, alpha, _values(p, norm))
 
 
-def frac_prepared_width(
+def prepared_width(
     h: Tensor, prepared: Prepared, p: Operands, norm: NormWeights | None
 ) -> tuple[Tensor, Handover] | None:
-    """`frac_width` of a boundary's h', where its values are there already; None if parameters have others by now."""
+    """`width` of a boundary's h', where its values are there already; None if parameters have others by now."""
     if prepared.values != _values(p, norm):
         return None
-    x, beta, mixed = _PreparedWidth.apply(h, prepared, *p, *_norm_values(norm))
+    x, beta, mixed = _PreparedWidth.apply(h, prepared, *p, *norm_values(norm))
     return x, Handover(beta, prepared.alpha, mixed, "triton")
 
 
@@ -87,7 +87,7 @@ def _values(p: Operands, norm: NormWeights | None) -> tuple[Any, ...]:
     return values_of(*p.parameters, *((None, None) if norm is None else (norm.weight, norm.bias)))
 
 
-def _norm_values(norm: NormWeights | None) -> tuple[Any, ...]:
+def norm_values(norm: NormWeights | None) -> tuple[Any, ...]:
     return (
         (None, None, "none", 1.0, False)
         if norm is None
@@ -95,7 +95,7 @@ def _norm_values(norm: NormWeights | None) -> tuple[Any, ...]:
     )
 
 
-def _norm(values: tuple[Any, ...]) -> NormWeights | None:
+def norm_of(values: tuple[Any, ...]) -> NormWeights | None:
     weight, bias, kind, eps, one_plus = values
     return None if kind == "none" else NormWeights(kind, weight, bias, eps, one_plus)
 
@@ -106,16 +106,21 @@ def _kernels() -> ModuleType:
     return launch
 
 
-def _coefficients_like(h: Tensor, rate: int) -> tuple[Tensor, Tensor, Tensor]:
+def coefficients_like(h: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens, dtype = prod(h.shape[:-1]), torch.promote_types(h.dtype, torch.float32)
-    return h.new_empty(tokens, rate, dtype=dtype), h.new_empty(tokens, rate * rate, dtype=dtype), without_storage(h)
+    return h.new_empty(tokens, slots, dtype=dtype), h.new_empty(tokens, slots * slots, dtype=dtype), without_storage(h)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
+def input_like(h: Tensor, p: AnyOperands) -> Tensor:
+    """x of a stream [..., n*c], [..., d]."""
+    return h.new_empty(*h.shape[:-1], h.shape[-1] // p.slots * p.fractions)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _present(tensors: Any) -> list[Tensor]:
+def present(tensors: Any) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -123,14 +128,14 @@ def _present(tensors: Any) -> list[Tensor]:
 
 
 def _width_impl(h: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p, norm, want_x = Operands(*values[:N_OPERANDS]), _norm(values[N_OPERANDS:-1]), values[-1]
+    p, norm, want_x = Operands(*values[:N_OPERANDS]), norm_of(values[N_OPERANDS:-1]), values[-1]
     x, beta, alpha = _kernels().width_forward(h.contiguous(), p, norm, want_x)
     return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
 
 
 def _width_fake(h: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = torch.empty_like(h, memory_format=torch.contiguous_format) if values[-1] else h.new_empty(0)
-    return x, *_coefficients_like(h, values[N_PARAMETERS])
+    p = Operands(*values[:N_OPERANDS])
+    return input_like(h, p) if values[-1] else h.new_empty(0), *coefficients_like(h, p.slots)
 
 
 def _width_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -164,9 +169,9 @@ def _placed(gradients: list[Tensor], tensors: list[Any], normed: bool) -> tuple[
 def _width_backward_impl(
     g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *values: Any
 ) -> list[Tensor]:
-    p, norm = Operands(*values[:N_OPERANDS]), _norm(values[N_OPERANDS:])
-    g, gradients = _kernels().width_backward(*map(_contiguous, (g_x, g_beta, g_mixed)), h.contiguous(), p, norm)
-    return [g, *_present(gradients)]
+    p, norm = Operands(*values[:N_OPERANDS]), norm_of(values[N_OPERANDS:])
+    g, gradients = _kernels().width_backward(*map(contiguous, (g_x, g_beta, g_mixed)), h.contiguous(), p, norm)
+    return [g, *present(gradients)]
 
 
 def _width_backward_fake(
@@ -174,7 +179,7 @@ def _width_backward_fake(
 ) -> list[Tensor]:
     norm = values[N_OPERANDS : N_OPERANDS + 2] if g_x is not None else ()
     stream = torch.empty_like(h, memory_format=torch.contiguous_format)
-    return [stream, *(torch.empty_like(tensor) for tensor in _present((*values[:N_PARAMETERS], *norm)))]
+    return [stream, *(torch.empty_like(tensor) for tensor in present((*values[:N_PARAMETERS], *norm)))]
 
 
 # Depth connection.
@@ -182,7 +187,7 @@ def _width_backward_fake(
 
 def _depth_impl(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor, mixed: Tensor, *values: Any) -> Tensor:
     launch = _kernels()
-    depth = launch.DepthInputs(*map(_contiguous, (o, h, beta, alpha)), *values)
+    depth = launch.DepthInputs(*map(contiguous, (o, h, beta, alpha)), *values)
     return launch.depth_forward(depth)
 
 
@@ -205,11 +210,11 @@ def _depth_grad(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 def _depth_backward_impl(g: Tensor, o: Tensor, beta: Tensor, *values: Any) -> list[Tensor]:
     launch = _kernels()
     depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, *values)
-    return _present(launch.depth_backward(g.contiguous(), depth))
+    return present(launch.depth_backward(g.contiguous(), depth))
 
 
 def _depth_backward_fake(g: Tensor, o: Tensor, beta: Tensor, bias: Tensor | None, *_: Any) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _present((o, beta, bias))]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in present((o, beta, bias))]
 
 
 # Boundary.
@@ -217,16 +222,17 @@ def _depth_backward_fake(g: Tensor, o: Tensor, beta: Tensor, bias: Tensor | None
 
 def _boundary_impl(*values: Any) -> tuple[Tensor, ...]:
     o, h, beta, alpha, _, bias, seed, dropout = values[:_N_DEPTH]
-    p, norm = Operands(*values[_N_DEPTH : _N_DEPTH + N_OPERANDS]), _norm(values[_N_DEPTH + N_OPERANDS :])
+    p, norm = Operands(*values[_N_DEPTH : _N_DEPTH + N_OPERANDS]), norm_of(values[_N_DEPTH + N_OPERANDS :])
     launch = _kernels()
-    depth = launch.DepthInputs(*map(_contiguous, (o, h, beta, alpha)), bias, seed, dropout)
+    depth = launch.DepthInputs(*map(contiguous, (o, h, beta, alpha)), bias, seed, dropout)
     results: tuple[Tensor, ...] = launch.boundary_forward(depth, p, norm)
     return results
 
 
 def _boundary_fake(*values: Any) -> tuple[Tensor, ...]:
     stream = torch.empty_like(values[1], memory_format=torch.contiguous_format)
-    return stream, torch.empty_like(stream), *_coefficients_like(stream, values[_N_DEPTH + N_PARAMETERS])[:2]
+    p = Operands(*values[_N_DEPTH : _N_DEPTH + N_OPERANDS])
+    return stream, input_like(stream, p), *coefficients_like(stream, p.slots)[:2]
 
 
 class _BoundaryDepth(torch.autograd.Function):
@@ -291,12 +297,12 @@ class _PreparedWidth(torch.autograd.Function):
 
 def _boundary_backward_impl(g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
     o, beta, bias, seed, dropout = values[:5]
-    p, norm = Operands(*values[5 : 5 + N_OPERANDS]), _norm(values[5 + N_OPERANDS :])
+    p, norm = Operands(*values[5 : 5 + N_OPERANDS]), norm_of(values[5 + N_OPERANDS :])
     launch = _kernels()
     depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, bias, seed, dropout)
-    incoming = map(_contiguous, (g_x, g_beta, g_mixed))
+    incoming = map(contiguous, (g_x, g_beta, g_mixed))
     g, gradients, g_o, g_before = launch.boundary_backward(*incoming, h.contiguous(), depth, p, norm)
-    return [g, g_o, g_before, *_present(gradients)]
+    return [g, g_o, g_before, *present(gradients)]
 
 
 def _boundary_backward_fake(g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
@@ -304,10 +310,10 @@ def _boundary_backward_fake(g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *val
     site = values[5:]
     norm = site[N_OPERANDS : N_OPERANDS + 2] if g_x is not None else ()
     streams = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (h, o, beta)]
-    return [*streams, *(torch.empty_like(tensor) for tensor in _present((*site[:N_PARAMETERS], *norm, bias)))]
+    return [*streams, *(torch.empty_like(tensor) for tensor in present((*site[:N_PARAMETERS], *norm, bias)))]
 
 
-def _define(name: str, schema: str, implementation: Any, fake: Any, setup: Any = None, backward: Any = None) -> Any:
+def define(name: str, schema: str, implementation: Any, fake: Any, setup: Any = None, backward: Any = None) -> Any:
     op = torch.library.custom_op(f"megatron_fc::{name}", implementation, mutates_args=(), schema=schema)
     op.register_fake(fake)
     if backward is not None:
@@ -317,36 +323,36 @@ def _define(name: str, schema: str, implementation: Any, fake: Any, setup: Any =
 
 _INCOMING = "Tensor? g_x, Tensor? g_beta, Tensor? g_mixed"
 _BEFORE = "Tensor o, Tensor beta, Tensor? bias, Tensor? seed, float dropout"
-_width_backward = _define(
+_width_backward = define(
     "frac_width_backward",
-    f"({_INCOMING}, Tensor h, {_SITE}, {_NORM}) -> Tensor[]",
+    f"({_INCOMING}, Tensor h, {_SITE}, {NORM}) -> Tensor[]",
     _width_backward_impl,
     _width_backward_fake,
 )
-_width = _define(
+_width = define(
     "frac_width",
-    f"(Tensor h, {_SITE}, {_NORM}, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor h, {_SITE}, {NORM}, bool want_x) -> (Tensor, Tensor, Tensor, Tensor)",
     _width_impl,
     _width_fake,
     _width_context,
     _width_grad,
 )
-_depth_backward = _define(
+_depth_backward = define(
     "frac_depth_backward",
     f"(Tensor g, {_BEFORE}) -> Tensor[]",
     _depth_backward_impl,
     _depth_backward_fake,
 )
-_depth = _define("frac_depth", f"({_DEPTH}) -> Tensor", _depth_impl, _depth_fake, _depth_context, _depth_grad)
-_boundary_backward = _define(
+_depth = define("frac_depth", f"({_DEPTH}) -> Tensor", _depth_impl, _depth_fake, _depth_context, _depth_grad)
+_boundary_backward = define(
     "frac_boundary_backward",
-    f"({_INCOMING}, Tensor h, {_BEFORE}, {_SITE}, {_NORM}) -> Tensor[]",
+    f"({_INCOMING}, Tensor h, {_BEFORE}, {_SITE}, {NORM}) -> Tensor[]",
     _boundary_backward_impl,
     _boundary_backward_fake,
 )
-_boundary = _define(
+_boundary = define(
     "frac_boundary",
-    f"({_DEPTH}, {_SITE}, {_NORM}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_DEPTH}, {_SITE}, {NORM}) -> (Tensor, Tensor, Tensor, Tensor)",
     _boundary_impl,
     _boundary_fake,
 )

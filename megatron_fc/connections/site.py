@@ -1,19 +1,33 @@
-"""Site: what the modules of all kinds have in common, and how they run on torch operations."""
+"""Site: what the modules of all kinds have in common, and how they run, on the kernels or on torch operations."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fc.connections import eager_autograd, ends
+from megatron_fc.connections import eager_autograd, ends, ops, ops_on_manifold
+from megatron_fc.connections.backend import choose_backend
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.fp32 import Fp32Parameters
 from megatron_fc.connections.handover import Handover
-from megatron_fc.connections.operands import AnyOperands
+from megatron_fc.connections.norm import NormWeights, norm_weights
+from megatron_fc.connections.operands import AnyOperands, Operands
+from megatron_fc.connections.ops import Prepared
+from megatron_fc.connections.recompute import recomputed
 from megatron_fc.errors import UserError
+
+
+class PendingDepth(NamedTuple):
+    """A depth connection still to be made, as `Site.depth` takes it."""
+
+    o: Tensor
+    h: Tensor
+    handover: Handover
+    bias: Tensor | None = None
+    dropout: float = 0.0
 
 
 class Site(Fp32Parameters, ABC):
@@ -26,10 +40,13 @@ class Site(Fp32Parameters, ABC):
 
     Attributes:
         seed: of the random initial values; None draws them from torch's own generator.
+        makes_boundaries: the kernels can make the stream that a site is given along with its result.
 
     Raises:
         UserError: the number of fractions does not divide the hidden size.
     """
+
+    makes_boundaries: ClassVar[bool] = True
 
     def __init__(self, hidden_size: int, config: ConnectionConfig, sub_layer: int = 0) -> None:
         super().__init__()
@@ -83,24 +100,73 @@ class Site(Fp32Parameters, ABC):
             raise UserError("the learned leave belongs to the network, not to a site: use config.build_leave()")
         return ends.mean(h, self.config)
 
-    def forward(self, h: Tensor, norm: Callable[[Tensor], Tensor] | None = None, hand_over: bool = False) -> Any:
+    def forward(
+        self,
+        h: "Tensor | PendingDepth",
+        norm: Callable[[Tensor], Tensor] | None = None,
+        hand_over: bool = False,
+        prepared: Prepared | None = None,
+    ) -> Any:
         """Width connection: stream [..., n*c] -> sub-layer input [..., d].
 
+        Frameworks call the module, never `width` alone: hooks on the module (overlapped parameter gathers of
+        data parallelism) have then run before the parameters are read.
+
         Args:
-            h: the stream.
-            norm: the sub-layer's norm, applied to the result.
+            h: the stream; or the depth connection that is to make it, in the same pass (`makes_boundaries`).
+            norm: the sub-layer's norm, applied to the result: in the same pass where it hands out its weights and a
+                kernel can apply them, else called; with `recompute` its input is not kept for backward.
             hand_over: also return what `depth` can take over instead of looking at h again.
+            prepared: what a `PendingDepth` that made h has prepared.
 
         Returns:
-            x; with `hand_over` (x, handover).
+            x; with `hand_over` (x, handover); for a `PendingDepth` (h, prepared).
 
         Raises:
-            UserError: the last dimension is not the stream's width or not contiguous.
+            UserError: the last dimension is not the stream's width or not contiguous, a parameter has 16 bits, or the
+                backend cannot run.
         """
+        if isinstance(h, PendingDepth):
+            return self._boundary(h, norm)
         self._check_stream(h)
-        x, handover = eager_autograd.width(h, self.operands())
-        x = x if norm is None else norm(x)
+        backend = choose_backend(self.config, h)
+        weights = norm_weights(norm, h) if backend == "triton" else None
+        behind = norm if weights is None else None
+
+        def width(h: Tensor, prepared: Prepared | None = None) -> tuple[Tensor, Handover]:
+            x, handover = self._width(h, backend, weights, prepared)
+            return x if behind is None else behind(x), handover
+
+        x, handover = recomputed(width, h) if self.config.recompute else width(h, prepared)
         return (x, handover) if hand_over else x
+
+    def applies_norm(self, norm: Callable[[Tensor], Tensor], h: Tensor) -> bool:
+        """Whether `forward` makes no x to apply a norm to, but applies it in the same pass."""
+        return choose_backend(self.config, h) == "triton" and norm_weights(norm, h) is not None
+
+    def _width(
+        self,
+        h: Tensor,
+        backend: str,
+        norm: NormWeights | None = None,
+        prepared: Prepared | None = None,
+        want_x: bool = True,
+    ) -> tuple[Tensor, Handover]:
+        p = self.operands()
+        if backend == "torch":
+            return eager_autograd.width(h, p, want_x)
+        if not isinstance(p, Operands):
+            return ops_on_manifold.width(h, p, norm, want_x)
+        made = None if prepared is None else ops.prepared_width(h, prepared, p, norm)
+        return ops.width(h, p, norm, want_x) if made is None else made
+
+    def _boundary(self, pending: PendingDepth, norm: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Prepared]:
+        o, h, handover, bias, dropout = pending
+        self._check_stream(h)
+        self._check_output(o, h)
+        p = self.operands()
+        assert isinstance(p, Operands)
+        return ops.boundary(o, h, handover, bias, dropout_seed(h, dropout), dropout, p, norm_weights(norm, h))
 
     def width(self, h: Tensor) -> Tensor:
         """The width connection; the same as calling the module."""
@@ -136,9 +202,11 @@ class Site(Fp32Parameters, ABC):
 
     def _handover(self, h: Tensor) -> Handover:
         """What the width connection hands over, without its x."""
-        return eager_autograd.width(h, self.operands(), want_x=False)[1]
+        return self._width(h, choose_backend(self.config, h), want_x=False)[1]
 
     def _depth(self, o: Tensor, h: Tensor, handover: Handover, bias: Tensor | None, dropout: float) -> Tensor:
+        if handover.backend == "triton":
+            return ops.depth(o, h, handover, bias, dropout_seed(h, dropout), dropout)
         return eager_autograd.depth(biased(o, h, bias, dropout), h, handover)
 
     def extra_repr(self) -> str:
@@ -166,6 +234,12 @@ def biased(o: Tensor, h: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     check_dropout(dropout)
     o = o.to(h.dtype) if bias is None else o.to(h.dtype) + bias.to(h.dtype)
     return F.dropout(o, dropout)
+
+
+def dropout_seed(h: Tensor, dropout: float) -> Tensor | None:
+    """Draw a seed from the device's generator: without waiting for it, and again where its state is restored."""
+    check_dropout(dropout)
+    return torch.randint(2**31 - 1, (1,), device=h.device) if dropout > 0 else None
 
 
 def check_dropout(dropout: float) -> None:

@@ -84,9 +84,15 @@ class Link:
         with self.in_place_of(h) as also_of:
             if observed(self._site):
                 return self._norm(self._site(h)), None
-            x, handover = self._site(h, hand_over=True)
-            also_of(x)
-            return self._norm(x), handover
+            if self._site.applies_norm(self._norm, h):
+                x, handover = self._site(h, self._norm, hand_over=True)
+            else:
+                x, handover = self._site(h, hand_over=True)
+                also_of(x)
+                x = self._norm(x)
+        if handover.backend == "triton":  # where coefficients alone come from another kernel, which may round otherwise
+            self._handover = handover.detached
+        return x, handover
 
     def describes(self, h: Tensor) -> bool:
         """Whether h, or a view of it, is still what it was when the link was made."""

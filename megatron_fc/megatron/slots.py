@@ -32,13 +32,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.frac import PendingDepth
 from megatron_fc.connections.handover import Handover
 from megatron_fc.connections.norm import HandsOutWeights
 from megatron_fc.connections.observers import observed
 from megatron_fc.connections.ops import Prepared
 from megatron_fc.connections.parcel import Parcel
-from megatron_fc.connections.site import biased
+from megatron_fc.connections.site import PendingDepth, biased
 from megatron_fc.connections.stream_recompute import Link, Written
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norms import hand_out_weights
@@ -210,7 +209,7 @@ class NormSlot(TakesPlainNames, MegatronModule):
     @property
     def takes_boundary(self) -> bool:
         """Whether the kernels can make this slot's result along with the stream."""
-        kernels_can = isinstance(self.norm, (IdentityOp, HandsOutWeights))
+        kernels_can = self.connection.makes_boundaries and isinstance(self.norm, (IdentityOp, HandsOutWeights))
         return kernels_can and self.is_handing_over and not observed(self.norm)
 
     def __getattr__(self, name: str) -> Any:
@@ -260,7 +259,7 @@ class AddSlot(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(training, o, h)):
             handover, link = norm.handover.take(h), norm.link.take(h)
             kernels = handover if handover is not None and handover.backend == "triton" else None
-            if kernels is not None and self._following and self._in_one_pass():
+            if kernels is not None and link is None and self._following and self._in_one_pass():
                 [following] = self._following
                 pending = PendingDepth(o, h, kernels, bias, dropout)
                 # The connection itself is called, since the slot has no parameters whose gathers wait for its call.

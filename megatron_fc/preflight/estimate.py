@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.config import FracConfig
-from megatron_fc.connections.kernels.availability import TRITON_RATES, unknown_option
+from megatron_fc.connections.kernels.availability import without_kernels
 from megatron_fc.errors import UserError
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.plan import Plan
@@ -157,9 +156,7 @@ def _is_flash(args: Namespace) -> bool:
 
 def _is_fused(connection: ConnectionConfig) -> bool:
     """Whether there are kernels for it, which the machines of the run are taken to have."""
-    if not isinstance(connection, FracConfig) or connection.backend == "torch":
-        return False
-    return connection.rate in TRITON_RATES and unknown_option(connection) is None
+    return connection.backend != "torch" and without_kernels(connection) is None
 
 
 def _unfused(shape: Shape, training: Training) -> Iterator[str]:
@@ -175,7 +172,7 @@ def _recompute(args: Namespace, connection: ConnectionConfig | None) -> Recomput
         modules=modules,
         method=args.recompute_method or "uniform",
         layers=args.recompute_num_layers or 1,
-        connections=isinstance(connection, FracConfig) and connection.recompute,
+        connections=connection is not None and connection.recompute,
         stream_layers=connection.stream_layers if connection else 0,
     )
 

@@ -9,34 +9,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fc import FracConfig, FracConnection, UserError
-from megatron_fc.connections.backend import backend_on
-from megatron_fc.connections.kernels.availability import triton_obstacle, unknown_option
+from megatron_fc import FracConfig, FracConnection, HyperConfig, ManifoldConfig, UserError
+from megatron_fc.connections.backend import backend_of
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.kernels.availability import triton_obstacle, without_kernels
 from support import under_compile
 from support.patience import PATIENCE
 
 
-def test_auto_takes_triton_on_cuda_and_torch_elsewhere() -> None:
-    assert backend_on("auto", 4, "cuda") == ("triton", "fused kernels")
-    chosen, reason = backend_on("auto", 4, "cpu")
+@pytest.mark.parametrize("kind", [FracConfig, HyperConfig, ManifoldConfig])
+def test_auto_takes_triton_on_cuda_and_torch_elsewhere(kind: type[ConnectionConfig]) -> None:
+    assert backend_of(kind(), "cuda") == ("triton", "fused kernels")
+    chosen, reason = backend_of(kind(), "cpu")
     assert chosen == "torch"
     assert "tensors are on cpu" in reason
-    assert backend_on("torch", 4, "cuda")[0] == "torch"
+    assert backend_of(kind.from_dict({"backend": "torch"}), "cuda")[0] == "torch"
 
 
-@pytest.mark.parametrize("rate", [3, 16])
-def test_rates_without_a_kernel(rate: int) -> None:
-    assert backend_on("auto", rate, "cuda")[0] == "torch"
-    with pytest.raises(UserError, match=f"the kernels are for rate 1, 2, 4, 8, not {rate}; set backend=auto"):
-        backend_on("triton", rate, "cuda")
+@pytest.mark.parametrize("count", [3, 16])
+@pytest.mark.parametrize("kind", [FracConfig, HyperConfig, ManifoldConfig])
+def test_slots_without_a_kernel(kind: type[ConnectionConfig], count: int) -> None:
+    name = kind.slots_option
+    config = kind.from_dict({name: count})
+    assert backend_of(config, "cuda")[0] == "torch"
+    with pytest.raises(UserError, match=f"the kernels are for {name} 1, 2, 4, 8, not {count}; set backend=auto"):
+        backend_of(kind.from_dict({name: count, "backend": "triton"}), "cuda")
 
 
 @pytest.mark.parametrize("option", ["norm_affine", "dynamic_beta", "dynamic_alpha"])
 def test_options_without_a_kernel(option: str) -> None:
     config = FracConfig(**{option: False})  # type: ignore[arg-type]
-    assert unknown_option(FracConfig()) is None
-    chosen, reason = backend_on("auto", 4, "cuda", option=unknown_option(config))
-    assert (chosen, reason) == ("torch", f"the kernels do not have {option}=False")
+    assert without_kernels(FracConfig()) is None
+    assert backend_of(config, "cuda") == ("torch", f"the kernels do not have {option}=False")
     with pytest.raises(UserError, match=f"backend=triton cannot run: the kernels do not have {option}=False"):
         FracConnection(64, replace(config, backend="triton"))(torch.randn(2, 64, device="meta"))
 
@@ -48,7 +52,7 @@ def test_triton_on_cpu_tensors_is_an_error() -> None:
 
 
 def test_double_precision_has_no_kernel() -> None:
-    assert "not torch.float64" in str(triton_obstacle(4, "cuda", torch.float64))
+    assert "not torch.float64" in str(triton_obstacle("cuda", torch.float64))
 
 
 def test_unknown_backend() -> None:
@@ -62,7 +66,7 @@ def test_it_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         site.depth(site(h := torch.randn(2, 48)), h)
         site(h)
     assert [record.message for record in caplog.records] == [
-        "Frac-Connections run on torch: "
+        "dfc_x6 connections run on torch: "
         "tensors are on cpu, Triton needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
     ]
 

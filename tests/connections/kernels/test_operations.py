@@ -16,10 +16,10 @@ import torch
 from laboratory.emulator.driver import Emulator
 from megatron_fc import FracConfig, FracConnection, UserError
 from megatron_fc.connections import ops
-from megatron_fc.connections.frac import PendingDepth
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.norm import HandsOutWeights, NormWeights
 from megatron_fc.connections.per_slot import PerSlotParameters
+from megatron_fc.connections.site import PendingDepth
 from support import kernel_reference
 from support.isolation import RMSNorm, stays_alone
 from support.kernel_cases import FP32, HALF, check
@@ -98,9 +98,9 @@ def test_custom_ops_pass_opcheck(dynamic: bool, monkeypatch: pytest.MonkeyPatch)
     p = FracConnection(64, config).operands()
     norm = NormWeights("layernorm", torch.randn(64, requires_grad=True), torch.randn(64, requires_grad=True), 1e-5)
     h, o, bias = torch.randn(5, 64), torch.randn(5, 64, requires_grad=True), torch.randn(64, requires_grad=True)
-    site = (*p, *ops._norm_values(norm))
+    site = (*p, *ops.norm_values(norm))
     torch.library.opcheck(ops._width, (h.clone().requires_grad_(), *site, True))
-    _, handover = ops.frac_width(h, p, norm)
+    _, handover = ops.width(h, p, norm)
     beta, alpha, mixed = (t.detach() for t in handover.tensors)
     beta, mixed = beta.requires_grad_(), mixed.requires_grad_()
     depth = (o, h, beta, alpha, mixed, bias, torch.tensor([7]), 0.25)
@@ -332,11 +332,11 @@ def test_launches_of_sites(bias: bool, emulator: Emulator) -> None:
     outputs: list[torch.Tensor] = []
 
     def forward() -> None:
-        x, handover = ops.frac_width(h, one.operands(), norms[0])
-        following, prepared = ops.frac_boundary(o, h, handover, biases[0], None, 0.0, other.operands(), norms[1])
-        later = ops.frac_prepared_width(following, prepared, other.operands(), norms[1])
+        x, handover = ops.width(h, one.operands(), norms[0])
+        following, prepared = ops.boundary(o, h, handover, biases[0], None, 0.0, other.operands(), norms[1])
+        later = ops.prepared_width(following, prepared, other.operands(), norms[1])
         assert later is not None
-        outputs.extend((x, later[0], ops.frac_depth(after, following, later[1], biases[1])))
+        outputs.extend((x, later[0], ops.depth(after, following, later[1], biases[1])))
 
     assert launches(emulator, forward) == {"width_forward_kernel": 2, "depth_forward_kernel": 1}
     weights = [norm.weight for norm in norms] + [b for b in biases if b is not None]
