@@ -70,8 +70,11 @@ class ConnectionConfig(ABC):
 
     @property
     def applies_norm(self) -> bool:
-        """Whether the width connection is to apply a sub-layer's norm that a projection could apply, too."""
-        return False
+        """Whether the width connection is to apply a sub-layer's norm that a projection could apply, too.
+
+        Inside a projection a norm keeps its input, which a kernel never writes and `stream_layers` is to spare.
+        """
+        return True
 
     @property
     def description(self) -> str:

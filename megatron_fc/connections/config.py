@@ -167,11 +167,6 @@ class HyperConfig(ConnectionConfig):
             )
 
     @property
-    def applies_norm(self) -> bool:
-        """Inside a projection a norm keeps its input, which `stream_layers` is to spare."""
-        return self.stream_layers > 0
-
-    @property
     def label(self) -> str:
         """``dhc_x4``, ``shc_x4``, or with two fractions ``dhc_x4_m2``."""
         between = f"_m{self.fractions}" if self.fractions > 1 else ""
@@ -236,11 +231,6 @@ class ManifoldConfig(ConnectionConfig):
     def __post_init__(self) -> None:
         check_values(self)
         on_manifold.check_options(self)
-
-    @property
-    def applies_norm(self) -> bool:
-        """Inside a projection a norm keeps its input, which `stream_layers` is to spare."""
-        return self.stream_layers > 0
 
     @property
     def label(self) -> str:

@@ -140,7 +140,7 @@ class Site(Fp32Parameters, ABC):
         x, handover = recomputed(width, h) if self.config.recompute else width(h, prepared)
         return (x, handover) if hand_over else x
 
-    def applies_norm(self, norm: Callable[[Tensor], Tensor], h: Tensor) -> bool:
+    def takes_norm(self, norm: Callable[[Tensor], Tensor], h: Tensor) -> bool:
         """Whether `forward` makes no x to apply a norm to, but applies it in the same pass."""
         return choose_backend(self.config, h) == "triton" and norm_weights(norm, h) is not None
 

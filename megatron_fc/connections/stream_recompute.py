@@ -84,7 +84,7 @@ class Link:
         with self.in_place_of(h) as also_of:
             if observed(self._site):
                 return self._norm(self._site(h)), None
-            if self._site.applies_norm(self._norm, h):
+            if self._site.takes_norm(self._norm, h):
                 x, handover = self._site(h, self._norm, hand_over=True)
             else:
                 x, handover = self._site(h, hand_over=True)

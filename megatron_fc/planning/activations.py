@@ -10,6 +10,7 @@ r rows, one but for a connection that widens it. A norm keeps 4 bytes of statist
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
+from megatron_fc.connections.config import ManifoldConfig
 from megatron_fc.connections.costs import eager_memory
 from megatron_fc.connections.costs.traffic import Stream, beta_bytes
 from megatron_fc.planning.layout import Layout
@@ -97,10 +98,19 @@ def logits(shape: Shape, training: Training, layout: Layout) -> float:
 
 
 def connection_backward(shape: Shape, training: Training, layout: Layout) -> float:
-    """Bytes that a connection holds while its torch operations run backward; fused kernels hold none."""
-    if shape.connection is None or training.fused_connections:
+    """Bytes that a connection holds while its torch operations run backward; fused kernels hold none.
+
+    On a manifold the coefficients are torch's in any case.
+    """
+    stream = Stream(shape.width, training.element_bytes)
+    if shape.connection is None:
         return 0.0
-    per_token = eager_memory.width_backward(Stream(shape.width, training.element_bytes), shape.connection)
+    if not training.fused_connections:
+        per_token = eager_memory.width_backward(stream, shape.connection)
+    elif isinstance(shape.connection, ManifoldConfig):
+        per_token = eager_memory.coefficients_backward(stream, shape.connection)
+    else:
+        return 0.0
     return per_token * _sizes(shape, training, layout).own_tokens
 
 
@@ -197,6 +207,9 @@ def _connections(shape: Shape, training: Training, sizes: _Sizes, moe: bool) -> 
             kept.append(Kept(f"other rows of the stream before {name}", "connections", beyond, ("stream",)))
         kept.append(Kept(f"output of {name}", "connections", sizes.row))
         kept.append(Kept(f"beta of {name}", "connections", beta))
+        if training.fused_connections and training.recompute.stream_layers:
+            alpha = _FP32 * shape.connection.slots**2 * sizes.own_tokens
+            kept.append(Kept(f"alpha of {name}", "connections", alpha))
         if not in_kernel and not training.recompute.connections:
             freed_by = ("layernorm", "stream") if apart else ("layernorm",)
             kept.append(Kept(f"input of {name} before its norm", "connections", sizes.row, freed_by))

@@ -7,11 +7,14 @@ Every operation reads its inputs and writes its outputs once. What connects sub-
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from megatron_fc.connections.costs.eager_traffic import torch_backend
+from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.connections.config import ManifoldConfig
+from megatron_fc.connections.costs.eager_traffic import mixing_kernels, torch_backend
 from megatron_fc.connections.costs.traffic import (
     Moves,
     Stream,
     Traffic,
+    depth,
     fused_residual,
     layer_in_two_operations,
     layer_pure,
@@ -193,20 +196,34 @@ def connection_moves(shape: Shape, training: Training, moe: bool, in_a_row: floa
     if connection is None:
         moves = fused_residual(stream) if training.fused_residual else residual(stream)
         return moves + _again(norm(stream)) * (freed * apart)
-    times = freed + training.recompute.connections
-    if not training.fused_connections:
-        moves = torch_backend(stream, connection)
-        again = _again(moves) * (times / 2)  # width connections and norms are about half of it
-        if "stream" in training.recompute.freed:
-            again += _again(moves + norm(stream) * -2)
-        return moves + again
-    if freed:  # the norm slot's tensors, and with them what the depth connection would take over
-        moves = layer_pure(stream, connection)
-    elif training.recompute.connections:
-        moves = layer_in_two_operations(stream, connection)
-    else:
-        moves = layers_in_a_row(stream, connection, 1 if training.recompute.granularity == "full" else in_a_row)
-    return moves + norm(stream) * (2 - apart) + _again(width_norm(stream, connection)) * (2 * times)
+    if training.fused_connections:
+        moves, widths = _fused(stream, connection, training, in_a_row)
+        again = _again(widths) * (freed + training.recompute.connections)
+        if "stream" in training.recompute.freed:  # the coefficients are kept
+            again = _again(depth(stream, connection)) * 2
+        return moves + norm(stream) * (2 - apart) + again
+    moves = torch_backend(stream, connection)
+    # Width connections and norms are about half of it.
+    again = _again(moves) * ((freed + training.recompute.connections) / 2)
+    if "stream" in training.recompute.freed:
+        again += _again(moves + norm(stream) * -2)
+    return moves + again
+
+
+def _fused(
+    stream: Stream, connection: ConnectionConfig, training: Training, in_a_row: float
+) -> tuple[Moves, Moves]:
+    """A layer as the kernels run it, its norms in the same pass; and its width connections alone."""
+    if isinstance(connection, ManifoldConfig):
+        moves = mixing_kernels(stream, connection)
+        return moves, moves + depth(stream, connection) * -2
+    widths = width_norm(stream, connection) * 2
+    if "layernorm" in training.recompute.freed:  # the norm slot's tensors, with what the depth connection would take
+        return layer_pure(stream, connection), widths
+    if training.recompute.connections or "stream" in training.recompute.freed:
+        return layer_in_two_operations(stream, connection), widths
+    in_a_row = 1 if training.recompute.granularity == "full" else in_a_row
+    return layers_in_a_row(stream, connection, in_a_row), widths
 
 
 def _again(moves: Moves) -> Moves:

@@ -139,7 +139,7 @@ class Training:
         flash: attention keeps no scores; False is Megatron's unfused one.
         norms_apart: which sub-layers' norms are modules of their own, and not Transformer Engine's part of the product
             behind them: of attention, dense MLP, MoE.
-        fused_connections: Frac-Connections run as fused kernels, which apply the norms apart in the same pass;
+        fused_connections: connections run as fused kernels, which apply the norms apart in the same pass;
             fused_residual: plain residuals use Megatron's `fused_residual_rmsnorm`.
         overlap_grad_reduce, overlap_param_gather, overlap_tensor, overlap_experts: which communication Megatron lets
             run beside computation: data-parallel, tensor-parallel, the experts' all-to-all.

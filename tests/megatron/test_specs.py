@@ -58,7 +58,7 @@ def test_a_sub_layer_asks_for_its_backend_once(recompute: bool, monkeypatch: pyt
         asked.append(config)
         return choose_backend(config, stream)
 
-    monkeypatch.setattr("megatron_fc.connections.frac.choose_backend", ask)
+    monkeypatch.setattr("megatron_fc.connections.site.choose_backend", ask)
     model = tiny.build("dense", FracConfig(rate=4, recompute=recompute))
     tiny.loss(model, tiny.tokens()).backward()
     assert len(asked) == sum(isinstance(module, FracConnection) for module in model.modules())

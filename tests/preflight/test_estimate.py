@@ -476,9 +476,12 @@ def test_a_report_of_a_wider_stream(capsys: pytest.CaptureFixture[str]) -> None:
         "olmoe_7b dhc_x4 on 512 x H200",
         "connections 459,584",
         "stages exchange 8,192 values per token, 4 x hidden_size; a rank of the slowest sends 0.27 GB a step",
-        "note: dhc_x4 is planned as its torch operations run, without fused kernels",
     ):
         assert part in printed
+    assert "note:" not in printed
+    assert ask(*words, "backend=torch") == 0
+    said = "note: dhc_x4 is planned as its torch operations run, without fused kernels"
+    assert said in " ".join(capsys.readouterr().out.split())
     assert ask(*words, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["stream_width"] == 8192
@@ -538,7 +541,7 @@ def test_selective_recompute_without_modules_is_that_of_attention() -> None:
         (["connection=residual"], (False, False, True)),
         (["connection=dfc"], (True, True, True)),
         (["connection=dfc", "input_norm=projection"], (False, False, True)),
-        (["connection=dhc"], (False, False, True)),
+        (["connection=dhc"], (True, True, True)),
         (["connection=dhc", "stream_layers=4"], (True, True, True)),
         (["connection=residual", *HERE], (True, True, True)),
     ],
@@ -555,8 +558,9 @@ def test_norms_that_transformer_engine_takes_into_its_products(words: list[str],
         (["connection=dfc", "rate=16"], False),
         (["connection=dfc", "backend=torch"], False),
         (["connection=dfc", "norm_affine=false"], False),
-        (["connection=dhc"], False),
-        (["connection=mfc"], False),
+        (["connection=dhc"], True),
+        (["connection=dhc", "rate=3"], False),
+        (["connection=mfc"], True),
     ],
 )
 def test_connections_that_have_kernels(words: list[str], fused: bool) -> None:

@@ -49,11 +49,11 @@ def counted(emulator: Emulator) -> Iterator[Counter[int]]:
             cache.touch(addresses[programs == program], writes)
 
     before = emulator.options
-    emulator.options = replace(before, traffic=touch)
+    emulator.options, emulator.kept = replace(before, traffic=touch), []
     try:
         yield moved
     finally:
-        emulator.options = before
+        emulator.options, emulator.kept = before, None
 
 
 def of(moved: Counter[int], *tensors: torch.Tensor | None) -> int:

@@ -28,12 +28,14 @@ class Emulator:
         options: of every run; shared memory is as the kernel asks for it.
         edit: changes a kernel's PTX before it runs, given its name and text.
         launches: kernel names and what their runs took, in order.
+        kept: arguments of launches, where somebody asks by a list that no address stands for two tensors.
     """
 
     def __init__(self, arch: int = 90, options: Options | None = None) -> None:
         self.arch, self.options = arch, options or Options()
         self.edit: Callable[[str, str], str] = lambda name, text: text
         self.launches: list[tuple[str, Statistics]] = []
+        self.kept: list[Any] | None = None
         self.utils = _Utilities()
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
@@ -44,6 +46,8 @@ class Emulator:
             options = replace(emulator.options, shared=metadata.shared)
             took = run(emulator.edit(metadata.name, text), (x, y, z), metadata.num_warps, arguments, options)
             emulator.launches.append((metadata.name, took))
+            if emulator.kept is not None:
+                emulator.kept.append(rest)
 
         return launch
 

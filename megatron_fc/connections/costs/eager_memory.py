@@ -1,4 +1,4 @@
-"""Bytes that the torch backend holds for a moment, beside what waits for backward; rows alone, tables left out."""
+"""Bytes that torch operations hold for a moment, beside what waits for backward; rows alone, tables left out."""
 
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.costs.traffic import FP32, Stream
@@ -16,3 +16,13 @@ def width_backward(stream: Stream, config: ConnectionConfig) -> int:
     centred = getattr(config, "norm", None) == "layernorm" and bool(config.parameter_shapes(stream.width))
     in_fp32 = beside + slots + (slots if is_half else 0) + (slots if centred else 0)
     return FP32 * in_fp32 + stream.element_bytes * (beside + (slots if is_half else 0))
+
+
+def coefficients_backward(stream: Stream, config: ConnectionConfig) -> int:
+    """Peak per token of a width connection's backward whose coefficients torch predicts and a kernel mixes with.
+
+    Its gradients come in and the gradient of h goes out in the stream's dtype; h in fp32, what it gets through the
+    coefficients, and of a stream of 16 bits h itself.
+    """
+    slots = config.stream_width(stream.width)
+    return FP32 * 2 * slots + stream.element_bytes * (2 * slots + stream.width)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig
-from megatron_fc.connections.costs.traffic import FP32, Moves, Stream, Traffic, gradient_sum, norm
+from megatron_fc.connections.costs.traffic import FP32, Moves, Stream, Traffic, depth, gradient_sum, mixing, norm
 
 INDEX = 8  # bytes of an int64
 PerSlotConfig = FracConfig | HyperConfig
@@ -88,6 +88,19 @@ def torch_backend(stream: Stream, config: ConnectionConfig) -> Moves:
     s = _Sizes.of(stream, config)
     width = Moves(_torch_width_forward(s, config), _torch_width_backward(s, config), s.stream)
     return (width + norm(stream) + _torch_depth(s, config)) * 2
+
+
+def mixing_kernels(stream: Stream, config: ManifoldConfig) -> Moves:
+    """A layer of kernels on a manifold: torch operations predict the coefficients, the kernels mix with them.
+
+    Backward predicts again. What the stream gets through the coefficients is made in fp32 and added to its gradient.
+    """
+    s = _Sizes.of(stream, config)
+    forward = s.stream_upcast + _mapping(s, config) + Traffic(s.all, s.all)
+    backward = forward + Traffic(s.gamma + s.matrix, s.gamma + s.matrix) + Traffic(0, s.slots)
+    backward += _mapping_backward(s, config) + Traffic(s.slots + s.stream, s.stream)
+    predicted = Moves(forward, backward)
+    return (predicted + mixing(stream, config) + depth(stream, config)) * 2
 
 
 def _torch_width_forward(s: _Sizes, config: Config) -> Traffic:

@@ -222,6 +222,20 @@ def boundary(stream: Stream, config: ConnectionConfig) -> Moves:
     return depth(stream, config) + width_norm(stream, config) + Moves(once, once)
 
 
+def mixing(stream: Stream, config: ConnectionConfig) -> Moves:
+    """A width connection whose coefficients are given, with the sub-layer's norm in the same pass.
+
+    The rows of `width`; gamma comes in, in backward gamma and alpha, whose gradients go out.
+    """
+    row, site = stream.row, Site.of(stream, config)
+    gamma = FP32 * config.slots * config.fractions
+    return Moves(
+        Traffic(site.stream + gamma, row, stream.norm),
+        Traffic(2 * site.stream + row + gamma + site.alpha, site.stream + gamma + site.alpha, stream.norm, stream.norm),
+        site.stream,
+    )
+
+
 def layer_alone(stream: Stream, config: ConnectionConfig) -> Moves:
     """A layer alone as kernels run it: width, boundary, depth: 5r + 4 and 7r + 6 rows, of FC 9 + 13."""
     return width_norm(stream, config) + boundary(stream, config) + depth(stream, config)
