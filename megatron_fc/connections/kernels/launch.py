@@ -32,10 +32,10 @@ class Cut(NamedTuple):
     programs: int
 
 
-# The best of what was predicted (benchmarks/results/predicted-h200.md). Programs of one warp meet no barriers, and
-# registers leave room for many. A depth connection has few registers and many loads. Predictions take second reads for
-# hits; docs/kernels.md says where they may not be.
-WIDTH, WIDTH_BACKWARD, DEPTH = Cut(1, 64, 16), Cut(1, 32, 8), Cut(4, 32, 6)
+# As many warps as registers leave room for, and by what was predicted (benchmarks/results/predicted-h200.md). Programs of
+# one warp meet no barriers and are predicted within 10 points of these, but twice as many share the cache that holds
+# their tiles, whose second reads predictions take for hits. A depth connection has few registers and many loads.
+WIDTH, WIDTH_BACKWARD, DEPTH = Cut(2, 64, 8), Cut(2, 32, 4), Cut(4, 32, 6)
 if INTERPRETED:  # where time goes by operations, not by what they work on
     WIDTH, WIDTH_BACKWARD, DEPTH = Cut(8, 32, 1), Cut(8, 16, 1), Cut(8, 32, 1)
 # Of the launch that adds up what programs have summed: columns of the projection and of vectors [d], programs at once.
