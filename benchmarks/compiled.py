@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from laboratory.simulator import sass
+from megatron_fc import FracConfig
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
 from megatron_fc.connections.kernels.sums import Partial
@@ -93,10 +94,13 @@ def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
 def binary_of(name: str, width: int, rate: int, arch: int) -> tuple[Any, Site]:
     """What Triton made of a kernel, with its texts in `asm`, and what it was compiled for."""
     kernel, arguments = KERNELS[name]
-    stream = torch.empty(16, width, dtype=torch.bfloat16, device="meta")
+    config = FracConfig(rate=rate)
+    with torch.device("meta"):
+        stream = torch.empty(16, width, dtype=torch.bfloat16)
+        p = PerSlotParameters(**{name: torch.empty(s) for name, s in config.parameter_shapes(width).items()})
     norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
-    operands = Operands(*_P, rate, "rmsnorm", True, 1e-5) if "p" in arguments else None
-    site = launch.site_of(cut_of(name), stream, rate, operands, norm)
+    operands = Operands.of(p, config) if "p" in arguments else None
+    site = launch.site_of(cut_of(name), stream, config.slots, config.fractions, operands, norm)
     source = _source(kernel, arguments, site)
     options = {"num_warps": site.W, "num_stages": 1}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), site

@@ -210,9 +210,7 @@ def connection_moves(shape: Shape, training: Training, moe: bool, in_a_row: floa
     return moves + again
 
 
-def _fused(
-    stream: Stream, connection: ConnectionConfig, training: Training, in_a_row: float
-) -> tuple[Moves, Moves]:
+def _fused(stream: Stream, connection: ConnectionConfig, training: Training, in_a_row: float) -> tuple[Moves, Moves]:
     """A layer as the kernels run it, its norms in the same pass; and its width connections alone."""
     if isinstance(connection, ManifoldConfig):
         moves = mixing_kernels(stream, connection)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from megatron_fc import FracConfig, FracConnection, HyperConfig, ManifoldConfig, UserError
 from megatron_fc.connections.backend import backend_of
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.kernels.availability import triton_obstacle, without_kernels
+from megatron_fc.connections.kernels.availability import triton_obstacle
 from support import under_compile
 from support.patience import PATIENCE
 
@@ -34,15 +33,6 @@ def test_slots_without_a_kernel(kind: type[ConnectionConfig], count: int) -> Non
     assert backend_of(config, "cuda")[0] == "torch"
     with pytest.raises(UserError, match=f"the kernels are for {name} 1, 2, 4, 8, not {count}; set backend=auto"):
         backend_of(kind.from_dict({name: count, "backend": "triton"}), "cuda")
-
-
-@pytest.mark.parametrize("option", ["norm_affine", "dynamic_beta", "dynamic_alpha"])
-def test_options_without_a_kernel(option: str) -> None:
-    config = FracConfig(**{option: False})  # type: ignore[arg-type]
-    assert without_kernels(FracConfig()) is None
-    assert backend_of(config, "cuda") == ("torch", f"the kernels do not have {option}=False")
-    with pytest.raises(UserError, match=f"backend=triton cannot run: the kernels do not have {option}=False"):
-        FracConnection(64, replace(config, backend="triton"))(torch.randn(2, 64, device="meta"))
 
 
 def test_triton_on_cpu_tensors_is_an_error() -> None:

@@ -1,11 +1,11 @@
 """Options of connections, tolerances and checks for the kernels: interpreted, emulated and on a card."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig
 from megatron_fc.connections.kernels import launch
 from support import kernel_reference
 
@@ -30,7 +30,7 @@ CONFIGS = [
 ]
 
 
-def name(config: FracConfig) -> str:
+def name(config: FracConfig | HyperConfig) -> str:
     return f"{config.label}-{config.norm}-{'tanh' if config.tanh else 'linear'}-{'s' if config.scale else '1'}"
 
 
@@ -48,10 +48,24 @@ def check(case: kernel_reference.Case, tolerance: float) -> None:
     beta, alpha = case.coefficients
     depth = launch.DepthInputs(case.o, case.h, beta, alpha)
     assert kernel_reference.error(launch.depth_forward(depth), kernel_reference.depth(case)) < tolerance
-    g_o, g_beta, _ = launch.depth_backward(case.g_x, depth)
-    g, o = (t.double().unflatten(-1, (case.config.rate, -1)) for t in (case.g_x, case.o))
-    assert kernel_reference.error(g_o, (beta.double().unsqueeze(-1) * g).flatten(-2)) < tolerance
-    assert kernel_reference.error(g_beta, (g * o).sum(-1)) < tolerance
+    found_of_o_and_beta = launch.depth_backward(case.g_mixed, depth)[:2]
+    for one, expected in zip(found_of_o_and_beta, kernel_reference.depth_gradients(case), strict=True):
+        assert kernel_reference.error(one, expected) < tolerance
+
+
+def passes(case: kernel_reference.Case) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The site's four passes as `isolation.reaches_its_own_token` runs them."""
+
+    def run(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        h, site = given["h"], (case.operands, case.norm)
+        x, beta, alpha = launch.width_forward(h, *site)
+        assert x is not None
+        depth = launch.DepthInputs(given["o"], h, beta, alpha)
+        g_o, g_beta, _ = launch.depth_backward(given["g"], depth)
+        g_h, _ = launch.width_backward(given["g_x"], g_beta, given["g"], h, *site)
+        return {"x": x, "following": launch.depth_forward(depth), "g_h": g_h, "g_o": g_o}
+
+    return run
 
 
 def depth_inputs(case: kernel_reference.Case, dropout: bool) -> launch.DepthInputs:
@@ -59,7 +73,7 @@ def depth_inputs(case: kernel_reference.Case, dropout: bool) -> launch.DepthInpu
     depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
     if not dropout:
         return depth
-    return depth._replace(bias=case.g_mixed[0].clone(), seed=torch.tensor([7]), dropout=0.25)
+    return depth._replace(bias=case.g_x[0].clone(), seed=torch.tensor([7]), dropout=0.25)
 
 
 def boundary_and_parts(

@@ -3,7 +3,6 @@
 import torch
 
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.config import FracConfig, HyperConfig
 
 TRITON_SLOTS = (1, 2, 4, 8)
 # Where kernels run. The meta device runs none: shapes are all that is asked for. A driver for tensors of another device
@@ -12,19 +11,10 @@ DEVICES = frozenset({"cuda", "meta"})
 
 
 def without_kernels(config: ConnectionConfig) -> str | None:
-    """Say which part of a configuration the kernels do not have, None if they have all."""
-    if config.slots not in TRITON_SLOTS:
-        known = ", ".join(map(str, TRITON_SLOTS))
-        return f"the kernels are for {config.slots_option} {known}, not {config.slots}"
-    if not isinstance(config, FracConfig | HyperConfig):
+    """Say what of a configuration the kernels do not have, None if they have all."""
+    if config.slots in TRITON_SLOTS:
         return None
-    options = {
-        "norm_affine": config.norm_affine or not config.dynamic,
-        "dynamic_beta": config.dynamic_beta is None,
-        "dynamic_alpha": config.dynamic_alpha is None,
-    }
-    unknown = next((name for name, known in options.items() if not known), None)
-    return None if unknown is None else f"the kernels do not have {unknown}=False"
+    return f"the kernels are for {config.slots_option} {', '.join(map(str, TRITON_SLOTS))}, not {config.slots}"
 
 
 def triton_obstacle(device: str, dtype: torch.dtype = torch.float32) -> str | None:

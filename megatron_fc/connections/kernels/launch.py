@@ -1,6 +1,7 @@
 """Launches: functions on tensors, as in `megatron_fc.connections.eager`, plus the sub-layer's norm and the boundary.
 
-Streams are [tokens, d] with d = m*c, rows contiguous. No function looks at a tensor's values or waits for the device.
+Streams are [tokens, n*c] for n slots, a sub-layer's input and output [tokens, d] with d = m*c for m fractions; rows are
+contiguous. No function looks at a tensor's values or waits for the device.
 """
 
 import functools
@@ -32,10 +33,10 @@ class Cut(NamedTuple):
     programs: int
 
 
-# The best of what was predicted (benchmarks/results/predicted-h200.md). Programs of one warp meet no barriers, and
-# registers leave room for many. A depth connection has few registers and many loads. Predictions take second reads for
-# hits; docs/kernels.md says where they may not be.
-WIDTH, WIDTH_BACKWARD, DEPTH = Cut(1, 64, 16), Cut(1, 32, 8), Cut(4, 32, 6)
+# As many warps as registers leave room for, and by what was predicted (benchmarks/results/predicted-h200.md). Programs
+# of one warp meet no barriers and are predicted within 10 points of these, but twice as many share the cache that holds
+# their tiles, whose second reads predictions take for hits. A depth connection has few registers and many loads.
+WIDTH, WIDTH_BACKWARD, DEPTH = Cut(2, 64, 8), Cut(2, 32, 4), Cut(4, 32, 6)
 if INTERPRETED:  # where time goes by operations, not by what they work on
     WIDTH, WIDTH_BACKWARD, DEPTH = Cut(8, 32, 1), Cut(8, 16, 1), Cut(8, 32, 1)
 # Of the launch that adds up what programs have summed: columns of the projection and of vectors [d], programs at once.
@@ -59,14 +60,14 @@ class DepthInputs(NamedTuple):
 def width_forward(
     h: Tensor, p: Operands, norm: NormWeights | None = None, want_x: bool = True
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """h [..., d] of T tokens -> x or norm(x) [..., d], beta [T, m] and alpha [T, m*m] in fp32."""
+    """h [..., n*c] of T tokens -> x or norm(x) [..., d], beta [T, n] and alpha [T, n*n] in fp32."""
     return _width_forward(h, DepthInputs(), p, norm, want_x)
 
 
 def boundary_forward(
     depth: DepthInputs, p: Operands, norm: NormWeights | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Depth connection of one site and width connection of the next: h' [..., d], then as `width_forward` of it."""
+    """Depth connection of one site and width connection of the next: h' [..., n*c], then as `width_forward` of it."""
     assert depth.h is not None
     h = torch.empty_like(depth.h)
     x, beta, alpha = _width_forward(h, depth, p, norm, True)
@@ -101,21 +102,28 @@ def boundary_backward(
 
 
 def depth_forward(depth: DepthInputs) -> Tensor:
-    """h'_j = beta_j o_j + sum_i alpha_ij h_i, [..., d] in the dtype of h."""
+    """h'_j = beta_j o_((j-1) mod m + 1) + sum_i alpha_ij h_i, [..., n*c] in the dtype of h."""
     assert depth.h is not None
     assert depth.beta is not None
     out = torch.empty_like(depth.h)
-    _launch(depth_forward_kernel, site_of(DEPTH, out, depth.beta.shape[1]), DEPTH, out, depth, out)
+    _launch(depth_forward_kernel, _depth_site(out, depth), DEPTH, out, depth, out)
     return out
 
 
 def depth_backward(g: Tensor, depth: DepthInputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of o (in its dtype), of beta [T, m] in fp32 and of o's bias; that of the mixed residual is g itself."""
+    """Gradients of o (in its dtype), of beta [T, n] in fp32 and of o's bias; that of the mixed residual is g itself."""
     depth, g_o, g_beta = _with_gradients(depth)
-    site = site_of(DEPTH, g, g_beta.shape[1])
-    partial = _partial(programs(_tokens(g) * site.M, g.device, DEPTH), g, site, output_bias=depth.bias)
+    site = _depth_site(g, depth)
+    partial = _partial(programs(_tokens(g) * site.N, g.device, DEPTH), g, site, output_bias=depth.bias)
     _launch(depth_backward_kernel, site, DEPTH, g, g, depth, partial)
     return g_o, g_beta, _reduced(partial, site, Gradients(output_bias=_like(depth.bias))).output_bias
+
+
+def _depth_site(stream: Tensor, depth: DepthInputs) -> Site:
+    assert depth.o is not None
+    assert depth.beta is not None
+    slots = depth.beta.shape[1]
+    return site_of(DEPTH, stream, slots, depth.o.shape[-1] * slots // stream.shape[-1])
 
 
 def _with_gradients(depth: DepthInputs) -> tuple[DepthInputs, Tensor, Tensor]:
@@ -130,11 +138,11 @@ def _width_forward(
     h: Tensor, depth: DepthInputs, p: Operands, norm: NormWeights | None, want_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     refuse_low_precision(p)
-    tokens, m = _tokens(h), p.fractions
-    x = torch.empty_like(h) if want_x else None
-    beta = h.new_empty(tokens, m, dtype=torch.float32)
-    alpha = h.new_empty(tokens, m * m, dtype=torch.float32)
-    site = site_of(WIDTH, h, m, p, norm if want_x else None)
+    tokens, n = _tokens(h), p.slots
+    x = h.new_empty(*h.shape[:-1], h.shape[-1] // n * p.fractions) if want_x else None
+    beta = h.new_empty(tokens, n, dtype=torch.float32)
+    alpha = h.new_empty(tokens, n * n, dtype=torch.float32)
+    site = site_of(WIDTH, h, n, p.fractions, p, norm if want_x else None)
     _launch(width_forward_kernel, site, WIDTH, h, h, depth, p.parameters, _weights(norm), x, beta, alpha)
     return x, beta, alpha
 
@@ -149,8 +157,9 @@ def _width_backward(
     norm: NormWeights | None,
 ) -> tuple[Tensor, Gradients]:
     weights = _weights(norm if g_x is not None else None)
-    site, g_h = site_of(WIDTH_BACKWARD, h, p.fractions, p, norm if g_x is not None else None), torch.empty_like(h)
-    count = programs(_tokens(h) * site.M, h.device, WIDTH_BACKWARD)
+    site = site_of(WIDTH_BACKWARD, h, p.slots, p.fractions, p, norm if g_x is not None else None)
+    g_h = torch.empty_like(h)
+    count = programs(_tokens(h) * site.N, h.device, WIDTH_BACKWARD)
     partial = _partial(count, h, site, weights, depth.bias)
     arguments = (g_x, g_beta, g_mixed, h, depth, p.parameters, weights, g_h, partial)
     _launch(width_backward_kernel, site, WIDTH_BACKWARD, h, *arguments)
@@ -174,9 +183,9 @@ def _partial(
     if weights is None:
         return Partial(output_bias=output)
     return Partial(
-        projection=of(2 * site.M + 1, site.C, wanted=site.DYNAMIC),
-        table=of(site.M, site.KP),
-        scaled=of(site.KP, wanted=site.DYNAMIC),
+        projection=of(site.TO - site.FROM, site.C, wanted=site.TO > 0),
+        table=of(site.N, site.KP),
+        scaled=of(site.KP, wanted=site.TO > 0),
         shift=of(site.KP, wanted=site.NORM == "layernorm"),
         weight=of(d, wanted=weights.weight is not None),
         bias=of(d, wanted=weights.bias is not None),
@@ -189,7 +198,7 @@ def _reduced(partial: Partial, site: Site, wanted: Gradients, parameters: PerSlo
     given = next((sums for sums in partial if sums is not None), None)
     if given is None:
         return wanted
-    blocks = -(-site.C // _REDUCED_COLUMNS) if site.DYNAMIC else 0
+    blocks = -(-site.C // _REDUCED_COLUMNS) if site.TO else 0
     vectors = -(-site.M * site.C // _REDUCED_WIDE)
     arguments = (partial, parameters or PerSlotParameters(*[None] * 7), wanted, len(given))  # type: ignore[arg-type]
     constants = (_constant(site), blocks, _REDUCED_COLUMNS, _REDUCED_WIDE, _REDUCED_PROGRAMS)
@@ -209,16 +218,21 @@ def _weights(norm: NormWeights | None) -> Weights:
     return Weights(None, None) if norm is None else Weights(norm.weight, norm.bias)
 
 
-def site_of(cut: Cut, h: Tensor, rate: int, p: Operands | None = None, norm: NormWeights | None = None) -> Site:
-    """What the kernels are compiled for, from a stream and the options; a depth connection has none."""
-    c = h.shape[-1] // rate
+def site_of(
+    cut: Cut, h: Tensor, slots: int, fractions: int, p: Operands | None = None, norm: NormWeights | None = None
+) -> Site:
+    """What the kernels are compiled for, from a stream [..., n*c] and the options; a depth connection has none."""
+    c = h.shape[-1] // slots
     covered = max(16, triton.next_power_of_2(c))
     warps = min(cut.warps, covered // 16)
-    padded = max(_ROWS, triton.next_power_of_2(2 * rate + 1))
+    values = 1 + fractions + slots
+    padded = max(_ROWS, triton.next_power_of_2(values))
     columns = min(cut.columns, 1024 // padded, covered // warps)  # longer tables leave registers for fewer
-    dynamic = p is not None and p.dynamic_weight is not None
+    predicted = 0 if p is None or p.dynamic_weight is None else p.dynamic_weight.shape[0]
+    first = int(predicted == values - 1)  # beta is static
     return Site(
-        M=rate,
+        N=slots,
+        M=fractions,
         C=c,
         R=_ROWS,
         W=warps,
@@ -227,8 +241,9 @@ def site_of(cut: Cut, h: Tensor, rate: int, p: Operands | None = None, norm: Nor
         L=min(_ROWS, 32 * 16 // (2 * columns)),
         CHUNKS=-(-c // (warps * columns)),
         KP=padded,
-        DYNAMIC=dynamic,
-        NORM=p.norm if p is not None and dynamic else "none",
+        FROM=first,
+        TO=first + predicted,
+        NORM=p.norm if p is not None and predicted else "none",
         EPS=p.norm_eps if p is not None else 1.0,
         TANH=p is not None and p.tanh,
         SUB_NORM=norm.kind if norm is not None else "none",
@@ -244,7 +259,7 @@ def _tokens(stream: Tensor) -> int:
 
 
 def _launch(kernel: Any, site: Site, cut: Cut, stream: Tensor, *arguments: Any) -> None:
-    count = _tokens(stream) * site.M
+    count = _tokens(stream) * site.N
     if not count:
         return
     grid = (programs(count, stream.device, cut),)

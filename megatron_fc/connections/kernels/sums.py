@@ -9,16 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fc.connections.kernels.tiles import by_lanes, chunk, columns, inside, spread, table_by_rows
+from megatron_fc.connections.kernels.tiles import by_lanes, chunk, columns, inside, predicted, spread, table_by_rows
 
 
 class Partial(NamedTuple):
     """Sums of the programs for the gradients of parameters, fp32; None for those that are not asked for."""
 
-    projection: Tensor | None = None  # [programs, 2m+1, c]
-    table: Tensor | None = None  # [programs, m, KP], of the coefficients
+    projection: Tensor | None = None  # [programs, 1+m+n, c], or the predicted rows
+    table: Tensor | None = None  # [programs, n, KP], of the coefficients
     scaled: Tensor | None = None  # [programs, KP], of the scales, still a sum for each coefficient
-    shift: Tensor | None = None  # [programs, KP], what the means of fractions take from the projection's
+    shift: Tensor | None = None  # [programs, KP], what the means of slots take from the projection's
     weight: Tensor | None = None  # [programs, d], of the sub-layer's norm
     bias: Tensor | None = None  # [programs, d], of the same
     output_bias: Tensor | None = None  # [programs, d], of the sub-layer before, which the depth connection adds
@@ -51,17 +51,17 @@ def add_to(pointer, at, values, mask, started):
 
 @triton.jit
 def add_projection(pointer, dz, h, n, started, S: tl.constexpr):
-    """Add dz^T h of chunk n to a program's sums for the projection [2m+1, c]."""
+    """Add dz^T h of chunk n to a program's sums for the projection [TO - FROM, c]."""
     k = by_lanes(S.KP, S)
-    rows: tl.constexpr = 2 * S.M + 1
+    rows: tl.constexpr = S.TO - S.FROM
     values = spread(table_by_rows(tl.trans(dz), h, S), S)
     pointer = chunk(pointer, tl.program_id(0) * rows, n, S)
-    add_to(pointer, k * S.C + columns(S), values, (k < rows) & inside(n, S), started)
+    add_to(pointer, (k - S.FROM) * S.C + columns(S), values, predicted(k, S) & inside(n, S), started)
 
 
 @triton.jit
 def add_weight(pointer, values, n, started, S: tl.constexpr):
-    """Add chunk n, [W, R, K], over its tokens to a program's sums for a weight or bias [d]."""
+    """Add chunk n, [W, R, K], over its tokens and turns to a program's sums for a weight or bias [d]."""
     values = tl.sum(tl.reshape(values, [S.W, S.R // S.M, S.M, S.K]), axis=1)
     i = tl.arange(0, S.M)[:, None, None, None]
     values = tl.permute(values, 1, 0, 2)[:, :, None, :]
@@ -70,10 +70,10 @@ def add_weight(pointer, values, n, started, S: tl.constexpr):
 
 @triton.jit
 def store_table_sums(partial, table, scaled, shift, S: tl.constexpr):
-    """A program's sums of tables; [R, KP] has a row per fraction, token after token."""
-    program, i, k = tl.program_id(0), tl.arange(0, S.M), tl.arange(0, S.KP)
-    table = tl.sum(tl.reshape(table, [S.R // S.M, S.M, S.KP]), axis=0)
-    tl.store(partial.table + (program * S.M + i)[:, None] * S.KP + k[None, :], table)
+    """A program's sums of tables; [R, KP] has a row per slot, token after token."""
+    program, i, k = tl.program_id(0), tl.arange(0, S.N), tl.arange(0, S.KP)
+    table = tl.sum(tl.reshape(table, [S.R // S.N, S.N, S.KP]), axis=0)
+    tl.store(partial.table + (program * S.N + i)[:, None] * S.KP + k[None, :], table)
     if partial.scaled is not None:
         tl.store(partial.scaled + program * S.KP + k, scaled)
     if partial.shift is not None:
@@ -93,12 +93,12 @@ def over_programs(pointer, size, at, mask, programs, P: tl.constexpr):
 
 @triton.jit
 def reduce_projection(block, partial, p, g, programs, S: tl.constexpr, N: tl.constexpr, P: tl.constexpr):
-    """N columns of the gradients of the projection and of the fractions' norm, whose weight is folded into it."""
-    rows: tl.constexpr = 2 * S.M + 1
+    """N columns of the gradients of the projection and of the slots' norm, whose weight is folded into it."""
+    rows: tl.constexpr = S.TO - S.FROM
     e = tl.arange(0, S.KP * N)
     k, column = e // N, block * N + e % N
-    mask = (k < rows) & (column < S.C)
-    at = k * S.C + column
+    mask = predicted(k, S) & (column < S.C)
+    at = (k - S.FROM) * S.C + column
     folded = over_programs(partial.projection, rows * S.C, at, mask, programs, P)
     if partial.shift is not None:
         folded -= over_programs(partial.shift, S.KP, k, mask, programs, P)
@@ -125,17 +125,19 @@ def reduce_vector(block, sums, gradient, programs, S: tl.constexpr, N: tl.conste
 @triton.jit
 def reduce_tables(partial, g, programs, S: tl.constexpr, P: tl.constexpr):
     """Gradients of what is no longer than the coefficients."""
-    e = tl.arange(0, S.M * S.KP)
+    e = tl.arange(0, S.N * S.KP)
     i, k = e // S.KP, e % S.KP
-    table = over_programs(partial.table, S.M * S.KP, e, e >= 0, programs, P)
+    table = over_programs(partial.table, S.N * S.KP, e, e >= 0, programs, P)
     tl.store(g.static_beta + i, table, mask=k == 0)
     tl.store(g.static_gamma + i * S.M + k - 1, table, mask=(k >= 1) & (k <= S.M))
-    tl.store(g.static_alpha + i * S.M + k - 1 - S.M, table, mask=(k > S.M) & (k <= 2 * S.M))
-    if g.scale_beta is not None:
+    tl.store(g.static_alpha + i * S.N + k - 1 - S.M, table, mask=(k > S.M) & (k <= S.M + S.N))
+    if partial.scaled is not None:
         k = tl.arange(0, S.KP)
         scaled = over_programs(partial.scaled, S.KP, k, k >= 0, programs, P)
-        tl.store(g.scale_beta, tl.sum(tl.where(k == 0, scaled, 0.0), axis=0))
-        tl.store(g.scale_alpha, tl.sum(tl.where((k >= 1) & (k <= 2 * S.M), scaled, 0.0), axis=0))
+        if g.scale_beta is not None:
+            tl.store(g.scale_beta, tl.sum(tl.where(k == 0, scaled, 0.0), axis=0))
+        if g.scale_alpha is not None:
+            tl.store(g.scale_alpha, tl.sum(tl.where((k >= 1) & (k <= S.M + S.N), scaled, 0.0), axis=0))
 
 
 @triton.jit

@@ -1,14 +1,18 @@
 """Tiles of the stream: the device functions that the kernels are put together from.
 
-A stream [tokens, d] is read as rows [tokens * m, c], one row per fraction. A tile is R rows, the fractions of R / m
-tokens. What mixes fractions is then a product with a matrix [R, R] that is zero between tokens, and what the
-coefficients need are products of rows with rows; both run on tensor cores. In such a product zero times what is not
-finite would reach other tokens, so rows are `finite` there, and a token with a row that is not has coefficients of NaN.
+A stream [tokens, n*c] is read as rows [tokens * n, c], one row per slot. A tile is R rows, the slots of R / n tokens.
+What mixes slots is then a product with a matrix [R, R] that is zero between tokens, and what the coefficients need are
+products of rows with rows; both run on tensor cores. In such a product zero times what is not finite would reach other
+tokens, so rows are `finite` there, and a token with a row that is not has coefficients of NaN.
+
+A sub-layer's input and output [tokens, m*c] have m rows per token, one per fraction. In a tile those of the input and
+its gradient lie in the rows of the first m slots, the others are zero; the output is repeated, for every slot that it
+is written to.
 
 A tile is read in chunks [W, R, K]: W warps with K columns each. Products keep the first axis, so that a warp holds only
 its own columns, and what they say of whole rows is summed over the warps once per tile.
 
-Coefficients are tables [R, KP], a row per fraction: beta, gamma_1..m, alpha_1..m, padding. A product with rows of 16
+Coefficients are tables [R, KP], a row per slot: beta, gamma_1..m, alpha_1..n, padding. A product with rows of 16
 bits is taken with two 16-bit halves of them, which in bf16 keep 16 of fp32's 24 bits: far more than the rows have.
 """
 
@@ -22,22 +26,25 @@ class Site(NamedTuple):
     """What kernels are compiled for.
 
     Attributes:
-        M: fractions.
-        C: columns of a fraction.
-        R: rows of a tile, a multiple of M and of 16.
+        N: slots.
+        M: fractions, a divisor of N.
+        C: columns of a slot, and of a fraction.
+        R: rows of a tile, a multiple of N and of 16.
         W: warps, each with its own columns of a chunk.
         K: columns of a warp in a chunk, a power of two.
         L: rows that the lanes of a warp hold at a time.
         CHUNKS: chunks of W * K columns that cover C.
-        KP: columns of a table, 2M + 1 padded to a power of two.
-        DYNAMIC: coefficients are predicted per token.
-        NORM, EPS: norm of a fraction before the prediction: none, rmsnorm, layernorm.
+        KP: columns of a table, 1 + M + N padded to a power of two.
+        FROM, TO: columns of a table that are predicted per token, rows of the projection: all, beta, those behind it,
+            or none.
+        NORM, EPS: norm of a slot before the prediction: none, rmsnorm, layernorm.
         TANH: the prediction is bounded.
         SUB_NORM, SUB_EPS: norm of the sub-layer's input in the same pass: none, rmsnorm, layernorm.
         ONE_PLUS: that norm's weight is stored less one.
         EXACT: products in fp32 (as three of TF32 on tensor cores) rather than in the stream's 16 bits.
     """
 
+    N: int
     M: int
     C: int
     R: int
@@ -46,7 +53,8 @@ class Site(NamedTuple):
     L: int
     CHUNKS: int
     KP: int
-    DYNAMIC: bool
+    FROM: int
+    TO: int
     NORM: str
     EPS: float
     TANH: bool
@@ -85,6 +93,32 @@ def chunk(pointer, first, n, S: tl.constexpr):
 
 
 @triton.jit
+def of_fraction(row, S: tl.constexpr):
+    """The row of a sub-layer's input or output that goes with a row of the stream, of fraction j mod m."""
+    if S.N == S.M:
+        return row
+    return row // S.N * S.M + row % S.M
+
+
+@triton.jit
+def place(pointer, first, count, n, S: tl.constexpr, OF: tl.constexpr):
+    """Where chunk n of a tile is in memory, and what of it is there, both [L, W, R / L, K].
+
+    Args:
+        first, count: rows of the stream: the tile's first, and all.
+        OF: whose rows they are: of slots; of fractions, which only the first slots of a token have; of turns, in which
+            every slot has that of its fraction.
+    """
+    rows = by_lanes(S.R, S)
+    mask = (first + rows < count) & inside(n, S)
+    if OF != "slots":
+        if OF == "fractions" and S.N > S.M:
+            mask = mask & (rows % S.N < S.M)
+        first, rows = of_fraction(first, S), of_fraction(rows, S)
+    return chunk(pointer, first, n, S) + rows * S.C + columns(S), mask
+
+
+@triton.jit
 def gathered(values, S: tl.constexpr):
     """[L, W, N / L, K] as loads have it to [W, N, K] as products want it."""
     return tl.reshape(tl.permute(values, 1, 2, 0, 3), [S.W, values.shape[2] * S.L, S.K])
@@ -97,44 +131,62 @@ def spread(values, S: tl.constexpr):
 
 
 @triton.jit
-def ask(pointer, first, count, n, S: tl.constexpr):
-    """Load chunk n of the rows from `first` on as lanes have it, [L, W, R / L, K] in the tensor's own dtype.
+def ask(pointer, first, count, n, S: tl.constexpr, OF: tl.constexpr):
+    """Load chunk n of a tile as lanes have it, [L, W, R / L, K] in the tensor's own dtype; arguments as of `place`.
 
     Zero outside, also behind the last chunk. A load that is carried from one chunk to the next has arrived when it is
     `gathered`, so that rows come at the memory's rate and not one latency after another.
     """
-    rows = by_lanes(S.R, S)
-    mask = (first + rows < tl.where(n < S.CHUNKS, count, 0)) & inside(n, S)
-    return tl.load(chunk(pointer, first, n, S) + rows * S.C + columns(S), mask=mask, other=0.0)
+    at, mask = place(pointer, first, tl.where(n < S.CHUNKS, count, 0), n, S, OF)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_chunk(pointer, first, count, n, S: tl.constexpr):
-    """Chunk n of the rows from `first` on, [W, R, K] in the tensor's own dtype; zero outside."""
-    return gathered(ask(pointer, first, count, n, S), S)
+def load_chunk(pointer, first, count, n, S: tl.constexpr, OF: tl.constexpr):
+    """Chunk n of a tile, [W, R, K] in the tensor's own dtype; zero outside."""
+    return gathered(ask(pointer, first, count, n, S, OF), S)
 
 
 @triton.jit
-def store_chunk(pointer, values, first, count, n, S: tl.constexpr):
-    rows = by_lanes(S.R, S)
-    mask = (first + rows < count) & inside(n, S)
-    values = spread(values.to(pointer.dtype.element_ty), S)
-    tl.store(chunk(pointer, first, n, S) + rows * S.C + columns(S), values, mask=mask)
+def store_chunk(pointer, values, first, count, n, S: tl.constexpr, OF: tl.constexpr):
+    at, mask = place(pointer, first, count, n, S, OF)
+    tl.store(at, spread(values.to(pointer.dtype.element_ty), S), mask=mask)
+
+
+@triton.jit
+def over_turns(values, S: tl.constexpr):
+    """Sum of [W, R, K] over the slots that stand for the same fraction of a token, repeated in their rows.
+
+    Without a product of matrices, in which what is not finite would be lost or reach other tokens.
+    """
+    if S.N == S.M:
+        return values
+    turns = tl.reshape(values, [S.W, S.R // S.N, S.N // S.M, S.M, S.K])
+    sums = tl.broadcast_to(tl.sum(turns, axis=2, keep_dims=True), turns.shape)
+    return tl.reshape(sums, [S.W, S.R, S.K])
 
 
 @triton.jit
 def load_weight(pointer, n, S: tl.constexpr):
-    """Chunk n of a weight or bias [d], repeated for every token of a tile: [W, R, K] in fp32."""
+    """Chunk n of a weight or bias [d], repeated for every token and turn of a tile: [W, R, K] in fp32."""
     at = by_lanes(S.R, S) % S.M * S.C + columns(S)
     return gathered(tl.load(pointer + n * (S.W * S.K) + at, mask=inside(n, S), other=0.0), S).to(tl.float32)
+
+
+@triton.jit
+def predicted(k, S: tl.constexpr):
+    """Which of the columns k of a table are predicted."""
+    if S.FROM == 0:
+        return k < S.TO
+    return (k >= S.FROM) & (k < S.TO)
 
 
 @triton.jit
 def load_projection(p, n, like, S: tl.constexpr):
     """Chunk n of the dynamic weight with the norm's weight folded in, [W, KP, K], ready for products with rows."""
     k = by_lanes(S.KP, S)
-    mask = (k < 2 * S.M + 1) & inside(n, S)
-    weight = tl.load(p.dynamic_weight + n * (S.W * S.K) + k * S.C + columns(S), mask=mask, other=0.0)
+    mask = predicted(k, S) & inside(n, S)
+    weight = tl.load(p.dynamic_weight + n * (S.W * S.K) + (k - S.FROM) * S.C + columns(S), mask=mask, other=0.0)
     if p.norm_weight is not None:
         weight *= tl.load(p.norm_weight + n * (S.W * S.K) + columns(S), mask=inside(n, S), other=0.0)
     return gathered(weight if S.EXACT else weight.to(like.dtype.element_ty), S)
@@ -188,7 +240,7 @@ def mix(matrix, rows, S: tl.constexpr):
 @triton.jit
 def same_token(S: tl.constexpr):
     """[R, R]: true where both rows belong to one token."""
-    token = tl.arange(0, S.R) // S.M
+    token = tl.arange(0, S.R) // S.N
     return token[:, None] == token[None, :]
 
 
@@ -205,7 +257,7 @@ def row_sum(products, S: tl.constexpr):
     Without a choice in between, a product and the first addition become one operation, which rounds one of two lanes'
     products and not the other's: the lanes exchange theirs and end with different sums. The padding gives the choice.
     """
-    return tl.sum(tl.where(tl.arange(0, S.KP)[None, :] <= 2 * S.M, products, 0.0), axis=1)
+    return tl.sum(tl.where(tl.arange(0, S.KP)[None, :] <= S.M + S.N, products, 0.0), axis=1)
 
 
 @triton.jit
@@ -222,18 +274,23 @@ def diagonal(matrix, S: tl.constexpr):
 
 
 @triton.jit
-def from_table(table, FIRST: tl.constexpr, S: tl.constexpr):
-    """The matrix [R, R] of the coefficients in columns FIRST .. FIRST + M of a table: zero between tokens."""
-    index = tl.zeros([S.R, S.R], tl.int32) + (FIRST + tl.arange(0, S.R) % S.M)[None, :]
-    return tl.where(same_token(S), tl.gather(table, index, axis=1), 0.0)
+def from_table(table, FIRST: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
+    """The matrix [R, R] of the coefficients in COUNT columns from FIRST on of a table, a column for the first so many
+    slots: zero between tokens, and where there are fewer of them than slots.
+    """
+    index = tl.zeros([S.R, S.R], tl.int32) + (FIRST + tl.arange(0, S.R) % COUNT)[None, :]
+    has = same_token(S)
+    if COUNT < S.N:
+        has = has & (tl.arange(0, S.R) % S.N < COUNT)[None, :]
+    return tl.where(has, tl.gather(table, index, axis=1), 0.0)
 
 
 @triton.jit
-def to_table(matrix, FIRST: tl.constexpr, S: tl.constexpr):
-    """The reverse: a table [R, KP] with the coefficients of a matrix in columns FIRST .. FIRST + M, else zero."""
+def to_table(matrix, FIRST: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
+    """The reverse: a table [R, KP] with the coefficients of a matrix in these columns, else zero."""
     k = tl.arange(0, S.KP)[None, :]
-    inside = (k >= FIRST) & (k < FIRST + S.M)
-    first_row = (tl.arange(0, S.R) // S.M * S.M)[:, None]
+    inside = (k >= FIRST) & (k < FIRST + COUNT)
+    first_row = (tl.arange(0, S.R) // S.N * S.N)[:, None]
     index = tl.where(inside, first_row + k - FIRST, first_row + tl.zeros_like(k))
     return tl.where(inside, tl.gather(matrix, index, axis=1), 0.0)
 
@@ -241,22 +298,23 @@ def to_table(matrix, FIRST: tl.constexpr, S: tl.constexpr):
 @triton.jit
 def static_table(p, S: tl.constexpr):
     """The static coefficients as a table."""
-    i = (tl.arange(0, S.R) % S.M)[:, None]
+    i = (tl.arange(0, S.R) % S.N)[:, None]
     k = tl.arange(0, S.KP)[None, :]
     beta = tl.load(p.static_beta + i + 0 * k, mask=k < 1, other=0.0)
     gamma = tl.load(p.static_gamma + i * S.M + k - 1, mask=(k >= 1) & (k < 1 + S.M), other=0.0)
-    alpha = tl.load(p.static_alpha + i * S.M + k - 1 - S.M, mask=(k > S.M) & (k < 1 + 2 * S.M), other=0.0)
+    alpha = tl.load(p.static_alpha + i * S.N + k - 1 - S.M, mask=(k > S.M) & (k < 1 + S.M + S.N), other=0.0)
     return beta + gamma + alpha
 
 
 @triton.jit
 def scales(p, S: tl.constexpr):
-    """The scale of each column of a table, [KP]; 1 without scales."""
-    k = tl.arange(0, S.KP)
-    out = tl.full([S.KP], 1.0, tl.float32)
+    """The scale of each column of a table, [KP]; 1 without one."""
+    beta, alpha = 1.0, 1.0
+    if p.scale_beta is not None:
+        beta = tl.load(p.scale_beta)
     if p.scale_alpha is not None:
-        out = tl.where(k == 0, tl.load(p.scale_beta), tl.load(p.scale_alpha))
-    return out
+        alpha = tl.load(p.scale_alpha)
+    return tl.where(tl.arange(0, S.KP) == 0, beta, alpha)
 
 
 @triton.jit

@@ -1,13 +1,13 @@
 """Width connection: x = norm(Y(h)^T h), and with it the coefficients beta and alpha for the depth connection.
 
-| | reads | writes | elements of d per token |
-|---|---|---|---|
-| forward | h | x | 2 |
-| backward | g_x, g_mixed, h | g_h | 4 |
-| boundary, forward | o, h of the depth connection before | its h', x | 4 |
-| boundary, backward | g_x, g_mixed, h', o | gradient of h', g_o | 6 |
+| | reads | writes | elements of d per token | r = n/m = 1 |
+|---|---|---|---|---|
+| forward | h | x | r + 1 | 2 |
+| backward | g_x, g_mixed, h | g_h | 3r + 1 | 4 |
+| boundary, forward | o, h of the depth connection before | its h', x | 2r + 2 | 4 |
+| boundary, backward | g_x, g_mixed, h', o | gradient of h', g_o | 3r + 3 | 6 |
 
-Per token there are also, in fp32, beta (m values) and alpha (m*m) in forward and the gradient of beta (m) in backward.
+Per token there are also, in fp32, beta (n values) and alpha (n*n) in forward and the gradient of beta (n) in backward.
 Parameters are read and sums for their gradients written once per program; from tile to tile both stay in cache.
 
 Two passes over a tile: the first takes all inner products of rows, the second, which finds the rows in cache, makes the
@@ -62,7 +62,7 @@ def between_passes():
 
 @triton.jit
 def projection_sums(p, like, S: tl.constexpr):
-    """Sum of the columns of each row of the projection, [KP], which a fraction's mean is multiplied by."""
+    """Sum of the columns of each row of the projection, [KP], which a slot's mean is multiplied by."""
     CHUNKS: tl.constexpr = S.CHUNKS
     total = tl.zeros([S.KP], tl.float32)
     if S.NORM == "layernorm":
@@ -85,7 +85,7 @@ def no_products(S: tl.constexpr):
 def add_products(products, h, p, n, like, S: tl.constexpr):
     """Add chunk n of h to the products that a width connection needs."""
     z, gram, sums = products
-    if S.DYNAMIC:
+    if S.TO > 0:
         z = rows_by_rows(h, load_projection(p, n, like, S), z, S)
     gram = rows_by_rows(h, h, gram, S)
     if S.NORM == "layernorm" or S.SUB_NORM == "layernorm":
@@ -108,7 +108,7 @@ def coefficients(products, p, w_sums, S: tl.constexpr):
     z = deviation[:, None] * less(z, mean[:, None] * w_sums[None, :], S.NORM)
     t = tanh(z) if S.TANH else z
     table = static_table(p, S)
-    if S.DYNAMIC:
+    if S.TO > 0:
         table += scales(p, S)[None, :] * t
     table += spoiled(gram, S)[:, None]
     return table, z, t, mean, deviation
@@ -133,13 +133,13 @@ def store_coefficients(table, beta, alpha, first, count, S: tl.constexpr):
     k = tl.arange(0, S.KP)[None, :]
     valid = rows < count
     tl.store(beta + rows, tl.sum(tl.where(k == 0, table, 0.0), axis=1), mask=valid)
-    inside = (k > S.M) & (k < 1 + 2 * S.M)
-    tl.store(alpha + rows[:, None] * S.M + (k - 1 - S.M), table, mask=valid[:, None] & inside)
+    inside = (k > S.M) & (k < 1 + S.M + S.N)
+    tl.store(alpha + rows[:, None] * S.N + (k - 1 - S.M), table, mask=valid[:, None] & inside)
 
 
 @triton.jit
 def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr):
-    """count: rows of h, that is tokens times M. With `pre.o`, h is made and stored by the depth connection before."""
+    """count: rows of h, that is tokens times N. With `pre.o`, h is made and stored by the depth connection before."""
     CHUNKS: tl.constexpr = S.CHUNKS
     w_sums = projection_sums(p, h, S)
     for tile in tl.range(tl.program_id(0), tl.cdiv(count, S.R), tl.num_programs(0), disable_licm=True):
@@ -150,9 +150,9 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
         for n in tl.range(CHUNKS, disable_licm=True):
             if pre.o is not None:
                 rows = depth_chunk(pre, pre_beta, pre_alpha, first, count, n, h, S)
-                store_chunk(h, rows, first, count, n, S)
+                store_chunk(h, rows, first, count, n, S, "slots")
             else:
-                rows = load_chunk(h, first, count, n, S)
+                rows = load_chunk(h, first, count, n, S, "slots")
             products = add_products(products, rows, p, n, h, S)
 
         between_passes()
@@ -160,18 +160,18 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
         table, _, _, _, _ = coefficients(products, p, w_sums, S)
         store_coefficients(table, beta, alpha, first, count, S)
         if x is not None:
-            gamma = from_table(table, 1, S)
+            gamma = from_table(table, 1, S.M, S)
             if S.SUB_NORM != "none":
                 mean, deviation, _ = input_moments(gamma, products, S)
             for back in tl.range(CHUNKS, disable_licm=True):
                 n = CHUNKS - 1 - back
-                out = mix(tl.trans(gamma), load_chunk(h, first, count, n, S), S)
+                out = mix(tl.trans(gamma), load_chunk(h, first, count, n, S, "slots"), S)
                 if S.SUB_NORM != "none":
                     out = less(out, mean[None, :, None], S.SUB_NORM) * deviation[None, :, None]
                     out *= weight_chunk(norm, n, S)
                     if norm.bias is not None:
                         out += load_weight(norm.bias, n, S)
-                store_chunk(x, out, first, count, n, S)
+                store_chunk(x, out, first, count, n, S, "fractions")
 
 
 @triton.jit
@@ -193,7 +193,7 @@ def input_gradient_products(gamma, with_x, u_sums, products, S: tl.constexpr):
 
 @triton.jit
 def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, count, S: tl.constexpr):
-    """count: rows of h, that is tokens times M. Absent gradients are None.
+    """count: rows of h, that is tokens times N. Absent gradients are None.
 
     With `pre.o`, the gradient of h goes on through the depth connection that made h.
     """
@@ -210,20 +210,20 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
         products = no_products(S)
         with_x, u_sums = products[1], products[2]
         with_mixed = with_x
-        next_h = ask(h, first, count, 0, S)
+        next_h = ask(h, first, count, 0, S, "slots")
         if g_x is not None:
-            next_x = ask(g_x, first, count, 0, S)
+            next_x = ask(g_x, first, count, 0, S, "fractions")
         if g_mixed is not None:
-            next_mixed = ask(g_mixed, first, count, 0, S)
+            next_mixed = ask(g_mixed, first, count, 0, S, "slots")
         for n in tl.range(CHUNKS, disable_licm=True):
             rows = gathered(next_h, S)
-            next_h = ask(h, first, count, n + 1, S)
+            next_h = ask(h, first, count, n + 1, S, "slots")
             if g_x is not None:
                 u = gathered(next_x, S)
-                next_x = ask(g_x, first, count, n + 1, S)
+                next_x = ask(g_x, first, count, n + 1, S, "fractions")
             if g_mixed is not None:
                 g = gathered(next_mixed, S)
-                next_mixed = ask(g_mixed, first, count, n + 1, S)
+                next_mixed = ask(g_mixed, first, count, n + 1, S, "slots")
             products = add_products(products, rows, p, n, h, S)
             if g_x is not None:
                 if S.SUB_NORM != "none":
@@ -240,10 +240,10 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
         with_x = tl.where(same_token(S), tl.sum(with_x, axis=0), 0.0)
         with_mixed = tl.where(same_token(S), tl.sum(with_mixed, axis=0), 0.0)
         table += spoiled(tl.abs(with_x) + tl.abs(with_mixed), S)[:, None]
-        gamma, alpha = from_table(table, 1, S), from_table(table, 1 + S.M, S)
+        gamma, alpha = from_table(table, 1, S.M, S), from_table(table, 1 + S.M, S.N, S)
         if S.SUB_NORM != "none":
             with_x, sub = input_gradient_products(gamma, with_x, tl.sum(u_sums, axis=0), products, S)
-        d = to_table(with_x, 1, S) + to_table(with_mixed, 1 + S.M, S)
+        d = to_table(with_x, 1, S.M, S) + to_table(with_mixed, 1 + S.M, S.N, S)
         if g_beta is not None:
             at = first + tl.arange(0, S.R)
             d_beta = tl.load(g_beta + at, mask=at < count, other=0.0)
@@ -262,10 +262,10 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
             pre_beta, d_pre_beta = beta_rows(pre.beta, first, count, S), tl.zeros([S.W, S.R], tl.float32)
         for back in tl.range(CHUNKS, disable_licm=True):
             n = CHUNKS - 1 - back
-            rows = load_chunk(h, first, count, n, S)
+            rows = load_chunk(h, first, count, n, S, "slots")
             g = tl.zeros([S.W, S.R, S.K], tl.float32)
             if g_x is not None:
-                u = load_chunk(g_x, first, count, n, S)
+                u = load_chunk(g_x, first, count, n, S, "fractions")
                 if S.SUB_NORM != "none":
                     normed = mix(tl.trans(gamma), rows, S)
                     normed = less(normed, sub[0][None, :, None], S.SUB_NORM) * sub[1][None, :, None]
@@ -276,14 +276,14 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
                     u = ((u - normed * sub[2][None, :, None]) * sub[1][None, :, None]).to(rows.dtype)
                 g += mix(gamma, u, S)
             if g_mixed is not None:
-                g += mix(alpha, load_chunk(g_mixed, first, count, n, S), S)
-            if S.DYNAMIC:
+                g += mix(alpha, load_chunk(g_mixed, first, count, n, S, "slots"), S)
+            if S.TO > 0:
                 g += table_by_rows(dz, load_projection(p, n, h, S), S)
                 if S.NORM != "none":
                     g -= slope[None, :, None] * less(rows.to(tl.float32), mean[None, :, None], S.NORM)
                     g = less(g, shift[None, :, None], S.NORM)
                 add_projection(partial.projection, dz, rows, n, started, S)
-            store_chunk(g_h, g, first, count, n, S)
+            store_chunk(g_h, g, first, count, n, S, "slots")
             if pre.o is not None:
                 rounded = g.to(g_h.dtype.element_ty)
                 d_pre_beta += depth_gradient_chunk(rounded, pre, pre_beta, partial, first, count, n, started, h, S)

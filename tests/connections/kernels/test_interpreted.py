@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_fc import FracConfig, FracConnection
+from megatron_fc import FracConfig, FracConnection, HyperConfig
 from megatron_fc.connections.kernels import launch
 from support import kernel_cases, kernel_reference
 from support.isolation import stays_alone
@@ -21,6 +21,34 @@ def test_every_option_in_fp32(config: FracConfig) -> None:
     kind = "rmsnorm" if config.rate > 1 else None
     case = kernel_reference.make(config, 48 * config.rate, 5, torch.float32, kind)
     check(case, UNBOUNDED if unbounded else FP32)
+
+
+HYPER = [
+    HyperConfig(slots=16),
+    HyperConfig(slots=8, fractions=2, dynamic=False),
+    HyperConfig(slots=2, dynamic_beta=False),
+    HyperConfig(slots=4, dynamic_beta=False, norm="layernorm", norm_affine=False),
+    HyperConfig(slots=4, dynamic_alpha=False, norm_affine=False),
+    HyperConfig(slots=4, fractions=2, dynamic_alpha=False, scale=False),
+    FracConfig(rate=2, dynamic_alpha=False, norm_affine=False),
+]
+
+
+@pytest.mark.parametrize("config", HYPER, ids=name)
+def test_shapes_and_parts_of_the_prediction(config: FracConfig | HyperConfig) -> None:
+    check(kernel_reference.make(config, 48 * config.fractions, 3, torch.float32, "layernorm"), FP32)
+
+
+def test_absent_gradients_of_wide_streams_are_zero() -> None:
+    case = kernel_reference.make(HyperConfig(slots=4), 64, 5, torch.float32, "rmsnorm")
+    no_x, no_beta, no_mixed = map(torch.zeros_like, (case.g_x, case.g_beta, case.g_mixed))
+    pairs = [
+        ((case.g_x, None, None), (case.g_x, no_beta, no_mixed)),
+        ((None, case.g_beta, case.g_mixed), (no_x, case.g_beta, case.g_mixed)),
+    ]
+    for absent, given in pairs:
+        one, other = (launch.width_backward(*g, case.h, case.operands, case.norm) for g in (absent, given))
+        torch.testing.assert_close(one[0], other[0])
 
 
 @pytest.mark.parametrize("kind", [None, "rmsnorm", "layernorm"])

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from laboratory.emulator.driver import Emulator
-from megatron_fc import FracConfig, FracConnection, UserError
+from megatron_fc import FracConfig, FracConnection, HyperConfig, UserError
 from megatron_fc.connections import ops
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.norm import HandsOutWeights, NormWeights
 from megatron_fc.connections.per_slot import PerSlotParameters
 from megatron_fc.connections.site import PendingDepth
-from support import kernel_reference
-from support.isolation import RMSNorm, stays_alone
+from support import kernel_cases, kernel_reference
+from support.isolation import RMSNorm, reaches_its_own_token, stays_alone
 from support.kernel_cases import FP32, HALF, check
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("emulator")]
@@ -49,6 +49,35 @@ def test_many_tokens() -> None:
 def test_half_precision(config: FracConfig, kind: str | None, dtype: torch.dtype) -> None:
     """Products of two 16-bit halves of the coefficients, on tensor cores."""
     check(kernel_reference.make(config, 64 * config.rate, 17, dtype, kind), HALF[dtype])
+
+
+# Wider streams than a sub-layer, and slots of no power of two.
+HYPER_CASES = [
+    (HyperConfig(slots=4), 1024, "rmsnorm", torch.bfloat16),
+    (HyperConfig(slots=2), 100, "layernorm", torch.float16),
+    (HyperConfig(slots=4, fractions=2, norm="layernorm"), 160, "layernorm", torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("config", "width", "kind", "dtype"), HYPER_CASES)
+def test_more_slots_than_fractions(config: HyperConfig, width: int, kind: str, dtype: torch.dtype) -> None:
+    case = kernel_reference.make(config, width, 17, dtype, kind)
+    check(case, HALF[dtype])
+    reaches_its_own_token(case, math.nan if width == 1024 else -math.inf, kernel_cases.passes(case))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+def test_eight_slots_of_one_fraction_in_fp32(tokens: int) -> None:
+    check(kernel_reference.make(HyperConfig(slots=8), 64, tokens, torch.float32, "layernorm"), FP32)
+
+
+def test_a_boundary_of_hyper_connections_is_its_parts() -> None:
+    """With bias and dropout, as in `test_orders.py`."""
+    case = kernel_reference.make(HyperConfig(slots=4), 1024, 17, torch.bfloat16, "rmsnorm")
+    found, expected = kernel_cases.boundary_and_parts(case, kernel_cases.depth_inputs(case, dropout=True))
+    assert torch.equal(found["h'"], expected["h'"])
+    for name, value in expected.items():
+        assert kernel_reference.error(found[name], value.double()) < HALF[torch.bfloat16], name
 
 
 @pytest.mark.parametrize(("mean", "tolerance"), [(1, FP32), (30, 2e-2), (3000, None)])
@@ -156,13 +185,16 @@ def test_fp32_stream_with_a_half_precision_output() -> None:
     assert launch.depth_backward(case.g_x, depth)[0].dtype == torch.bfloat16
 
 
-def test_bias_and_dropout() -> None:
-    """What is dropped is zero in forward and in backward alike; the rest is scaled; the seed decides."""
-    case = kernel_reference.make(FracConfig(rate=4), 256, 64, torch.float32, None)
-    beta, alpha = torch.ones(64, 4), torch.zeros(64, 16)
+@pytest.mark.parametrize("config", [FracConfig(rate=4), HyperConfig(slots=4), HyperConfig(slots=4, fractions=2)])
+def test_bias_and_dropout(config: FracConfig | HyperConfig) -> None:
+    """What is dropped is zero in forward and backward alike, and in all slots; the rest is scaled; the seed decides."""
+    case = kernel_reference.make(config, 256, 64, torch.float32, None)
+    n, m = config.slots, config.fractions
+    beta, alpha = torch.ones(64, n), torch.zeros(64, n * n)
     bias, seed = torch.randn(256), torch.tensor([7])
     depth = launch.DepthInputs(case.o, case.h, beta, alpha, bias, seed, 0.25)
-    out = launch.depth_forward(depth)
+    out, *others = launch.depth_forward(depth).unflatten(1, (n // m, 256)).unbind(1)
+    assert all(torch.equal(out, other) for other in others)
     kept = out != 0
     assert 0.72 < kept.float().mean() < 0.78
     # Columns, fractions, tokens of a tile and of two know nothing of each other: 0.75^2 + 0.25^2 = 0.625 are alike.
@@ -170,12 +202,13 @@ def test_bias_and_dropout() -> None:
         alike = kept[tokens:, columns:] == kept[: 64 - tokens, : 256 - columns]
         assert 0.60 < alike.float().mean() < 0.65
     torch.testing.assert_close(out[kept], ((case.o + bias) / 0.75)[kept])
-    g_o, g_beta, g_bias = launch.depth_backward(case.g_x, depth)
+    g_o, g_beta, g_bias = launch.depth_backward(case.g_mixed, depth)
     assert torch.equal(g_o != 0, kept)
     torch.testing.assert_close(g_bias, g_o.sum(0))
-    torch.testing.assert_close(g_o[kept], (case.g_x / 0.75)[kept])
-    torch.testing.assert_close(g_beta, (case.g_x * out).unflatten(-1, (4, -1)).sum(-1))
-    again = launch.depth_forward(depth._replace(seed=torch.tensor([8])))
+    g = case.g_mixed.unflatten(1, (n // m, 256))
+    torch.testing.assert_close(g_o[kept], (g.sum(1) / 0.75)[kept])
+    torch.testing.assert_close(g_beta, (g * out.unsqueeze(1)).view(64, n, 256 // m).sum(-1))
+    again = launch.depth_forward(depth._replace(seed=torch.tensor([8]))).unflatten(1, (n // m, 256))[:, 0]
     assert not torch.equal(again != 0, kept)
 
 

@@ -6,71 +6,81 @@ import pytest
 import torch
 
 from laboratory.emulator.driver import Emulator
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig
 from megatron_fc.connections.kernels import launch
 from support import kernel_reference
 from support.kernel_traffic import counted, of
 
-RATE, WIDTH = 4, 2048  # OLMoE-7B's; docs/kernels.md has other shapes
 TILES = 4  # two for a program of the width connection's backward pass
+SHAPES = [  # OLMoE-7B's; docs/kernels.md has other shapes
+    (FracConfig(rate=4), 2048),
+    (HyperConfig(slots=2), 1024),
+    (HyperConfig(slots=4), 1024),
+]
 
 
-def rows(moved: Counter[int], *tensors: torch.Tensor | None) -> float:
-    """Bytes moved, in rows: the size of a stream."""
-    assert tensors[0] is not None
-    return of(moved, *tensors) / tensors[0].nbytes
+def rows(case: kernel_reference.Case, moved: Counter[int], *tensors: torch.Tensor | None) -> float:
+    """Bytes moved, in rows: the size of a sub-layer's input."""
+    return of(moved, *tensors) / case.o.nbytes
 
 
-@pytest.fixture
-def case() -> kernel_reference.Case:
-    return kernel_reference.make(FracConfig(rate=RATE), WIDTH, TILES * 16 // RATE, torch.bfloat16, "rmsnorm")
+@pytest.fixture(params=SHAPES, ids=lambda shape: shape[0].label)
+def case(request: pytest.FixtureRequest) -> kernel_reference.Case:
+    config, width = request.param
+    return kernel_reference.make(config, width, TILES * 16 // config.slots, torch.bfloat16, "rmsnorm")
 
 
 def coefficient_bytes(case: kernel_reference.Case) -> tuple[int, int]:
     """Of beta or its gradient, and of alpha, in fp32."""
-    return len(case.h) * 4 * case.config.rate, len(case.h) * 4 * case.config.rate**2
+    return len(case.h) * 4 * case.config.slots, len(case.h) * 4 * case.config.slots**2
+
+
+def expansion(case: kernel_reference.Case) -> int:
+    """r = n/m."""
+    return case.config.slots // case.config.fractions
 
 
 def test_width(emulator: Emulator, case: kernel_reference.Case) -> None:
-    site, (beta_bytes, alpha_bytes) = (case.operands, case.norm), coefficient_bytes(case)
+    site, (beta_bytes, alpha_bytes), r = (case.operands, case.norm), coefficient_bytes(case), expansion(case)
     with counted(emulator) as moved:
         x, beta, alpha = launch.width_forward(case.h, *site)
-    assert rows(moved, case.h, x) == 2
+    assert rows(case, moved, case.h, x) == r + 1
     assert of(moved, beta, alpha) == beta_bytes + alpha_bytes
     with counted(emulator) as moved:
         g_h, _ = launch.width_backward(case.g_x, case.g_beta, case.g_mixed, case.h, *site)
-    assert rows(moved, case.g_x, case.g_mixed, case.h, g_h) == 4
+    assert rows(case, moved, case.g_x, case.g_mixed, case.h, g_h) == 3 * r + 1
     assert of(moved, case.g_beta) == beta_bytes
     rest = moved.total() - of(moved, case.g_x, case.g_mixed, case.h, g_h, case.g_beta)
     # Parameters are read once per program and sums written once per program, neither once per tile. One launch reads
     # the sums, and parameters once more, and writes the gradients.
-    c, k = WIDTH // RATE, 2 * RATE + 1
-    parameters, sums = 4 * k * c + 4 * c + 2 * WIDTH, 4 * k * c + 4 * WIDTH
+    d, n, m = case.o.shape[1], case.config.slots, case.config.fractions
+    c, k = d // m, 1 + m + n
+    parameters, sums = 4 * k * c + 4 * c + 2 * d, 4 * k * c + 4 * d
     small = 4096 + 16 * 4 * 32  # static parameters and tables of coefficients
     programs = launch.programs(TILES * 16, case.h.device, launch.WIDTH_BACKWARD)
     assert rest <= programs * (parameters + 2 * sums + small) + 2 * parameters + small
 
 
 def test_depth(emulator: Emulator, case: kernel_reference.Case) -> None:
-    beta_bytes, alpha_bytes = coefficient_bytes(case)
+    (beta_bytes, alpha_bytes), r = coefficient_bytes(case), expansion(case)
     depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
     with counted(emulator) as moved:
         out = launch.depth_forward(depth)
-    assert rows(moved, case.o, case.h, out) == 3
+    assert rows(case, moved, case.o, case.h, out) == 2 * r + 1
     assert of(moved, depth.beta, depth.alpha) == beta_bytes + alpha_bytes
     with counted(emulator) as moved:
-        g_o, g_beta, _ = launch.depth_backward(case.g_x, depth)
-    assert rows(moved, case.g_x, case.o, g_o) == 3
+        g_o, g_beta, _ = launch.depth_backward(case.g_mixed, depth)
+    assert rows(case, moved, case.g_mixed, case.o, g_o) == r + 2
     assert of(moved, depth.beta, g_beta) == 2 * beta_bytes
 
 
 def test_boundary(emulator: Emulator, case: kernel_reference.Case) -> None:
-    site = (case.operands, case.norm)
+    site, r = (case.operands, case.norm), expansion(case)
     depth = launch.DepthInputs(case.o, case.h, *case.coefficients)
     with counted(emulator) as moved:
         h, x, _, _ = launch.boundary_forward(depth, *site)
-    assert rows(moved, case.o, case.h, h, x) == 4
+    assert rows(case, moved, case.o, case.h, h, x) == 2 * r + 2
     incoming = (case.g_x, case.g_beta, case.g_mixed)
     with counted(emulator) as moved:
         g_h, _, g_o, _ = launch.boundary_backward(*incoming, h, depth, *site)
-    assert rows(moved, case.g_x, case.g_mixed, h, case.o, g_h, g_o) == 6
+    assert rows(case, moved, case.g_x, case.g_mixed, h, case.o, g_h, g_o) == 3 * r + 3
