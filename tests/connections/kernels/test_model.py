@@ -10,7 +10,8 @@ import torch
 
 from laboratory.emulator import Options
 from laboratory.emulator.driver import Emulator, emulated
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig
+from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.costs import traffic
 from megatron_fc.connections.costs.traffic import Stream
 from megatron_fc.connections.kernels import launch
@@ -32,6 +33,7 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.slow
 TRITON = FracConfig(rate=4, backend="triton")
+WIDE = HyperConfig(slots=4, backend="triton")
 TOKENS = tiny.tokens(batch=1)
 FEW = TOKENS[:, :6]  # two tiles of rows, of which one is not full
 
@@ -43,7 +45,7 @@ def emulator() -> Iterator[Emulator]:
 
 
 def gradients(
-    kind: str, frac: FracConfig, steps: int = 1, tokens: torch.Tensor = TOKENS, **options: Any
+    kind: str, frac: ConnectionConfig, steps: int = 1, tokens: torch.Tensor = TOKENS, **options: Any
 ) -> list[dict[str, torch.Tensor]]:
     """Of steps on the same tokens: from the second, layers know which one comes next."""
     model = tiny.build(kind, frac, **options)
@@ -84,15 +86,21 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dynamic", "meetings"),
-    [("dense", True, (1, 3)), ("mixed", False, (1, 3)), ("hybrid", True, (0, 3))],
+    ("kind", "frac", "meetings"),
+    [
+        ("dense", TRITON, (1, 3)),
+        ("mixed", replace(TRITON, dynamic=False), (1, 3)),
+        ("hybrid", TRITON, (0, 3)),
+        ("dense", WIDE, (1, 3)),
+    ],
 )
-def test_as_the_torch_backend(kind: str, dynamic: bool, meetings: tuple[int, int], calls: list[str]) -> None:
+def test_as_the_torch_backend(
+    kind: str, frac: FracConfig | HyperConfig, meetings: tuple[int, int], calls: list[str]
+) -> None:
     """Of the four sites in a row those of one layer meet, which in a hybrid model has one; then those of two layers.
 
     A meeting changes roundings in fp32, and nothing else.
     """
-    frac = replace(TRITON, dynamic=dynamic)
     [expected] = gradients(kind, replace(frac, backend="torch"))
     first, second = gradients(kind, frac, steps=2)
     assert calls == launches(meetings[0]) + launches(meetings[1])
@@ -149,6 +157,19 @@ def test_full_recompute_with_dropout_is_exact(method: str, layers: int) -> None:
     first, second = gradients("dense", TRITON, steps=2, tokens=FEW, hidden_dropout=0.1, **options)
     assert same(first, apart)
     assert same(second, met if layers == 2 else apart)
+
+
+def test_recompute_of_the_stream_is_exact(calls: list[str]) -> None:
+    """Streams are computed again by depth connections alone, from coefficients that are kept."""
+    [apart] = gradients("dense", WIDE, tokens=FEW)
+    calls.clear()
+    layers = [gradients("dense", replace(WIDE, stream_layers=count), tokens=FEW)[0] for count in (1, 2)]
+    assert same(*layers)
+    for name in apart:
+        torch.testing.assert_close(layers[0][name], apart[name], rtol=1e-3, atol=1e-5)
+    # Of the four sites one follows in each of two groups, or three in one.
+    assert calls.count("width_forward") == 4 + 4
+    assert calls.count("depth_forward") == (4 + 2) + (4 + 3)
 
 
 class Streams(torch.utils._python_dispatch.TorchDispatchMode):
