@@ -24,6 +24,7 @@ from megatron_fc import FracConfig
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
 from megatron_fc.connections.kernels.sums import Partial
+from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
@@ -39,8 +40,8 @@ _PARTIAL = Partial(FP32, FP32, FP32, None, FP32)  # type: ignore[arg-type]
 _DEPTH = launch.DepthInputs(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type]
 _BACK = _DEPTH._replace(h=None, alpha=None, g_o=STREAM, g_beta=FP32)  # type: ignore[arg-type]
 _BIAS_DROPOUT = {"bias": STREAM, "seed": "*i64", "dropout": 0.1}
-_FORWARD = {"h": STREAM, "p": _P, "norm": _NORM, "x": STREAM, "beta": FP32, "alpha": FP32}
-_GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "h": STREAM, "p": _P, "norm": _NORM}
+_FORWARD = {"h": STREAM, "given": Given(), "p": _P, "norm": _NORM, "x": STREAM, "beta": FP32, "alpha": FP32}
+_GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "h": STREAM, "given": Given(), "p": _P, "norm": _NORM}
 _BACKWARD = {**_GRADIENTS, "g_h": STREAM, "partial": _PARTIAL}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0)}),

@@ -53,6 +53,25 @@ def check(case: kernel_reference.Case, tolerance: float) -> None:
         assert kernel_reference.error(one, expected) < tolerance
 
 
+def check_given(case: kernel_reference.Case, tolerance: float) -> None:
+    """Coefficients from elsewhere, as a manifold's."""
+    n, m = case.config.slots, case.config.fractions
+    gamma, alpha = case.g_beta.repeat(1, m) + 1, case.g_beta.repeat(1, n) * case.g_beta.repeat_interleave(n, 1)
+    x, gradients = kernel_reference.given_and_gradients(case, gamma, alpha)
+    assert kernel_reference.error(launch.given_width_forward(case.h, gamma, m, case.norm), x) < tolerance
+
+    def backward(g_x: torch.Tensor | None, g_mixed: torch.Tensor | None) -> list[torch.Tensor]:
+        *found, of_norm = launch.given_width_backward(g_x, g_mixed, case.h, gamma, alpha, m, case.norm)
+        return [t for t in (*found, *of_norm) if t is not None]
+
+    for one, expected in zip(backward(case.g_x, case.g_mixed), gradients, strict=True):
+        assert kernel_reference.error(one, expected) < tolerance
+    of_x, of_mixed = backward(case.g_x, None), backward(None, case.g_mixed)
+    assert len(of_x) == len(gradients) - 1
+    assert len(of_mixed) == 2
+    assert kernel_reference.error(of_x[0].double() + of_mixed[0].double(), gradients[0]) < 2 * tolerance
+
+
 def passes(case: kernel_reference.Case) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """The site's four passes as `isolation.reaches_its_own_token` runs them."""
 

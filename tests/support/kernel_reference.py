@@ -85,14 +85,7 @@ def width_and_gradients(case: Case) -> tuple[list[Tensor], list[Tensor | Terms]]
     scales = {name: getattr(case.p, name) for name in ("scale_beta", "scale_alpha")}
     each = {k: None if s is None else s.expand(len(h), config.slots, 1).clone() for k, s in scales.items()}
     p = PerSlotParameters._make(None if q is None else q.double().requires_grad_() for q in case.p._replace(**each))
-    x, weights = reference.width(h, p, config), []
-    if norm is not None:
-        weights = [w.double().requires_grad_() for w in (norm.weight, norm.bias) if w is not None]
-        weight = weights[0] + 1 if norm.one_plus else weights[0]
-        if norm.kind == "rmsnorm":
-            x = F.rms_norm(x, x.shape[-1:], weight, norm.eps)
-        else:
-            x = F.layer_norm(x, x.shape[-1:], weight, weights[1], norm.eps)
+    x, weights = _normed(reference.width(h, p, config), norm)
     f = reference.slots(h, config.slots)
     beta = reference.beta(f, p, config).expand(len(h), -1)
     alpha = reference.alpha(f, p, config).expand(len(h), -1, -1)
@@ -103,6 +96,29 @@ def width_and_gradients(case: Case) -> tuple[list[Tensor], list[Tensor | Terms]]
     gradients = torch.autograd.grad([x, beta, mixed], inputs, incoming)
     expected = [Terms(g) if name in each else g for name, g in zip(names, gradients, strict=True)]
     return [x.detach(), beta.detach(), alpha.detach().flatten(1)], expected
+
+
+def _normed(x: Tensor, norm: NormWeights | None) -> tuple[Tensor, list[Tensor]]:
+    """norm(x), and weight and bias, those that exist, in fp64 with gradients."""
+    if norm is None:
+        return x, []
+    weights = [w.double().requires_grad_() for w in (norm.weight, norm.bias) if w is not None]
+    weight = weights[0] + 1 if norm.one_plus else weights[0]
+    if norm.kind == "rmsnorm":
+        return F.rms_norm(x, x.shape[-1:], weight, norm.eps), weights
+    return F.layer_norm(x, x.shape[-1:], weight, weights[1], norm.eps), weights
+
+
+def given_and_gradients(case: Case, gamma: Tensor, alpha: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """x with gamma [T, n*m] and alpha [T, n*n] that do not depend on h; gradients of h, gamma, alpha and the norm's."""
+    n, m = case.config.slots, case.config.fractions
+    inputs = h, gamma, alpha = [t.double().requires_grad_() for t in (case.h, gamma, alpha)]
+    s = reference.slots(h, n)
+    tables = gamma.unflatten(1, (n, m)), alpha.unflatten(1, (n, n))
+    x, mixed = (torch.einsum("tij,tic->tjc", table, s).flatten(-2) for table in tables)
+    x, weights = _normed(x, case.norm)
+    incoming = [case.g_x.double(), case.g_mixed.double()]
+    return x.detach(), list(torch.autograd.grad([x, mixed], [*inputs, *weights], incoming))
 
 
 def depth(case: Case) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
 from megatron_fc.connections.kernels.sums import Gradients, Partial, reduce_kernel
+from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
@@ -22,6 +23,7 @@ from megatron_fc.connections.operands import Operands, refuse_low_precision
 from megatron_fc.connections.per_slot import PerSlotParameters
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+_NO_PARAMETERS: Any = PerSlotParameters(*[None] * 7)  # type: ignore[arg-type]
 _ROWS = 16  # of a tile: what a tensor core's product needs
 
 
@@ -101,6 +103,38 @@ def boundary_backward(
     return *_width_backward(g_x, g_beta, g_mixed, h, depth, p, norm), g_o, g_depth
 
 
+def given_width_forward(h: Tensor, gamma: Tensor, fractions: int, norm: NormWeights | None = None) -> Tensor:
+    """x or norm(x) [..., d] of h [..., n*c], with gamma [T, n*m] in fp32."""
+    slots = gamma.shape[1] // fractions
+    x = h.new_empty(*h.shape[:-1], h.shape[-1] // slots * fractions)
+    site = site_of(WIDTH, h, slots, fractions, norm=norm)
+    arguments = (h, DepthInputs(), Given(gamma), _NO_PARAMETERS, _weights(norm), x, None, None)
+    _launch(width_forward_kernel, site, WIDTH, h, *arguments)
+    return x
+
+
+def given_width_backward(
+    g_x: Tensor | None,
+    g_mixed: Tensor | None,
+    h: Tensor,
+    gamma: Tensor,
+    alpha: Tensor,
+    fractions: int,
+    norm: NormWeights | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Gradients]:
+    """Gradients of h by way of x and of the mixed residual alone; of gamma [T, n*m] and alpha [T, n*n]; of the norm's.
+
+    Those of gamma and the norm are None where g_x is, that of alpha where g_mixed is.
+    """
+    norm = norm if g_x is not None else None
+    site = site_of(WIDTH_BACKWARD, h, gamma.shape[1] // fractions, fractions, norm=norm)
+    g_gamma = None if g_x is None else torch.empty_like(gamma)
+    g_alpha = None if g_mixed is None else torch.empty_like(alpha)
+    given = Given(gamma, alpha, g_gamma, g_alpha)
+    g_h, gradients = _gradients(g_x, None, g_mixed, h, DepthInputs(), given, _NO_PARAMETERS, norm, site)
+    return g_h, g_gamma, g_alpha, gradients
+
+
 def depth_forward(depth: DepthInputs) -> Tensor:
     """h'_j = beta_j o_((j-1) mod m + 1) + sum_i alpha_ij h_i, [..., n*c] in the dtype of h."""
     assert depth.h is not None
@@ -143,7 +177,7 @@ def _width_forward(
     beta = h.new_empty(tokens, n, dtype=torch.float32)
     alpha = h.new_empty(tokens, n * n, dtype=torch.float32)
     site = site_of(WIDTH, h, n, p.fractions, p, norm if want_x else None)
-    _launch(width_forward_kernel, site, WIDTH, h, h, depth, p.parameters, _weights(norm), x, beta, alpha)
+    _launch(width_forward_kernel, site, WIDTH, h, h, depth, Given(), p.parameters, _weights(norm), x, beta, alpha)
     return x, beta, alpha
 
 
@@ -156,15 +190,30 @@ def _width_backward(
     p: Operands,
     norm: NormWeights | None,
 ) -> tuple[Tensor, Gradients]:
-    weights = _weights(norm if g_x is not None else None)
-    site = site_of(WIDTH_BACKWARD, h, p.slots, p.fractions, p, norm if g_x is not None else None)
-    g_h = torch.empty_like(h)
+    norm = norm if g_x is not None else None
+    site = site_of(WIDTH_BACKWARD, h, p.slots, p.fractions, p, norm)
+    return _gradients(g_x, g_beta, g_mixed, h, depth, Given(), p.parameters, norm, site)
+
+
+def _gradients(
+    g_x: Tensor | None,
+    g_beta: Tensor | None,
+    g_mixed: Tensor | None,
+    h: Tensor,
+    depth: DepthInputs,
+    given: Given,
+    parameters: PerSlotParameters,
+    norm: NormWeights | None,
+    site: Site,
+) -> tuple[Tensor, Gradients]:
+    """Of h and of the parameters."""
+    g_h, weights = torch.empty_like(h), _weights(norm)
     count = programs(_tokens(h) * site.N, h.device, WIDTH_BACKWARD)
-    partial = _partial(count, h, site, weights, depth.bias)
-    arguments = (g_x, g_beta, g_mixed, h, depth, p.parameters, weights, g_h, partial)
+    partial = _partial(count, h, site, weights, depth.bias, tables=given.gamma is None)
+    arguments = (g_x, g_beta, g_mixed, h, depth, given, parameters, weights, g_h, partial)
     _launch(width_backward_kernel, site, WIDTH_BACKWARD, h, *arguments)
-    wanted = Gradients(*map(_like, (*p.parameters, *weights, depth.bias)))
-    return g_h, _reduced(partial, site, wanted, p.parameters)
+    wanted = Gradients(*map(_like, (*parameters, *weights, depth.bias)))
+    return g_h, _reduced(partial, site, wanted, parameters)
 
 
 def _like(parameter: Tensor | None) -> Tensor | None:
@@ -172,9 +221,14 @@ def _like(parameter: Tensor | None) -> Tensor | None:
 
 
 def _partial(
-    count: int, h: Tensor, site: Site, weights: "Weights | None" = None, output_bias: Tensor | None = None
+    count: int,
+    h: Tensor,
+    site: Site,
+    weights: "Weights | None" = None,
+    output_bias: Tensor | None = None,
+    tables: bool = True,
 ) -> Partial:
-    """Of `count` programs; without `weights` those of a depth connection."""
+    """Of `count` programs; of a depth connection without `weights`, where coefficients are given without `tables`."""
 
     def of(*shape: int, wanted: bool = True) -> Tensor | None:
         return h.new_empty(count, *shape, dtype=torch.float32) if wanted else None
@@ -184,7 +238,7 @@ def _partial(
         return Partial(output_bias=output)
     return Partial(
         projection=of(site.TO - site.FROM, site.C, wanted=site.TO > 0),
-        table=of(site.N, site.KP),
+        table=of(site.N, site.KP, wanted=tables),
         scaled=of(site.KP, wanted=site.TO > 0),
         shift=of(site.KP, wanted=site.NORM == "layernorm"),
         weight=of(d, wanted=weights.weight is not None),
@@ -193,16 +247,18 @@ def _partial(
     )
 
 
-def _reduced(partial: Partial, site: Site, wanted: Gradients, parameters: PerSlotParameters | None = None) -> Gradients:
+def _reduced(
+    partial: Partial, site: Site, wanted: Gradients, parameters: PerSlotParameters = _NO_PARAMETERS
+) -> Gradients:
     """All gradients of parameters, in one launch; without any, in none."""
-    given = next((sums for sums in partial if sums is not None), None)
-    if given is None:
+    some = next((sums for sums in partial if sums is not None), None)
+    if some is None:
         return wanted
     blocks = -(-site.C // _REDUCED_COLUMNS) if site.TO else 0
     vectors = -(-site.M * site.C // _REDUCED_WIDE)
-    arguments = (partial, parameters or PerSlotParameters(*[None] * 7), wanted, len(given))  # type: ignore[arg-type]
+    arguments = (partial, parameters, wanted, len(some))
     constants = (_constant(site), blocks, _REDUCED_COLUMNS, _REDUCED_WIDE, _REDUCED_PROGRAMS)
-    with _on(given.device):
+    with _on(some.device):
         reduce_kernel[blocks + vectors + 1,](*arguments, *constants, num_warps=_REDUCED_WARPS)
     return wanted
 

@@ -274,58 +274,6 @@ def diagonal(matrix, S: tl.constexpr):
 
 
 @triton.jit
-def from_table(table, FIRST: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
-    """The matrix [R, R] of the coefficients in COUNT columns from FIRST on of a table, a column for the first so many
-    slots: zero between tokens, and where there are fewer of them than slots.
-    """
-    index = tl.zeros([S.R, S.R], tl.int32) + (FIRST + tl.arange(0, S.R) % COUNT)[None, :]
-    has = same_token(S)
-    if COUNT < S.N:
-        has = has & (tl.arange(0, S.R) % S.N < COUNT)[None, :]
-    return tl.where(has, tl.gather(table, index, axis=1), 0.0)
-
-
-@triton.jit
-def to_table(matrix, FIRST: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr):
-    """The reverse: a table [R, KP] with the coefficients of a matrix in these columns, else zero."""
-    k = tl.arange(0, S.KP)[None, :]
-    inside = (k >= FIRST) & (k < FIRST + COUNT)
-    first_row = (tl.arange(0, S.R) // S.N * S.N)[:, None]
-    index = tl.where(inside, first_row + k - FIRST, first_row + tl.zeros_like(k))
-    return tl.where(inside, tl.gather(matrix, index, axis=1), 0.0)
-
-
-@triton.jit
-def static_table(p, S: tl.constexpr):
-    """The static coefficients as a table."""
-    i = (tl.arange(0, S.R) % S.N)[:, None]
-    k = tl.arange(0, S.KP)[None, :]
-    beta = tl.load(p.static_beta + i + 0 * k, mask=k < 1, other=0.0)
-    gamma = tl.load(p.static_gamma + i * S.M + k - 1, mask=(k >= 1) & (k < 1 + S.M), other=0.0)
-    alpha = tl.load(p.static_alpha + i * S.N + k - 1 - S.M, mask=(k > S.M) & (k < 1 + S.M + S.N), other=0.0)
-    return beta + gamma + alpha
-
-
-@triton.jit
-def scales(p, S: tl.constexpr):
-    """The scale of each column of a table, [KP]; 1 without one."""
-    beta, alpha = 1.0, 1.0
-    if p.scale_beta is not None:
-        beta = tl.load(p.scale_beta)
-    if p.scale_alpha is not None:
-        alpha = tl.load(p.scale_alpha)
-    return tl.where(tl.arange(0, S.KP) == 0, beta, alpha)
-
-
-@triton.jit
-def tanh(z):
-    """Without a library call, which the interpreter lacks; the series keeps small values accurate."""
-    square = z * z
-    series = z * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
-    return tl.where(square < 0.04, series, 1.0 - 2.0 / (tl.exp(2.0 * z) + 1.0))
-
-
-@triton.jit
 def moments(sums, squares, NORM: tl.constexpr, EPS: tl.constexpr, width: tl.constexpr):
     """Mean and reciprocal deviation from sums and sums of squares over `width` values, as a norm uses them.
 

@@ -8,6 +8,7 @@
 | boundary, backward | g_x, g_mixed, h', o | gradient of h', g_o | 3r + 3 | 6 |
 
 Per token there are also, in fp32, beta (n values) and alpha (n*n) in forward and the gradient of beta (n) in backward.
+Coefficients that are `Given` are read and not predicted: gamma (n*m), in backward also alpha and the gradients of both.
 Parameters are read and sums for their gradients written once per program; from tile to tile both stay in cache.
 
 Two passes over a tile: the first takes all inner products of rows, the second, which finds the rows in cache, makes the
@@ -20,10 +21,19 @@ import triton.language as tl
 
 from megatron_fc.connections.kernels.depth import alpha_matrix, beta_rows, depth_chunk, depth_gradient_chunk
 from megatron_fc.connections.kernels.sums import add_projection, add_weight, store_table_sums
+from megatron_fc.connections.kernels.tables import (
+    from_table,
+    given_table,
+    scales,
+    static_table,
+    store_coefficients,
+    store_given_gradients,
+    tanh,
+    to_table,
+)
 from megatron_fc.connections.kernels.tiles import (
     ask,
     diagonal,
-    from_table,
     gathered,
     less,
     load_chunk,
@@ -34,13 +44,9 @@ from megatron_fc.connections.kernels.tiles import (
     row_sum,
     rows_by_rows,
     same_token,
-    scales,
     spoiled,
-    static_table,
     store_chunk,
     table_by_rows,
-    tanh,
-    to_table,
     token_sum,
 )
 
@@ -101,13 +107,13 @@ def over_warps(products):
 
 
 @triton.jit
-def coefficients(products, p, w_sums, S: tl.constexpr):
+def coefficients(products, given, p, w_sums, first, count, S: tl.constexpr):
     """Coefficients, z and tanh(z) as tables, mean and reciprocal deviation of each row (eq. 9-14)."""
     z, gram, sums = products
     mean, deviation = moments(sums, diagonal(gram, S), S.NORM, S.EPS, S.C)
     z = deviation[:, None] * less(z, mean[:, None] * w_sums[None, :], S.NORM)
     t = tanh(z) if S.TANH else z
-    table = static_table(p, S)
+    table = static_table(p, S) if given.gamma is None else given_table(given, first, count, S)
     if S.TO > 0:
         table += scales(p, S)[None, :] * t
     table += spoiled(gram, S)[:, None]
@@ -128,17 +134,7 @@ def input_moments(gamma, products, S: tl.constexpr):
 
 
 @triton.jit
-def store_coefficients(table, beta, alpha, first, count, S: tl.constexpr):
-    rows = first + tl.arange(0, S.R)
-    k = tl.arange(0, S.KP)[None, :]
-    valid = rows < count
-    tl.store(beta + rows, tl.sum(tl.where(k == 0, table, 0.0), axis=1), mask=valid)
-    inside = (k > S.M) & (k < 1 + S.M + S.N)
-    tl.store(alpha + rows[:, None] * S.N + (k - 1 - S.M), table, mask=valid[:, None] & inside)
-
-
-@triton.jit
-def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr):
+def width_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: tl.constexpr):
     """count: rows of h, that is tokens times N. With `pre.o`, h is made and stored by the depth connection before."""
     CHUNKS: tl.constexpr = S.CHUNKS
     w_sums = projection_sums(p, h, S)
@@ -157,8 +153,9 @@ def width_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: tl.constexpr
 
         between_passes()
         products = over_warps(products)
-        table, _, _, _, _ = coefficients(products, p, w_sums, S)
-        store_coefficients(table, beta, alpha, first, count, S)
+        table, _, _, _, _ = coefficients(products, given, p, w_sums, first, count, S)
+        if beta is not None:
+            store_coefficients(table, beta, alpha, first, count, S)
         if x is not None:
             gamma = from_table(table, 1, S.M, S)
             if S.SUB_NORM != "none":
@@ -192,7 +189,7 @@ def input_gradient_products(gamma, with_x, u_sums, products, S: tl.constexpr):
 
 
 @triton.jit
-def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, count, S: tl.constexpr):
+def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, partial, count, S: tl.constexpr):
     """count: rows of h, that is tokens times N. Absent gradients are None.
 
     With `pre.o`, the gradient of h goes on through the depth connection that made h.
@@ -236,7 +233,7 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
 
         between_passes()
         products = over_warps(products)
-        table, z, t, mean, deviation = coefficients(products, p, w_sums, S)
+        table, z, t, mean, deviation = coefficients(products, given, p, w_sums, first, count, S)
         with_x = tl.where(same_token(S), tl.sum(with_x, axis=0), 0.0)
         with_mixed = tl.where(same_token(S), tl.sum(with_mixed, axis=0), 0.0)
         table += spoiled(tl.abs(with_x) + tl.abs(with_mixed), S)[:, None]
@@ -248,6 +245,8 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
             at = first + tl.arange(0, S.R)
             d_beta = tl.load(g_beta + at, mask=at < count, other=0.0)
             d += tl.where((tl.arange(0, S.KP) == 0)[None, :], d_beta[:, None], 0.0)
+        if given.gamma is not None:
+            store_given_gradients(d, given, first, count, S)
         dz = d * scales(p, S)[None, :]
         if S.TANH:
             dz *= 1.0 - t * t
@@ -290,4 +289,5 @@ def width_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, c
         if pre.o is not None:
             at = first + tl.arange(0, S.R)
             tl.store(pre.g_beta + at, tl.sum(d_pre_beta, axis=0), mask=at < count)
-    store_table_sums(partial, d_table, d_scaled, d_shift, S)
+    if partial.table is not None:
+        store_table_sums(partial, d_table, d_scaled, d_shift, S)

@@ -22,7 +22,7 @@ from megatron_fc.connections.per_slot import PerSlotParameters
 from megatron_fc.connections.site import PendingDepth
 from support import kernel_cases, kernel_reference
 from support.isolation import RMSNorm, reaches_its_own_token, stays_alone
-from support.kernel_cases import FP32, HALF, check
+from support.kernel_cases import FP32, HALF, check, check_given
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("emulator")]
 # The norms are of fractions and of the sub-layer's input.
@@ -53,7 +53,7 @@ def test_half_precision(config: FracConfig, kind: str | None, dtype: torch.dtype
 
 # Wider streams than a sub-layer, and slots of no power of two.
 HYPER_CASES = [
-    (HyperConfig(slots=4), 1024, "rmsnorm", torch.bfloat16),
+    (HyperConfig(slots=4), 512, "rmsnorm", torch.bfloat16),
     (HyperConfig(slots=2), 100, "layernorm", torch.float16),
     (HyperConfig(slots=4, fractions=2, norm="layernorm"), 160, "layernorm", torch.bfloat16),
 ]
@@ -63,7 +63,7 @@ HYPER_CASES = [
 def test_more_slots_than_fractions(config: HyperConfig, width: int, kind: str, dtype: torch.dtype) -> None:
     case = kernel_reference.make(config, width, 17, dtype, kind)
     check(case, HALF[dtype])
-    reaches_its_own_token(case, math.nan if width == 1024 else -math.inf, kernel_cases.passes(case))
+    reaches_its_own_token(case, math.nan if width == 512 else -math.inf, kernel_cases.passes(case))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 17])
@@ -71,9 +71,25 @@ def test_eight_slots_of_one_fraction_in_fp32(tokens: int) -> None:
     check(kernel_reference.make(HyperConfig(slots=8), 64, tokens, torch.float32, "layernorm"), FP32)
 
 
+GIVEN_CASES = [
+    (HyperConfig(slots=4), 512, "rmsnorm", torch.bfloat16),
+    (FracConfig(rate=4), 256, None, torch.float16),
+]
+
+
+@pytest.mark.parametrize(("config", "width", "kind", "dtype"), GIVEN_CASES)
+def test_given_coefficients(config: FracConfig | HyperConfig, width: int, kind: str | None, dtype: torch.dtype) -> None:
+    check_given(kernel_reference.make(config, width, 17, dtype, kind), HALF[dtype])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17])
+def test_given_coefficients_in_fp32(tokens: int) -> None:
+    check_given(kernel_reference.make(HyperConfig(slots=4), 100, tokens, torch.float32, "layernorm"), FP32)
+
+
 def test_a_boundary_of_hyper_connections_is_its_parts() -> None:
     """With bias and dropout, as in `test_orders.py`."""
-    case = kernel_reference.make(HyperConfig(slots=4), 1024, 17, torch.bfloat16, "rmsnorm")
+    case = kernel_reference.make(HyperConfig(slots=4), 512, 17, torch.bfloat16, "rmsnorm")
     found, expected = kernel_cases.boundary_and_parts(case, kernel_cases.depth_inputs(case, dropout=True))
     assert torch.equal(found["h'"], expected["h'"])
     for name, value in expected.items():

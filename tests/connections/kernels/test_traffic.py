@@ -14,8 +14,8 @@ from support.kernel_traffic import counted, of
 TILES = 4  # two for a program of the width connection's backward pass
 SHAPES = [  # OLMoE-7B's; docs/kernels.md has other shapes
     (FracConfig(rate=4), 2048),
-    (HyperConfig(slots=2), 1024),
-    (HyperConfig(slots=4), 1024),
+    (HyperConfig(slots=2), 512),
+    (HyperConfig(slots=4), 512),
 ]
 
 
@@ -84,3 +84,17 @@ def test_boundary(emulator: Emulator, case: kernel_reference.Case) -> None:
     with counted(emulator) as moved:
         g_h, _, g_o, _ = launch.boundary_backward(*incoming, h, depth, *site)
     assert rows(case, moved, case.g_x, case.g_mixed, h, case.o, g_h, g_o) == 3 * r + 3
+
+
+def test_given_coefficients(emulator: Emulator, case: kernel_reference.Case) -> None:
+    r, (_, alpha_bytes), m = expansion(case), coefficient_bytes(case), case.config.fractions
+    alpha = case.coefficients[1]
+    gamma = alpha[:, : case.config.slots * m].contiguous()
+    with counted(emulator) as moved:
+        x = launch.given_width_forward(case.h, gamma, m, case.norm)
+    assert rows(case, moved, case.h, x) == r + 1
+    assert of(moved, gamma) == gamma.nbytes
+    with counted(emulator) as moved:
+        g_h, *of_tables, _ = launch.given_width_backward(case.g_x, case.g_mixed, case.h, gamma, alpha, m, case.norm)
+    assert rows(case, moved, case.g_x, case.g_mixed, case.h, g_h) == 3 * r + 1
+    assert of(moved, gamma, alpha, *of_tables) == 2 * (gamma.nbytes + alpha_bytes)
