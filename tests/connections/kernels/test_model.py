@@ -10,9 +10,9 @@ import torch
 
 from laboratory.emulator import Options
 from laboratory.emulator.driver import Emulator, emulated
-from megatron_fc import FracConfig, HyperConfig
+from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.costs import traffic
+from megatron_fc.connections.costs import eager_traffic, traffic
 from megatron_fc.connections.costs.traffic import Stream
 from megatron_fc.connections.kernels import launch
 from megatron_fc.planning.counts import total_device
@@ -34,6 +34,7 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.slow
 TRITON = FracConfig(rate=4, backend="triton")
 WIDE = HyperConfig(slots=4, backend="triton")
+MANIFOLD = ManifoldConfig(slots=4, backend="triton")
 TOKENS = tiny.tokens(batch=1)
 FEW = TOKENS[:, :6]  # two tiles of rows, of which one is not full
 
@@ -175,7 +176,7 @@ def test_recompute_of_the_stream_is_exact(calls: list[str]) -> None:
 class Streams(torch.utils._python_dispatch.TorchDispatchMode):
     """Collects the streams that our operations read and write."""
 
-    def __init__(self, elements: int) -> None:
+    def __init__(self, *elements: int) -> None:
         super().__init__()
         self.elements = elements
         self.seen: dict[int, torch.Tensor] = {}
@@ -184,7 +185,7 @@ class Streams(torch.utils._python_dispatch.TorchDispatchMode):
         out = op(*args, **(kwargs or {}))
         if op.namespace == "megatron_fc":
             for tensor in torch.utils._pytree.tree_leaves((args, out)):
-                if isinstance(tensor, torch.Tensor) and tensor.numel() == self.elements and tensor.stride(-1) == 1:
+                if isinstance(tensor, torch.Tensor) and tensor.numel() in self.elements and tensor.stride(-1) == 1:
                     self.seen[tensor.data_ptr()] = tensor
         return out
 
@@ -193,18 +194,27 @@ LAYERNORM_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["
 
 
 @pytest.mark.parametrize(
-    "frac", [TRITON, pytest.param(replace(TRITON, rate=2), marks=pytest.mark.soak), replace(TRITON, dynamic=False)]
-)
-@pytest.mark.parametrize(
-    ("form", "options"), [(traffic.layer_alone, {}), (traffic.layer_pure, LAYERNORM_AGAIN)], ids=["boundary", "pure"]
+    ("connection", "form", "options"),
+    [
+        pytest.param(TRITON, traffic.layer_alone, {}, id="dfc"),
+        pytest.param(TRITON, traffic.layer_pure, LAYERNORM_AGAIN, id="dfc pure"),
+        pytest.param(replace(TRITON, dynamic=False), traffic.layer_alone, {}, id="sfc"),
+        pytest.param(replace(TRITON, dynamic=False), traffic.layer_pure, LAYERNORM_AGAIN, id="sfc pure"),
+        pytest.param(WIDE, traffic.layer_alone, {}, id="dhc"),
+        pytest.param(MANIFOLD, eager_traffic.mixing_kernels, {}, id="mhc"),
+        pytest.param(replace(TRITON, rate=2), traffic.layer_alone, {}, id="dfc_x2", marks=pytest.mark.soak),
+        pytest.param(
+            replace(TRITON, rate=2), traffic.layer_pure, LAYERNORM_AGAIN, id="dfc_x2 pure", marks=pytest.mark.soak
+        ),
+    ],
 )
 def test_a_layer_moves_what_the_model_says(
-    emulator: Emulator, form: Any, options: dict[str, Any], frac: FracConfig
+    emulator: Emulator, connection: ConnectionConfig, form: Any, options: dict[str, Any]
 ) -> None:
     """All between the sub-layers of a transformer layer."""
-    layer = tiny.build("dense", frac, **options).decoder.layers[0]
-    width, tokens = layer.config.hidden_size, 16
-    h = torch.randn(tokens, 1, width, requires_grad=True)
+    layer = tiny.build("dense", connection, **options).decoder.layers[1]  # the first one also enters the stream
+    width, tokens, wide = layer.config.hidden_size, 16, connection.stream_width(layer.config.hidden_size)
+    h = torch.randn(tokens, 1, wide, requires_grad=True)
     mask = torch.ones(1, 1, tokens, tokens).triu(1).bool()
     incoming = torch.randn_like(h)
 
@@ -214,7 +224,7 @@ def test_a_layer_moves_what_the_model_says(
 
     with Whereabouts(layer) as whereabouts, DeviceCounter(whereabouts) as counter:
         run()
-    expected = form(Stream(width, element_bytes=4), frac)
+    expected = form(Stream(width, element_bytes=4), connection)
     for phase, moves in (("forward", expected.forward), ("backward", expected.backward)):
         total = total_device(
             count
@@ -225,9 +235,11 @@ def test_a_layer_moves_what_the_model_says(
         assert total.written_bytes == pytest.approx(moves.written_bytes(tokens), rel=0.01)
     if not options:  # recompute frees streams, whose addresses say nothing then
         # The loads and stores of the kernels, one by one.
-        with Streams(tokens * width) as ours, counted(emulator) as moved:
+        with Streams(tokens * width, tokens * wide) as ours, counted(emulator) as moved:
             run()
-        assert of(moved, *ours.seen.values()) == 22 * tokens * width * 4
+        # width, boundary, depth; without a boundary width and depth twice
+        rows = 12 * (wide // width) + 10 if form is traffic.layer_alone else 14 * (wide // width) + 10
+        assert of(moved, *ours.seen.values()) == rows * tokens * width * 4
         assert saved_bytes(layer, h) == pytest.approx(tokens * expected.saved_bytes_per_token, rel=0.01)
 
 
