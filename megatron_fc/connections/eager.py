@@ -14,13 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fc.connections import eager_on_manifold, eager_per_slot
-from megatron_fc.connections.on_manifold import ManifoldParameters
-from megatron_fc.connections.operands import AnyOperands, ManifoldOperands, Operands, refuse_low_precision
+from megatron_fc.connections.operands import AnyOperands, Operands, refuse_low_precision
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
-def _as_written[**Arguments, Result](function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def as_written[**Arguments, Result](function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Run it without autograd and without autocast, which would round coefficients.
 
     And unseen by what overrides torch functions: asked for each of dozens of calls, the CPU lane's mode takes as long
@@ -39,7 +38,7 @@ def _as_written[**Arguments, Result](function: Callable[Arguments, Result]) -> C
     return run
 
 
-@_as_written
+@as_written
 def width_forward(h: Tensor, p: AnyOperands, want_x: bool = True) -> tuple[Tensor | None, Tensor, Tensor]:
     """Width connection, x_i = sum_j gamma_ji h_j, and the coefficients that the depth connection needs.
 
@@ -53,7 +52,7 @@ def width_forward(h: Tensor, p: AnyOperands, want_x: bool = True) -> tuple[Tenso
     """
     refuse_low_precision(p)
     n, m = p.slots, p.fractions
-    s, p = _slots(h, n), _in_fp32(p, h)
+    s, p = _slots(h, n), in_fp32(p, h)
     table, _ = _of(p).coefficients(s, p)
     beta, gamma, alpha = table.split((1, m, n))
     x = _shaped(_mix(gamma.transpose(0, 1), s), (*h.shape[:-1], m * s.shape[2]), h) if want_x else None
@@ -61,7 +60,7 @@ def width_forward(h: Tensor, p: AnyOperands, want_x: bool = True) -> tuple[Tenso
     return x, beta[0].clone(), alpha.permute(1, 2, 0).reshape(s.shape[0], n * n)
 
 
-@_as_written
+@as_written
 def width_backward(
     g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, p: AnyOperands
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
@@ -78,7 +77,7 @@ def width_backward(
         Gradient of h [..., n*c] in the dtype of h; of the parameters in their dtypes, None where p has None.
     """
     n, m, given = p.slots, p.fractions, p.parameters
-    s, p = _slots(h, n), _in_fp32(p, h)
+    s, p = _slots(h, n), in_fp32(p, h)
     tokens, _, c = s.shape
     # Gamma and alpha act alike on h, so their gradients go side by side: [T, m+n, c].
     sides = [
@@ -97,7 +96,7 @@ def width_backward(
     return g_h.view(h.shape).to(h.dtype), type(given)(*in_their_dtypes)
 
 
-@_as_written
+@as_written
 def depth_forward(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:
     """Depth connection, h'_j = beta_j o_((j-1) mod m + 1) + sum_k alpha_kj h_k.
 
@@ -117,7 +116,7 @@ def depth_forward(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor) -> Tensor:
     return _shaped(mixed, h.shape, h)
 
 
-@_as_written
+@as_written
 def depth_backward(g: Tensor, o: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the sub-layer's output and of beta; that of the mixed residual is g itself.
 
@@ -141,61 +140,6 @@ def depth_backward(g: Tensor, o: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         written = torch.eye(m, dtype=s.dtype, device=s.device).repeat(1, turns)  # [m, n]
         g_o = _mix(beta.unsqueeze(1) * written, s.view(tokens, n, c))
     return g_o.view(o.shape).to(o.dtype), g_beta
-
-
-@_as_written
-def mapping_forward(h: Tensor, p: ManifoldOperands) -> tuple[Tensor, Tensor, Tensor, eager_on_manifold.Mapping]:
-    """The coefficients on a manifold alone, for kernels that mix with them.
-
-    Args:
-        h: stream [..., n*c].
-        p: the site.
-
-    Returns:
-        beta [T, n], gamma [T, n*m] and alpha [T, n*n], row-major, in fp32; and what `mapping_backward` takes.
-    """
-    refuse_low_precision(p)
-    s, p = _slots(h, p.slots), _in_fp32(p, h)
-    table, mapping = eager_on_manifold.coefficients(s, p)
-    beta, gamma, alpha = table.split((1, p.fractions, p.slots))
-    gamma, alpha = (part.permute(1, 2, 0).flatten(1).contiguous() for part in (gamma, alpha))
-    return beta[0].clone(), gamma, alpha, mapping
-
-
-@_as_written
-def mapping_backward(
-    g_beta: Tensor | None,
-    g_gamma: Tensor | None,
-    g_alpha: Tensor | None,
-    g_h: Tensor,
-    mapping: eager_on_manifold.Mapping,
-    p: ManifoldOperands,
-) -> ManifoldParameters:
-    """Gradients of the parameters; adds what the stream gets through the coefficients to g_h.
-
-    Args:
-        g_beta: gradient of beta [T, n]. None stands for zero, here and below.
-        g_gamma: gradient of gamma [T, n*m].
-        g_alpha: gradient of alpha [T, n*n].
-        g_h: gradient of the stream [..., n*c], in its dtype.
-        mapping: of `mapping_forward`, overwritten.
-        p: the site.
-
-    Returns:
-        Gradients in the parameters' dtypes.
-    """
-    n, m, given = p.slots, p.fractions, p.parameters
-    stream, p = mapping.stream, _in_fp32(p, mapping.stream)
-    tokens = stream.shape[0]
-    sides = [
-        stream.new_zeros(tokens, n, count) if g is None else g.view(tokens, n, count)
-        for g, count in ((g_gamma, m), (g_alpha, n))
-    ]
-    g_beta = stream.new_zeros(tokens, n) if g_beta is None else g_beta
-    through = torch.zeros_like(stream)
-    gradients = eager_on_manifold.coefficients_backward(g_beta, torch.cat(sides, 2), through, mapping, p)
-    g_h.view(stream.shape).add_(through)
-    return ManifoldParameters._make(g.to(q.dtype) for g, q in zip(gradients, given, strict=True))
 
 
 def _of(p: AnyOperands) -> Any:
@@ -245,7 +189,7 @@ def _shaped(rows: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
     return _unsafe_view(rows, shape).to(like.dtype)
 
 
-def _in_fp32[Site: AnyOperands](p: Site, h: Tensor) -> Site:
+def in_fp32[Site: AnyOperands](p: Site, h: Tensor) -> Site:
     """Tensors in the dtype of the slots, where they are not."""
     dtype = torch.promote_types(h.dtype, torch.float32)
     if p[0].dtype == dtype:

@@ -14,32 +14,56 @@ from megatron_fc.connections.on_manifold import ManifoldParameters, blocks
 from megatron_fc.connections.operands import ManifoldOperands
 
 
-class Mapping(NamedTuple):
-    """What backward needs of the prediction from the stream, z = r <W, stream>."""
+class Tables(NamedTuple):
+    """What backward needs of the coefficients, of which all but the stream is small."""
 
-    z: Tensor  # [K, T], rows pre, post, res
-    stream: Tensor  # [T, n*c]
-    r: Tensor  # [T], 1 / its root mean square
+    z: Tensor  # [K, T], rows pre, post, res: r <W, stream>
+    r: Tensor  # [T], 1 / the stream's root mean square
     gamma: Tensor  # [n, m, T], without eps
     beta: Tensor  # [n, T]
     softmax: Tensor  # [n, n, T], alpha before Sinkhorn's eps
     alpha: Tensor  # [n, n, T]
     sums: list[Tensor]  # what Sinkhorn divided by, in order: of columns [1, n, T], of rows [n, 1, T], of columns ...
 
+    def side_by_side(self, eps: float) -> Tensor:
+        """Laid out as [k, T, source], rows beta, gamma_1..m, alpha_1..n."""
+        beta, gamma, alpha = self.beta.t(), (self.gamma + eps).permute(1, 2, 0), self.alpha.permute(1, 2, 0)
+        return torch.cat((beta.unsqueeze(0), gamma, alpha))
+
+
+class Mapping(NamedTuple):
+    """The same with the stream [T, n*c] in fp32."""
+
+    stream: Tensor
+    tables: Tables
+
+
+class TableGradients(NamedTuple):
+    """What the coefficients pass on: to <W, stream> [K, T], through r a multiple of each token's stream [T]."""
+
+    product: Tensor
+    pull: Tensor
+    bias: Tensor
+    scale: Tensor
+
 
 def coefficients(s: Tensor, p: ManifoldOperands) -> tuple[Tensor, Mapping]:
     """All coefficients of slots [T, n, c], laid out as [k, T, source], rows beta, gamma_1..m, alpha_1..n."""
-    n, m, eps = p.slots, p.fractions, p.sinkhorn_eps
     stream = s.flatten(1)
-    mean_square = torch.linalg.vector_norm(stream, dim=-1).square_().div_(stream.shape[1])
-    r = mean_square.add_(p.norm_eps).rsqrt_()
-    z = (p.mapping_weight @ stream.t()).mul_(r)
+    made = tables(p.mapping_weight @ stream.t(), torch.linalg.vector_norm(stream, dim=-1), p)
+    return made.side_by_side(p.sinkhorn_eps), Mapping(stream, made)
+
+
+def tables(product: Tensor, norm: Tensor, p: ManifoldOperands) -> Tables:
+    """The coefficients from <W, stream> [K, T], which is overwritten, and from the stream's norm [T]."""
+    n, m, eps = p.slots, p.fractions, p.sinkhorn_eps
+    r = norm.square_().div_(p.mapping_weight.shape[1]).add_(p.norm_eps).rsqrt_()
+    z = product.mul_(r)
     pre, post, res = torch.addcmul(p.mapping_bias.unsqueeze(1), z, _scales(p)).split(blocks(n, m))
     gamma, beta = pre.sigmoid().view(n, m, -1), post.sigmoid().mul_(2)
     softmax = torch.softmax(res.reshape(n, n, -1), 1)
     alpha, sums = _sinkhorn(softmax + eps, p.sinkhorn_iterations, eps)
-    table = torch.cat((beta.t().unsqueeze(0), (gamma + eps).permute(1, 2, 0), alpha.permute(1, 2, 0)))
-    return table, Mapping(z, stream, r, gamma, beta, softmax, alpha, sums)
+    return Tables(z, r, gamma, beta, softmax, alpha, sums)
 
 
 def coefficients_backward(
@@ -54,8 +78,18 @@ def coefficients_backward(
         mapping: of `coefficients`, whose alpha is overwritten.
         p: the site.
     """
+    stream = mapping.stream
+    g = tables_backward(g_beta, products, mapping.tables, p)
+    g_stream = g_h.view(stream.shape)
+    g_stream.addcmul_(stream, g.pull.unsqueeze(1))
+    g_stream.addmm_(g.product.t(), p.mapping_weight)
+    return ManifoldParameters(g.product @ stream, g.bias, g.scale)
+
+
+def tables_backward(g_beta: Tensor, products: Tensor, made: Tables, p: ManifoldOperands) -> TableGradients:
+    """From the gradients of the coefficients, as in `coefficients_backward`, to those of what they came from."""
     n, m = p.slots, p.fractions
-    z, stream, r, gamma, beta, softmax, alpha, sums = mapping
+    z, r, gamma, beta, softmax, alpha, sums = made
     g_gamma, g_alpha = (g.permute(1, 2, 0) for g in products.split((m, n), 2))
     pre = g_gamma * gamma * (1 - gamma)
     post = g_beta.t() * beta * (1 - beta / 2)
@@ -68,12 +102,9 @@ def coefficients_backward(
     scale = torch.stack([part.sum() for part in (g * z).split(blocks(n, m))])
     g *= _scales(p)
     # Through r: dr/dh = -r^3 h / (n*c), and sum_k g <W, h> is known from z.
-    pull = (g * z).sum(0).mul_(r).mul_(r).div_(-stream.shape[1])
+    pull = (g * z).sum(0).mul_(r).mul_(r).div_(-p.mapping_weight.shape[1])
     g *= r
-    g_stream = g_h.view(stream.shape)
-    g_stream.addcmul_(stream, pull.unsqueeze(1))
-    g_stream.addmm_(g.t(), p.mapping_weight)
-    return ManifoldParameters(g @ stream, bias, scale)
+    return TableGradients(g, pull, bias, scale)
 
 
 def _sinkhorn(table: Tensor, iterations: int, eps: float) -> tuple[Tensor, list[Tensor]]:

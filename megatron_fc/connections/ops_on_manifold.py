@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fc.connections import eager
+from megatron_fc.connections import mapping
 from megatron_fc.connections.handover import Handover, without_storage
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.on_manifold import ManifoldParameters
@@ -31,7 +31,7 @@ class _Width(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, want_x: bool, *values: Any) -> tuple[Tensor, ...]:
         p, norm = ManifoldOperands(*values[:_N_OPERANDS]), values[_N_OPERANDS:]
-        beta, gamma, alpha, _ = eager.mapping_forward(h, p)
+        beta, gamma, alpha, _ = mapping.coefficients(h, p)
         x = _given_width(h, gamma, p.fractions, *norm) if want_x else h.new_empty(0)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(alpha)
@@ -50,12 +50,12 @@ class _Width(torch.autograd.Function):
         of_norm = tensors[_N_PARAMETERS:]
         if g_x is not None and not g_x.numel():
             g_x = None
-        _, gamma, alpha, mapping = eager.mapping_forward(h, p)
+        _, gamma, alpha, tables = mapping.coefficients(h, p)
         g_h, *rest = _given_width_backward(g_x, g_mixed, h, gamma, alpha, p.fractions, *of_norm, *norm)
         made = iter(rest)
         g_gamma, g_alpha = (None if g is None else next(made) for g in (g_x, g_mixed))
         g_norm = [None if weight is None or g_x is None else next(made) for weight in of_norm]
-        gradients = eager.mapping_backward(g_beta, g_gamma, g_alpha, g_h, mapping, p)
+        gradients = mapping.coefficients_backward(g_beta, g_gamma, g_alpha, g_h, h, tables, p)
         return g_h, None, *gradients, *[None] * len(options), *g_norm, *[None] * len(norm)
 
 

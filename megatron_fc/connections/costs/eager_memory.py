@@ -21,8 +21,6 @@ def width_backward(stream: Stream, config: ConnectionConfig) -> int:
 def coefficients_backward(stream: Stream, config: ConnectionConfig) -> int:
     """Peak per token of a width connection's backward whose coefficients torch predicts and a kernel mixes with.
 
-    Its gradients come in and the gradient of h goes out in the stream's dtype; h in fp32, what it gets through the
-    coefficients, and of a stream of 16 bits h itself.
+    Its gradients come in and the gradient of h goes out, all in the stream's dtype.
     """
-    slots = config.stream_width(stream.width)
-    return FP32 * 2 * slots + stream.element_bytes * (2 * slots + stream.width)
+    return stream.element_bytes * (2 * config.stream_width(stream.width) + stream.width)

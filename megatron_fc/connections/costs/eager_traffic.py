@@ -6,7 +6,7 @@ for an fp32 stream, two for bf16. The terms per token are one value per slot (`o
 n*n), or all k = 1+m+n coefficients of n slots (`all`: k*n).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig
@@ -93,14 +93,15 @@ def torch_backend(stream: Stream, config: ConnectionConfig) -> Moves:
 def mixing_kernels(stream: Stream, config: ManifoldConfig) -> Moves:
     """A layer of kernels on a manifold: torch operations predict the coefficients, the kernels mix with them.
 
-    Backward predicts again. What the stream gets through the coefficients is made in fp32 and added to its gradient.
+    Torch reads the stream in its own dtype, once for its norm and once for the projection; in backward both again, to
+    its gradient it adds twice (3r and 2r rows), and the projection's reads the stream. At n = 4 that is 16 + 64 rows,
+    and the kernels' are 28 + 38. Halves of small matrices are left out, and the copy that an fp16 stream takes.
     """
     s = _Sizes.of(stream, config)
-    forward = s.stream_upcast + _mapping(s, config) + Traffic(s.all, s.all)
-    backward = forward + Traffic(s.gamma + s.matrix, s.gamma + s.matrix) + Traffic(0, s.slots)
-    backward += _mapping_backward(s, config) + Traffic(s.slots + s.stream, s.stream)
-    predicted = Moves(forward, backward)
-    return (predicted + mixing(stream, config) + depth(stream, config)) * 2
+    s = replace(s, slots=s.stream)
+    forward = _mapping(s, config) + Traffic(s.all, s.all)
+    backward = forward + Traffic(s.gamma + s.matrix, s.gamma + s.matrix) + _mapping_backward(s, config)
+    return (Moves(forward, backward) + mixing(stream, config) + depth(stream, config)) * 2
 
 
 def _torch_width_forward(s: _Sizes, config: Config) -> Traffic:
