@@ -99,7 +99,7 @@ def mixing_kernels(stream: Stream, config: ManifoldConfig) -> Moves:
     """
     s = _Sizes.of(stream, config)
     s = replace(s, slots=s.stream)
-    forward = _mapping(s, config) + Traffic(s.all, s.all)
+    forward = _mapping(s, config)
     backward = forward + Traffic(s.gamma + s.matrix, s.gamma + s.matrix) + _mapping_backward(s, config)
     return (Moves(forward, backward) + mixing(stream, config) + depth(stream, config)) * 2
 
