@@ -56,8 +56,6 @@ def test_recompute_of_the_stream_makes_it_no_other_connection(kind: type[Config]
     config = kind.from_dict({"stream_layers": 2})
     assert config == kind()
     assert kind.from_dict(config.to_dict()).stream_layers == 2
-    assert config.applies_norm
-    assert not kind().applies_norm
     for value in (-1, True, 1.5):
         with pytest.raises(UserError, match=f"stream_layers must be a whole number of at least 0, not {value}: use 0"):
             kind.from_dict({"stream_layers": value})

@@ -174,9 +174,9 @@ def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
         (["fractions=2"], [], "fractions=2 is an option of shc and dhc: dfc_x4 has its own, drop it"),
         (["connection=mfc", "fractions=2"], [], "fractions=2 is an option of shc and dhc: mfc_x4 has its own"),
         (
-            ["connection=dhc", "backend=triton"],
+            ["connection=dhc", "recompute=true"],
             [],
-            "backend=triton is an option of sfc, dfc, which dhc does not have",
+            "recompute=True is an option of sfc, dfc, which dhc does not have",
         ),
         (["slots=4"], [], "unknown key in section model: 'slots'"),
         (["connection=mhc", "leave=sum"], [], "unknown leave 'sum': valid are learned, mean"),
