@@ -3,8 +3,8 @@
     python benchmarks/shares.py                  # all that results/predicted-h200.json has at 16,384 tokens
     python benchmarks/shares.py --device cpu     # does it run? Without a GPU the kernels run in the emulator.
 
-What decides most comes first: boundary backward. Kernels take turns with a copy whose bandwidth is the scale. The launch
-that adds up the programs' sums is in a backward pass's time, and is not in its prediction.
+What decides most comes first: boundary backward. Kernels take turns with a copy whose bandwidth is the scale. The
+launch that adds up the programs' sums is in a backward pass's time, and is not in its prediction.
 """
 
 import json
@@ -148,7 +148,8 @@ def main() -> int:
     left = len(chosen()) - len(shares)
     print(f"{left} of {len(chosen())} shapes were not measured" if left else "all shapes were measured")
     assumptions = json.loads(PREDICTED.read_text())["assumptions"]
-    result = record.facts(args.device) | {"on_gpu": on_gpu, "assumptions": assumptions, "rows": [asdict(s) for s in shares]}
+    rows = [asdict(share) for share in shares]
+    result = record.facts(args.device) | {"on_gpu": on_gpu, "assumptions": assumptions, "rows": rows}
     if args.output:
         record.write(args.output, "shares", result, page(result, shares))
     return int(any(s.error for s in shares))

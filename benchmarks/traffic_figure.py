@@ -25,6 +25,7 @@ import record
 from counted_layers import count, layer, unfused_hyper_layer
 from megatron_fc import FracConfig
 from megatron_fc.connections import HyperConfig, ManifoldConfig
+from megatron_fc.connections.costs.eager_traffic import mixing_kernels
 from megatron_fc.connections.costs.traffic import Moves, Stream, hyper_ideal
 from megatron_fc.planning.counts import total_device
 from rank import one_rank
@@ -84,10 +85,20 @@ def bars(width: int) -> Iterator[Bar]:
     for n in (2, 4):
         yield computed("Hyper-Connections", f"HCx{n}, ideal", hyper_ideal(stream, HyperConfig(slots=n)))
     for n in (2, 4):
+        hyper = HyperConfig(slots=n, backend="triton")
+        model = layer(hyper, width, DTYPE)
+        yield counted("Hyper-Connections", f"DHCx{n}, fused kernels", model, hyper.stream_width(width))
+    mixed = mixing_kernels(stream, ManifoldConfig(slots=4))
+    yield computed("Hyper-Connections", "mHCx4, kernels and torch", mixed)
+    for n in (2, 4):
         hyper = HyperConfig(slots=n, norm="layernorm")
         model = unfused_hyper_layer(hyper, width, DTYPE)
         yield counted("Hyper-Connections", f"DHCx{n}, unfused torch", model, hyper.stream_width(width))
-    for name, config in (("DHCx4", HyperConfig(slots=4)), ("mHCx4", ManifoldConfig(slots=4))):
+    on_torch: tuple[HyperConfig | ManifoldConfig, ...] = (
+        HyperConfig(slots=4, backend="torch"),
+        ManifoldConfig(slots=4, backend="torch"),
+    )
+    for name, config in zip(("DHCx4", "mHCx4"), on_torch, strict=True):
         model = layer(config, width, DTYPE)
         yield counted("Hyper-Connections", f"{name}, torch backend", model, config.stream_width(width))
 
