@@ -52,6 +52,7 @@ def planned(
         # One stream per layer.
         (DFC, Recompute("full"), 0, 0),
         (DHC, Recompute("full"), 3, 0),
+        (DHC, Recompute("full", layers=2), 3 / 2, 0),  # of two layers one
     ],
     ids=str,
 )
