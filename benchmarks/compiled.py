@@ -2,6 +2,7 @@
 
 python benchmarks/compiled.py                            # sm_90, all shapes, to benchmarks/results/compiled-sm90.md
 python benchmarks/compiled.py --arch 80 --width 2048 --rate 4
+python benchmarks/compiled.py --width 2048 --slots 4     # Hyper-Connections: more slots than fractions
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from laboratory.simulator import sass
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
 from megatron_fc.connections.kernels.sums import Partial
@@ -31,10 +32,11 @@ from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands
 from megatron_fc.connections.per_slot import PerSlotParameters
 
-WIDTHS, RATES, ARCHITECTURES = (2048, 4096, 7168), (2, 4, 8), (80, 90, 100)
+WIDTHS, RATES, SLOTS, ARCHITECTURES = (2048, 4096, 7168), (2, 4, 8), (2, 4), (80, 90, 100)
 RESULTS = Path(__file__).parent / "results"
 STREAM, FP32 = "*bf16", "*fp32"
 _P = PerSlotParameters(*[FP32] * 7)  # type: ignore[arg-type]
+_NO_P = PerSlotParameters(*[None] * 7)  # type: ignore[arg-type]
 _NORM = launch.Weights(STREAM, None)  # type: ignore[arg-type]
 _PARTIAL = Partial(FP32, FP32, FP32, None, FP32)  # type: ignore[arg-type]
 _DEPTH = launch.DepthInputs(STREAM, STREAM, FP32, FP32)  # type: ignore[arg-type]
@@ -43,6 +45,7 @@ _BIAS_DROPOUT = {"bias": STREAM, "seed": "*i64", "dropout": 0.1}
 _FORWARD = {"h": STREAM, "given": Given(), "p": _P, "norm": _NORM, "x": STREAM, "beta": FP32, "alpha": FP32}
 _GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "h": STREAM, "given": Given(), "p": _P, "norm": _NORM}
 _BACKWARD = {**_GRADIENTS, "g_h": STREAM, "partial": _PARTIAL}
+_NO_COEFFICIENTS = {"beta": None, "alpha": None}
 KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0)}),
     "width backward": (width_backward_kernel, {**_BACKWARD, "pre": launch.DepthInputs(dropout=0.0)}),
@@ -50,6 +53,22 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "depth backward": (depth_backward_kernel, {"g": STREAM, "pre": _BACK, "partial": Partial()}),
     "boundary forward": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH}),
     "boundary backward": (width_backward_kernel, {**_BACKWARD, "pre": _BACK}),
+    # With coefficients that torch has made, as those on a manifold.
+    "given width forward": (
+        width_forward_kernel,
+        {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0), "given": Given(FP32), "p": _NO_P, **_NO_COEFFICIENTS},  # type: ignore[arg-type]
+    ),
+    "given width backward": (
+        width_backward_kernel,
+        {
+            **_BACKWARD,
+            "pre": launch.DepthInputs(dropout=0.0),
+            "given": Given(*[FP32] * 4),  # type: ignore[arg-type]
+            "p": _NO_P,
+            "g_beta": None,
+            "partial": Partial(weight=FP32),  # type: ignore[arg-type]
+        },
+    ),
     # With the bias and dropout of Megatron's slot.
     "boundary forward, b+d": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH._replace(**_BIAS_DROPOUT)}),
     "boundary backward, b+d": (
@@ -57,6 +76,27 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
         {**_BACKWARD, "pre": _BACK._replace(**_BIAS_DROPOUT), "partial": _PARTIAL._replace(output_bias=FP32)},  # type: ignore[arg-type]
     ),
 }
+# What is recorded: of Frac-Connections all but what manifolds need, of wider streams all but bias and dropout.
+FRAC = tuple(name for name in KERNELS if not name.startswith("given"))
+HYPER = tuple(name for name in KERNELS if not name.endswith("b+d"))
+
+
+class Shape(NamedTuple):
+    """A kernel at a width d, with m fractions (Frac-Connections call them the rate) and n slots."""
+
+    kernel: str
+    width: int
+    rate: int
+    slots: int
+
+
+def shapes(
+    kernels: Sequence[str] | None, widths: Sequence[int], rates: Sequence[int] | None, slots: Sequence[int] | None
+) -> list[Shape]:
+    """Those chosen: without slots as many as fractions, without fractions one; by default all that is recorded."""
+    frac = [] if slots else itertools.product(kernels or FRAC, widths, rates or RATES)
+    hyper = [] if rates and not slots else itertools.product(kernels or HYPER, widths, rates or (1,), slots or SLOTS)
+    return [*(Shape(*key, key[-1]) for key in frac), *(Shape(*key) for key in hyper)]
 
 
 @dataclass(frozen=True)
@@ -72,9 +112,9 @@ class Compiled:
     tensor_core: int
 
 
-def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
+def compile_kernel(shape: Shape, arch: int) -> Compiled:
     """Compile one kernel as `launch` would launch it on bf16 streams, norm in the same pass."""
-    binary, site = binary_of(name, width, rate, arch)
+    binary, site = binary_of(shape, arch)
     registers, stack = sass.usage(binary.asm["cubin"])
     code = sass.disassemble(binary.asm["cubin"])
 
@@ -92,26 +132,28 @@ def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
     )
 
 
-def binary_of(name: str, width: int, rate: int, arch: int) -> tuple[Any, Site]:
+def binary_of(shape: Shape, arch: int) -> tuple[Any, Site]:
     """What Triton made of a kernel, with its texts in `asm`, and what it was compiled for."""
+    name, width, m, n = shape
     kernel, arguments = KERNELS[name]
-    config = FracConfig(rate=rate)
+    config = FracConfig(rate=m) if m == n else HyperConfig(slots=n, fractions=m)
     with torch.device("meta"):
-        stream = torch.empty(16, width, dtype=torch.bfloat16)
+        stream = torch.empty(16, config.stream_width(width), dtype=torch.bfloat16)
         p = PerSlotParameters(**{name: torch.empty(s) for name, s in config.parameter_shapes(width).items()})
-    norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
-    operands = Operands.of(p, config) if "p" in arguments else None
-    site = launch.site_of(cut_of(name), stream, config.slots, config.fractions, operands, norm)
+    norm = NormWeights("rmsnorm", stream[0]) if "norm" in arguments else None
+    operands = Operands.of(p, config) if arguments.get("p") is _P else None
+    cut = cut_of(shape)
+    site = launch.site_of(cut, stream, n, m, operands, norm)
     source = _source(kernel, arguments, site)
-    options = {"num_warps": site.W, "num_stages": 1}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), site
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options(site, cut)), site
 
 
-def cut_of(name: str) -> launch.Cut:
+def cut_of(shape: Shape) -> launch.Cut:
     """How `launch` cuts a kernel's work."""
-    if name.startswith("depth"):
+    if shape.kernel.startswith("depth"):
         return launch.DEPTH
-    return launch.WIDTH_BACKWARD if "backward" in name else launch.WIDTH
+    cut = launch.WIDTH_BACKWARD if "backward" in shape.kernel else launch.WIDTH
+    return launch.cut_for(cut, shape.width // shape.rate)
 
 
 def parameters_of(name: str) -> list[str]:
@@ -158,39 +200,40 @@ def table_path(arch: int) -> Path:
     return RESULTS / f"compiled-sm{arch}.md"
 
 
-def row(name: str, width: int, rate: int, compiled: Compiled) -> str:
-    return f"| {' | '.join(map(str, (name, width, rate, *astuple(compiled))))} |"
+def row(shape: Shape, compiled: Compiled) -> str:
+    return f"| {' | '.join(map(str, (*shape, *astuple(compiled))))} |"
 
 
-def read_table(arch: int) -> dict[tuple[str, int, int], Compiled]:
-    """The table of an architecture, by kernel, width and rate."""
+def read_table(arch: int) -> dict[Shape, Compiled]:
+    """The table of an architecture."""
     table = {}
     for line in table_path(arch).read_text().splitlines():
         name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         if name in KERNELS:
-            width, rate, *numbers = map(int, cells)
-            table[name, width, rate] = Compiled(*numbers)
+            width, rate, slots, *numbers = map(int, cells)
+            table[Shape(name, width, rate, slots)] = Compiled(*numbers)
     return table
 
 
-def rows(widths: Sequence[int], rates: Sequence[int], arch: int) -> Iterator[str]:
-    yield "| kernel | d | m | registers | stack | shared | warps | spills | 128-bit | tensor core |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
-    for name, width, rate in itertools.product(KERNELS, widths, rates):
-        yield row(name, width, rate, compile_kernel(name, width, rate, arch))
+def rows(chosen: Sequence[Shape], arch: int) -> Iterator[str]:
+    yield "| kernel | d | m | n | registers | stack | shared | warps | spills | 128-bit | tensor core |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    for shape in chosen:
+        yield row(shape, compile_kernel(shape, arch))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90, help="compute capability, e.g. 80, 90, 100")
     parser.add_argument("--width", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--rate", type=int, nargs="+", default=RATES)
+    parser.add_argument("--rate", type=int, nargs="+", help="fractions m")
+    parser.add_argument("--slots", type=int, nargs="+", help="slots n, where they are not as many")
     args = parser.parse_args()
     lines = []
-    for line in rows(args.width, args.rate, args.arch):
+    for line in rows(shapes(None, args.width, args.rate, args.slots), args.arch):
         print(line, flush=True)
         lines.append(line)
-    if args.width == WIDTHS and args.rate == RATES:
+    if args.width == WIDTHS and not args.rate and not args.slots:
         command = f"python benchmarks/compiled.py --arch {args.arch}"
         versions = f"Triton {triton.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}"
         text = f"# Compiled kernels, sm_{args.arch}\n\n`{command}`, {versions}, bf16 streams, RMSNorm in the pass.\n\n"

@@ -4,24 +4,25 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compiled import binary_of, cut_of, parameters_of
+from compiled import Shape, binary_of, cut_of, parameters_of
 from laboratory.simulator.assumptions import Assumptions
 from laboratory.simulator.core import STARTS, Result
 from laboratory.simulator.kernel import Kernel, Parameter, Partial, Role, Stream, Token
 from megatron_fc.errors import UserError
 
 BYTES = 2  # of an element of the stream
-# Rows of d elements that a kernel has to move per token (docs/kernels.md).
+# Rows of d elements that a kernel has to move per token, a r + b with r = n/m (docs/kernels.md): a and b.
 ROWS = {
-    "width forward": 2,
-    "width backward": 4,
-    "depth forward": 3,
-    "depth backward": 3,
-    "boundary forward": 4,
-    "boundary backward": 6,
+    "width forward": (1, 1),
+    "width backward": (3, 1),
+    "depth forward": (2, 1),
+    "depth backward": (1, 2),
+    "boundary forward": (2, 2),
+    "boundary backward": (3, 3),
 }
-STREAMS = frozenset(("h", "x", "g", "g_x", "g_mixed", "g_h", "out", "pre.h", "pre.o", "pre.g_o"))
-TOKEN_VALUES = frozenset(("beta", "alpha", "g_beta", "pre.beta", "pre.alpha", "pre.g_beta"))
+STREAMS = frozenset(("h", "g", "g_mixed", "g_h", "out", "pre.h"))
+OF_SUB_LAYERS = frozenset(("x", "g_x", "pre.o", "pre.g_o"))
+TOKEN_VALUES = frozenset(("beta", "alpha", "g_beta", "pre.beta", "pre.alpha", "pre.g_beta", "given"))
 PARAMETERS = frozenset(("p", "norm", "pre.bias", "pre.seed"))
 
 
@@ -29,9 +30,7 @@ PARAMETERS = frozenset(("p", "norm", "pre.bias", "pre.seed"))
 class Launched:
     """A kernel of the project at a shape, compiled; `tile_tokens` tokens of a tile move `tile_bytes` at least."""
 
-    name: str
-    width: int
-    rate: int
+    shape: Shape
     kernel: Kernel
     programs: int
     tile_tokens: int
@@ -49,7 +48,9 @@ class Launched:
         """
         tiles, left = divmod(tokens, self.tile_tokens)
         if left or not tiles:
-            raise UserError(f"--tokens {tokens} are no whole tiles: a tile of m = {self.rate} has {self.tile_tokens}")
+            raise UserError(
+                f"--tokens {tokens} are no whole tiles: a tile of n = {self.shape.slots} has {self.tile_tokens}"
+            )
         return [self.kernel.simulate(assumed, tiles, self.programs, seed, skew) for seed, skew in STARTS]
 
     def share(self, runs: Sequence[Result], tokens: int, assumed: Assumptions) -> float:
@@ -59,21 +60,24 @@ class Launched:
 
 
 @functools.cache
-def launched(name: str, width: int, rate: int) -> Launched:
+def launched(shape: Shape) -> Launched:
     """Compile a kernel for sm_90 as it would be launched.
 
     Raises:
         UserError: a kernel, or a pointer of it, of which nothing is said here.
     """
-    ideal = ROWS.get(name.partition(",")[0])
+    name, width, m, n = shape
+    ideal = ROWS.get(name.removeprefix("given ").partition(",")[0])
     if ideal is None:
         raise UserError(f"kernel {name!r} is not in ROWS of benchmarks/launched.py: say how many rows it moves")
-    binary, site = binary_of(name, width, rate, 90)
+    binary, site = binary_of(shape, 90)
 
     def role(pointer: str) -> Role:
         if pointer in STREAMS:
             return Stream(site.R * site.C * BYTES)
-        if pointer in TOKEN_VALUES:
+        if pointer in OF_SUB_LAYERS:
+            return Stream(site.R * site.C * BYTES * m // n, m / n)
+        if pointer in TOKEN_VALUES or pointer.partition(".")[0] in TOKEN_VALUES:
             return Token()
         if pointer.startswith("partial."):
             return Partial()
@@ -92,5 +96,6 @@ def launched(name: str, width: int, rate: int) -> Launched:
         binary.metadata.shared,
         trips=site.CHUNKS,  # every loop inside of the tile's goes over chunks
     )
-    tokens = site.R // rate
-    return Launched(name, width, rate, kernel, cut_of(name).programs, tokens, tokens * ideal * width * BYTES)
+    tokens, (streams, inputs) = site.R // n, ideal
+    tile_bytes = tokens * (streams * n + inputs * m) * width // m * BYTES
+    return Launched(shape, kernel, cut_of(shape).programs, tokens, tile_bytes)

@@ -2,6 +2,7 @@
 
     python benchmarks/predict.py                      # all kernels and shapes, to results/predicted-h200.{md,json}
     python benchmarks/predict.py --kernel "width forward" --width 2048 --rate 4 --tokens 16384
+    python benchmarks/predict.py --width 2048 --slots 4 --tokens 16384      # Hyper-Connections
     python benchmarks/predict.py --against benchmarks/results/predicted-h200.json        # exit code 1: 10 points lost
     python benchmarks/predict.py --sensitivity        # to results/sensitivity-h200.{md,json}
 
@@ -19,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import record
-from compiled import KERNELS, RATES
+from compiled import KERNELS, RATES, SLOTS, Shape, shapes
 from laboratory.simulator.assumptions import H200, H200_LOW, fingerprint
 from laboratory.simulator.core import STARTS, Result
 from launched import BYTES, ROWS, Launched, launched
 from megatron_fc.errors import UserError
 
-WIDTHS, TOKENS = (2048, 4096), (8192, 16384, 65536)
+WIDTHS, TOKENS, HYPER_TOKENS = (2048, 4096), (8192, 16384, 65536), (16384,)
 NOTICED = 10.0  # points; less means nothing
 MAIN = tuple(ROWS)
 VARIATIONS: dict[str, dict[str, float]] = {
@@ -48,22 +49,27 @@ class Prediction:
     kernel: str
     width: int
     rate: int
+    slots: int
     tokens: int
     mid: float
     low: float
     limit: str
 
     @property
-    def key(self) -> tuple[str, int, int, int]:
-        return self.kernel, self.width, self.rate, self.tokens
+    def shape(self) -> Shape:
+        return Shape(self.kernel, self.width, self.rate, self.slots)
+
+    @property
+    def place(self) -> str:
+        return f"{self.kernel}, d = {self.width}, m = {self.rate}, n = {self.slots}, {self.tokens:,} tokens"
 
 
-def predict(name: str, width: int, rate: int, tokens: int) -> Prediction:
-    found = launched(name, width, rate)
+def predict(shape: Shape, tokens: int) -> Prediction:
+    found = launched(shape)
     middle = found.runs(tokens, H200)
     low = found.share(found.runs(tokens, H200_LOW), tokens, H200_LOW)
     mid = found.share(middle, tokens, H200)
-    return Prediction(name, width, rate, tokens, round(mid, 1), round(low, 1), limit(found, mid, middle[0]))
+    return Prediction(*shape, tokens, round(mid, 1), round(low, 1), limit(found, mid, middle[0]))
 
 
 def limit(found: Launched, share: float, run: Result) -> str:
@@ -85,15 +91,13 @@ def limit(found: Launched, share: float, run: Result) -> str:
 
 def rows(predictions: Iterable[Prediction]) -> Iterator[list[str]]:
     """One row of the table per kernel and shape, token counts side by side."""
-    for (name, width, rate), group in itertools.groupby(predictions, key=lambda p: p.key[:3]):
-        shares, of = list(group), launched(name, width, rate)
+    for shape, group in itertools.groupby(predictions, key=lambda p: p.shape):
+        shares, of = list(group), launched(shape)
         kernel = of.kernel
-        moved = kernel.dram_bytes(H200) / (of.tile_tokens * width * BYTES)
+        moved = kernel.dram_bytes(H200) / (of.tile_tokens * shape.width * BYTES)
         loads = (kernel.issue_cycles(), kernel.shared_cycles(H200), kernel.tensor_cycles(H200))
         yield [
-            name,
-            str(width),
-            str(rate),
+            *map(str, shape),
             " / ".join(f"{p.mid:.0f}" for p in shares),
             " / ".join(f"{p.low:.0f}" for p in shares),
             shares[len(shares) // 2].limit,
@@ -110,13 +114,14 @@ def rows(predictions: Iterable[Prediction]) -> Iterator[list[str]]:
 def page(result: dict[str, Any], predictions: Sequence[Prediction]) -> str:
     counts = " / ".join(f"{tokens:,}" for tokens in sorted({p.tokens for p in predictions}))
     columns = (
-        "kernel", "d", "m", "mid, %", "low, %", "limited by", "warps × programs", "registers, stack", "shared",
+        "kernel", "d", "m", "n", "mid, %", "low, %", "limited by", "warps × programs", "registers, stack", "shared",
         "instructions per token", "issue, %", "shared, %", "tensor, %", "barriers", "rows",
     )  # fmt: skip
     return (
         record.heading("Predicted, not measured: share of an H200's copy bandwidth", result)
-        + f"Assumptions {result['assumptions']}. bf16 streams, RMSNorm in the pass, {counts} tokens; means of "
-        f"{len(STARTS)} starts. Differences below {NOTICED:.0f} points mean nothing.\n\n"
+        + f"Assumptions {result['assumptions']}. bf16 streams, RMSNorm in the pass, {counts} tokens (where there is "
+        f"one figure, {HYPER_TOKENS[0]:,}); means of {len(STARTS)} starts. Differences below {NOTICED:.0f} points mean "
+        "nothing.\n\n"
         "mid, low: the case that is thought likely, and one in which everything is slower. issue, shared, tensor: time "
         "that these are taken, in per cent of a copy's. Stack in bytes per thread, shared memory in bytes per program, "
         "barriers per tile, rows of d elements in DRAM per token. [What this is worth](../../docs/laboratory.md).\n\n"
@@ -130,18 +135,17 @@ def compare(earlier: Sequence[Prediction], now: Sequence[Prediction]) -> tuple[s
     Raises:
         UserError: they have nothing in common.
     """
-    before = {p.key: p for p in earlier}
+    before = {(p.shape, p.tokens): p for p in earlier}
     lines, lost = [], []
     for p in now:
-        old = before.get(p.key)
+        old = before.get((p.shape, p.tokens))
         if old is None:
             continue
-        place = f"{p.kernel}, d = {p.width}, m = {p.rate}, {p.tokens:,} tokens"
-        lines.append([place, f"{old.mid:.0f}", f"{p.mid:.0f}", f"{old.low:.0f}", f"{p.low:.0f}", old.limit, p.limit])
+        lines.append([p.place, f"{old.mid:.0f}", f"{p.mid:.0f}", f"{old.low:.0f}", f"{p.low:.0f}", old.limit, p.limit])
         for case in ("mid", "low"):
             was, drop = getattr(old, case), getattr(old, case) - getattr(p, case)
             if drop >= NOTICED:
-                lost.append(f"{place}: the {case} case fell from {was:.0f} % to {getattr(p, case):.0f} %")
+                lost.append(f"{p.place}: the {case} case fell from {was:.0f} % to {getattr(p, case):.0f} %")
     if not lines:
         raise UserError("--against FILE has none of these kernels, shapes and token counts: nothing can be compared")
     columns = ("kernel", "mid before", "mid now", "low before", "low now", "limited by before", "limited by now")
@@ -163,14 +167,14 @@ def read(path: Path) -> list[Prediction]:
             f"--against {path} was predicted under assumptions {stored.get('assumptions')}, these are {fingerprint()}: "
             "predict the old kernels again"
         )
-    return [Prediction(**row) for row in stored["rows"]]
+    return [Prediction(**{"slots": row["rate"], **row}) for row in stored["rows"]]  # older ones have no slots
 
 
-def sensitivity(names: Sequence[str], width: int, rate: int, tokens: int) -> dict[str, dict[str, float]]:
+def sensitivity(chosen: Sequence[Shape], tokens: int) -> dict[str, dict[str, float]]:
     """The mid case of each kernel with each unchecked assumption varied, by kernel and variation."""
     found: dict[str, dict[str, float]] = {}
-    for name, (variation, values) in itertools.product(names, VARIATIONS.items()):
-        assumed, of = replace(H200, **values), launched(name, width, rate)
+    for shape, (variation, values) in itertools.product(chosen, VARIATIONS.items()):
+        assumed, of, name = replace(H200, **values), launched(shape), shape.kernel
         share = of.share(of.runs(tokens, assumed), tokens, assumed)
         found.setdefault(name, {})[variation] = round(share, 1)
         print(f"{name}, {variation}: {share:.0f} %", flush=True)
@@ -182,7 +186,8 @@ def sensitivity_page(result: dict[str, Any]) -> str:
     return (
         record.heading("Predicted, not measured: what the unchecked assumptions decide", result)
         + f"Assumptions {result['assumptions']}. Share of an H200's copy bandwidth in per cent, mid case, d = "
-        f"{result['width']}, m = {result['rate']}, {result['tokens']:,} tokens, means of {len(STARTS)} starts. Each "
+        f"{result['width']}, m = {result['rate']}, n = {result['slots']}, "
+        f"{result['tokens']:,} tokens, means of {len(STARTS)} starts. Each "
         "column has one assumption changed, the last all of them. "
         f"Differences below {NOTICED:.0f} points mean nothing.\n\n" + record.table(("kernel", *VARIATIONS), lines)
     )
@@ -196,8 +201,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", nargs="+", choices=tuple(KERNELS), metavar="NAME", help=f"of {', '.join(KERNELS)}")
     parser.add_argument("--width", type=int, nargs="+", help=f"default {WIDTHS}")
-    parser.add_argument("--rate", type=int, nargs="+", choices=RATES, help=f"default {RATES}")
-    parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}")
+    parser.add_argument("--rate", type=int, nargs="+", help=f"fractions m, default {RATES}, with --slots 1")
+    parser.add_argument("--slots", type=int, nargs="+", help=f"slots n, default {SLOTS}; with --rate as many")
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}, with more slots {HYPER_TOKENS}")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--against", type=Path, metavar="FILE", help="earlier predictions, to compare with")
     only.add_argument("--sensitivity", action="store_true", help="vary each unchecked assumption, d = 2048, m = 4")
@@ -207,24 +213,26 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    chosen = (args.kernel, args.width, args.rate, args.tokens)
+    chosen = (args.kernel, args.width, args.rate, args.slots, args.tokens)
     output = args.output or (None if any(chosen) or args.against else record.RESULTS)
     result = facts()  # of the sources that run, before anybody changes them
     if args.sensitivity:
         if any(given and len(given) > 1 for given in chosen[1:]):
-            raise UserError("--sensitivity takes one --width, one --rate and one number of --tokens")
-        (width,), (rate,), (tokens,) = args.width or [2048], args.rate or [4], args.tokens or [16384]
-        shares = sensitivity(args.kernel or MAIN, width, rate, tokens)
-        result |= {"width": width, "rate": rate, "tokens": tokens, "rows": shares}
+            raise UserError("--sensitivity takes one --width, one --rate, one of --slots and one number of --tokens")
+        widths, rates = args.width or [2048], args.rate or ([1] if args.slots else [4])
+        varied, [tokens] = shapes(args.kernel or MAIN, widths, rates, args.slots), args.tokens or [16384]
+        _, width, rate, slots = varied[0]
+        shares = sensitivity(varied, tokens)
+        result |= {"width": width, "rate": rate, "slots": slots, "tokens": tokens, "rows": shares}
         if output:
             record.write(output, "sensitivity", result, sensitivity_page(result))
         return 0
     earlier = read(args.against) if args.against else []
     predictions = []
-    shapes = itertools.product(args.width or WIDTHS, args.rate or RATES, sorted(args.tokens or TOKENS))
-    for key in ((name, *shape) for name, shape in itertools.product(args.kernel or KERNELS, list(shapes))):
-        predictions.append(found := predict(*key))
-        print(f"{', '.join(map(str, key))}: {found.mid:.0f} (low {found.low:.0f}), {found.limit}", flush=True)
+    for shape in shapes(args.kernel, args.width or WIDTHS, args.rate, args.slots):
+        for tokens in sorted(args.tokens or (TOKENS if shape.rate == shape.slots else HYPER_TOKENS)):
+            predictions.append(found := predict(shape, tokens))
+            print(f"{found.place}: {found.mid:.0f} (low {found.low:.0f}), {found.limit}", flush=True)
     if output:
         result |= {"rows": [asdict(p) for p in predictions]}
         record.write(output, "predicted", result, page(result, predictions))

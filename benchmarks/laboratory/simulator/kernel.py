@@ -22,9 +22,13 @@ from megatron_fc.errors import UserError
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows in DRAM. A tile's bytes come from there once; later reads, and reads of what was written, from L2."""
+    """Rows in DRAM. A tile's bytes come from there once; later reads, and reads of what was written, from L2.
+
+    Of the lanes of an access this share moves bytes of its own: others are masked, or read what a neighbour reads.
+    """
 
     tile_bytes: float
+    lanes: float = 1.0
 
 
 class Token:
@@ -138,6 +142,7 @@ class Kernel:
                 name = self._pointer[k]
                 size = 32.0 * i.lane_bytes
                 role = self._role[name]
+                size *= role.lanes if isinstance(role, Stream) else 1.0
                 kind, share = _destination(i, role, moved[name] * self.warps, name in written, assumed)
                 moved[name] += 0 if i.is_global_store else size
                 written |= {name} if i.is_global_store else set()

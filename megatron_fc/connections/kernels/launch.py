@@ -34,11 +34,18 @@ class Cut(NamedTuple):
     columns: int
     programs: int
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, so that as many programs fit."""
+        return min(255, 65536 // (self.programs * self.warps * 32))
+
 
 # As many warps as registers leave room for, and by what was predicted (benchmarks/results/predicted-h200.md). Programs
 # of one warp meet no barriers and are predicted within 10 points of these, but twice as many share the cache that holds
-# their tiles, whose second reads predictions take for hits. A depth connection has few registers and many loads.
+# their tiles, whose second reads predictions take for hits: hence also fewer for wide slots (docs/kernels.md). A depth
+# connection has few registers and many loads.
 WIDTH, WIDTH_BACKWARD, DEPTH = Cut(2, 64, 8), Cut(2, 32, 4), Cut(4, 32, 6)
+_WIDE = 1024  # columns of a slot
 if INTERPRETED:  # where time goes by operations, not by what they work on
     WIDTH, WIDTH_BACKWARD, DEPTH = Cut(8, 32, 1), Cut(8, 16, 1), Cut(8, 32, 1)
 # Of the launch that adds up what programs have summed: columns of the projection and of vectors [d], programs at once.
@@ -106,10 +113,11 @@ def boundary_backward(
 def given_width_forward(h: Tensor, gamma: Tensor, fractions: int, norm: NormWeights | None = None) -> Tensor:
     """x or norm(x) [..., d] of h [..., n*c], with gamma [T, n*m] in fp32."""
     slots = gamma.shape[1] // fractions
-    x = h.new_empty(*h.shape[:-1], h.shape[-1] // slots * fractions)
-    site = site_of(WIDTH, h, slots, fractions, norm=norm)
+    c = h.shape[-1] // slots
+    x, cut = h.new_empty(*h.shape[:-1], c * fractions), cut_for(WIDTH, c)
+    site = site_of(cut, h, slots, fractions, norm=norm)
     arguments = (h, DepthInputs(), Given(gamma), _NO_PARAMETERS, _weights(norm), x, None, None)
-    _launch(width_forward_kernel, site, WIDTH, h, *arguments)
+    _launch(width_forward_kernel, site, cut, h, *arguments)
     return x
 
 
@@ -126,12 +134,13 @@ def given_width_backward(
 
     Those of gamma and the norm are None where g_x is, that of alpha where g_mixed is.
     """
-    norm = norm if g_x is not None else None
-    site = site_of(WIDTH_BACKWARD, h, gamma.shape[1] // fractions, fractions, norm=norm)
+    norm, slots = norm if g_x is not None else None, gamma.shape[1] // fractions
+    cut = cut_for(WIDTH_BACKWARD, h.shape[-1] // slots)
+    site = site_of(cut, h, slots, fractions, norm=norm)
     g_gamma = None if g_x is None else torch.empty_like(gamma)
     g_alpha = None if g_mixed is None else torch.empty_like(alpha)
     given = Given(gamma, alpha, g_gamma, g_alpha)
-    g_h, gradients = _gradients(g_x, None, g_mixed, h, DepthInputs(), given, _NO_PARAMETERS, norm, site)
+    g_h, gradients = _gradients(g_x, None, g_mixed, h, DepthInputs(), given, _NO_PARAMETERS, norm, site, cut)
     return g_h, g_gamma, g_alpha, gradients
 
 
@@ -176,8 +185,9 @@ def _width_forward(
     x = h.new_empty(*h.shape[:-1], h.shape[-1] // n * p.fractions) if want_x else None
     beta = h.new_empty(tokens, n, dtype=torch.float32)
     alpha = h.new_empty(tokens, n * n, dtype=torch.float32)
-    site = site_of(WIDTH, h, n, p.fractions, p, norm if want_x else None)
-    _launch(width_forward_kernel, site, WIDTH, h, h, depth, Given(), p.parameters, _weights(norm), x, beta, alpha)
+    cut = cut_for(WIDTH, h.shape[-1] // n)
+    site = site_of(cut, h, n, p.fractions, p, norm if want_x else None)
+    _launch(width_forward_kernel, site, cut, h, h, depth, Given(), p.parameters, _weights(norm), x, beta, alpha)
     return x, beta, alpha
 
 
@@ -191,8 +201,9 @@ def _width_backward(
     norm: NormWeights | None,
 ) -> tuple[Tensor, Gradients]:
     norm = norm if g_x is not None else None
-    site = site_of(WIDTH_BACKWARD, h, p.slots, p.fractions, p, norm)
-    return _gradients(g_x, g_beta, g_mixed, h, depth, Given(), p.parameters, norm, site)
+    cut = cut_for(WIDTH_BACKWARD, h.shape[-1] // p.slots)
+    site = site_of(cut, h, p.slots, p.fractions, p, norm)
+    return _gradients(g_x, g_beta, g_mixed, h, depth, Given(), p.parameters, norm, site, cut)
 
 
 def _gradients(
@@ -205,13 +216,14 @@ def _gradients(
     parameters: PerSlotParameters,
     norm: NormWeights | None,
     site: Site,
+    cut: Cut,
 ) -> tuple[Tensor, Gradients]:
     """Of h and of the parameters."""
     g_h, weights = torch.empty_like(h), _weights(norm)
-    count = programs(_tokens(h) * site.N, h.device, WIDTH_BACKWARD)
+    count = programs(_tokens(h) * site.N, h.device, cut)
     partial = _partial(count, h, site, weights, depth.bias, tables=given.gamma is None)
     arguments = (g_x, g_beta, g_mixed, h, depth, given, parameters, weights, g_h, partial)
-    _launch(width_backward_kernel, site, WIDTH_BACKWARD, h, *arguments)
+    _launch(width_backward_kernel, site, cut, h, *arguments)
     wanted = Gradients(*map(_like, (*parameters, *weights, depth.bias)))
     return g_h, _reduced(partial, site, wanted, parameters)
 
@@ -274,6 +286,13 @@ def _weights(norm: NormWeights | None) -> Weights:
     return Weights(None, None) if norm is None else Weights(norm.weight, norm.bias)
 
 
+def cut_for(cut: Cut, c: int) -> Cut:
+    """The cut of a width connection's kernel for slots of c columns, whose tiles are as wide."""
+    while c > _WIDE and cut.warps < 8:
+        cut, c = Cut(2 * cut.warps, cut.columns, cut.programs // 2), -(-c // 2)
+    return cut
+
+
 def site_of(
     cut: Cut, h: Tensor, slots: int, fractions: int, p: Operands | None = None, norm: NormWeights | None = None
 ) -> Site:
@@ -320,7 +339,12 @@ def _launch(kernel: Any, site: Site, cut: Cut, stream: Tensor, *arguments: Any) 
         return
     grid = (programs(count, stream.device, cut),)
     with _on(stream.device):
-        kernel[grid](*arguments, count, S=_constant(site), num_warps=site.W, num_stages=1)
+        kernel[grid](*arguments, count, S=_constant(site), **options(site, cut))
+
+
+def options(site: Site, cut: Cut) -> dict[str, int]:
+    """Of the compiler."""
+    return {"num_warps": site.W, "num_stages": 1, "maxnreg": cut.registers}
 
 
 def _constant(site: Site) -> Site:

@@ -10,6 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from compiled import Shape
 from laboratory.simulator.assumptions import H200, H200_LOW
 from laboratory.simulator.kernel import Kernel, Parameter, Role, Stream
 from launched import BYTES, launched
@@ -73,16 +74,19 @@ def test_what_fits_on_a_processor() -> None:
         wide.simulate(H200, 1)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("width forward", 2), ("boundary forward", 4)])
-def test_the_projects_kernels_move_what_the_interpreter_counted(name: str, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "m", "n", "rows"),
+    [("width forward", 4, 4, 2), ("boundary forward", 4, 4, 4), ("boundary forward", 1, 4, 10)],
+)
+def test_the_projects_kernels_move_what_the_interpreter_counted(name: str, m: int, n: int, rows: int) -> None:
     """Their second pass reads from L2; values per token are a small part (docs/kernels.md)."""
-    found = launched(name, 2048, 4)
+    found = launched(Shape(name, 2048, m, n))
     moved = found.kernel.dram_bytes(H200) / found.tile_tokens / (2048 * BYTES)
     assert moved == pytest.approx(rows, rel=0.03)
 
 
 def test_the_assumed_share_of_values_per_token_counts() -> None:
-    found = launched("width forward", 2048, 4)
+    found = launched(Shape("width forward", 2048, 4, 4))
     without = found.kernel.dram_bytes(replace(H200, token_share=0))
     assert without == found.tile_bytes
     assert found.kernel.dram_bytes(H200) > without
