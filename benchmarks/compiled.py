@@ -18,9 +18,11 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from laboratory.simulator import sass
 from megatron_fc.connections.kernels import launch
+from megatron_fc.connections.kernels.gluon import choice
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
 from megatron_fc.connections.kernels.sums import Partial
 from megatron_fc.connections.kernels.tiles import Site
@@ -41,20 +43,31 @@ _BIAS_DROPOUT = {"bias": STREAM, "seed": "*i64", "dropout": 0.1}
 _FORWARD = {"h": STREAM, "p": _P, "norm": _NORM, "x": STREAM, "beta": FP32, "alpha": FP32}
 _GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "h": STREAM, "p": _P, "norm": _NORM}
 _BACKWARD = {**_GRADIENTS, "g_h": STREAM, "partial": _PARTIAL}
-KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0)}),
-    "width backward": (width_backward_kernel, {**_BACKWARD, "pre": launch.DepthInputs(dropout=0.0)}),
+_DEPTH_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "depth forward": (depth_forward_kernel, {"pre": _DEPTH, "out": STREAM}),
     "depth backward": (depth_backward_kernel, {"g": STREAM, "pre": _BACK, "partial": Partial()}),
+}
+_WIDTH_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0)}),
+    "width backward": (width_backward_kernel, {**_BACKWARD, "pre": launch.DepthInputs(dropout=0.0)}),
     "boundary forward": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH}),
     "boundary backward": (width_backward_kernel, {**_BACKWARD, "pre": _BACK}),
+}
+GENERAL = ", general"
+# By name; what has a main kernel is that, where there is one, and besides the general kernel under another name.
+KERNELS = {
+    **_WIDTH_KERNELS,
+    **_DEPTH_KERNELS,
     # With the bias and dropout of Megatron's slot.
     "boundary forward, b+d": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH._replace(**_BIAS_DROPOUT)}),
     "boundary backward, b+d": (
         width_backward_kernel,
         {**_BACKWARD, "pre": _BACK._replace(**_BIAS_DROPOUT), "partial": _PARTIAL._replace(output_bias=FP32)},  # type: ignore[arg-type]
     ),
+    **{name + GENERAL: kernel for name, kernel in _WIDTH_KERNELS.items()},
 }
+# Shared memory that a program may have, by architecture.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Compiled:
 
 def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
     """Compile one kernel as `launch` would launch it on bf16 streams, norm in the same pass."""
-    binary, site = binary_of(name, width, rate, arch)
+    binary, found = binary_of(name, width, rate, arch)
     registers, stack = sass.usage(binary.asm["cubin"])
     code = sass.disassemble(binary.asm["cubin"])
 
@@ -83,30 +96,37 @@ def compile_kernel(name: str, width: int, rate: int, arch: int) -> Compiled:
         registers=registers,
         stack=stack,
         shared=binary.metadata.shared,
-        warps=site.W,
+        warps=found.site.W,
         spills=count(r"\b(?:LDL|STL)\b"),
         wide=count(r"\b(?:LDG|STG)\.E\S*\.128"),
         tensor_core=count(r"\bH(?:G)?MMA\b"),
     )
 
 
-def binary_of(name: str, width: int, rate: int, arch: int) -> tuple[Any, Site]:
-    """What Triton made of a kernel, with its texts in `asm`, and what it was compiled for."""
+def binary_of(name: str, width: int, rate: int, arch: int) -> tuple[Any, choice.Main]:
+    """What Triton made of a kernel, with its texts in `asm`, and how it is launched."""
+    found = launched_as(name, width, rate, arch)
+    source = _source(found.kernel, KERNELS[name][1], found.site)
+    options = {"num_warps": found.site.W, "num_stages": 1}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), found
+
+
+def launched_as(name: str, width: int, rate: int, arch: int) -> choice.Main:
+    """The kernel that `launch` takes at a shape, main or general, and how it cuts the work."""
     kernel, arguments = KERNELS[name]
     stream = torch.empty(16, width, dtype=torch.bfloat16, device="meta")
     norm = NormWeights("rmsnorm", stream[0]) if "x" in arguments or "g_x" in arguments else None
     operands = Operands(*_P, rate, "rmsnorm", True, 1e-5) if "p" in arguments else None
-    site = launch.site_of(cut_of(name), stream, rate, operands, norm)
-    source = _source(kernel, arguments, site)
-    options = {"num_warps": site.W, "num_stages": 1}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), site
-
-
-def cut_of(name: str) -> launch.Cut:
-    """How `launch` cuts a kernel's work."""
-    if name.startswith("depth"):
-        return launch.DEPTH
-    return launch.WIDTH_BACKWARD if "backward" in name else launch.WIDTH
+    direction: choice.Direction = "backward" if "backward" in name else "forward"
+    cut = launch.WIDTH_BACKWARD if direction == "backward" else launch.WIDTH
+    if name in _DEPTH_KERNELS:
+        cut = launch.DEPTH
+    site = launch.site_of(cut, stream, rate, operands, norm)
+    if name in _WIDTH_KERNELS:
+        main = choice.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch])
+        if isinstance(main, choice.Main):
+            return main
+    return choice.Main(kernel, site, cut.programs)
 
 
 def parameters_of(name: str) -> list[str]:
@@ -146,7 +166,8 @@ def _source(kernel: Any, arguments: dict[str, Any], site: Site) -> ASTSource:
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name == "S" else kind(given[name], i)
     constants[(kernel.arg_names.index("S"),)] = Site(*map(tl.constexpr, site))
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kind_of_source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return kind_of_source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def table_path(arch: int) -> Path:

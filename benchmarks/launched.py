@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compiled import binary_of, cut_of, parameters_of
+from compiled import KERNELS, binary_of, parameters_of
 from laboratory.simulator.assumptions import Assumptions
 from laboratory.simulator.core import STARTS, Result
 from laboratory.simulator.kernel import Kernel, Parameter, Partial, Role, Stream, Token
@@ -68,7 +68,8 @@ def launched(name: str, width: int, rate: int) -> Launched:
     ideal = ROWS.get(name.partition(",")[0])
     if ideal is None:
         raise UserError(f"kernel {name!r} is not in ROWS of benchmarks/launched.py: say how many rows it moves")
-    binary, site = binary_of(name, width, rate, 90)
+    binary, found = binary_of(name, width, rate, 90)
+    site = found.site
 
     def role(pointer: str) -> Role:
         if pointer in STREAMS:
@@ -90,7 +91,8 @@ def launched(name: str, width: int, rate: int) -> Launched:
         role,
         site.W,
         binary.metadata.shared,
-        trips=site.CHUNKS,  # every loop inside of the tile's goes over chunks
+        # Every loop inside of the tile's goes over chunks: a main kernel's only where values are not finite.
+        trips=site.CHUNKS if found.kernel is KERNELS[name][0] else 0,
     )
     tokens = site.R // rate
-    return Launched(name, width, rate, kernel, cut_of(name).programs, tokens, tokens * ideal * width * BYTES)
+    return Launched(name, width, rate, kernel, found.programs, tokens, tokens * ideal * width * BYTES)

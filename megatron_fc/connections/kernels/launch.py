@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
+from megatron_fc.connections.kernels.gluon.choice import main_backward
 from megatron_fc.connections.kernels.sums import Gradients, Partial, reduce_kernel
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
@@ -150,10 +151,12 @@ def _width_backward(
 ) -> tuple[Tensor, Gradients]:
     weights = _weights(norm if g_x is not None else None)
     site, g_h = site_of(WIDTH_BACKWARD, h, p.fractions, p, norm if g_x is not None else None), torch.empty_like(h)
-    count = programs(_tokens(h) * site.M, h.device, WIDTH_BACKWARD)
-    partial = _partial(count, h, site, weights, depth.bias)
+    kernel, cut = width_backward_kernel, WIDTH_BACKWARD
+    if (main := main_backward(site, h, (g_x, g_mixed, g_beta), depth, p, norm)) is not None:
+        kernel, site, cut = main.kernel, main.site, Cut(main.site.W, main.site.K, main.programs)
+    partial = _partial(programs(_tokens(h) * site.M, h.device, cut), h, site, weights, depth.bias)
     arguments = (g_x, g_beta, g_mixed, h, depth, p.parameters, weights, g_h, partial)
-    _launch(width_backward_kernel, site, WIDTH_BACKWARD, h, *arguments)
+    _launch(kernel, site, cut, h, *arguments)
     wanted = Gradients(*map(_like, (*p.parameters, *weights, depth.bias)))
     return g_h, _reduced(partial, site, wanted, p.parameters)
 

@@ -1,0 +1,150 @@
+"""The choice between main and general kernels: what the main ones do, and which run, said once."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_fc.connections.kernels.gluon.backward import main_backward_kernel
+from megatron_fc.connections.kernels.tiles import Site
+from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.operands import Operands
+
+VERIFIED = "3.6."  # of Triton, whose Gluon is experimental
+_COLUMNS = 64  # of a warp in a chunk
+_REGISTERS = 65536 // 32  # of a processor, by the lanes of a warp
+Direction = Literal["forward", "backward"]
+KERNELS: dict[Direction, Any] = {"backward": main_backward_kernel}
+
+
+class Main(NamedTuple):
+    """A main kernel as it is launched: what it is compiled for, and programs per processor of a GPU."""
+
+    kernel: Any
+    site: Site
+    programs: int
+
+
+class Given(NamedTuple):
+    """What of a call's tensors decides: dtypes of rows and of values, and what is there."""
+
+    rows: frozenset[torch.dtype]
+    values: frozenset[torch.dtype]
+    all_there: bool
+    aligned: bool
+    plain: bool
+
+
+def main_backward(
+    site: Site, h: Tensor, gradients: Sequence[Tensor | None], depth: Any, p: Operands, norm: NormWeights | None
+) -> Main | None:
+    """The main kernel for a backward pass that the general one would run as `site`, None if it cannot.
+
+    gradients: of x, of the mixed residual and of beta; depth: `DepthInputs`.
+    """
+    *streams, g_beta = gradients
+    before = (depth.o, depth.beta) if depth.o is not None else ()
+    return _main("backward", site, [h, *streams, *before[:1]], [g_beta, *before[1:]], depth, p, norm)
+
+
+def _main(
+    direction: Direction,
+    site: Site,
+    rows: Sequence[Tensor | None],
+    values: Sequence[Tensor | None],
+    depth: Any,
+    p: Operands,
+    norm: NormWeights | None,
+) -> Main | None:
+    """rows: of d elements per token; values: in fp32, few per token."""
+    wide = [t for t in (*rows, *(() if norm is None else (norm.weight, norm.bias))) if t is not None]
+    narrow = [t for t in (*values, *p.parameters) if t is not None]
+    given = Given(
+        rows=frozenset(t.dtype for t in wide),
+        values=frozenset(t.dtype for t in narrow),
+        all_there=not any(t is None for t in (*rows, *values)),
+        aligned=all(t.data_ptr() % 16 == 0 for t in (*wide, *narrow)),
+        plain=depth.bias is None and depth.seed is None,
+    )
+    return _chosen(direction, site, depth.o is not None, given, wide[0].device, triton.__version__)
+
+
+@functools.cache
+def _chosen(
+    direction: Direction, site: Site, boundary: bool, given: Given, device: torch.device, version: str
+) -> Main | None:
+    """The kernel is said once for each kind of call."""
+    tested = version.startswith(VERIFIED)
+    found = _obstacle(given) or planned(direction, site, boundary, _room(device))
+    if not tested:
+        found = f"the main one was verified with Triton {VERIFIED}*, not with {version}"
+    what = f"{'Boundaries' if boundary else 'Width connections'} of d = {site.M * site.C}, m = {site.M}"
+    logger = logging.getLogger("megatron_fc")
+    if isinstance(found, Main):
+        logger.info("%s run %s on the main kernel", what, direction)
+        return found
+    (logger.info if tested else logger.warning)("%s run %s on the general kernel: %s", what, direction, found)
+    return None
+
+
+def _obstacle(given: Given) -> str | None:
+    """What of a call the main kernels do not do."""
+    obstacles = {
+        "Triton's interpreter does not run Gluon": triton.knobs.runtime.interpret,
+        f"streams in {', '.join(sorted(map(str, given.rows)))}": given.rows not in ({torch.bfloat16}, {torch.float16}),
+        "parameters or coefficients that are not in fp32": given.values != {torch.float32},
+        "absent gradients": not given.all_there,
+        "tensors off 16-byte boundaries": not given.aligned,
+        "bias or dropout of an output": not given.plain,
+    }
+    return next((f"the main one does not do {what}" for what, is_so in obstacles.items() if is_so), None)
+
+
+def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main | str:
+    """The main kernel for what the general one would run as `site`, or why there is none.
+
+    room: bytes of shared memory that a program may have.
+    """
+    if direction not in KERNELS:
+        return "there is no main one"
+    cut = _cut(site)
+    obstacles = {
+        f"rate {site.M}": site.M not in (2, 4, 8),
+        "static coefficients": not site.DYNAMIC,
+        "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
+        f"{site.C} columns of a fraction": site.C % (cut.W * _COLUMNS) != 0 or cut.CHUNKS * site.KP > 32,
+    }
+    for what, is_so in obstacles.items():
+        if is_so:
+            return f"the main one does not do {what}"
+    by_memory = (room + 1024) // (shared_bytes(direction, cut, boundary) + 1024)
+    if not by_memory:
+        return f"{site.C} columns of a fraction do not fit into shared memory"
+    return Main(KERNELS[direction], cut, min(by_memory, _REGISTERS // (256 * cut.W)))
+
+
+def _cut(site: Site) -> Site:
+    """The site with the work cut as the main kernels do."""
+    warps = 8 if site.C * (site.KP // 16) >= 1024 else 4
+    return site._replace(W=warps, K=_COLUMNS, CHUNKS=-(-site.C // (warps * _COLUMNS)))
+
+
+def shared_bytes(direction: Direction, site: Site, boundary: bool) -> int:
+    """Shared memory of a program, or a little more."""
+    tiles = 3 + boundary + (site.SUB_NORM != "none")
+    rows = (tiles * site.R + site.KP) * site.C * 2
+    tables = site.W * site.R * (site.KP + 3 * site.M) * 4
+    matrices = 2 * site.R * (3 * site.R + site.KP) * 2
+    return rows + tables + matrices + 1024
+
+
+@functools.cache
+def _room(device: torch.device) -> int:
+    """Shared memory that a program may have on a device, in bytes."""
+    driver: Any = triton.runtime.driver.active
+    properties: dict[str, int] = driver.utils.get_device_properties(device.index or 0)
+    return properties["max_shared_mem"]
