@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
-from megatron_fc.connections.kernels.gluon.choice import main_backward
+from megatron_fc.connections.kernels.gluon.choice import main_backward, main_forward
 from megatron_fc.connections.kernels.sums import Gradients, Partial, reduce_kernel
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
@@ -135,8 +135,10 @@ def _width_forward(
     x = torch.empty_like(h) if want_x else None
     beta = h.new_empty(tokens, m, dtype=torch.float32)
     alpha = h.new_empty(tokens, m * m, dtype=torch.float32)
-    site = site_of(WIDTH, h, m, p, norm if want_x else None)
-    _launch(width_forward_kernel, site, WIDTH, h, h, depth, p.parameters, _weights(norm), x, beta, alpha)
+    kernel, cut, site = width_forward_kernel, WIDTH, site_of(WIDTH, h, m, p, norm if want_x else None)
+    if (main := main_forward(site, h, x, depth, p, norm)) is not None:
+        kernel, site, cut = main.kernel, main.site, Cut(main.site.W, main.site.K, main.programs)
+    _launch(kernel, site, cut, h, h, depth, p.parameters, _weights(norm), x, beta, alpha)
     return x, beta, alpha
 
 

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from megatron_fc.connections.kernels.gluon.backward import main_backward_kernel
+from megatron_fc.connections.kernels.gluon.forward import main_forward_kernel
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands
@@ -18,7 +19,7 @@ VERIFIED = "3.6."  # of Triton, whose Gluon is experimental
 _COLUMNS = 64  # of a warp in a chunk
 _REGISTERS = 65536 // 32  # of a processor, by the lanes of a warp
 Direction = Literal["forward", "backward"]
-KERNELS: dict[Direction, Any] = {"backward": main_backward_kernel}
+KERNELS: dict[Direction, Any] = {"forward": main_forward_kernel, "backward": main_backward_kernel}
 
 
 class Main(NamedTuple):
@@ -37,6 +38,19 @@ class Given(NamedTuple):
     all_there: bool
     aligned: bool
     plain: bool
+
+
+def main_forward(
+    site: Site, h: Tensor, x: Tensor | None, depth: Any, p: Operands, norm: NormWeights | None
+) -> Main | None:
+    """The main kernel for a forward pass that the general one would run as `site`, None if it cannot.
+
+    depth: `DepthInputs`.
+    """
+    before, values = (), ()
+    if depth.o is not None:
+        before, values = (depth.o, depth.h), (depth.beta, depth.alpha)
+    return _main("forward", site, [h, x, *before], values, depth, p, norm)
 
 
 def main_backward(
@@ -109,8 +123,6 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main
 
     room: bytes of shared memory that a program may have.
     """
-    if direction not in KERNELS:
-        return "there is no main one"
     cut = _cut(site)
     obstacles = {
         f"rate {site.M}": site.M not in (2, 4, 8),
@@ -135,11 +147,13 @@ def _cut(site: Site) -> Site:
 
 def shared_bytes(direction: Direction, site: Site, boundary: bool) -> int:
     """Shared memory of a program, or a little more."""
-    tiles = 3 + boundary + (site.SUB_NORM != "none")
+    if direction == "forward":
+        tiles, products, matrices = 2 + 2 * boundary, 1, 2 * site.R
+    else:
+        tiles, products, matrices = 3 + boundary + (site.SUB_NORM != "none"), 3, 3 * site.R + site.KP
     rows = (tiles * site.R + site.KP) * site.C * 2
-    tables = site.W * site.R * (site.KP + 3 * site.M) * 4
-    matrices = 2 * site.R * (3 * site.R + site.KP) * 2
-    return rows + tables + matrices + 1024
+    tables = site.W * site.R * (site.KP + products * site.M) * 4
+    return rows + tables + 2 * site.R * matrices * 2 + 4096
 
 
 @functools.cache

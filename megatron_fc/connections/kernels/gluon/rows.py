@@ -72,7 +72,10 @@ def by_tokens(rows, S: gl.constexpr):
 @gluon.jit
 def weighted(rows, weight, S: gl.constexpr):
     """Rows times the sub-layer norm's weight, rounded once, in the dtype of the rows."""
-    factor = weight.to(gl.float32) + 1.0 if S.ONE_PLUS else weight
+    if S.ONE_PLUS:
+        factor = weight.to(gl.float32) + 1.0
+    else:
+        factor = weight.to(rows.dtype)
     return gl.reshape((by_tokens(rows, S) * factor).to(rows.dtype), [S.W, S.R, S.K])
 
 

@@ -20,10 +20,15 @@ def is_finite(values):
 
 
 @gluon.jit
+def table_row(S: gl.constexpr):
+    """The rows of a table, [R, 1]."""
+    return gl.arange(0, S.R, layout=gl.SliceLayout(1, layouts.table(S.M, S.W, S.R)))[:, None]
+
+
+@gluon.jit
 def fraction(S: gl.constexpr):
     """The fraction of each row of a table, [R, 1]."""
-    row = gl.arange(0, S.R, layout=gl.SliceLayout(1, layouts.table(S.M, S.W, S.R)))
-    return (row % S.M)[:, None]
+    return table_row(S) % S.M
 
 
 @gluon.jit
