@@ -124,11 +124,12 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main
     room: bytes of shared memory that a program may have.
     """
     cut = _cut(site)
+    chunks = 4 if direction == "forward" else 32 // site.KP  # sums of more columns do not fit into registers
     obstacles = {
         f"rate {site.M}": site.M not in (2, 4, 8),
         "static coefficients": not site.DYNAMIC,
         "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
-        f"{site.C} columns of a fraction": site.C % (cut.W * _COLUMNS) != 0 or cut.CHUNKS * site.KP > 32,
+        f"{site.C} columns of a fraction": site.C % (cut.W * _COLUMNS) != 0 or cut.CHUNKS > chunks,
     }
     for what, is_so in obstacles.items():
         if is_so:
@@ -136,7 +137,8 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main
     by_memory = (room + 1024) // (shared_bytes(direction, cut, boundary) + 1024)
     if not by_memory:
         return f"{site.C} columns of a fraction do not fit into shared memory"
-    return Main(KERNELS[direction], cut, min(by_memory, _REGISTERS // (256 * cut.W)))
+    by_registers = _REGISTERS // (registers(direction, boundary, site.M) * cut.W)
+    return Main(KERNELS[direction], cut, min(by_memory, by_registers))
 
 
 def _cut(site: Site) -> Site:
@@ -145,15 +147,24 @@ def _cut(site: Site) -> Site:
     return site._replace(W=warps, K=_COLUMNS, CHUNKS=-(-site.C // (warps * _COLUMNS)))
 
 
+def registers(direction: Direction, boundary: bool, rate: int) -> int:
+    """Of a thread, as compiled for sm_90, at most."""
+    if direction == "backward":
+        return 256
+    if rate == 8:
+        return 184 if boundary else 128
+    return 256 if boundary else 168
+
+
 def shared_bytes(direction: Direction, site: Site, boundary: bool) -> int:
     """Shared memory of a program, or a little more."""
     if direction == "forward":
-        tiles, products, matrices = 2 + 2 * boundary, 1, 2 * site.R
+        tiles, products, matrices = 1 + boundary, 1, 2 * site.R
     else:
         tiles, products, matrices = 3 + boundary + (site.SUB_NORM != "none"), 3, 3 * site.R + site.KP
     rows = (tiles * site.R + site.KP) * site.C * 2
     tables = site.W * site.R * (site.KP + products * site.M) * 4
-    return rows + tables + 2 * site.R * matrices * 2 + 4096
+    return rows + tables + 2 * site.R * matrices * 2 + 1024 * site.W
 
 
 @functools.cache

@@ -5,7 +5,9 @@
 | width | h | x | 2 |
 | boundary | o, h of the depth connection before | its h', x | 4 |
 
-Two tiles take turns in shared memory: while one is worked on, the other's rows come.
+The tile is in shared memory. Its first pass makes h', if there is a depth connection, and takes all products of rows;
+then the algebra on coefficients; the second pass makes x, and asks for each chunk of the next tile as soon as this one's
+has been used.
 """
 
 from triton.experimental import gluon
@@ -44,30 +46,23 @@ from megatron_fc.connections.kernels.gluon.tables import (
 
 
 @gluon.jit
-def copy_tile(h_s, o_s, pre_s, h, pre, slot, first, count, S: gl.constexpr):
-    """Ask for all that a tile needs, into the shared memory whose turn it is."""
-    CHUNKS: gl.constexpr = S.CHUNKS
-    for n in gl.static_range(CHUNKS):
-        if pre.o is not None:
-            copy_chunk(h_s.index(slot * CHUNKS + n), pre.h, n, first, count, S)
-            copy_chunk(o_s.index(slot * CHUNKS + n), pre.o, n, first, count, S)
-        else:
-            copy_chunk(h_s.index(slot * CHUNKS + n), h, n, first, count, S)
-    if pre.o is not None:
-        copy_values(pre_s[0].index(slot), pre.beta, first, count, S.R, S)
-        copy_values(pre_s[1].index(slot), pre.alpha, first * S.M, count * S.M, S.R * S.M, S)
-    async_copy.commit_group()
+def copy_before(o_s, beta_s, alpha_s, pre, n: gl.constexpr, first, count, S: gl.constexpr):
+    """Ask for chunk n of the sub-layer's output, and with the last one for the coefficients of the depth connection."""
+    copy_chunk(o_s.index(n), pre.o, n, first, count, S)
+    if n == S.CHUNKS - 1:
+        copy_values(beta_s, pre.beta, first, count, S.R, S)
+        copy_values(alpha_s, pre.alpha, first * S.M, count * S.M, S.R * S.M, S)
 
 
 @gluon.jit
-def mixed_before(memory, alpha_s, flags_s, h_s, slot, S: gl.constexpr):
-    """alpha of the depth connection as a matrix in memory. A token of h that is not finite has alpha that is not."""
+def store_alpha(memory, alpha_s, flags_s, h_s, S: gl.constexpr):
+    """alpha of the depth connection as a matrix in memory. It is not finite where its token of h is not."""
     CHUNKS: gl.constexpr = S.CHUNKS
-    alpha = alpha_s.index(slot).reshape([S.R, S.M]).load(layouts.table(S.M, S.W, S.R))
+    alpha = alpha_s.reshape([S.R, S.M]).load(layouts.table(S.M, S.W, S.R))
     store_matrix(memory, alpha, S)
     flags_s.store(gl.where(is_finite(gl.sum(gl.abs(alpha), axis=1)), 0, 1))
     for n in range(0, some_row(flags_s, S) * CHUNKS):
-        make_finite(h_s, slot * CHUNKS + n, S)
+        make_finite(h_s, n, S)
 
 
 @gluon.jit
@@ -101,19 +96,19 @@ def main_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: gl.constexpr)
     OUT: gl.constexpr = layouts.quads(S.W)
     ROWS: gl.constexpr = layouts.rows_in_memory()
     MATRIX: gl.constexpr = layouts.matrix_in_memory()
-    h_s = gl.allocate_shared_memory(dtype, [2 * CHUNKS, S.W, S.R, S.K], ROWS)
+    h_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.R, S.K], ROWS)
     w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.KP, S.K], ROWS)
     z_s = gl.allocate_shared_memory(gl.float32, [S.W, S.R, S.KP], layouts.plain(3))
     gram_s = gl.allocate_shared_memory(gl.float32, [S.W, S.R, S.M], layouts.plain(3))
     G_s = gl.allocate_shared_memory(dtype, [2, S.R, S.R], MATRIX)
     flags_s = gl.allocate_shared_memory(gl.int32, [S.R], layouts.plain(1))
-    o_s, pre_s = h_s, ()
+    stream = h
     if pre.o is not None:
-        o_s = gl.allocate_shared_memory(dtype, [2 * CHUNKS, S.W, S.R, S.K], ROWS)
-        beta_s = gl.allocate_shared_memory(gl.float32, [2, S.R], layouts.plain(1))
-        alpha_s = gl.allocate_shared_memory(gl.float32, [2, S.R * S.M], layouts.plain(1))
+        stream = pre.h
+        o_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.R, S.K], ROWS)
+        beta_s = gl.allocate_shared_memory(gl.float32, [S.R], layouts.plain(1))
+        alpha_s = gl.allocate_shared_memory(gl.float32, [S.R * S.M], layouts.plain(1))
         A_s = gl.allocate_shared_memory(dtype, [2, S.R, S.R], MATRIX)
-        pre_s = (beta_s, alpha_s)
 
     keep_projection(w_s, p, S)
     norm_weight = ()
@@ -124,44 +119,50 @@ def main_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: gl.constexpr)
     out_row, out_column = places(S.R, OUT, S)
 
     tile = gl.program_id(0)
-    slot = tile * 0
-    copy_tile(h_s, o_s, pre_s, h, pre, slot, tile * S.R, count, S)
+    for n in gl.static_range(CHUNKS):
+        copy_chunk(h_s.index(n), stream, n, tile * S.R, count, S)
+        if pre.o is not None:
+            copy_before(o_s, beta_s, alpha_s, pre, n, tile * S.R, count, S)
+    async_copy.commit_group()
     while tile * S.R < count:
         first = tile * S.R
+        following = (tile + gl.num_programs(0)) * S.R
         inside = out_row + 0 * out_column < count - first
         start = first.to(gl.int64) * S.C
         async_copy.wait_group(0)
-        gl.thread_barrier()  # every warp is done with the other tile
-        copy_tile(h_s, o_s, pre_s, h, pre, 1 - slot, (tile + gl.num_programs(0)) * S.R, count, S)
         z = gl.zeros([S.W, S.R, S.KP], gl.float32, PRODUCTS)
         gram = gl.zeros([S.W, S.R, S.R], gl.float32, PRODUCTS)
         if pre.o is not None:
-            mixed_before(A_s, alpha_s, flags_s, h_s, slot, S)
-            before = beta_s.index(slot).load(gl.SliceLayout(0, gl.SliceLayout(2, PRODUCTS)))[None, :, None]
+            store_alpha(A_s, alpha_s, flags_s, h_s, S)
+            before = beta_s.load(gl.SliceLayout(0, gl.SliceLayout(2, PRODUCTS)))[None, :, None]
         for n in gl.static_range(CHUNKS):
             if pre.o is not None:
-                made = before * o_s.index(slot * CHUNKS + n).load(PRODUCTS).to(gl.float32)
-                made = mix(A_s, h_s.index(slot * CHUNKS + n).load(RIGHT), made, True, S).to(dtype)
+                nothing = gl.zeros([S.W, S.R, S.K], gl.float32, PRODUCTS)
+                mixed = mix(A_s, h_s.index(n).load(RIGHT), nothing, True, S)
+                made = (mixed + before * o_s.index(n).load(PRODUCTS).to(gl.float32)).to(dtype)
+                copy_before(o_s, beta_s, alpha_s, pre, n, following, count, S)
                 at = start + (out_row * S.C + out_column + n * (S.W * S.K))
                 gl.store(h + at, gl.convert_layout(made, OUT), mask=inside)
-                h_s.index(slot * CHUNKS + n).store(made)
+                h_s.index(n).store(made)
                 rows = gl.convert_layout(made, LEFT)
             else:
-                rows = h_s.index(slot * CHUNKS + n).load(LEFT)
+                rows = h_s.index(n).load(LEFT)
             z = mma_v2(rows, w_s.index(n).permute([0, 2, 1]).load(RIGHT), z)
             gram = by_rows(rows, rows, gram, S)
         z_s.store(z)
         gram_s.store(in_token(gram, S))
         store_coefficients(z_s, gram_s, G_s, flags_s, fixed, beta, alpha, first, count, S)
         for n in range(0, some_row(flags_s, S) * CHUNKS):
-            make_finite(h_s, slot * CHUNKS + n, S)
+            make_finite(h_s, n, S)
         for n in gl.static_range(CHUNKS):
             nothing = gl.zeros([S.W, S.R, S.K], gl.float32, PRODUCTS)
-            out = mix(G_s, h_s.index(slot * CHUNKS + n).load(RIGHT), nothing, True, S)
+            out = mix(G_s, h_s.index(n).load(RIGHT), nothing, True, S)
             if S.SUB_NORM != "none":
                 out = weighted(out, norm_weight[n], S)
+            # These rows are done with: ask for those of the next tile.
+            copy_chunk(h_s.index(n), stream, n, following, count, S)
             at = start + (out_row * S.C + out_column + n * (S.W * S.K))
             gl.store(x + at, gl.convert_layout(gl.convert_layout(out, PRODUCTS).to(dtype), OUT), mask=inside)
-        slot = 1 - slot
+        async_copy.commit_group()
         tile += gl.num_programs(0)
     async_copy.wait_group(0)
