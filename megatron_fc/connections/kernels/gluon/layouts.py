@@ -63,7 +63,10 @@ def tables(shape, lanes, warps, W):
     given_lanes = (bits(lanes) + rest)[:5]
     taken = {*given_warps, *given_lanes}
     registers = [
-        unit(axis, bit) for axis in reversed(range(rank)) for bit in range(log2(shape[axis])) if (axis, bit) not in taken
+        unit(axis, bit)
+        for axis in reversed(range(rank))
+        for bit in range(log2(shape[axis]))
+        if (axis, bit) not in taken
     ]
     return gl.DistributedLinearLayout(registers, padded(given_lanes, 5), padded(given_warps, log2(W)), [], list(shape))
 
