@@ -22,8 +22,8 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from laboratory.simulator import sass
 from megatron_fc.connections.kernels import launch
-from megatron_fc.connections.kernels.gluon import choice
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
+from megatron_fc.connections.kernels.gluon import choice
 from megatron_fc.connections.kernels.sums import Partial
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel

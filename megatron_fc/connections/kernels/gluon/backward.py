@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from megatron_fc.connections.kernels.gluon import layouts
 from megatron_fc.connections.kernels.gluon.rows import (
     by_rows,
-    by_tokens,
     copy_chunk,
     copy_values,
     halves_of,
@@ -33,7 +32,6 @@ from megatron_fc.connections.kernels.gluon.rows import (
 from megatron_fc.connections.kernels.gluon.tables import (
     bounded,
     coefficient,
-    column_row,
     fraction,
     from_tokens,
     in_token,

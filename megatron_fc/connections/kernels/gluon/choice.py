@@ -9,8 +9,6 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_fc.connections.kernels.gluon.backward import main_backward_kernel
-from megatron_fc.connections.kernels.gluon.forward import main_forward_kernel
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands
@@ -19,7 +17,6 @@ VERIFIED = "3.6."  # of Triton, whose Gluon is experimental
 _COLUMNS = 64  # of a warp in a chunk
 _REGISTERS = 65536 // 32  # of a processor, by the lanes of a warp
 Direction = Literal["forward", "backward"]
-KERNELS: dict[Direction, Any] = {"forward": main_forward_kernel, "backward": main_backward_kernel}
 
 
 class Main(NamedTuple):
@@ -47,10 +44,8 @@ def main_forward(
 
     depth: `DepthInputs`.
     """
-    before, values = (), ()
-    if depth.o is not None:
-        before, values = (depth.o, depth.h), (depth.beta, depth.alpha)
-    return _main("forward", site, [h, x, *before], values, depth, p, norm)
+    before = (depth.o, depth.h, depth.beta, depth.alpha) if depth.o is not None else ()
+    return _main("forward", site, [h, x, *before[:2]], before[2:], depth, p, norm)
 
 
 def main_backward(
@@ -75,26 +70,27 @@ def _main(
     norm: NormWeights | None,
 ) -> Main | None:
     """rows: of d elements per token; values: in fp32, few per token."""
-    wide = [t for t in (*rows, *(() if norm is None else (norm.weight, norm.bias))) if t is not None]
-    narrow = [t for t in (*values, *p.parameters) if t is not None]
+    there = [t for t in rows if t is not None]
+    dtypes = [t.dtype for t in (*there, *(norm[1:3] if norm is not None else ())) if t is not None]
     given = Given(
-        rows=frozenset(t.dtype for t in wide),
-        values=frozenset(t.dtype for t in narrow),
+        rows=frozenset(dtypes),
+        values=frozenset(t.dtype for t in (*values, *p.parameters) if t is not None),
         all_there=not any(t is None for t in (*rows, *values)),
-        aligned=all(t.data_ptr() % 16 == 0 for t in (*wide, *narrow)),
+        aligned=all(t.data_ptr() % 16 == 0 for t in there),
         plain=depth.bias is None and depth.seed is None,
     )
-    return _chosen(direction, site, depth.o is not None, given, wide[0].device, triton.__version__)
+    return _chosen(direction, site, depth.o is not None, given, there[0].device, triton.__version__)
 
 
 @functools.cache
 def _chosen(
     direction: Direction, site: Site, boundary: bool, given: Given, device: torch.device, version: str
 ) -> Main | None:
-    """The kernel is said once for each kind of call."""
+    """Which kernel runs is said once for each kind of call."""
     tested = version.startswith(VERIFIED)
-    found = _obstacle(given) or planned(direction, site, boundary, _room(device))
-    if not tested:
+    if tested:
+        found = _obstacle(given) or _obstacle_on(device) or planned(direction, site, boundary, _room(device))
+    else:
         found = f"the main one was verified with Triton {VERIFIED}*, not with {version}"
     what = f"{'Boundaries' if boundary else 'Width connections'} of d = {site.M * site.C}, m = {site.M}"
     logger = logging.getLogger("megatron_fc")
@@ -107,15 +103,29 @@ def _chosen(
 
 def _obstacle(given: Given) -> str | None:
     """What of a call the main kernels do not do."""
-    obstacles = {
-        "Triton's interpreter does not run Gluon": triton.knobs.runtime.interpret,
-        f"streams in {', '.join(sorted(map(str, given.rows)))}": given.rows not in ({torch.bfloat16}, {torch.float16}),
-        "parameters or coefficients that are not in fp32": given.values != {torch.float32},
-        "absent gradients": not given.all_there,
-        "tensors off 16-byte boundaries": not given.aligned,
-        "bias or dropout of an output": not given.plain,
-    }
+    return _first(
+        {
+            f"streams in {', '.join(sorted(map(str, given.rows)))}": given.rows
+            not in ({torch.bfloat16}, {torch.float16}),
+            "parameters or coefficients that are not in fp32": bool(given.values - {torch.float32}),
+            "absent inputs or gradients": not given.all_there,
+            "tensors off 16-byte boundaries": not given.aligned,
+            "bias or dropout of an output": not given.plain,
+        }
+    )
+
+
+def _first(obstacles: dict[str, bool]) -> str | None:
     return next((f"the main one does not do {what}" for what, is_so in obstacles.items() if is_so), None)
+
+
+def _obstacle_on(device: torch.device) -> str | None:
+    if triton.knobs.runtime.interpret:
+        return "Triton's interpreter does not run Gluon"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda" or target.arch < 80:
+        return f"the main one is for sm_80 and later, {device} is {target.backend} {target.arch}"
+    return None
 
 
 def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main | str:
@@ -125,20 +135,28 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main
     """
     cut = _cut(site)
     chunks = 4 if direction == "forward" else 32 // site.KP  # sums of more columns do not fit into registers
-    obstacles = {
-        f"rate {site.M}": site.M not in (2, 4, 8),
-        "static coefficients": not site.DYNAMIC,
-        "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
-        f"{site.C} columns of a fraction": site.C % (cut.W * _COLUMNS) != 0 or cut.CHUNKS > chunks,
-    }
-    for what, is_so in obstacles.items():
-        if is_so:
-            return f"the main one does not do {what}"
+    obstacle = _first(
+        {
+            f"rate {site.M}": site.M not in (2, 4, 8),
+            "static coefficients": not site.DYNAMIC,
+            "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
+            f"{site.C} columns of a fraction": site.C % (cut.W * _COLUMNS) != 0 or chunks < cut.CHUNKS,
+        }
+    )
+    if obstacle:
+        return obstacle
     by_memory = (room + 1024) // (shared_bytes(direction, cut, boundary) + 1024)
     if not by_memory:
         return f"{site.C} columns of a fraction do not fit into shared memory"
     by_registers = _REGISTERS // (registers(direction, boundary, site.M) * cut.W)
-    return Main(KERNELS[direction], cut, min(by_memory, by_registers))
+    return Main(_kernel(direction), cut, min(by_memory, by_registers))
+
+
+def _kernel(direction: Direction) -> Any:
+    """Loads Gluon, which another Triton may not have."""
+    from megatron_fc.connections.kernels.gluon import backward, forward
+
+    return forward.main_forward_kernel if direction == "forward" else backward.main_backward_kernel
 
 
 def _cut(site: Site) -> Site:

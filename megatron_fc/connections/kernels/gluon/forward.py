@@ -6,8 +6,8 @@
 | boundary | o, h of the depth connection before | its h', x | 4 |
 
 The tile is in shared memory. Its first pass makes h', if there is a depth connection, and takes all products of rows;
-then the algebra on coefficients; the second pass makes x, and asks for each chunk of the next tile as soon as this one's
-has been used.
+then comes the algebra on coefficients; the second pass makes x, and asks for each chunk of the next tile as soon as
+this one's has been used.
 """
 
 from triton.experimental import gluon
@@ -30,7 +30,6 @@ from megatron_fc.connections.kernels.gluon.tables import (
     bounded,
     coefficient,
     column_row,
-    fraction,
     from_tokens,
     in_token,
     input_deviation,

@@ -35,7 +35,7 @@ def copies(W):
 
 @gluon.constexpr_function
 def quads(W):
-    """[W, 16, 64]: 16 bytes of a row in each of four lanes. Tensor-core results come to it by exchange within four lanes."""
+    """[W, 16, 64]: 16 bytes of a row in each of four lanes, between which results of tensor cores come to it."""
     regs = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 32], [0, 8, 0]]
     lanes = [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
     return gl.DistributedLinearLayout(regs, lanes, [[1 << b, 0, 0] for b in range(log2(W))], [], [W, 16, 64])
@@ -62,18 +62,14 @@ def tables(shape, lanes, warps, W):
     given_warps, rest = of_warps[: log2(W)], of_warps[log2(W) :]
     given_lanes = (bits(lanes) + rest)[:5]
     taken = {*given_warps, *given_lanes}
-    registers = [
-        unit(axis, bit)
-        for axis in reversed(range(rank))
-        for bit in range(log2(shape[axis]))
-        if (axis, bit) not in taken
-    ]
+    every = [(axis, bit) for axis in reversed(range(rank)) for bit in range(log2(shape[axis]))]
+    registers = [unit(*bit) for bit in every if bit not in taken]
     return gl.DistributedLinearLayout(registers, padded(given_lanes, 5), padded(given_warps, log2(W)), [], list(shape))
 
 
 @gluon.constexpr_function
 def over_warps(M, W, R, columns):
-    """[W, R, columns]: tables of all warps as one warp per token (or few) reads them; the sum over W is in registers."""
+    """[W, R, columns]: tables of all warps, read by one warp per token (or few); the sum over W is in registers."""
     m, t = log2(M), log2(R) - log2(M)
     return tables([W, R, columns], [(2, 0, min(m, log2(columns))), (1, 0, m)], [(1, m, t)], W)
 

@@ -1,7 +1,7 @@
 """Rows of a tile in shared memory: asynchronous copies, the projection, products with matrices, what is not finite.
 
-A tile is R = 16 rows, the fractions of 16 / M tokens. It is in chunks [W, R, 64]: each of W warps owns 64 columns of every
-chunk, and copies, reads and writes no others.
+A tile is R = 16 rows, the fractions of 16 / M tokens. It is in chunks [W, R, 64]: each of W warps owns 64 columns of
+every chunk, and copies, reads and writes no others.
 """
 
 from triton.experimental import gluon
@@ -72,10 +72,7 @@ def by_tokens(rows, S: gl.constexpr):
 @gluon.jit
 def weighted(rows, weight, S: gl.constexpr):
     """Rows times the sub-layer norm's weight, rounded once, in the dtype of the rows."""
-    if S.ONE_PLUS:
-        factor = weight.to(gl.float32) + 1.0
-    else:
-        factor = weight.to(rows.dtype)
+    factor = weight.to(gl.float32) + 1.0 if S.ONE_PLUS else weight.to(rows.dtype)
     return gl.reshape((by_tokens(rows, S) * factor).to(rows.dtype), [S.W, S.R, S.K])
 
 

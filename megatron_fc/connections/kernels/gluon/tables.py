@@ -104,7 +104,7 @@ def bounded(z, S: gl.constexpr):
 
 @gluon.jit
 def predictions(z_s, gram, S: gl.constexpr):
-    """z of gamma, alpha [R, M] and beta [R, 1] (eq. 9-14), the reciprocal deviation of rows, and NaN where one is spoilt.
+    """z of gamma, alpha [R, M] and beta [R, 1] (eq. 9-14), the reciprocal deviation of rows, NaN for bad ones.
 
     z_s: products of rows with the projection by warp; gram: products of rows with each other.
     """
