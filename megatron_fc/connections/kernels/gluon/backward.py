@@ -21,6 +21,7 @@ from megatron_fc.connections.kernels.gluon.rows import (
     copy_chunk,
     copy_values,
     halves_of,
+    inside,
     keep_projection,
     make_finite,
     mix,
@@ -180,10 +181,12 @@ def store_sums(partial, d_projection, d_weight, S: gl.constexpr):
     for n in gl.static_range(2 * CHUNKS):
         at = n // 2 * (S.W * S.K) + n % 2 * 32 + column
         row = program * (2 * S.M + 1) + row_of_projection(k, S)
-        gl.store(partial.projection + row * S.C + at, gl.convert_layout(d_projection[n], L), mask=k <= 2 * S.M)
+        mask = inside(k, n % 2 * 32 + column, n // 2, 2 * S.M + 1, S)
+        gl.store(partial.projection + row * S.C + at, gl.convert_layout(d_projection[n], L), mask=mask)
         if partial.weight is not None:
             total = gl.sum(gl.reshape(d_weight[n], [S.W, 8 // S.M, S.M, 32]), axis=1)
-            gl.store(partial.weight + (program * S.M + i) * S.C + at, gl.convert_layout(total, L))
+            mask = inside(i, n % 2 * 32 + column, n // 2, S.M, S)
+            gl.store(partial.weight + (program * S.M + i) * S.C + at, gl.convert_layout(total, L), mask=mask)
 
 
 @gluon.jit
@@ -299,16 +302,16 @@ def main_backward_kernel(g_x, g_beta, g_mixed, h, pre, p, norm, g_h, partial, co
             if n == CHUNKS - 1:
                 async_copy.commit_group()
             g = gl.convert_layout(mix(Z_s, w_s.index(n).load(RIGHT), g, False, S).to(dtype), OUT)
-            inside = out_row + 0 * out_column < count - first
+            mask = inside(out_row, out_column, n, count - first, S)
             at = first.to(gl.int64) * S.C + (out_row * S.C + out_column + n * (S.W * S.K))
-            gl.store(g_h + at, g, mask=inside)
+            gl.store(g_h + at, g, mask=mask)
             if pre.o is not None:
                 if n == 0:
                     async_copy.wait_group(1 if CHUNKS == 1 else 0)
                     beta = beta_s.load(gl.SliceLayout(0, gl.SliceLayout(2, OUT)))[None, :, None]
                 g = g.to(gl.float32)
                 d_pre_beta += gl.sum(g * o_s.index(n).load(OUT).to(gl.float32), axis=2)
-                gl.store(pre.g_o + at, (beta * g).to(dtype), mask=inside)
+                gl.store(pre.g_o + at, (beta * g).to(dtype), mask=mask)
         d_projection = new_projection
         if S.SUB_NORM != "none":
             d_weight = new_weight

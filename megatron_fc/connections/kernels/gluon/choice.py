@@ -134,13 +134,14 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main
     room: bytes of shared memory that a program may have.
     """
     cut = _cut(site)
+    covered = cut.W * cut.K * cut.CHUNKS
     chunks = 4 if direction == "forward" else 32 // site.KP  # sums of more columns do not fit into registers
     obstacle = _first(
         {
             f"rate {site.M}": site.M not in (2, 4, 8),
             "static coefficients": not site.DYNAMIC,
             "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
-            f"{site.C} columns of a fraction": site.C % (cut.W * _COLUMNS) != 0 or chunks < cut.CHUNKS,
+            f"{site.C} columns of a fraction": site.C % 16 != 0 or chunks < cut.CHUNKS or covered > 2 * site.C,
         }
     )
     if obstacle:
@@ -161,7 +162,7 @@ def _kernel(direction: Direction) -> Any:
 
 def _cut(site: Site) -> Site:
     """The site with the work cut as the main kernels do."""
-    warps = 8 if site.C * (site.KP // 16) >= 1024 else 4
+    warps = 4 if site.C * (site.KP // 16) <= 512 else 8
     return site._replace(W=warps, K=_COLUMNS, CHUNKS=-(-site.C // (warps * _COLUMNS)))
 
 
@@ -180,7 +181,7 @@ def shared_bytes(direction: Direction, site: Site, boundary: bool) -> int:
         tiles, products, matrices = 1 + boundary, 1, 2 * site.R
     else:
         tiles, products, matrices = 3 + boundary + (site.SUB_NORM != "none"), 3, 3 * site.R + site.KP
-    rows = (tiles * site.R + site.KP) * site.C * 2
+    rows = (tiles * site.R + site.KP) * site.W * site.K * site.CHUNKS * 2
     tables = site.W * site.R * (site.KP + products * site.M) * 4
     return rows + tables + 2 * site.R * matrices * 2 + 1024 * site.W
 

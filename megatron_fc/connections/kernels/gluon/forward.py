@@ -19,6 +19,7 @@ from megatron_fc.connections.kernels.gluon.rows import (
     by_rows,
     copy_chunk,
     copy_values,
+    inside,
     keep_projection,
     make_finite,
     mix,
@@ -126,7 +127,6 @@ def main_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: gl.constexpr)
     while tile * S.R < count:
         first = tile * S.R
         following = (tile + gl.num_programs(0)) * S.R
-        inside = out_row + 0 * out_column < count - first
         start = first.to(gl.int64) * S.C
         async_copy.wait_group(0)
         z = gl.zeros([S.W, S.R, S.KP], gl.float32, PRODUCTS)
@@ -140,8 +140,9 @@ def main_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: gl.constexpr)
                 mixed = mix(A_s, h_s.index(n).load(RIGHT), nothing, True, S)
                 made = (mixed + before * o_s.index(n).load(PRODUCTS).to(gl.float32)).to(dtype)
                 copy_before(o_s, beta_s, alpha_s, pre, n, following, count, S)
+                mask = inside(out_row, out_column, n, count - first, S)
                 at = start + (out_row * S.C + out_column + n * (S.W * S.K))
-                gl.store(h + at, gl.convert_layout(made, OUT), mask=inside)
+                gl.store(h + at, gl.convert_layout(made, OUT), mask=mask)
                 h_s.index(n).store(made)
                 rows = gl.convert_layout(made, LEFT)
             else:
@@ -160,8 +161,9 @@ def main_forward_kernel(h, pre, p, norm, x, beta, alpha, count, S: gl.constexpr)
                 out = weighted(out, norm_weight[n], S)
             # These rows are done with: ask for those of the next tile.
             copy_chunk(h_s.index(n), stream, n, following, count, S)
+            mask = inside(out_row, out_column, n, count - first, S)
             at = start + (out_row * S.C + out_column + n * (S.W * S.K))
-            gl.store(x + at, gl.convert_layout(gl.convert_layout(out, PRODUCTS).to(dtype), OUT), mask=inside)
+            gl.store(x + at, gl.convert_layout(gl.convert_layout(out, PRODUCTS).to(dtype), OUT), mask=mask)
         async_copy.commit_group()
         tile += gl.num_programs(0)
     async_copy.wait_group(0)

@@ -21,11 +21,20 @@ def places(ROWS: gl.constexpr, L: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
+def inside(row, column, n, count, S: gl.constexpr):
+    """Which elements of chunk n exist, for `count` rows and their first chunk's columns."""
+    if S.C % (S.W * S.K) == 0:
+        return row + 0 * column < count
+    return (row < count) & (column < S.C - n * (S.W * S.K))
+
+
+@gluon.jit
 def copy_chunk(memory, pointer, n: gl.constexpr, first, count, S: gl.constexpr):
     """Ask for chunk n of the rows from `first` on; what lies outside becomes zero."""
     row, column = places(S.R, layouts.copies(S.W), S)
     pointer += first.to(gl.int64) * S.C + n * (S.W * S.K)
-    async_copy.async_copy_global_to_shared(memory, pointer + row * S.C + column, mask=row + 0 * column < count - first)
+    mask = inside(row, column, n, count - first, S)
+    async_copy.async_copy_global_to_shared(memory, pointer + row * S.C + column, mask=mask)
 
 
 @gluon.jit
@@ -48,9 +57,10 @@ def keep_projection(memory, p, S: gl.constexpr):
     k, column = places(S.KP, layouts.copies(S.W), S)
     for n in gl.static_range(CHUNKS):
         at = n * (S.W * S.K) + column
-        weight = gl.load(p.dynamic_weight + row_of_projection(k, S) * S.C + at, mask=k <= 2 * S.M, other=0.0)
+        mask = inside(k, column, n, 2 * S.M + 1, S)
+        weight = gl.load(p.dynamic_weight + row_of_projection(k, S) * S.C + at, mask=mask, other=0.0)
         if p.norm_weight is not None:
-            weight *= gl.load(p.norm_weight + at)
+            weight *= gl.load(p.norm_weight + at, mask=inside(0, column, n, 1, S), other=0.0)
         memory.index(n).store(weight.to(memory.dtype))
 
 
@@ -58,7 +68,8 @@ def keep_projection(memory, p, S: gl.constexpr):
 def sub_norm_weight(norm, n: gl.constexpr, LIKE: gl.constexpr, S: gl.constexpr):
     """Chunk n of the sub-layer norm's weight for a token's rows, [W, 1, M, 64], in a layout LIKE of [W, R, 64]."""
     fraction, column = places(S.M, LIKE, S)
-    weight = gl.load(norm.weight + fraction * S.C + n * (S.W * S.K) + column)
+    mask = inside(fraction, column, n, S.M, S)
+    weight = gl.load(norm.weight + fraction * S.C + n * (S.W * S.K) + column, mask=mask, other=0.0)
     like: gl.constexpr = by_tokens(gl.zeros([S.W, S.R, S.K], weight.dtype, LIKE), S).type.layout
     return gl.convert_layout(gl.reshape(weight, [S.W, 1, S.M, S.K]), like)
 
