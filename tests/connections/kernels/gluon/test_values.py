@@ -13,7 +13,7 @@ import torch
 
 from laboratory.emulator import Options
 from laboratory.emulator.driver import Emulator
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, FracConnection
 from megatron_fc.connections.kernels import launch
 from support import kernel_cases, kernel_reference
 from support.isolation import stays_alone
@@ -137,3 +137,17 @@ def test_bytes_of_memory(emulator: Emulator) -> None:
     parameters = 4 * (9 * 256 + 256) + 2 * 1024 + 4096
     rest = moved.total() - 4 * row - of(moved, case.g_beta)
     assert rest <= 2 * sums + 6 * parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_identity_at_the_initial_values(emulator: Emulator, dtype: torch.dtype) -> None:
+    """x is h, and h' what Megatron's own sum gives, to the bit."""
+    case = kernel_reference.make(FracConfig(rate=4), 1024, 9, dtype, None)
+    fresh = FracConnection(1024, case.config).operands()
+    x, beta, alpha = launch.width_forward(case.h, fresh)
+    assert x is not None
+    assert torch.equal(x, case.h)
+    h, x, _, _ = launch.boundary_forward(launch.DepthInputs(case.o, case.h, beta, alpha), fresh)
+    assert torch.equal(h, case.o + case.h)
+    assert torch.equal(x, h)
+    assert only_main(emulator)
