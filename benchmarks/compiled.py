@@ -19,11 +19,13 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from laboratory.simulator import sass
 from megatron_fc import FracConfig, HyperConfig
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
+from megatron_fc.connections.kernels.gluon import choice
 from megatron_fc.connections.kernels.sums import Partial
 from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
@@ -46,13 +48,21 @@ _FORWARD = {"h": STREAM, "given": Given(), "p": _P, "norm": _NORM, "x": STREAM, 
 _GRADIENTS = {"g_x": STREAM, "g_beta": FP32, "g_mixed": STREAM, "h": STREAM, "given": Given(), "p": _P, "norm": _NORM}
 _BACKWARD = {**_GRADIENTS, "g_h": STREAM, "partial": _PARTIAL}
 _NO_COEFFICIENTS = {"beta": None, "alpha": None}
-KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0)}),
-    "width backward": (width_backward_kernel, {**_BACKWARD, "pre": launch.DepthInputs(dropout=0.0)}),
+_DEPTH_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "depth forward": (depth_forward_kernel, {"pre": _DEPTH, "out": STREAM}),
     "depth backward": (depth_backward_kernel, {"g": STREAM, "pre": _BACK, "partial": Partial()}),
+}
+_WIDTH_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "width forward": (width_forward_kernel, {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0)}),
+    "width backward": (width_backward_kernel, {**_BACKWARD, "pre": launch.DepthInputs(dropout=0.0)}),
     "boundary forward": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH}),
     "boundary backward": (width_backward_kernel, {**_BACKWARD, "pre": _BACK}),
+}
+GENERAL = ", general"
+# By name; what has a main kernel is that, where there is one, and besides the general kernel under another name.
+KERNELS = {
+    **_WIDTH_KERNELS,
+    **_DEPTH_KERNELS,
     # With coefficients that torch has made, as those on a manifold.
     "given width forward": (
         width_forward_kernel,
@@ -75,10 +85,14 @@ KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
         width_backward_kernel,
         {**_BACKWARD, "pre": _BACK._replace(**_BIAS_DROPOUT), "partial": _PARTIAL._replace(output_bias=FP32)},  # type: ignore[arg-type]
     ),
+    **{name + GENERAL: kernel for name, kernel in _WIDTH_KERNELS.items()},
 }
-# What is recorded: of Frac-Connections all but what manifolds need, of wider streams all but bias and dropout.
+# What is recorded: of Frac-Connections all but what manifolds need, of wider streams, which have no main kernels, all but
+# bias and dropout.
 FRAC = tuple(name for name in KERNELS if not name.startswith("given"))
-HYPER = tuple(name for name in KERNELS if not name.endswith("b+d"))
+HYPER = tuple(name for name in KERNELS if not name.endswith(("b+d", GENERAL)))
+# Shared memory that a program may have, by architecture.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 class Shape(NamedTuple):
@@ -114,7 +128,7 @@ class Compiled:
 
 def compile_kernel(shape: Shape, arch: int) -> Compiled:
     """Compile one kernel as `launch` would launch it on bf16 streams, norm in the same pass."""
-    binary, site = binary_of(shape, arch)
+    binary, found = binary_of(shape, arch)
     registers, stack = sass.usage(binary.asm["cubin"])
     code = sass.disassemble(binary.asm["cubin"])
 
@@ -125,15 +139,31 @@ def compile_kernel(shape: Shape, arch: int) -> Compiled:
         registers=registers,
         stack=stack,
         shared=binary.metadata.shared,
-        warps=site.W,
+        warps=found.site.W,
         spills=count(r"\b(?:LDL|STL)\b"),
         wide=count(r"\b(?:LDG|STG)\.E\S*\.128"),
         tensor_core=count(r"\bH(?:G)?MMA\b"),
     )
 
 
-def binary_of(shape: Shape, arch: int) -> tuple[Any, Site]:
-    """What Triton made of a kernel, with its texts in `asm`, and what it was compiled for."""
+class Launch(NamedTuple):
+    """A kernel, main or general, and how the work is cut."""
+
+    kernel: Any
+    site: Site
+    cut: launch.Cut
+
+
+def binary_of(shape: Shape, arch: int) -> tuple[Any, Launch]:
+    """What Triton made of a kernel, with its texts in `asm`, and how it is launched."""
+    found = launched_as(shape, arch)
+    source = _source(found.kernel, KERNELS[shape.kernel][1], found.site)
+    options = launch.options(found.site, found.cut)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), found
+
+
+def launched_as(shape: Shape, arch: int) -> Launch:
+    """The kernel that `launch` takes at a shape."""
     name, width, m, n = shape
     kernel, arguments = KERNELS[name]
     config = FracConfig(rate=m) if m == n else HyperConfig(slots=n, fractions=m)
@@ -142,18 +172,16 @@ def binary_of(shape: Shape, arch: int) -> tuple[Any, Site]:
         p = PerSlotParameters(**{name: torch.empty(s) for name, s in config.parameter_shapes(width).items()})
     norm = NormWeights("rmsnorm", stream[0]) if "norm" in arguments else None
     operands = Operands.of(p, config) if arguments.get("p") is _P else None
-    cut = cut_of(shape)
+    direction: choice.Direction = "backward" if "backward" in name else "forward"
+    cut = launch.DEPTH
+    if name not in _DEPTH_KERNELS:
+        cut = launch.cut_for(launch.WIDTH_BACKWARD if direction == "backward" else launch.WIDTH, width // m)
     site = launch.site_of(cut, stream, n, m, operands, norm)
-    source = _source(kernel, arguments, site)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options(site, cut)), site
-
-
-def cut_of(shape: Shape) -> launch.Cut:
-    """How `launch` cuts a kernel's work."""
-    if shape.kernel.startswith("depth"):
-        return launch.DEPTH
-    cut = launch.WIDTH_BACKWARD if "backward" in shape.kernel else launch.WIDTH
-    return launch.cut_for(cut, shape.width // shape.rate)
+    if name in _WIDTH_KERNELS:
+        main = choice.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch])
+        if isinstance(main, choice.Main):
+            return Launch(main.kernel, main.site, launch.cut_of(main))
+    return Launch(kernel, site, cut)
 
 
 def parameters_of(name: str) -> list[str]:
@@ -193,7 +221,8 @@ def _source(kernel: Any, arguments: dict[str, Any], site: Site) -> ASTSource:
     for i, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name == "S" else kind(given[name], i)
     constants[(kernel.arg_names.index("S"),)] = Site(*map(tl.constexpr, site))
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    kind_of_source = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return kind_of_source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def table_path(arch: int) -> Path:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compiled import Shape, binary_of, cut_of, parameters_of
+from compiled import KERNELS, Shape, binary_of, parameters_of
 from laboratory.simulator.assumptions import Assumptions
 from laboratory.simulator.core import STARTS, Result
 from laboratory.simulator.kernel import Kernel, Parameter, Partial, Role, Stream, Token
@@ -70,7 +70,8 @@ def launched(shape: Shape) -> Launched:
     ideal = ROWS.get(name.removeprefix("given ").partition(",")[0])
     if ideal is None:
         raise UserError(f"kernel {name!r} is not in ROWS of benchmarks/launched.py: say how many rows it moves")
-    binary, site = binary_of(shape, 90)
+    binary, found = binary_of(shape, 90)
+    site = found.site
 
     def role(pointer: str) -> Role:
         if pointer in STREAMS:
@@ -94,8 +95,9 @@ def launched(shape: Shape) -> Launched:
         role,
         site.W,
         binary.metadata.shared,
-        trips=site.CHUNKS,  # every loop inside of the tile's goes over chunks
+        # Every loop inside of the tile's goes over chunks: a main kernel's only where values are not finite.
+        trips=site.CHUNKS if found.kernel is KERNELS[name][0] else 0,
     )
     tokens, (streams, inputs) = site.R // n, ideal
     tile_bytes = tokens * (streams * n + inputs * m) * width // m * BYTES
-    return Launched(shape, kernel, cut_of(shape).programs, tokens, tile_bytes)
+    return Launched(shape, kernel, found.cut.programs, tokens, tile_bytes)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
+from megatron_fc.connections.kernels.gluon.choice import Main, main_backward, main_forward
 from megatron_fc.connections.kernels.sums import Gradients, Partial, reduce_kernel
 from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
@@ -140,7 +141,9 @@ def given_width_backward(
     g_gamma = None if g_x is None else torch.empty_like(gamma)
     g_alpha = None if g_mixed is None else torch.empty_like(alpha)
     given = Given(gamma, alpha, g_gamma, g_alpha)
-    g_h, gradients = _gradients(g_x, None, g_mixed, h, DepthInputs(), given, _NO_PARAMETERS, norm, site, cut)
+    g_h, gradients = _gradients(
+        width_backward_kernel, g_x, None, g_mixed, h, DepthInputs(), given, _NO_PARAMETERS, norm, site, cut
+    )
     return g_h, g_gamma, g_alpha, gradients
 
 
@@ -185,9 +188,11 @@ def _width_forward(
     x = h.new_empty(*h.shape[:-1], h.shape[-1] // n * p.fractions) if want_x else None
     beta = h.new_empty(tokens, n, dtype=torch.float32)
     alpha = h.new_empty(tokens, n * n, dtype=torch.float32)
-    cut = cut_for(WIDTH, h.shape[-1] // n)
+    kernel, cut = width_forward_kernel, cut_for(WIDTH, h.shape[-1] // n)
     site = site_of(cut, h, n, p.fractions, p, norm if want_x else None)
-    _launch(width_forward_kernel, site, cut, h, h, depth, Given(), p.parameters, _weights(norm), x, beta, alpha)
+    if (main := main_forward(site, h, x, depth, p, norm)) is not None:
+        kernel, site, cut = main.kernel, main.site, cut_of(main)
+    _launch(kernel, site, cut, h, h, depth, Given(), p.parameters, _weights(norm), x, beta, alpha)
     return x, beta, alpha
 
 
@@ -202,11 +207,14 @@ def _width_backward(
 ) -> tuple[Tensor, Gradients]:
     norm = norm if g_x is not None else None
     cut = cut_for(WIDTH_BACKWARD, h.shape[-1] // p.slots)
-    site = site_of(cut, h, p.slots, p.fractions, p, norm)
-    return _gradients(g_x, g_beta, g_mixed, h, depth, Given(), p.parameters, norm, site, cut)
+    kernel, site = width_backward_kernel, site_of(cut, h, p.slots, p.fractions, p, norm)
+    if (main := main_backward(site, h, (g_x, g_mixed, g_beta), depth, p, norm)) is not None:
+        kernel, site, cut = main.kernel, main.site, cut_of(main)
+    return _gradients(kernel, g_x, g_beta, g_mixed, h, depth, Given(), p.parameters, norm, site, cut)
 
 
 def _gradients(
+    kernel: Any,
     g_x: Tensor | None,
     g_beta: Tensor | None,
     g_mixed: Tensor | None,
@@ -223,7 +231,7 @@ def _gradients(
     count = programs(_tokens(h) * site.N, h.device, cut)
     partial = _partial(count, h, site, weights, depth.bias, tables=given.gamma is None)
     arguments = (g_x, g_beta, g_mixed, h, depth, given, parameters, weights, g_h, partial)
-    _launch(width_backward_kernel, site, cut, h, *arguments)
+    _launch(kernel, site, cut, h, *arguments)
     wanted = Gradients(*map(_like, (*parameters, *weights, depth.bias)))
     return g_h, _reduced(partial, site, wanted, parameters)
 
@@ -284,6 +292,11 @@ class Weights(NamedTuple):
 
 def _weights(norm: NormWeights | None) -> Weights:
     return Weights(None, None) if norm is None else Weights(norm.weight, norm.bias)
+
+
+def cut_of(main: Main) -> Cut:
+    """The cut of a main kernel."""
+    return Cut(main.site.W, main.site.K, main.programs)
 
 
 def cut_for(cut: Cut, c: int) -> Cut:

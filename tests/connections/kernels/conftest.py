@@ -12,6 +12,7 @@ import pytest
 
 from laboratory.emulator import Options
 from laboratory.emulator.driver import Emulator, emulated
+from megatron_fc.connections.kernels import launch
 from support import touched
 
 INTERPRETED = "test_interpreted.py"
@@ -33,3 +34,11 @@ def emulator() -> Iterator[Emulator]:
     with emulated(90, Options(races="lanes", uninitialised="error")) as emulator:
         emulator.edit = noted
         yield emulator
+
+
+@pytest.fixture
+def general_kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No main kernels, until it is undone."""
+    for name in ("main_forward", "main_backward"):
+        monkeypatch.setattr(launch, name, lambda *arguments: None)
+    return monkeypatch

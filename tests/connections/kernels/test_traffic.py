@@ -11,6 +11,7 @@ from megatron_fc.connections.kernels import launch
 from support import kernel_reference
 from support.kernel_traffic import counted, of
 
+pytestmark = pytest.mark.usefixtures("general_kernels")  # `gluon/test_values.py` counts the main ones
 TILES = 4  # two for a program of the width connection's backward pass
 SHAPES = [  # OLMoE-7B's; docs/kernels.md has other shapes
     (FracConfig(rate=4), 2048),

@@ -1,0 +1,1 @@
+"""The main kernels of Frac-Connections, in Gluon."""

@@ -1,0 +1,195 @@
+"""The choice between main and general kernels: what the main ones do, and which run, said once."""
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_fc.connections.kernels.tiles import Site
+from megatron_fc.connections.norm import NormWeights
+from megatron_fc.connections.operands import Operands
+
+VERIFIED = "3.6."  # of Triton, whose Gluon is experimental
+_COLUMNS = 64  # of a warp in a chunk
+_REGISTERS = 65536 // 32  # of a processor, by the lanes of a warp
+Direction = Literal["forward", "backward"]
+
+
+class Main(NamedTuple):
+    """A main kernel as it is launched: what it is compiled for, and programs per processor of a GPU."""
+
+    kernel: Any
+    site: Site
+    programs: int
+
+
+class Given(NamedTuple):
+    """What of a call's tensors decides: dtypes of rows and of values, and what is there."""
+
+    rows: frozenset[torch.dtype]
+    values: frozenset[torch.dtype]
+    all_there: bool
+    aligned: bool
+    plain: bool
+
+
+def main_forward(
+    site: Site, h: Tensor, x: Tensor | None, depth: Any, p: Operands, norm: NormWeights | None
+) -> Main | None:
+    """The main kernel for a forward pass that the general one would run as `site`, None if it cannot.
+
+    depth: `DepthInputs`.
+    """
+    before = (depth.o, depth.h, depth.beta, depth.alpha) if depth.o is not None else ()
+    return _main("forward", site, [h, x, *before[:2]], before[2:], depth, p, norm)
+
+
+def main_backward(
+    site: Site, h: Tensor, gradients: Sequence[Tensor | None], depth: Any, p: Operands, norm: NormWeights | None
+) -> Main | None:
+    """The main kernel for a backward pass that the general one would run as `site`, None if it cannot.
+
+    gradients: of x, of the mixed residual and of beta; depth: `DepthInputs`.
+    """
+    *streams, g_beta = gradients
+    before = (depth.o, depth.beta) if depth.o is not None else ()
+    return _main("backward", site, [h, *streams, *before[:1]], [g_beta, *before[1:]], depth, p, norm)
+
+
+def _main(
+    direction: Direction,
+    site: Site,
+    rows: Sequence[Tensor | None],
+    values: Sequence[Tensor | None],
+    depth: Any,
+    p: Operands,
+    norm: NormWeights | None,
+) -> Main | None:
+    """rows: of d elements per token; values: in fp32, few per token."""
+    there = [t for t in rows if t is not None]
+    dtypes = [t.dtype for t in (*there, *(norm[1:3] if norm is not None else ())) if t is not None]
+    given = Given(
+        rows=frozenset(dtypes),
+        values=frozenset(t.dtype for t in (*values, *p.parameters) if t is not None),
+        all_there=not any(t is None for t in (*rows, *values)),
+        aligned=all(t.data_ptr() % 16 == 0 for t in there),
+        plain=depth.bias is None and depth.seed is None,
+    )
+    return _chosen(direction, site, depth.o is not None, given, there[0].device, triton.__version__)
+
+
+@functools.cache
+def _chosen(
+    direction: Direction, site: Site, boundary: bool, given: Given, device: torch.device, version: str
+) -> Main | None:
+    """Which kernel runs is said once for each kind of call."""
+    tested = version.startswith(VERIFIED)
+    if tested:
+        found = _obstacle(given) or _obstacle_on(device) or planned(direction, site, boundary, _room(device))
+    else:
+        found = f"the main one was verified with Triton {VERIFIED}*, not with {version}"
+    what = f"{'Boundaries' if boundary else 'Width connections'} of d = {site.M * site.C}, m = {site.M}, n = {site.N}"
+    logger = logging.getLogger("megatron_fc")
+    if isinstance(found, Main):
+        logger.info("%s run %s on the main kernel", what, direction)
+        return found
+    (logger.info if tested else logger.warning)("%s run %s on the general kernel: %s", what, direction, found)
+    return None
+
+
+def _obstacle(given: Given) -> str | None:
+    """What of a call the main kernels do not do."""
+    return _first(
+        {
+            f"streams in {', '.join(sorted(map(str, given.rows)))}": given.rows
+            not in ({torch.bfloat16}, {torch.float16}),
+            "parameters or coefficients that are not in fp32": bool(given.values - {torch.float32}),
+            "absent inputs or gradients": not given.all_there,
+            "tensors off 16-byte boundaries": not given.aligned,
+            "bias or dropout of an output": not given.plain,
+        }
+    )
+
+
+def _first(obstacles: dict[str, bool]) -> str | None:
+    return next((f"the main one does not do {what}" for what, is_so in obstacles.items() if is_so), None)
+
+
+def _obstacle_on(device: torch.device) -> str | None:
+    if triton.knobs.runtime.interpret:
+        return "Triton's interpreter does not run Gluon"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda" or target.arch < 80:
+        return f"the main one is for sm_80 and later, {device} is {target.backend} {target.arch}"
+    return None
+
+
+def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main | str:
+    """The main kernel for what the general one would run as `site`, or why there is none.
+
+    room: bytes of shared memory that a program may have.
+    """
+    cut = _cut(site)
+    covered = cut.W * cut.K * cut.CHUNKS
+    chunks = 4 if direction == "forward" else 32 // site.KP  # sums of more columns do not fit into registers
+    obstacle = _first(
+        {
+            f"{site.N} slots with {site.M} fractions": site.N != site.M,
+            f"rate {site.M}": site.M not in (2, 4, 8),
+            "static coefficients": site.TO - site.FROM != 1 + site.M + site.N,
+            "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
+            f"{site.C} columns of a fraction": site.C % 16 != 0 or chunks < cut.CHUNKS or covered > 2 * site.C,
+        }
+    )
+    if obstacle:
+        return obstacle
+    by_memory = (room + 1024) // (shared_bytes(direction, cut, boundary) + 1024)
+    if not by_memory:
+        return f"{site.C} columns of a fraction do not fit into shared memory"
+    by_registers = _REGISTERS // (registers(direction, boundary, site.M) * cut.W)
+    return Main(_kernel(direction), cut, min(by_memory, by_registers))
+
+
+def _kernel(direction: Direction) -> Any:
+    """Loads Gluon, which another Triton may not have."""
+    from megatron_fc.connections.kernels.gluon import backward, forward
+
+    return forward.main_forward_kernel if direction == "forward" else backward.main_backward_kernel
+
+
+def _cut(site: Site) -> Site:
+    """The site with the work cut as the main kernels do."""
+    warps = 4 if site.C * (site.KP // 16) <= 512 else 8
+    return site._replace(W=warps, K=_COLUMNS, CHUNKS=-(-site.C // (warps * _COLUMNS)))
+
+
+def registers(direction: Direction, boundary: bool, rate: int) -> int:
+    """Of a thread, as compiled for sm_90, at most."""
+    if direction == "backward":
+        return 256
+    if rate == 8:
+        return 184 if boundary else 128
+    return 256 if boundary else 168
+
+
+def shared_bytes(direction: Direction, site: Site, boundary: bool) -> int:
+    """Shared memory of a program, or a little more."""
+    if direction == "forward":
+        tiles, products, matrices = 1 + boundary, 1, 2 * site.R
+    else:
+        tiles, products, matrices = 3 + boundary + (site.SUB_NORM != "none"), 3, 3 * site.R + site.KP
+    rows = (tiles * site.R + site.KP) * site.W * site.K * site.CHUNKS * 2
+    tables = site.W * site.R * (site.KP + products * site.M) * 4
+    return rows + tables + 2 * site.R * matrices * 2 + 1024 * site.W
+
+
+@functools.cache
+def _room(device: torch.device) -> int:
+    """Shared memory that a program may have on a device, in bytes."""
+    driver: Any = triton.runtime.driver.active
+    properties: dict[str, int] = driver.utils.get_device_properties(device.index or 0)
+    return properties["max_shared_mem"]
