@@ -87,8 +87,8 @@ KERNELS = {
     ),
     **{name + GENERAL: kernel for name, kernel in _WIDTH_KERNELS.items()},
 }
-# What is recorded: of Frac-Connections all but what manifolds need, of wider streams, which have no main kernels, all but
-# bias and dropout.
+# What is recorded: of Frac-Connections all but what manifolds need; of wider streams, which have no main kernels, all
+# but bias and dropout.
 FRAC = tuple(name for name in KERNELS if not name.startswith("given"))
 HYPER = tuple(name for name in KERNELS if not name.endswith(("b+d", GENERAL)))
 # Shared memory that a program may have, by architecture.

@@ -108,8 +108,8 @@ def page(result: dict[str, Any], rows: list[Bar]) -> str:
     return (
         record.heading("Predicted, not measured: what stands between the sub-layers of a layer", result)
         + f"Assumptions {result['assumptions']}. H200, {TOKENS:,} tokens, d = {WIDTH}, bf16, RMSNorm in the pass; a "
-        "layer that follows another. Stock is counted at the speed of a copy, which no kernel exceeds. Launches that add "
-        "up programs' sums, and the host, are left out. [What this is worth](../../docs/laboratory.md).\n\n"
+        "layer that follows another. Stock is counted at the speed of a copy, which no kernel exceeds. Launches that "
+        "add up programs' sums, and the host, are left out. [What this is worth](../../docs/laboratory.md).\n\n"
         + record.table(columns, lines)
     )
 

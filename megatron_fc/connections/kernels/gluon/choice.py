@@ -150,7 +150,7 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main
     by_memory = (room + 1024) // (shared_bytes(direction, cut, boundary) + 1024)
     if not by_memory:
         return f"{site.C} columns of a fraction do not fit into shared memory"
-    by_registers = _REGISTERS // (registers(direction, boundary, site.M) * cut.W)
+    by_registers = _REGISTERS // (registers(direction, cut, boundary) * cut.W)
     return Main(_kernel(direction), cut, min(by_memory, by_registers))
 
 
@@ -167,13 +167,13 @@ def _cut(site: Site) -> Site:
     return site._replace(W=warps, K=_COLUMNS, CHUNKS=-(-site.C // (warps * _COLUMNS)))
 
 
-def registers(direction: Direction, boundary: bool, rate: int) -> int:
-    """Of a thread, as compiled for sm_90, at most."""
-    if direction == "backward":
+def registers(direction: Direction, site: Site, boundary: bool) -> int:
+    """Of a thread, as compiled for sm_90, or a few more: weights and sums of every chunk stay there."""
+    if direction == "backward" or site.CHUNKS > 2:
         return 256
-    if rate == 8:
-        return 184 if boundary else 128
-    return 256 if boundary else 168
+    if site.CHUNKS == 2:
+        return 256 if boundary else 168
+    return 184 if boundary else 128
 
 
 def shared_bytes(direction: Direction, site: Site, boundary: bool) -> int:
