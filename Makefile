@@ -46,11 +46,12 @@ test-te: .venv/.installed  ## run the tests of Transformer Engine's layers, in a
 # Nine minutes on one H100, whatever happens: the tests are ended after three and a half; the benchmarks begin nothing more
 # after the seconds given, and are ended if what they began takes 40 more. The tests start processes of their own, on one GPU: with
 # pytest-xdist eight at once.
-gpu-check:  ## run the tests that need a CUDA device and the GPU benchmarks, with the environment or else python3
+gpu-check:  ## measure the kernels beside their predictions, run the tests that need a CUDA device and the GPU benchmarks
 	@export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=; parallel=; \
 	if $(PYTHON) -c "import xdist" 2>/dev/null; then parallel="-n auto --maxprocesses 8"; fi; \
-	$(call LIMIT,210) $(PYTHON) -m pytest -m gpu $$parallel $(ARGS) || failed="$$failed tests"; \
-	$(call LIMIT,130) $(PYTHON) benchmarks/kernels.py --quick --budget 90 || failed="$$failed benchmarks/kernels.py"; \
+	$(call LIMIT,90) $(PYTHON) benchmarks/shares.py --budget 60 || failed="$$failed benchmarks/shares.py"; \
+	$(call LIMIT,180) $(PYTHON) -m pytest -m gpu $$parallel $(ARGS) || failed="$$failed tests"; \
+	$(call LIMIT,100) $(PYTHON) benchmarks/kernels.py --quick --budget 60 || failed="$$failed benchmarks/kernels.py"; \
 	$(call LIMIT,100) $(PYTHON) benchmarks/step.py --budget 60 || failed="$$failed benchmarks/step.py"; \
 	$(call LIMIT,70) $(PYTHON) benchmarks/step.py $(FP8) --budget 30 || failed="$$failed benchmarks/step.py in FP8"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed" >&2; exit 1; fi

@@ -59,6 +59,19 @@ class Launched:
         return sum(100 * copy_us / run.us for run in runs) / len(runs)
 
 
+def rows_moved(shape: Shape) -> float:
+    """Rows of d elements that a kernel has to move per token.
+
+    Raises:
+        UserError: it is not said here.
+    """
+    ideal = ROWS.get(shape.kernel.removeprefix("given ").partition(",")[0])
+    if ideal is None:
+        raise UserError(f"kernel {shape.kernel!r} is not in ROWS of benchmarks/launched.py: say how many rows it moves")
+    streams, inputs = ideal
+    return streams * shape.slots / shape.rate + inputs
+
+
 @functools.cache
 def launched(shape: Shape) -> Launched:
     """Compile a kernel for sm_90 as it would be launched.
@@ -67,9 +80,7 @@ def launched(shape: Shape) -> Launched:
         UserError: a kernel, or a pointer of it, of which nothing is said here.
     """
     name, width, m, n = shape
-    ideal = ROWS.get(name.removeprefix("given ").partition(",")[0])
-    if ideal is None:
-        raise UserError(f"kernel {name!r} is not in ROWS of benchmarks/launched.py: say how many rows it moves")
+    rows = rows_moved(shape)
     binary, found = binary_of(shape, 90)
     site = found.site
 
@@ -98,6 +109,5 @@ def launched(shape: Shape) -> Launched:
         # Every loop inside of the tile's goes over chunks: a main kernel's only where values are not finite.
         trips=site.CHUNKS if found.kernel is KERNELS[name][0] else 0,
     )
-    tokens, (streams, inputs) = site.R // n, ideal
-    tile_bytes = tokens * (streams * n + inputs * m) * width // m * BYTES
-    return Launched(shape, kernel, found.cut.programs, tokens, tile_bytes)
+    tokens = site.R // n
+    return Launched(shape, kernel, found.cut.programs, tokens, int(tokens * rows * width) * BYTES)

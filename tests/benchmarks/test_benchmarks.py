@@ -29,10 +29,10 @@ CONTESTANTS = {
 }
 
 
-def run(*words: str) -> str:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def run(*words: str, interpret: str = "1") -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # kernels.py measures torch.compile, too, which the server has turned off.
-    python = sys.executable if words[0] == "kernels.py" else fork_server.python(TRITON_INTERPRET="1")
+    python = sys.executable if words[0] == "kernels.py" else fork_server.python(TRITON_INTERPRET=interpret)
     done = subprocess.run([python, *words], cwd=BENCHMARKS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -214,3 +214,19 @@ def test_one_that_fails_does_not_end_the_contest() -> None:
     assert not times["good"].error
     assert times["bad"].error == "ValueError: lost"
     assert times["bad"].direct == []
+
+
+@pytest.mark.slow
+def test_shares(tmp_path: Path) -> None:
+    """What decides most comes first."""
+    printed = run("shares.py", "--device", "cpu", "--output", str(tmp_path), interpret="0")
+    stored, page = result(tmp_path, "shares")
+    names_its_machine(stored, page, "shares.py")
+    first, second = stored["rows"]
+    assert (first["kernel"], first["width"], first["rate"], first["slots"]) == ("boundary backward", 2048, 4, 4)
+    assert second["kernel"] == "width backward"
+    for row in (first, second):
+        assert row["measured"] is None
+        assert row["ms"] > 0
+        assert not row["error"]
+    assert "boundary backward, d = 2048, m = 4, n = 4" in printed

@@ -256,3 +256,41 @@ def test_two_layers_that_meet_move_two_rows_less_than_two_alone(emulator: Emulat
     with Streams(tokens * width) as ours, counted(emulator) as moved:
         run()
     assert of(moved, *ours.seen.values()) == (22 + 20) * tokens * width * 4
+
+
+def test_launches_of_layers_against_stock(emulator: Emulator) -> None:
+    """Of two layers in a row, all between the sub-layers: kernels, and operations of torch that move bytes."""
+
+    def run(connection: ConnectionConfig | None) -> dict[str, int]:
+        decoder = tiny.build("dense", connection).decoder
+        h = torch.randn(16, 1, decoder.config.hidden_size, requires_grad=True)
+        mask = torch.ones(1, 1, 16, 16).triu(1).bool()
+
+        def step() -> None:
+            decoder(hidden_states=h, attention_mask=mask).backward(torch.ones_like(h))
+
+        step()  # layers learn what comes next
+        emulator.launches.clear()
+        with Whereabouts(decoder) as whereabouts, DeviceCounter(whereabouts) as counter:
+            step()
+        made = {"forward": 0, "backward": 0, "accumulation": 0}
+        norms = set()
+        for key, count in counter.counts.items():
+            if not key.module.startswith("layers") or {"self_attention", "mlp"} & set(key.module.split(".")):
+                continue
+            if key.op == "aten.add_":
+                made["accumulation"] += count.calls
+            elif key.module.endswith("layernorm"):  # many operations on a CPU, a kernel on a GPU
+                norms.add((key.phase, key.module))
+            elif not key.op.startswith("megatron_fc"):
+                made[key.phase] += count.calls
+        for phase, _ in norms:  # in backward with the sum of the stream's two gradients
+            made[phase] += 1 if phase == "forward" else 2
+        for name, _ in emulator.launches:
+            made["backward" if name.startswith(("width_b", "depth_b", "main_b", "reduce")) else "forward"] += 1
+        return made
+
+    # Norm and sum, twice per layer.
+    assert run(None) == {"forward": 8, "backward": 8, "accumulation": 4}
+    # Width, three boundaries, depth; backward of depth one, of the others two. Gradients of 7 parameters and a norm's.
+    assert run(TRITON) == {"forward": 5, "backward": 9, "accumulation": 4 * 8}
