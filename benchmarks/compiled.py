@@ -107,10 +107,15 @@ class Shape(NamedTuple):
 def shapes(
     kernels: Sequence[str] | None, widths: Sequence[int], rates: Sequence[int] | None, slots: Sequence[int] | None
 ) -> list[Shape]:
-    """Those chosen: without slots as many as fractions, without fractions one; by default all that is recorded."""
-    frac = [] if slots else itertools.product(kernels or FRAC, widths, rates or RATES)
-    hyper = [] if rates and not slots else itertools.product(kernels or HYPER, widths, rates or (1,), slots or SLOTS)
-    return [*(Shape(*key, key[-1]) for key in frac), *(Shape(*key) for key in hyper)]
+    """Those chosen: without slots as many as fractions, with slots and without fractions one."""
+    if slots:
+        return [Shape(*key) for key in itertools.product(kernels or HYPER, widths, rates or (1,), slots)]
+    return [Shape(*key, key[-1]) for key in itertools.product(kernels or FRAC, widths, rates or RATES)]
+
+
+def recorded(arch: int) -> list[Shape]:
+    """What the table of an architecture holds: of wider streams one width, on sm_90."""
+    return shapes(None, WIDTHS, None, None) + (shapes(None, WIDTHS[:1], None, SLOTS) if arch == 90 else [])
 
 
 @dataclass(frozen=True)
@@ -254,15 +259,17 @@ def rows(chosen: Sequence[Shape], arch: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90, help="compute capability, e.g. 80, 90, 100")
-    parser.add_argument("--width", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--width", type=int, nargs="+", help=f"default {WIDTHS}")
     parser.add_argument("--rate", type=int, nargs="+", help="fractions m")
     parser.add_argument("--slots", type=int, nargs="+", help="slots n, where they are not as many")
     args = parser.parse_args()
     lines = []
-    for line in rows(shapes(None, args.width, args.rate, args.slots), args.arch):
+    some = args.width or args.rate or args.slots
+    chosen = shapes(None, args.width or WIDTHS, args.rate, args.slots) if some else recorded(args.arch)
+    for line in rows(chosen, args.arch):
         print(line, flush=True)
         lines.append(line)
-    if args.width == WIDTHS and not args.rate and not args.slots:
+    if not some:
         command = f"python benchmarks/compiled.py --arch {args.arch}"
         versions = f"Triton {triton.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}"
         text = f"# Compiled kernels, sm_{args.arch}\n\n`{command}`, {versions}, bf16 streams, RMSNorm in the pass.\n\n"

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import record
-from compiled import KERNELS, RATES, SLOTS, Shape, shapes
+from compiled import KERNELS, RATES, Shape, shapes
 from laboratory.simulator.assumptions import H200, H200_LOW, fingerprint
 from laboratory.simulator.core import STARTS, Result
 from launched import BYTES, ROWS, Launched, launched
 from megatron_fc.errors import UserError
 
-WIDTHS, TOKENS, HYPER_TOKENS = (2048, 4096), (8192, 16384, 65536), (16384,)
+WIDTHS, TOKENS = (2048, 4096), (8192, 16384, 65536)
 NOTICED = 10.0  # points; less means nothing
 MAIN = tuple(ROWS)
 VARIATIONS: dict[str, dict[str, float]] = {
@@ -119,9 +119,8 @@ def page(result: dict[str, Any], predictions: Sequence[Prediction]) -> str:
     )  # fmt: skip
     return (
         record.heading("Predicted, not measured: share of an H200's copy bandwidth", result)
-        + f"Assumptions {result['assumptions']}. bf16 streams, RMSNorm in the pass, {counts} tokens (where there is "
-        f"one figure, {HYPER_TOKENS[0]:,}); means of {len(STARTS)} starts. Differences below {NOTICED:.0f} points mean "
-        "nothing.\n\n"
+        + f"Assumptions {result['assumptions']}. bf16 streams, RMSNorm in the pass, {counts} tokens; means of "
+        f"{len(STARTS)} starts. Differences below {NOTICED:.0f} points mean nothing.\n\n"
         "mid, low: the case that is thought likely, and one in which everything is slower. issue, shared, tensor: time "
         "that these are taken, in per cent of a copy's. Stack in bytes per thread, shared memory in bytes per program, "
         "barriers per tile, rows of d elements in DRAM per token. [What this is worth](../../docs/laboratory.md).\n\n"
@@ -202,8 +201,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kernel", nargs="+", choices=tuple(KERNELS), metavar="NAME", help=f"of {', '.join(KERNELS)}")
     parser.add_argument("--width", type=int, nargs="+", help=f"default {WIDTHS}")
     parser.add_argument("--rate", type=int, nargs="+", help=f"fractions m, default {RATES}, with --slots 1")
-    parser.add_argument("--slots", type=int, nargs="+", help=f"slots n, default {SLOTS}; with --rate as many")
-    parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}, with more slots {HYPER_TOKENS}")
+    parser.add_argument("--slots", type=int, nargs="+", help="slots n, default as many")
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--against", type=Path, metavar="FILE", help="earlier predictions, to compare with")
     only.add_argument("--sensitivity", action="store_true", help="vary each unchecked assumption, d = 2048, m = 4")
@@ -219,7 +218,7 @@ def main() -> int:
     if args.sensitivity:
         if any(given and len(given) > 1 for given in chosen[1:]):
             raise UserError("--sensitivity takes one --width, one --rate, one of --slots and one number of --tokens")
-        widths, rates = args.width or [2048], args.rate or ([1] if args.slots else [4])
+        widths, rates = args.width or [2048], args.rate or (None if args.slots else [4])
         varied, [tokens] = shapes(args.kernel or MAIN, widths, rates, args.slots), args.tokens or [16384]
         _, width, rate, slots = varied[0]
         shares = sensitivity(varied, tokens)
@@ -230,7 +229,7 @@ def main() -> int:
     earlier = read(args.against) if args.against else []
     predictions = []
     for shape in shapes(args.kernel, args.width or WIDTHS, args.rate, args.slots):
-        for tokens in sorted(args.tokens or (TOKENS if shape.rate == shape.slots else HYPER_TOKENS)):
+        for tokens in sorted(args.tokens or TOKENS):
             predictions.append(found := predict(shape, tokens))
             print(f"{found.place}: {found.mid:.0f} (low {found.low:.0f}), {found.limit}", flush=True)
     if output:

@@ -9,9 +9,9 @@ import pytest
 
 import launched
 import predict
-from compiled import FRAC, HYPER, KERNELS, RATES, SLOTS, Shape, shapes
+from compiled import KERNELS, Shape, shapes
 from megatron_fc.errors import UserError
-from predict import HYPER_TOKENS, TOKENS, VARIATIONS, WIDTHS, Prediction, compare, read
+from predict import TOKENS, VARIATIONS, WIDTHS, Prediction, compare, read
 from record import RESULTS
 
 RECORDED = RESULTS / "predicted-h200.json"
@@ -19,9 +19,8 @@ ONE = Prediction("width forward", 2048, 4, 4, 8192, mid=70.0, low=60.0, limit="i
 
 
 def test_the_record_holds_all_kernels_and_shapes() -> None:
-    frac = {(*key[:3], *key[2:]) for key in itertools.product(FRAC, WIDTHS, RATES, TOKENS)}
-    hyper = set(itertools.product(HYPER, WIDTHS, [1], SLOTS, HYPER_TOKENS))
-    assert {(*p.shape, p.tokens) for p in read(RECORDED)} == frac | hyper
+    expected = set(itertools.product(shapes(None, WIDTHS, None, None), TOKENS))
+    assert {(p.shape, p.tokens) for p in read(RECORDED)} == expected
 
 
 def test_shapes_are_chosen_by_fractions_or_slots() -> None:
@@ -29,7 +28,7 @@ def test_shapes_are_chosen_by_fractions_or_slots() -> None:
     assert shapes([of], [64], [2], None) == [Shape(of, 64, 2, 2)]
     assert shapes([of], [64], None, [4]) == [Shape(of, 64, 1, 4)]
     assert shapes([of], [64], [2], [4]) == [Shape(of, 64, 2, 4)]
-    assert {shape[2:] for shape in shapes([of], [64], None, None)} == {(2, 2), (4, 4), (8, 8), (1, 2), (1, 4)}
+    assert {shape[2:] for shape in shapes([of], [64], None, None)} == {(2, 2), (4, 4), (8, 8)}
 
 
 @pytest.mark.parametrize("name", ["boundary forward", "width backward"])
