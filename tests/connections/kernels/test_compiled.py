@@ -7,10 +7,7 @@ import itertools
 
 import pytest
 
-from compiled import ARCHITECTURES, KERNELS, RATES, WIDTHS, compile_kernel, read_table
-
-# Of a program, by architecture.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+from compiled import ARCHITECTURES, GENERAL, KERNELS, RATES, SHARED_MEMORY, WIDTHS, compile_kernel, read_table
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -19,7 +16,8 @@ def test_the_tables_hold_all_shapes(arch: int) -> None:
     assert set(table) == set(itertools.product(KERNELS, WIDTHS, RATES))
     for (name, _, _), compiled in table.items():
         if arch == 90:  # docs/kernels.md has what spills elsewhere
-            assert compiled.stack <= (128 if "backward" in name else 24)
+            backward = 128 if name.endswith(("b+d", GENERAL)) or name.startswith("depth") else 304
+            assert compiled.stack <= (backward if "backward" in name else 24)
         assert compiled.shared <= SHARED_MEMORY[arch]
         assert compiled.wide > 0
         if name != "depth backward":  # which has no product of matrices
