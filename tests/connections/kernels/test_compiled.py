@@ -5,19 +5,17 @@ The tables under benchmarks/results hold all shapes; a few of them are compiled 
 
 import pytest
 
-from compiled import ARCHITECTURES, FRAC, Shape, compile_kernel, read_table, recorded
-
-# Of a program, by architecture.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+from compiled import ARCHITECTURES, FRAC, GENERAL, SHARED_MEMORY, Shape, compile_kernel, read_table, recorded
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_tables_hold_all_shapes(arch: int) -> None:
     table = read_table(arch)
     assert list(table) == recorded(arch)
-    for (name, *_), compiled in table.items():
+    for (name, _, m, n), compiled in table.items():
         if arch == 90:  # docs/kernels.md has what spills elsewhere
-            assert compiled.stack <= 128
+            is_main = name.startswith(("width", "boundary")) and not name.endswith(("b+d", GENERAL)) and m == n
+            assert compiled.stack <= (304 if is_main and "backward" in name else 128)
         assert compiled.shared <= SHARED_MEMORY[arch]
         assert compiled.wide > 0
         if name != "depth backward":  # which has no product of matrices
