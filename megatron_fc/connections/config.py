@@ -35,7 +35,7 @@ class FracConfig(ConnectionConfig):
         norm_eps: epsilon of the norm, FC's own and independent of the model's.
         recompute: keep the residual stream and the sub-layer's output for backward and compute the rest again; changes
             memory and time, no result, and two configs that differ in it alone are equal.
-        backend: triton (fused kernels, rates 1, 2, 4, 8), torch, or auto: triton where it can run. No part of equality.
+        backend: triton (fused kernels, rates 1, 2, 4, 8, 16), torch, or auto: triton where it can run. No part of equality.
         input_norm: what applies a sub-layer's norm where Transformer Engine can do so inside its projection: the width
             connection, in the same pass, or that projection. No part of equality: checkpoints are the same.
 
@@ -130,7 +130,7 @@ class HyperConfig(ConnectionConfig):
         norm_eps: epsilon of the norm, the connection's own and independent of the model's.
         stream_layers: layers that keep one stream together for backward and compute the others again, as well as the
             inputs of their norms; 0: every sub-layer keeps its own. No part of equality: it changes no result.
-        backend: as of `FracConfig`; the kernels are for 1, 2, 4 and 8 slots.
+        backend: as of `FracConfig`; the kernels are for 1, 2, 4, 8 and 16 slots.
 
     Raises:
         UserError: a value is out of range, an option of the dynamic part is changed in a static connection, or the

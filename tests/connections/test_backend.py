@@ -25,13 +25,13 @@ def test_auto_takes_triton_on_cuda_and_torch_elsewhere(kind: type[ConnectionConf
     assert backend_of(kind.from_dict({"backend": "torch"}), "cuda")[0] == "torch"
 
 
-@pytest.mark.parametrize("count", [3, 16])
+@pytest.mark.parametrize("count", [3, 32])
 @pytest.mark.parametrize("kind", [FracConfig, HyperConfig, ManifoldConfig])
 def test_slots_without_a_kernel(kind: type[ConnectionConfig], count: int) -> None:
     name = kind.slots_option
     config = kind.from_dict({name: count})
     assert backend_of(config, "cuda")[0] == "torch"
-    with pytest.raises(UserError, match=f"the kernels are for {name} 1, 2, 4, 8, not {count}; set backend=auto"):
+    with pytest.raises(UserError, match=f"the kernels are for {name} 1, 2, 4, 8, 16, not {count}; set backend=auto"):
         backend_of(kind.from_dict({name: count, "backend": "triton"}), "cuda")
 
 

@@ -555,7 +555,7 @@ def test_norms_that_transformer_engine_takes_into_its_products(words: list[str],
     [
         (["connection=residual"], False),
         (["connection=dfc"], True),
-        (["connection=dfc", "rate=16"], False),
+        (["connection=dfc", "rate=32"], False),
         (["connection=dfc", "backend=torch"], False),
         (["connection=dfc", "norm_affine=false"], True),
         (["connection=dhc"], True),

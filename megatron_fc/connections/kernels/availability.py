@@ -4,7 +4,7 @@ import torch
 
 from megatron_fc.connections.base import ConnectionConfig
 
-TRITON_SLOTS = (1, 2, 4, 8)
+TRITON_SLOTS = (1, 2, 4, 8, 16)
 # Where kernels run. The meta device runs none: shapes are all that is asked for. A driver for tensors of another device
 # adds it, such as that of the emulator in benchmarks/laboratory.
 DEVICES = frozenset({"cuda", "meta"})
