@@ -41,7 +41,8 @@ def coefficients(h: Tensor, p: ManifoldOperands) -> tuple[Tensor, Tensor, Tensor
     norm = torch.linalg.vector_norm(stream, dim=-1, dtype=torch.float32)
     weight = p.mapping_weight if stream.dtype == torch.float32 else halves(p.mapping_weight)
     product = _product(weight[: 2 * rows], stream.t())  # without the last of three blocks, if it has them
-    projected = Projected(product, norm, *p.parameters[1:], width, *p[len(p.parameters) :])
+    shape, sinkhorn = (width, p.slots, p.fractions), (p.sinkhorn_iterations, p.sinkhorn_eps)
+    projected = Projected(product, norm, p.mapping_bias, p.mapping_scale, *shape, *sinkhorn, p.norm_eps)
     return *tables(*projected), Mapping(weight, projected)
 
 

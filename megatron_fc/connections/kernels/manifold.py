@@ -103,7 +103,8 @@ def tables_forward_kernel(
     """<W, stream> [HALVES * K, T] and the stream's norm [T] -> beta [T, n], gamma [T, n*m], alpha [T, n*n]."""
     NM: tl.constexpr = N * M
     K: tl.constexpr = NM + N + N * N
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    tokens = tokens.to(tl.int64)  # for addresses
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = token < tokens
     r = inverse_rms(norm, token, inside, width, norm_eps)
 
@@ -149,7 +150,8 @@ def tables_backward_kernel(
     """
     NM: tl.constexpr = N * M
     K: tl.constexpr = NM + N + N * N
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    tokens = tokens.to(tl.int64)  # for addresses
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     inside = token < tokens
     partial += tl.program_id(0) * (K + 3)
     r = inverse_rms(norm, token, inside, width, norm_eps)

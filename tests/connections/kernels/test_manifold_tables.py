@@ -151,12 +151,12 @@ def test_launches_of_a_site(emulator: Emulator) -> None:
     """The products are torch's; all between them is one launch forward, and backward one with one for its sums."""
     config = ManifoldConfig(slots=4)
     p = random_site(config, 64).float().operands()
-    h = torch.randn(17, 256)
+    h, g_h = torch.randn(2, 17, 256)
     with Operations() as operations:
         beta, gamma, alpha, made = mapping.coefficients(h, p)
     assert operations.made == {"linalg_vector_norm": 1, "mm": 1, "manifold_tables": 1}
     with Operations() as operations:
-        mapping.coefficients_backward(beta, gamma, alpha, torch.randn_like(h), h, made, p)
+        mapping.coefficients_backward(beta, gamma, alpha, g_h, h, made, p)
     assert operations.made == {"manifold_tables_backward": 1, "addcmul_": 1, "addmm_": 1, "mm": 1}
     assert [name for name, _ in emulator.launches] == [
         "tables_forward_kernel",
