@@ -106,9 +106,8 @@ def mixing_kernels(stream: Stream, config: ManifoldConfig) -> Moves:
     forward = Traffic(s.stream, FP32) + Traffic(s.stream, halves * s.all, s.weight, 0)
     forward += Traffic(halves * s.all + FP32, s.all)
     backward = forward + Traffic(halves * s.all + FP32 + s.all, blocks * s.all + FP32)
-    backward += Traffic(2 * s.stream + FP32, s.stream) + Traffic(
-        s.stream + blocks * s.all, s.stream, blocks * s.weight, 0
-    )
+    backward += Traffic(2 * s.stream + FP32, s.stream)
+    backward += Traffic(s.stream + blocks * s.all, s.stream, blocks * s.weight, 0)
     backward += Traffic(s.stream + s.all, 0, 0, halves * s.weight)
     if halves == 2:
         split = Traffic(0, 0, s.weight, blocks * s.weight)
