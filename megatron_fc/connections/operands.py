@@ -73,6 +73,42 @@ class ManifoldOperands(NamedTuple):
 AnyOperands = Operands | ManifoldOperands
 
 
+class Projected(NamedTuple):
+    """What coefficients on a manifold are made from, once the stream's part is done: small tensors, in fp32.
+
+    Attributes:
+        product: <W, stream> [K, T], K = n*m + n + n*n; or [2K, T], that of W's upper halves and that of its lower ones.
+        norm: of each token's stream, [T].
+        bias, scale: `mapping_bias` [K] and `mapping_scale` [3].
+        width: of the stream, n*c.
+        slots, fractions: n and m.
+        iterations, eps: of Sinkhorn.
+        norm_eps: of the stream's norm.
+    """
+
+    product: Tensor
+    norm: Tensor
+    bias: Tensor
+    scale: Tensor
+    width: int
+    slots: int
+    fractions: int
+    iterations: int
+    eps: float
+    norm_eps: float
+
+    @property
+    def in_halves(self) -> bool:
+        return self.product.shape[0] > self.bias.shape[0]
+
+    def product_gradient(self) -> Tensor:
+        """Room for the gradient of <W, stream>, [K, T] in fp32, or of halves [3K, T]: upper, upper, lower."""
+        rows, tokens = self.bias.shape[0], self.norm.shape[0]
+        if self.in_halves:
+            return self.norm.new_empty(3 * rows, tokens, dtype=torch.bfloat16)
+        return self.norm.new_empty(rows, tokens)
+
+
 def refuse_low_precision(p: AnyOperands) -> None:
     """Check that parameters are in fp32 or fp64; a forward pass calls this.
 

@@ -1,7 +1,7 @@
-"""The width connection of coefficients on a manifold: torch predicts them, a kernel mixes with them.
+"""The width connection of coefficients on a manifold: `mapping` predicts them, a kernel mixes with them.
 
-The kernel's launches are custom ops, the prediction is torch's own operations, which a profiler sees. For backward is
-kept h alone; the coefficients are computed again. The depth connection is that of all kinds (`ops`).
+The kernel's launches are custom ops. For backward is kept h alone; the coefficients are computed again. The depth
+connection is that of all kinds (`ops`).
 """
 
 from types import ModuleType

@@ -6,7 +6,7 @@ for an fp32 stream, two for bf16. The terms per token are one value per slot (`o
 n*n), or all k = 1+m+n coefficients of n slots (`all`: k*n).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig
@@ -91,16 +91,27 @@ def torch_backend(stream: Stream, config: ConnectionConfig) -> Moves:
 
 
 def mixing_kernels(stream: Stream, config: ManifoldConfig) -> Moves:
-    """A layer of kernels on a manifold: torch operations predict the coefficients, the kernels mix with them.
+    """A layer of kernels on a manifold: some make the coefficients of what torch takes from the stream, some mix.
 
     Torch reads the stream in its own dtype, once for its norm and once for the projection; in backward both again, to
     its gradient it adds twice (3r and 2r rows), and the projection's reads the stream. At n = 4 that is 16 + 64 rows,
-    and the kernels' are 28 + 38. Halves of small matrices are left out, and the copy that an fp16 stream takes.
+    and the kernels' that mix are 28 + 38. What goes through the others is small: per token the norm and the product,
+    two of them where a stream of 16 bits is multiplied by halves of W, the coefficients, and the gradients of all. An
+    fp16 stream is taken for one of bf16; its copy in fp32 is left out.
     """
     s = _Sizes.of(stream, config)
-    s = replace(s, slots=s.stream)
-    forward = _mapping(s, config)
-    backward = forward + Traffic(s.gamma + s.matrix, s.gamma + s.matrix) + _mapping_backward(s, config)
+    halves = 2 if s.row < s.wide else 1
+    # W and the gradient of the product are three blocks of halves.
+    blocks = 1.5 if halves == 2 else 1
+    forward = Traffic(s.stream, FP32) + Traffic(s.stream, halves * s.all, s.weight, 0)
+    forward += Traffic(halves * s.all + FP32, s.all)
+    backward = forward + Traffic(halves * s.all + FP32 + s.all, blocks * s.all + FP32)
+    backward += Traffic(2 * s.stream + FP32, s.stream)
+    backward += Traffic(s.stream + blocks * s.all, s.stream, blocks * s.weight, 0)
+    backward += Traffic(s.stream + s.all, 0, 0, halves * s.weight)
+    if halves == 2:
+        split = Traffic(0, 0, s.weight, blocks * s.weight)
+        forward, backward = forward + split, backward + split + Traffic(0, 0, 2 * s.weight, s.weight)
     return (Moves(forward, backward) + mixing(stream, config) + depth(stream, config)) * 2
 
 
