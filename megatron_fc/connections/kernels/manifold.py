@@ -163,7 +163,7 @@ def tables_backward_kernel(
     if g_alpha is not None:
         values = softmax(tl.load(bias + NM + N + row) + res * z)
         table = sinkhorn(values + eps, sums, token, tokens, iterations, eps, N)
-        tl.debug_barrier()  # the sums are read back
+        tl.debug_barrier()  # the sums are read back, by whichever lane
         g = tl.load(g_alpha + token[None, None, :] * (N * N) + row, mask=inside[None, None, :], other=0.0)
         g = sinkhorn_backward(g, table, sums, token, tokens, iterations, N)
         # Made again, for want of registers in between.
