@@ -35,7 +35,8 @@ class FracConfig(ConnectionConfig):
         norm_eps: epsilon of the norm, FC's own and independent of the model's.
         recompute: keep the residual stream and the sub-layer's output for backward and compute the rest again; changes
             memory and time, no result, and two configs that differ in it alone are equal.
-        backend: triton (fused kernels, rates 1, 2, 4, 8, 16), torch, or auto: triton where it can run. No part of equality.
+        backend: triton (fused kernels, rates 1, 2, 4, 8 and 16), torch, or auto: triton where it can run. No part of
+            equality.
         input_norm: what applies a sub-layer's norm where Transformer Engine can do so inside its projection: the width
             connection, in the same pass, or that projection. No part of equality: checkpoints are the same.
 

@@ -158,8 +158,8 @@ def _of_chunk(shape: Shape, training: Training, layout: Layout, layers: range, i
         # Beside a sub-layer that runs backward waits the gradient of the stream around it.
         temporary = max(temporary, stream * shape.is_wide + max(in_backward))
     temporary += max((sum(activations.total(tensors[shape.moe_layers[i]]) for i in span) for span in spans), default=0)
-    # A group's streams come back, with the input of every norm.
-    row = activations.stream(shape, training, layout, is_embedding=True)
+    # A group's streams come back, with the input of every norm that no kernel applies.
+    row = 0.0 if training.fused_connections else activations.stream(shape, training, layout, is_embedding=True)
     temporary += max(((2 * len(group) - 1) * stream + 2 * len(group) * row for group in groups), default=0)
     if is_first:
         kept += activations.total(activations.first(shape, training, layout))

@@ -278,7 +278,7 @@ def _reduced(
     vectors = -(-site.M * site.C // _REDUCED_WIDE)
     arguments = (partial, parameters, wanted, len(some))
     constants = (_constant(site), blocks, _REDUCED_COLUMNS, _REDUCED_WIDE, _REDUCED_PROGRAMS)
-    with _on(some.device):
+    with on_device(some.device):
         reduce_kernel[blocks + vectors + 1,](*arguments, *constants, num_warps=_REDUCED_WARPS)
     return wanted
 
@@ -351,7 +351,7 @@ def _launch(kernel: Any, site: Site, cut: Cut, stream: Tensor, *arguments: Any) 
     if not count:
         return
     grid = (programs(count, stream.device, cut),)
-    with _on(stream.device):
+    with on_device(stream.device):
         kernel[grid](*arguments, count, S=_constant(site), **options(site, cut))
 
 
@@ -365,7 +365,7 @@ def _constant(site: Site) -> Site:
     return site if INTERPRETED else Site(*map(tl.constexpr, site))
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whichever has the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_fc.connections.kernels.launch import _on
+from megatron_fc.connections.kernels.launch import on_device
 from megatron_fc.connections.kernels.manifold import (
     halves_kernel,
     tables_backward_kernel,
@@ -22,7 +22,7 @@ _COLUMNS, _PROGRAMS = 8, 128
 def halves(matrix: Tensor) -> Tensor:
     """A matrix [K, N] of fp32 as halves in bf16, [3K, N]: upper ones, lower ones, and the upper ones again."""
     made = matrix.new_empty(3 * len(matrix), matrix.shape[1], dtype=torch.bfloat16)
-    with _on(matrix.device):
+    with on_device(matrix.device):
         halves_kernel[triton.cdiv(matrix.numel(), _SPLIT),](matrix, made, matrix.numel(), _SPLIT)
     return made
 
@@ -32,7 +32,7 @@ def tables_forward(p: Projected) -> tuple[Tensor, Tensor, Tensor]:
     n, m, norm = p.slots, p.fractions, p.norm
     beta, gamma, alpha = (norm.new_empty(len(norm), count) for count in (n, n * m, n * n))
     if len(norm):
-        with _on(norm.device):
+        with on_device(norm.device):
             tables_forward_kernel[triton.cdiv(len(norm), _tokens(p)),](
                 *p[:4], beta, gamma, alpha, len(norm), *_options(p), num_warps=1, num_stages=1
             )
@@ -51,7 +51,7 @@ def tables_backward(
     g_product, pull, partial = p.product_gradient(), torch.empty_like(norm), norm.new_empty(programs, rows + 3)
     g_bias, g_scale = torch.empty_like(p.bias), torch.empty_like(p.scale)
     sums = None if g_alpha is None else norm.new_empty(2 * p.iterations - 1, n, tokens)
-    with _on(norm.device):
+    with on_device(norm.device):
         if tokens:
             tables_backward_kernel[programs,](
                 g_beta, g_gamma, g_alpha, *p[:4], g_product, pull, partial, sums, tokens, *_options(p),
