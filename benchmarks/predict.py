@@ -59,11 +59,15 @@ class Prediction:
 
 
 def predict(name: str, width: int, rate: int, tokens: int) -> Prediction:
-    found = launched(name, width, rate)
+    return predicted(launched(name, width, rate), tokens)
+
+
+def predicted(found: Launched, tokens: int) -> Prediction:
     middle = found.runs(tokens, H200)
     low = found.share(found.runs(tokens, H200_LOW), tokens, H200_LOW)
     mid = found.share(middle, tokens, H200)
-    return Prediction(name, width, rate, tokens, round(mid, 1), round(low, 1), limit(found, mid, middle[0]))
+    key = (found.name, found.width, found.rate, tokens)
+    return Prediction(*key, round(mid, 1), round(low, 1), limit(found, mid, middle[0]))
 
 
 def limit(found: Launched, share: float, run: Result) -> str:
