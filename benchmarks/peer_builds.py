@@ -102,16 +102,24 @@ class Peer:
 
 @dataclass(frozen=True, eq=False)
 class InTriton(Peer):
-    """`call`: of d and the cut, the arguments in order. `whole`: a program goes over all columns in a loop."""
+    """As Triton compiles it.
+
+    Attributes:
+        call: of d and the cut, the arguments in order.
+        whole: a program goes over all columns in a loop.
+        warps: of the autotuner's candidates those with so many, where all take too long to compile; 0: all.
+    """
 
     call: Callable[[int, Cut], Sequence[Any]] = lambda d, cut: ()
     whole: bool = False
+    warps: int = 0
 
     def cuts(self, width: int) -> Sequence[Cut]:
         configs = getattr(self._function(), "configs", None)
         if configs is None:
             return super().cuts(width)
-        return [Cut(c.kwargs["BLOCK_S"], c.kwargs["BLOCK_C"], c.num_warps, c.num_stages) for c in configs]
+        cuts = [Cut(c.kwargs["BLOCK_S"], c.kwargs["BLOCK_C"], c.num_warps, c.num_stages) for c in configs]
+        return [cut for cut in cuts if self.warps in (0, cut.warps)]
 
     def columns(self, width: int, cut: Cut) -> int:
         return width if self.whole else cut.columns
@@ -179,11 +187,15 @@ class InTransformerEngine(Peer):
         residual = ", false" if direction == "bwd" else ""
         cubin = nvrtc(source_file(source), f"&{TE_NAMES}rmsnorm_{direction}_tuned_kernel<{traits}{residual}>")
         shared = 16 * cut.warps * (across > 1) + 4 * cut.tokens * width * (direction == "bwd")  # rtc_dispatch.cpp
-        fields = list(itertools.batched(TE_FIELDS[direction].split(), 2))
-        # A structure's fields lie like parameters of their own would.
-        ptx = "\n".join([".entry", *(f".param .u{bits} _param_{k}" for k, (bits, _) in enumerate(fields)), "{"])
-        names = [name for _, name in fields]
+        ptx, names = signature(TE_FIELDS[direction])
         return Kernel(cubin, ptx, names, lambda p: self.role(p, width, cut), cut.warps, shared)
+
+
+def signature(fields: str) -> tuple[str, list[str]]:
+    """A structure as if each field were a parameter, which lies at the same place: in PTX, and the names."""
+    pairs = list(itertools.batched(fields.split(), 2))
+    ptx = "\n".join([".entry", *(f".param .u{bits} _param_{k}" for k, (bits, _) in enumerate(pairs)), "{"])
+    return ptx, [name for _, name in pairs]
 
 
 def nvrtc(source: Path, expression: str) -> bytes:

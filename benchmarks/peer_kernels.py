@@ -126,7 +126,7 @@ PEERS = (
     InTriton(
         MEGATRON, "mHC write backward, coefficients", 2 * N + 1,
         {"go_ptr": 2 * N, "orig_ptr": 2 * N, "x_ptr": 2, "g_hr_ptr": VALUES, "g_hp_ptr": VALUES},
-        place=(_MEGATRON, "_triton_hpb_bwd_g_hp_hr_kernel"), whole=True,
+        place=(_MEGATRON, "_triton_hpb_bwd_g_hp_hr_kernel"), whole=True, warps=4,
         call=lambda d, c: (
             P, P, P, P, P, P, TOKENS, d, N, N * d, d, 1, N * d, d, 1, N * N, N, 1, False, c.columns, c.tokens,
         ),
