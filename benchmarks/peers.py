@@ -7,8 +7,8 @@ Liger-Kernel is installed into .cache/ where it is not there yet. The others are
 and nothing of theirs is committed: checkouts of Megatron-LM's branch dev, of TileKernels and of TransformerEngine, and
 a folder that `pip install --target FOLDER tilelang` filled; TileKernels also needs nvcc.
 
-Triton's autotuner takes the fastest of its candidates on a card. Here that is the one with the shortest prediction for a
-quarter of the tokens at the first width, and every width takes it.
+Triton's autotuner takes the fastest of its candidates on a card. Here that is the one with the shortest prediction, for
+a quarter of the tokens at the first width, and every width takes it.
 """
 
 import argparse
@@ -119,8 +119,8 @@ def page(result: dict[str, Any], rows: Iterable[Row]) -> str:
     lines = [
         (
             r.package, r.kernel, r.limit, str(r.width), str(r.needs), f"{r.moves:.2f}",
-            f"{r.moves * r.width * BYTES:.0f}", str(r.torch or ""), f"{r.mid:.0f}", f"{r.low:.0f}", f"{r.us:.0f}",
-            r.program, f"{r.registers}, {r.stack}",
+            f"{r.moves * r.width * BYTES:.0f}", str(r.torch or ""),
+            f"{'≤ ' * bool(r.stack)}{r.mid:.0f}", f"{r.low:.0f}", f"{r.us:.0f}", r.program, f"{r.registers}, {r.stack}",
         )
         for r in predictions
     ]  # fmt: skip
@@ -132,7 +132,8 @@ def page(result: dict[str, Any], rows: Iterable[Row]) -> str:
         f"of {len(STARTS)} starts. **Differences below {NOTICED:.0f} points mean nothing.** Share: time of a copy of "
         "the bytes that a kernel has to move by its predicted time. A kernel has to move every stream that it reads or "
         "writes once, in bf16. has to move, moves, torch besides: rows of d elements in bf16 per token. What torch "
-        "moves besides, to cast, is in no share. program: tokens × columns, warps. [How, and what this is worth]"
+        "moves besides, to cast, is in no share. ≤: registers spill, which costs nothing here. program: tokens × "
+        "columns, warps. [How, and what this is worth]"
         f"(../../docs/laboratory.md#peers).\n\n{record.table(columns, lines, left=3)}\n## Not predicted\n\n"
         + record.table(("package", "kernel", "d", "why"), absent, left=4)
         + f"\n## Sources\n\n{sources}"
