@@ -9,7 +9,6 @@ import importlib
 import importlib.util
 import itertools
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from laboratory.simulator.kernel import Kernel, Parameter, Role, Stream
 from launched import BYTES, Launched
 from megatron_fc.errors import UserError
 
+FOLDERS: list[Path] = []  # where sources outside the project lie; the command fills it
 N = 4  # streams of mHC
 FOLLOWED = 0.05  # a replay whose bytes differ by more from what the source moves has not followed it
 TE_NAMES = "::transformer_engine::normalization::"
@@ -222,12 +222,12 @@ def nvrtc(source: Path, expression: str) -> bytes:
 
 
 def source_file(path: str) -> Path:
-    """A file of a checkout that is on the path.
+    """A file of a checkout.
 
     Raises:
         FileNotFoundError: none has it.
     """
-    found = next((file for entry in sys.path if (file := Path(entry) / path).is_file()), None)
+    found = next((file for folder in FOLDERS if (file := folder / path).is_file()), None)
     if found is None:
         raise FileNotFoundError(path)
     return found

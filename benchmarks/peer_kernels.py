@@ -20,6 +20,8 @@ FILES = {
     "tilelang": ("tilelang/__init__.py", "a folder that pip install --target FOLDER tilelang filled"),
     TE: (_NORM.format("fwd"), "a checkout of NVIDIA/TransformerEngine"),
 }
+# Values per token are read again by every block of columns, from L2 like sums: where the ruler's guess of their bytes
+# would be several per cent of all, they are SUMS.
 VALUES, SUMS = Token(), Partial()
 NO_TRITON = "no Triton kernel: torch, or cuTile, which does not run on Hopper"
 SINKHORN = "values per token alone, of which the ruler only guesses the bytes"
@@ -62,7 +64,7 @@ PEERS = (
     InTriton(
         LIGER, "mHC coefficients backward", 2 * N,
         {"x_ptr": 2 * N, "grad_x_ptr": 2 * N, **dict.fromkeys(("phi_ptr", "mix_ptr", "grad_mix_ptr", "invr_ptr",
-         "grad_phi_ptr"), SUMS)},  # every block of columns reads them again, from L2
+         "grad_phi_ptr"), SUMS)},
         place=(_LIGER + "mhc", "_mhc_mm_norm_bwd_fused_kernel"), cut=lambda d: Cut(32, 256 // N),
         call=lambda d, c: (
             P, P, F, F, F, P, F, TOKENS, N * d, M, N * d, 1, M, 1, M, 1, 1, M, 1, N * d, 1, M, 1,
@@ -84,7 +86,7 @@ PEERS = (
     ),
     InTriton(
         LIGER, "mHC write forward", 2 * N + 1,
-        {"x_ptr": 2 * N, "f_ptr": 2, "out_ptr": 4 * N, "hpost_ptr": VALUES, "hres_ptr": VALUES}, torch=3 * N,
+        {"x_ptr": 2 * N, "f_ptr": 2, "out_ptr": 4 * N, "hpost_ptr": SUMS, "hres_ptr": SUMS}, torch=3 * N,
         place=(_LIGER + "mhc", "_mhc_post_res_fwd_kernel"), cut=post_cut,
         call=lambda d, c: (
             P, P, F, F, F, TOKENS, N, d, N * d, d, 1, d, 1, N, 1, N * N, N, 1, N * d, d, 1, c.tokens, c.columns,
@@ -92,8 +94,8 @@ PEERS = (
     ),
     InTriton(
         LIGER, "mHC write backward", 3 * N + 2,
-        {"x_ptr": 2 * N, "f_ptr": 2, "grad_out_ptr": 4 * N, "grad_x_ptr": 4 * N, "grad_f_ptr": 4, "hpost_ptr": VALUES,
-         "hres_ptr": VALUES, "grad_hpost_ptr": SUMS, "grad_hres_ptr": SUMS},
+        {"x_ptr": 2 * N, "f_ptr": 2, "grad_out_ptr": 4 * N, "grad_x_ptr": 4 * N, "grad_f_ptr": 4, "hpost_ptr": SUMS,
+         "hres_ptr": SUMS, "grad_hpost_ptr": SUMS, "grad_hres_ptr": SUMS},
         torch=6 * N + 3, place=(_LIGER + "mhc", "_mhc_post_res_bwd_kernel"), cut=post_cut,
         call=lambda d, c: (
             P, P, F, F, F, F, F, F, F, TOKENS, N, d, N * d, d, 1, d, 1, N, 1, N * N, N, 1, N * d, d, 1, N * d, d, 1,

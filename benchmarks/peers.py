@@ -26,7 +26,7 @@ from laboratory.simulator.assumptions import H200, fingerprint
 from laboratory.simulator.core import STARTS
 from launched import BYTES, ROWS, Launched, launched
 from megatron_fc.errors import UserError
-from peer_builds import Cut, N, Peer, source_file
+from peer_builds import FOLDERS, Cut, N, Peer, source_file
 from peer_kernels import FILES, LIGER, MEGATRON, PEERS, TE, TILE, TOKENS
 from predict import NOTICED, Prediction, predicted, read
 
@@ -141,7 +141,7 @@ def page(result: dict[str, Any], rows: Iterable[Row]) -> str:
 
 
 def sources(packages: Iterable[str]) -> dict[str, str]:
-    """Version or commit of each, which are on the path.
+    """Version or commit of each. What is imported is put on the path: not TransformerEngine, which is not built.
 
     Raises:
         UserError: one is missing.
@@ -158,6 +158,8 @@ def sources(packages: Iterable[str]) -> dict[str, str]:
                 file = source_file(path)
             except FileNotFoundError:
                 raise UserError(f"--sources has no {path}, which {package} needs: add {what}, or use --only") from None
+            if name in (MEGATRON, "tilelang"):
+                sys.path.insert(0, str(file.parents[path.count("/")]))
             is_pypi = name == "tilelang"
             found[name] = f"{version(name)} from PyPI" if is_pypi else f"{what[2:]} at {record.commit(file.parent)}"
     return found
@@ -177,7 +179,7 @@ def main() -> int:
     args = arguments()
     output = args.output or (None if args.only or args.kernel or args.width else record.RESULTS)
     result = record.facts("cpu") | {"machine": "H200", "assumptions": fingerprint()}
-    sys.path[:0] = [str(folder.resolve()) for folder in args.sources]
+    FOLDERS[:] = args.sources
     packages = args.only or PACKAGES
     result["sources"] = sources(packages)
     rows = list(our_rows(args.width or WIDTHS)) if output else []
