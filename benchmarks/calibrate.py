@@ -158,13 +158,36 @@ def install() -> None:
 
 
 def compiled(case: Published) -> Kernel:
-    """The kernel as Triton compiles it for this call: ones are constants, multiples of 16 are known as such."""
+    """The kernel of a case as its function launches it."""
     recipe = RECIPES[case.kernel]
     module = importlib.import_module(f"liger_kernel.ops.{recipe.module}")
     kernel = getattr(module, recipe.kernel)
     block, warps = importlib.import_module("liger_kernel.ops.utils").calculate_settings(case.width)
     given = dict(zip(kernel.arg_names, recipe.arguments(case.rows, case.width, f"*{case.dtype}"), strict=False))
     given.setdefault("BLOCK_SIZE", block)
+
+    def role(pointer: str) -> Role:
+        found = recipe.roles.get(pointer, Parameter())
+        return Stream(found * case.width * ITEM_BYTES[case.dtype]) if isinstance(found, int) else found
+
+    return kernel_of(kernel, given, role, {"num_warps": warps}, persistent=recipe.persistent)
+
+
+def kernel_of(
+    kernel: Any,
+    given: Mapping[str, Any],
+    role_of: Callable[[str], Role],
+    options: Mapping[str, int],
+    trips: int = 1,
+    persistent: bool = False,
+) -> Kernel:
+    """A kernel as Triton compiles it for a call: ones are constants, multiples of 16 are known as such.
+
+    Args:
+        given: arguments by name; a string is a pointer's type.
+        options: Triton's, `num_warps` among them.
+        role_of, trips, persistent: as of `Kernel`.
+    """
     constant = {p.name for p in kernel.params if p.is_constexpr}
     signature, constants, attributes = {}, {}, {}
     for k, (name, value) in enumerate((name, given[name]) for name in kernel.arg_names):
@@ -177,22 +200,10 @@ def compiled(case: Published) -> Kernel:
             if isinstance(value, str) or value % 16 == 0:
                 attributes[(k,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-
-    def role(pointer: str) -> Role:
-        found = recipe.roles.get(pointer, Parameter())
-        return Stream(found * case.width * ITEM_BYTES[case.dtype]) if isinstance(found, int) else found
-
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
     names = [name for name in kernel.arg_names if signature[name] != "constexpr"]
-    return Kernel(
-        binary.asm["cubin"],
-        binary.asm["ptx"],
-        names,
-        role,
-        warps,
-        binary.metadata.shared,
-        persistent=recipe.persistent,
-    )
+    shared, warps = binary.metadata.shared, options["num_warps"]
+    return Kernel(binary.asm["cubin"], binary.asm["ptx"], names, role_of, warps, shared, trips, persistent)
 
 
 def compare(case: Published) -> Compared:

@@ -28,13 +28,16 @@ PARAMETERS = frozenset(("p", "norm", "pre.bias", "pre.seed"))
 
 @dataclass(frozen=True)
 class Launched:
-    """A kernel of the project at a shape, compiled; `tile_tokens` tokens of a tile move `tile_bytes` at least."""
+    """A kernel at a shape, compiled; `tile_tokens` tokens, or a part of one, of a tile move `tile_bytes` at least.
+
+    `programs` per processor; 0: as many as fit.
+    """
 
     shape: Shape
     kernel: Kernel
     programs: int
-    tile_tokens: int
-    tile_bytes: int
+    tile_tokens: float
+    tile_bytes: float
 
     def load(self, cycles: float, assumed: Assumptions) -> float:
         """Per cent of the time of a copy of a tile that a processor's unit is taken for so many cycles."""
@@ -51,7 +54,7 @@ class Launched:
             raise UserError(
                 f"--tokens {tokens} are no whole tiles: a tile of n = {self.shape.slots} has {self.tile_tokens}"
             )
-        return [self.kernel.simulate(assumed, tiles, self.programs, seed, skew) for seed, skew in STARTS]
+        return [self.kernel.simulate(assumed, int(tiles), self.programs, seed, skew) for seed, skew in STARTS]
 
     def share(self, runs: Sequence[Result], tokens: int, assumed: Assumptions) -> float:
         """Mean of the runs."""

@@ -65,11 +65,14 @@ class Prediction:
 
 
 def predict(shape: Shape, tokens: int) -> Prediction:
-    found = launched(shape)
+    return predicted(launched(shape), tokens)
+
+
+def predicted(found: Launched, tokens: int) -> Prediction:
     middle = found.runs(tokens, H200)
     low = found.share(found.runs(tokens, H200_LOW), tokens, H200_LOW)
     mid = found.share(middle, tokens, H200)
-    return Prediction(*shape, tokens, round(mid, 1), round(low, 1), limit(found, mid, middle[0]))
+    return Prediction(*found.shape, tokens, round(mid, 1), round(low, 1), limit(found, mid, middle[0]))
 
 
 def limit(found: Launched, share: float, run: Result) -> str:

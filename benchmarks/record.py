@@ -34,8 +34,13 @@ def facts(device: str) -> dict[str, Any]:
         },
         "date": date.today().isoformat(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": _output("git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": commit(RESULTS.parent, "--dirty"),
     }
+
+
+def commit(folder: Path, *options: str) -> str:
+    """Of a checkout."""
+    return _output("git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=12", *options)
 
 
 def machine(device: str) -> str:
