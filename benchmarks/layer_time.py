@@ -3,7 +3,7 @@
     python benchmarks/layer_time.py
 
 takes rows and shares from the recorded predictions and writes docs/images/layer-time.png and
-benchmarks/results/layer-time-h200.{json,md}. No GPU is needed. A layer follows another, so that it is two boundaries.
+results/layer-time-h200.{json,md}. No GPU is needed. A layer follows another, so that it is two boundaries.
 """
 
 import json
