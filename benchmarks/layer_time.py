@@ -90,7 +90,7 @@ def draw(rows: list[Bar], path: Path) -> None:
         axes.set_xlim(0, 1.18 * max(max(row.total, row.low) for row in rows))
         axes.set_xlabel(f"µs per layer, predicted: H200, {TOKENS:,} tokens, d = {WIDTH}, bf16")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower right", frameon=False)
+        axes.legend(loc="upper right", frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)
 

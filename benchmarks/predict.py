@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import record
-from compiled import KERNELS, RATES, Shape, shapes
+from compiled import KERNELS, RATES, SLOTS, Shape, shapes
 from laboratory.simulator.assumptions import H200, H200_LOW, fingerprint
 from laboratory.simulator.core import STARTS, Result
 from launched import BYTES, ROWS, Launched, launched
 from megatron_fc.errors import UserError
 
-WIDTHS, TOKENS = (2048, 4096), (8192, 16384, 65536)
+WIDTHS, TOKENS, OF_WIDER = (2048, 4096), (8192, 16384, 65536), (16384,)  # tokens also of wider streams
 NOTICED = 10.0  # points; less means nothing
 MAIN = tuple(ROWS)
 VARIATIONS: dict[str, dict[str, float]] = {
@@ -122,7 +122,8 @@ def page(result: dict[str, Any], predictions: Sequence[Prediction]) -> str:
     )  # fmt: skip
     return (
         record.heading("Predicted, not measured: share of an H200's copy bandwidth", result)
-        + f"Assumptions {result['assumptions']}. bf16 streams, RMSNorm in the pass, {counts} tokens; means of "
+        + f"Assumptions {result['assumptions']}. bf16 streams, RMSNorm in the pass, {counts} tokens (of wider streams "
+        f"one of them); means of "
         f"{len(STARTS)} starts. Differences below {NOTICED:.0f} points mean nothing.\n\n"
         "mid, low: the case that is thought likely, and one in which everything is slower. issue, shared, tensor: time "
         "that these are taken, in per cent of a copy's. Stack in bytes per thread, shared memory in bytes per program, "
@@ -195,6 +196,12 @@ def sensitivity_page(result: dict[str, Any]) -> str:
     )
 
 
+def recorded() -> list[tuple[Shape, int]]:
+    """What the table holds: shapes and tokens."""
+    wider = itertools.product(shapes(None, WIDTHS, None, SLOTS), OF_WIDER)
+    return [*itertools.product(shapes(None, WIDTHS, None, None), TOKENS), *wider]
+
+
 def facts() -> dict[str, Any]:
     return record.facts("cpu") | {"machine": "H200", "assumptions": fingerprint()}
 
@@ -231,10 +238,14 @@ def main() -> int:
         return 0
     earlier = read(args.against) if args.against else []
     predictions = []
-    for shape in shapes(args.kernel, args.width or WIDTHS, args.rate, args.slots):
-        for tokens in sorted(args.tokens or TOKENS):
-            predictions.append(found := predict(shape, tokens))
-            print(f"{found.place}: {found.mid:.0f} (low {found.low:.0f}), {found.limit}", flush=True)
+    if any(chosen):
+        widths, counts = args.width or WIDTHS, sorted(args.tokens or TOKENS)
+        wanted = list(itertools.product(shapes(args.kernel, widths, args.rate, args.slots), counts))
+    else:
+        wanted = recorded()
+    for shape, tokens in wanted:
+        predictions.append(found := predict(shape, tokens))
+        print(f"{found.place}: {found.mid:.0f} (low {found.low:.0f}), {found.limit}", flush=True)
     if output:
         result |= {"rows": [asdict(p) for p in predictions]}
         record.write(output, "predicted", result, page(result, predictions))
