@@ -6,6 +6,7 @@ takes rows and shares from the recorded predictions and writes docs/images/layer
 results/layer-time-h200.{json,md}. No GPU is needed. A layer follows another, so that it is two boundaries.
 """
 
+import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -115,6 +116,7 @@ def page(result: dict[str, Any], rows: list[Bar]) -> str:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = bars()
     result = record.facts("cpu") | {"assumptions": fingerprint(), "rows": [asdict(row) for row in rows]}
     text = page(result, rows)

@@ -210,7 +210,7 @@ class ManifoldConfig(ConnectionConfig):
         norm_eps: added to the mean square of the stream.
         leave: how the network closes: the mean of the streams, or a learned, sigmoid-weighted sum, as DeepSeek-V4 does.
         stream_layers: as of `HyperConfig`.
-        backend: as of `HyperConfig`; the coefficients are computed by torch in any case.
+        backend: as of `HyperConfig`; the projection of the stream is torch's in any case.
 
     Raises:
         UserError: a value is out of range, or between mHC and mFC.

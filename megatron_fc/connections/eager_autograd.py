@@ -50,7 +50,7 @@ def _width_of(kind: Any, parameters: int) -> Callable[..., tuple[Tensor, ...]]:
             ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, _: Tensor | None, g_mixed: Tensor | None
         ) -> tuple[Tensor | None, ...]:
             h, *p = ctx.saved_tensors
-            if g_x is not None and not g_x.numel():
+            if g_x is not None and not g_x.shape[-1]:
                 g_x = None
             g_h, gradients = eager.width_backward(g_x, g_beta, g_mixed, h, kind(*p, *ctx.options))
             return g_h, None, *gradients, *[None] * len(ctx.options)

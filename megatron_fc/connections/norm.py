@@ -7,6 +7,7 @@ from torch import Tensor
 
 from megatron_fc.connections.observers import observed
 
+LEAST_EPS = 1e-30  # that fp32 adds to a square
 NormKind = Literal["rmsnorm", "layernorm"]
 
 
@@ -56,7 +57,7 @@ def norm_weights(norm: Any, stream: Tensor) -> NormWeights | None:
     """Return the weights of a norm, None where the kernels cannot apply it as it would itself.
 
     They return the stream's dtype. A norm in another dtype, or any under autocast, decides for itself what it returns;
-    and a norm that is observed is called.
+    and a norm that is observed, or has no epsilon, is called.
     """
     hands_out = isinstance(norm, HandsOutWeights)
     if not hands_out or observed(norm):
@@ -64,7 +65,9 @@ def norm_weights(norm: Any, stream: Tensor) -> NormWeights | None:
     if not stream.is_meta and torch.is_autocast_enabled(stream.device.type):
         return None
     weights: NormWeights = norm()
-    return weights if weights.weight.dtype == stream.dtype else None
+    # Rows of zeros behind the last token would be NaN without an epsilon; torch's default is the dtype's own.
+    has_eps = weights.eps is not None and weights.eps >= LEAST_EPS
+    return weights if has_eps and weights.weight.dtype == stream.dtype else None
 
 
 def _read(norm: Any) -> NormWeights:

@@ -109,6 +109,20 @@ class Projected(NamedTuple):
         return self.norm.new_empty(rows, tokens)
 
 
+def refuse_double(p: AnyOperands) -> None:
+    """Check that no parameter is in fp64, which the kernels cannot read.
+
+    Raises:
+        UserError: one is.
+    """
+    for name, value in zip(p.parameters._fields, p.parameters, strict=True):
+        if value is not None and value.dtype == torch.float64:
+            raise UserError(
+                f"{name} of a connection is {value.dtype}, and the kernels compute in fp32: use connection.float() or "
+                f"backend=torch"
+            )
+
+
 def refuse_low_precision(p: AnyOperands) -> None:
     """Check that parameters are in fp32 or fp64; a forward pass calls this.
 

@@ -96,8 +96,14 @@ def norm_values(norm: NormWeights | None) -> tuple[Any, ...]:
 
 
 def norm_of(values: tuple[Any, ...]) -> NormWeights | None:
+    """As the kernels take it, which read memory as it lies."""
     weight, bias, kind, eps, one_plus = values
-    return None if kind == "none" else NormWeights(kind, weight, bias, eps, one_plus)
+    return None if kind == "none" else NormWeights(kind, weight.contiguous(), contiguous(bias), eps, one_plus)
+
+
+def _site_of(values: tuple[Any, ...]) -> Operands:
+    """As the kernels take it."""
+    return Operands._make((*map(contiguous, values[:N_PARAMETERS]), *values[N_PARAMETERS:]))
 
 
 def _kernels() -> ModuleType:
@@ -128,7 +134,7 @@ def present(tensors: Any) -> list[Tensor]:
 
 
 def _width_impl(h: Tensor, *values: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    p, norm, want_x = Operands(*values[:N_OPERANDS]), norm_of(values[N_OPERANDS:-1]), values[-1]
+    p, norm, want_x = _site_of(values[:N_OPERANDS]), norm_of(values[N_OPERANDS:-1]), values[-1]
     x, beta, alpha = _kernels().width_forward(h.contiguous(), p, norm, want_x)
     return h.new_empty(0) if x is None else x, beta, alpha, without_storage(h)
 
@@ -152,7 +158,7 @@ def _width_grad(ctx: Any, g_x: Tensor | None, g_beta: Tensor | None, _: Any, g_m
     h, *tensors = ctx.saved_tensors
     site, norm = ctx.values
     values = (*tensors[:N_PARAMETERS], *site, *tensors[N_PARAMETERS:], *norm)
-    if g_x is not None and not g_x.numel():
+    if g_x is not None and not g_x.shape[-1]:  # of the x that nobody wanted
         g_x = None
     g_h, *gradients = _width_backward(g_x, g_beta, g_mixed, h, *values)
     return (g_h, *_placed(gradients, tensors, g_x is not None), None)
@@ -169,7 +175,7 @@ def _placed(gradients: list[Tensor], tensors: list[Any], normed: bool) -> tuple[
 def _width_backward_impl(
     g_x: Tensor | None, g_beta: Tensor | None, g_mixed: Tensor | None, h: Tensor, *values: Any
 ) -> list[Tensor]:
-    p, norm = Operands(*values[:N_OPERANDS]), norm_of(values[N_OPERANDS:])
+    p, norm = _site_of(values[:N_OPERANDS]), norm_of(values[N_OPERANDS:])
     g, gradients = _kernels().width_backward(*map(contiguous, (g_x, g_beta, g_mixed)), h.contiguous(), p, norm)
     return [g, *present(gradients)]
 
@@ -187,7 +193,8 @@ def _width_backward_fake(
 
 def _depth_impl(o: Tensor, h: Tensor, beta: Tensor, alpha: Tensor, mixed: Tensor, *values: Any) -> Tensor:
     launch = _kernels()
-    depth = launch.DepthInputs(*map(contiguous, (o, h, beta, alpha)), *values)
+    bias, *dropout = values
+    depth = launch.DepthInputs(*map(contiguous, (o, h, beta, alpha, bias)), *dropout)
     return launch.depth_forward(depth)
 
 
@@ -209,7 +216,8 @@ def _depth_grad(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 def _depth_backward_impl(g: Tensor, o: Tensor, beta: Tensor, *values: Any) -> list[Tensor]:
     launch = _kernels()
-    depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, *values)
+    bias, *dropout = values
+    depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, contiguous(bias), *dropout)
     return present(launch.depth_backward(g.contiguous(), depth))
 
 
@@ -222,9 +230,9 @@ def _depth_backward_fake(g: Tensor, o: Tensor, beta: Tensor, bias: Tensor | None
 
 def _boundary_impl(*values: Any) -> tuple[Tensor, ...]:
     o, h, beta, alpha, _, bias, seed, dropout = values[:_N_DEPTH]
-    p, norm = Operands(*values[_N_DEPTH : _N_DEPTH + N_OPERANDS]), norm_of(values[_N_DEPTH + N_OPERANDS :])
+    p, norm = _site_of(values[_N_DEPTH : _N_DEPTH + N_OPERANDS]), norm_of(values[_N_DEPTH + N_OPERANDS :])
     launch = _kernels()
-    depth = launch.DepthInputs(*map(contiguous, (o, h, beta, alpha)), bias, seed, dropout)
+    depth = launch.DepthInputs(*map(contiguous, (o, h, beta, alpha, bias)), seed, dropout)
     results: tuple[Tensor, ...] = launch.boundary_forward(depth, p, norm)
     return results
 
@@ -297,9 +305,9 @@ class _PreparedWidth(torch.autograd.Function):
 
 def _boundary_backward_impl(g_x: Any, g_beta: Any, g_mixed: Any, h: Tensor, *values: Any) -> list[Tensor]:
     o, beta, bias, seed, dropout = values[:5]
-    p, norm = Operands(*values[5 : 5 + N_OPERANDS]), norm_of(values[5 + N_OPERANDS :])
+    p, norm = _site_of(values[5 : 5 + N_OPERANDS]), norm_of(values[5 + N_OPERANDS :])
     launch = _kernels()
-    depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, bias, seed, dropout)
+    depth = launch.DepthInputs(o.contiguous(), None, beta.contiguous(), None, contiguous(bias), seed, dropout)
     incoming = map(contiguous, (g_x, g_beta, g_mixed))
     g, gradients, g_o, g_before = launch.boundary_backward(*incoming, h.contiguous(), depth, p, norm)
     return [g, g_o, g_before, *present(gradients)]

@@ -31,8 +31,13 @@ def _halves_fake(matrix: Tensor) -> Tensor:
     return matrix.new_empty(3 * matrix.shape[0], matrix.shape[1], dtype=torch.bfloat16)
 
 
+def _in_memory(values: tuple[Any, ...]) -> Projected:
+    """As the kernels take it, which read memory as it lies."""
+    return Projected._make(value.contiguous() if isinstance(value, Tensor) else value for value in values)
+
+
 def _tables_impl(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
-    made: tuple[Tensor, Tensor, Tensor] = _kernels().tables_forward(Projected(*values))
+    made: tuple[Tensor, Tensor, Tensor] = _kernels().tables_forward(_in_memory(values))
     return made
 
 
@@ -44,7 +49,7 @@ def _tables_fake(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _tables_backward_impl(g_beta: Any, g_gamma: Any, g_alpha: Any, *values: Any) -> tuple[Tensor, ...]:
     incoming = map(contiguous, (g_beta, g_gamma, g_alpha))
-    made: tuple[Tensor, ...] = _kernels().tables_backward(*incoming, Projected(*values))
+    made: tuple[Tensor, ...] = _kernels().tables_backward(*incoming, _in_memory(values))
     return made
 
 

@@ -48,7 +48,7 @@ class _Width(torch.autograd.Function):
         options, norm = ctx.values
         p = ManifoldOperands(*tensors[:_N_PARAMETERS], *options)
         of_norm = tensors[_N_PARAMETERS:]
-        if g_x is not None and not g_x.numel():
+        if g_x is not None and not g_x.shape[-1]:
             g_x = None
         _, gamma, alpha, tables = mapping.coefficients(h, p)
         g_h, *rest = _given_width_backward(g_x, g_mixed, h, gamma, alpha, p.fractions, *of_norm, *norm)

@@ -184,8 +184,8 @@ def check_options(config: ConnectionConfig) -> None:
         UserError: names the option.
     """
     values = config.to_dict()
-    if values["norm_eps"] <= 0:
-        raise UserError(f"norm_eps must be greater than 0, not {values['norm_eps']!r}: use 1e-5")
+    if values["norm_eps"] < 1e-30:  # too little for fp32
+        raise UserError(f"norm_eps must be at least 1e-30, not {values['norm_eps']!r}: use 1e-5")
     for field in fields(config):
         value = values[field.name]
         if not values["dynamic"] and field.name in _OF_THE_DYNAMIC_PART and value != field.default:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from megatron_fc.connections import eager_autograd, ends, ops, ops_on_manifold
 from megatron_fc.connections.backend import choose_backend
@@ -131,6 +132,10 @@ class Site(Fp32Parameters, ABC):
         self._check_stream(h)
         backend = choose_backend(self.config, h)
         weights = norm_weights(norm, h) if backend == "triton" else None
+        if backend == "triton":
+            _refuse_forward_mode(h)
+        if weights is not None:
+            _check_width("the norm's weight", weights.weight, self.hidden_size, "hidden_size")
         behind = norm if weights is None else None
 
         def width(h: Tensor, prepared: Prepared | None = None) -> tuple[Tensor, Handover]:
@@ -198,6 +203,12 @@ class Site(Fp32Parameters, ABC):
         """
         self._check_stream(h)
         self._check_output(o, h)
+        if bias is not None:
+            _check_width("bias", bias, self.hidden_size, "hidden_size")
+        if handover is not None and handover.mixed.shape != h.shape:
+            raise UserError(
+                f"the handover is of a stream of shape {tuple(handover.mixed.shape)}, h has {tuple(h.shape)}"
+            )
         return self._depth(o, h, self._handover(h) if handover is None else handover, bias, dropout)
 
     def _handover(self, h: Tensor) -> Handover:
@@ -242,6 +253,16 @@ def dropout_seed(h: Tensor, dropout: float) -> Tensor | None:
     return torch.randint(2**31 - 1, (1,), device=h.device) if dropout > 0 else None
 
 
+def _refuse_forward_mode(h: Tensor) -> None:
+    """Check that no tangent comes in, of which a custom operation would lose sight.
+
+    Raises:
+        UserError: one does.
+    """
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(h).tangent is not None:
+        raise UserError("the kernels have no forward-mode derivative, as of torch.func.jvp: differentiate backward")
+
+
 def check_dropout(dropout: float) -> None:
     """Check that it is a probability below 1.
 
@@ -252,8 +273,12 @@ def check_dropout(dropout: float) -> None:
         raise UserError(f"dropout={dropout}: give a probability from 0 to below 1")
 
 
-def _check(name: str, tensor: Tensor, width: int, what: str) -> None:
+def _check_width(name: str, tensor: Tensor, width: int, what: str) -> None:
     if tensor.shape[-1:] != (width,):
         raise UserError(f"{name} has shape {tuple(tensor.shape)}: its last dimension must be {what}={width}")
+
+
+def _check(name: str, tensor: Tensor, width: int, what: str) -> None:
+    _check_width(name, tensor, width, what)
     if tensor.stride(-1) != 1 and width > 1:
         raise UserError(f"{name} has strides {tensor.stride()}: its last dimension must be contiguous")

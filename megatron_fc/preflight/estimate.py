@@ -155,13 +155,27 @@ def _is_flash(args: Namespace) -> bool:
 
 
 def _is_fused(connection: ConnectionConfig) -> bool:
-    """Whether there are kernels for it, which the machines of the run are taken to have."""
-    return connection.backend != "torch" and without_kernels(connection) is None
+    """Whether there are kernels for it, which the machines of the run are taken to have.
+
+    Raises:
+        UserError: the kernels are insisted on and cannot run it.
+    """
+    lacks = without_kernels(connection)
+    if lacks and connection.backend == "triton":
+        raise UserError(f"backend=triton cannot run: {lacks}; set backend=auto or backend=torch")
+    return connection.backend != "torch" and not lacks
 
 
-def _unfused(shape: Shape, training: Training) -> Iterator[str]:
-    if shape.connection is not None and not training.fused_connections:
+def _of_connections(shape: Shape, training: Training) -> Iterator[str]:
+    if shape.connection is None:
+        return
+    if not training.fused_connections:
         yield f"{shape.connection.label} is planned as its torch operations run, without fused kernels"
+    elif shape.is_wide:
+        yield (
+            f"the kernels of {shape.connection.label} are planned at the speed of memory; they are predicted to miss "
+            f"it, in backward by a factor of four (docs/kernels.md)"
+        )
 
 
 def _recompute(args: Namespace, connection: ConnectionConfig | None) -> Recompute:
@@ -216,6 +230,6 @@ def plan_of(
         gpu=replace(gpu, nvlink_gb_per_second=nvlink),
         network=network,
         assumed=assumed or Assumptions(),
-        notes=(*run.unchecked, *_unfused(shape, training)),
+        notes=(*run.unchecked, *_of_connections(shape, training)),
         pipeline_settings=tuple(option for option, name in _OF_A_PIPELINE.items() if getattr(run.args, name)),
     )

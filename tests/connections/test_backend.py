@@ -70,6 +70,11 @@ def test_shapes_strides_and_dtypes_that_do_not_fit() -> None:
         (lambda: site.depth(torch.randn(64, 3).t(), h), "o has strides"),
         (lambda: site.depth(h.double(), h), "o is torch.float64 and h torch.float32"),
         (lambda: site.depth(h, h.bfloat16()), "o is torch.float32 and h torch.bfloat16"),
+        (
+            lambda: site.depth(h, h, bias=torch.ones(3)),
+            r"bias has shape \(3,\): its last dimension must be hidden_size=64",
+        ),
+        (lambda: site.depth(h, h, site(h[:2], hand_over=True)[1]), r"the handover is of a stream of shape \(2, 64\)"),
     ]
     for call, message in cases:
         with pytest.raises(UserError, match=message):

@@ -16,7 +16,7 @@ from megatron_fc.connections.reference import Config
         ({"tanh": "yes"}, "tanh must be true or false"),
         ({"recompute": 1}, "recompute must be true or false"),
         ({"initial_scale": float("nan")}, "initial_scale must be a finite number"),
-        ({"norm_eps": 0.0}, "norm_eps must be greater than 0"),
+        ({"norm_eps": 0.0}, "norm_eps must be at least 1e-30"),
         ({"dynamic": False, "tanh": False}, "tanh=False has no effect on static connections"),
         ({"dynamic": False, "norm_affine": False}, "norm_affine=False has no effect on static connections"),
         ({"norm": "none", "norm_affine": False}, "norm_affine=False has no effect with norm=none"),

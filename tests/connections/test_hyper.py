@@ -76,7 +76,7 @@ def test_parameters_start_anew() -> None:
         ({"norm": "rmsnrm"}, "unknown norm 'rmsnrm': did you mean 'rmsnorm'"),
         ({"tanh": "yes"}, "tanh must be true or false, not 'yes'"),
         ({"initial_scale": float("inf")}, "initial_scale must be a finite number, not inf"),
-        ({"norm_eps": -1.0}, "norm_eps must be greater than 0, not -1.0: use 1e-5"),
+        ({"norm_eps": -1.0}, "norm_eps must be at least 1e-30, not -1.0: use 1e-5"),
         ({"dynamic": False, "norm": "none"}, "norm='none' has no effect on static connections"),
         ({"scale": False, "initial_scale": 1.0}, "initial_scale=1.0 has no effect with scale=false"),
     ],

@@ -20,7 +20,7 @@ from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.kernels.width import width_backward_kernel, width_forward_kernel
 from megatron_fc.connections.norm import NormWeights
-from megatron_fc.connections.operands import Operands, refuse_low_precision
+from megatron_fc.connections.operands import Operands, refuse_double, refuse_low_precision
 from megatron_fc.connections.per_slot import PerSlotParameters
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -184,6 +184,7 @@ def _width_forward(
     h: Tensor, depth: DepthInputs, p: Operands, norm: NormWeights | None, want_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     refuse_low_precision(p)
+    refuse_double(p)
     tokens, n = _tokens(h), p.slots
     x = h.new_empty(*h.shape[:-1], h.shape[-1] // n * p.fractions) if want_x else None
     beta = h.new_empty(tokens, n, dtype=torch.float32)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from laboratory.emulator.driver import Emulator
-from megatron_fc import FracConfig, FracConnection, HyperConfig, UserError
+from megatron_fc import FracConfig, FracConnection, HyperConfig, ManifoldConfig, UserError
 from megatron_fc.connections import ops
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.norm import HandsOutWeights, NormWeights
@@ -393,3 +393,48 @@ def test_launches_of_sites(bias: bool, emulator: Emulator) -> None:
     g = torch.randn(5, width)
     expected = {"width_backward_kernel": 2, "depth_backward_kernel": 1, "reduce_kernel": 2 + bias}
     assert launches(emulator, lambda: torch.autograd.grad(outputs, wanted, [g, g, g])) == expected
+
+
+@pytest.mark.parametrize("config", [FracConfig(rate=4, backend="triton"), ManifoldConfig(backend="triton")])
+def test_strides_of_parameters_do_not_matter(config: FracConfig | ManifoldConfig) -> None:
+    """Somebody may have made them by transposing or slicing."""
+    generator = torch.Generator().manual_seed(2)
+
+    def drawn(size: torch.Size, strided: bool) -> torch.Tensor:
+        values = torch.randn(*size, generator=generator)
+        if not strided:
+            return values
+        every_other = values.new_empty(*size[:-1], 2 * size[-1])[..., ::2]
+        return every_other.copy_(values) if values.dim() == 1 else values.t().contiguous().t()
+
+    def results(strided: bool) -> list[torch.Tensor]:
+        generator.manual_seed(2)
+        site, norm = config.build(64), RMSNorm(64, eps=1e-5)
+        for parameter in (*site.parameters(), norm.weight):
+            parameter.data = drawn(parameter.shape, strided)
+        h = torch.randn(5, site.stream_width, generator=generator).requires_grad_()
+        bias = drawn(torch.Size([64]), strided).requires_grad_()
+        x, handover = site(h, norm, hand_over=True)
+        out = site.depth(x, h, handover, bias)
+        return [x, out, *torch.autograd.grad(out.sum(), [h, bias, norm.weight, *site.parameters()])]
+
+    for one, other in zip(results(False), results(True), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # torch's own products may round otherwise
+
+
+def test_gradients_of_no_tokens_are_zero_and_there() -> None:
+    site, norm, h = FracConnection(64, FracConfig(rate=4, backend="triton")), RMSNorm(64, eps=1e-5), torch.empty(0, 64)
+    site(h.requires_grad_(), norm).sum().backward()
+    for parameter in (norm.weight, site.dynamic_weight):
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+def test_what_kernels_cannot_do_is_refused() -> None:
+    site, h = FracConnection(64, FracConfig(rate=4, backend="triton")), torch.randn(5, 64)
+    with pytest.raises(UserError, match="no forward-mode derivative"):
+        torch.func.jvp(site, (h,), (h,))
+    with pytest.raises(UserError, match=r"the norm's weight has shape \(32,\)"):
+        site(h, RMSNorm(32, eps=1e-5))
+    with pytest.raises(UserError, match=r"static_beta of a connection is torch\.float64, and the kernels"):
+        site.double()(h)
