@@ -197,7 +197,7 @@ LAYERNORM_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["
     ("connection", "form", "options"),
     [
         pytest.param(TRITON, traffic.layer_alone, {}, id="dfc"),
-        pytest.param(TRITON, traffic.layer_pure, LAYERNORM_AGAIN, id="dfc pure"),
+        pytest.param(TRITON, traffic.layer_pure, LAYERNORM_AGAIN, id="dfc pure", marks=pytest.mark.soak),
         pytest.param(replace(TRITON, dynamic=False), traffic.layer_alone, {}, id="sfc"),
         pytest.param(replace(TRITON, dynamic=False), traffic.layer_pure, LAYERNORM_AGAIN, id="sfc pure"),
         pytest.param(WIDE, traffic.layer_alone, {}, id="dhc"),

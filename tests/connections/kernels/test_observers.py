@@ -35,8 +35,8 @@ FEW = tiny.tokens(batch=1)[:, :5]  # one tile of rows
 CONNECTIONS: dict[str, ConnectionConfig] = {
     "torch": FracConfig(rate=4, backend="torch"),
     "triton": FracConfig(rate=4, backend="triton"),
-    "dhc": HyperConfig(slots=4),
-    "mhc": ManifoldConfig(slots=4),
+    "dhc": HyperConfig(slots=4, backend="torch"),
+    "mhc": ManifoldConfig(slots=4, backend="torch"),
 }
 BACKENDS = pytest.mark.parametrize("backend", CONNECTIONS)
 # Sums of fp32 in another order; measured 2e-6, what is looked for here is of order one.

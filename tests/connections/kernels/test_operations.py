@@ -419,7 +419,7 @@ def test_strides_of_parameters_do_not_matter(config: FracConfig | ManifoldConfig
         return [x, out, *torch.autograd.grad(out.sum(), [h, bias, norm.weight, *site.parameters()])]
 
     for one, other in zip(results(False), results(True), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)  # torch's own products may round otherwise
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # torch's own products may round otherwise
 
 
 def test_gradients_of_no_tokens_are_zero_and_there() -> None:
