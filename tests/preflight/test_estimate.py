@@ -1,5 +1,6 @@
 """What planning says of a run, against Megatron itself: its models, optimizer, saved tensors and own counts."""
 
+import gc
 import itertools
 import json
 from dataclasses import replace
@@ -270,6 +271,7 @@ def test_recompute_of_the_stream_spares_what_is_planned(connection: str, layers:
         tiny.loss(model, tiny.tokens(batch=BATCH))  # makes what the torch backend keeps for all calls
         with living() as made:
             loss = tiny.loss(model, tiny.tokens(batch=BATCH))
+        gc.collect()  # what circles hold
         alive.append(made.living_bytes())
         assert loss.requires_grad
         training = Training(recompute=recompute, norms_apart=(True,) * 3, fused_connections=False)

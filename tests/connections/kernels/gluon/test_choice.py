@@ -105,7 +105,6 @@ def test_a_gpu_that_cannot_run_them(
     choice._room.cache_clear()
 
 
-@pytest.mark.slow
 def test_both_kinds_of_kernels_agree(emulator: Emulator, general_kernels: pytest.MonkeyPatch) -> None:
     """Values of a boundary and launches: one forward, two backward."""
     case = make()
