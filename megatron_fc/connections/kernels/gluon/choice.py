@@ -27,7 +27,7 @@ class Main(NamedTuple):
     programs: int
 
 
-class Given(NamedTuple):
+class Call(NamedTuple):
     """What of a call's tensors decides: dtypes of rows and of values, and what is there."""
 
     rows: frozenset[torch.dtype]
@@ -72,24 +72,24 @@ def _main(
     """rows: of d elements per token; values: in fp32, few per token."""
     there = [t for t in rows if t is not None]
     dtypes = [t.dtype for t in (*there, *(norm[1:3] if norm is not None else ())) if t is not None]
-    given = Given(
+    call = Call(
         rows=frozenset(dtypes),
         values=frozenset(t.dtype for t in (*values, *p.parameters) if t is not None),
         all_there=not any(t is None for t in (*rows, *values)),
         aligned=all(t.data_ptr() % 16 == 0 for t in there),
         plain=depth.bias is None and depth.seed is None,
     )
-    return _chosen(direction, site, depth.o is not None, given, there[0].device, triton.__version__)
+    return _chosen(direction, site, depth.o is not None, call, there[0].device, triton.__version__)
 
 
 @functools.cache
 def _chosen(
-    direction: Direction, site: Site, boundary: bool, given: Given, device: torch.device, version: str
+    direction: Direction, site: Site, boundary: bool, call: Call, device: torch.device, version: str
 ) -> Main | None:
     """Which kernel runs is said once for each kind of call."""
     tested = version.startswith(VERIFIED)
     if tested:
-        found = _obstacle(given) or _obstacle_on(device) or planned(direction, site, boundary, _room(device))
+        found = _obstacle(call) or _obstacle_on(device) or planned(direction, site, boundary, _room(device))
     else:
         found = f"the main one was verified with Triton {VERIFIED}*, not with {version}"
     what = f"{'Boundaries' if boundary else 'Width connections'} of d = {site.M * site.C}, m = {site.M}, n = {site.N}"
@@ -101,16 +101,16 @@ def _chosen(
     return None
 
 
-def _obstacle(given: Given) -> str | None:
+def _obstacle(call: Call) -> str | None:
     """What of a call the main kernels do not do."""
     return _first(
         {
-            f"streams in {', '.join(sorted(map(str, given.rows)))}": given.rows
+            f"streams in {', '.join(sorted(map(str, call.rows)))}": call.rows
             not in ({torch.bfloat16}, {torch.float16}),
-            "parameters or coefficients that are not in fp32": bool(given.values - {torch.float32}),
-            "absent inputs or gradients": not given.all_there,
-            "tensors off 16-byte boundaries": not given.aligned,
-            "bias or dropout of an output": not given.plain,
+            "parameters or coefficients that are not in fp32": bool(call.values - {torch.float32}),
+            "absent inputs or gradients": not call.all_there,
+            "tensors off 16-byte boundaries": not call.aligned,
+            "bias or dropout of an output": not call.plain,
         }
     )
 
