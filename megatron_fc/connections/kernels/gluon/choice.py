@@ -3,28 +3,18 @@
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from megatron_fc.connections.kernels.gluon.cuts import Direction, Main, first_of, planned
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands
 
 VERIFIED = "3.6."  # of Triton, whose Gluon is experimental
-_COLUMNS = 64  # of a warp in a chunk
-_REGISTERS = 65536 // 32  # of a processor, by the lanes of a warp
-Direction = Literal["forward", "backward"]
-
-
-class Main(NamedTuple):
-    """A main kernel as it is launched: what it is compiled for, and programs per processor of a GPU."""
-
-    kernel: Any
-    site: Site
-    programs: int
 
 
 class Call(NamedTuple):
@@ -103,7 +93,7 @@ def _chosen(
 
 def _obstacle(call: Call) -> str | None:
     """What of a call the main kernels do not do."""
-    return _first(
+    return first_of(
         {
             f"streams in {', '.join(sorted(map(str, call.rows)))}": call.rows
             not in ({torch.bfloat16}, {torch.float16}),
@@ -115,10 +105,6 @@ def _obstacle(call: Call) -> str | None:
     )
 
 
-def _first(obstacles: dict[str, bool]) -> str | None:
-    return next((f"the main one does not do {what}" for what, is_so in obstacles.items() if is_so), None)
-
-
 def _obstacle_on(device: torch.device) -> str | None:
     if triton.knobs.runtime.interpret:
         return "Triton's interpreter does not run Gluon"
@@ -126,65 +112,6 @@ def _obstacle_on(device: torch.device) -> str | None:
     if target.backend != "cuda" or target.arch < 80:
         return f"the main one is for sm_80 and later, {device} is {target.backend} {target.arch}"
     return None
-
-
-def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main | str:
-    """The main kernel for what the general one would run as `site`, or why there is none.
-
-    room: bytes of shared memory that a program may have.
-    """
-    cut = _cut(site)
-    covered = cut.W * cut.K * cut.CHUNKS
-    chunks = 4 if direction == "forward" else 32 // site.KP  # sums of more columns do not fit into registers
-    obstacle = _first(
-        {
-            f"{site.N} slots with {site.M} fractions": site.N != site.M,
-            f"rate {site.M}": site.M not in (2, 4, 8),
-            "static coefficients": site.TO - site.FROM != 1 + site.M + site.N,
-            "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
-            f"{site.C} columns of a fraction": site.C % 16 != 0 or chunks < cut.CHUNKS or covered > 2 * site.C,
-        }
-    )
-    if obstacle:
-        return obstacle
-    by_memory = (room + 1024) // (shared_bytes(direction, cut, boundary) + 1024)
-    if not by_memory:
-        return f"{site.C} columns of a fraction do not fit into shared memory"
-    by_registers = _REGISTERS // (registers(direction, cut, boundary) * cut.W)
-    return Main(_kernel(direction), cut, min(by_memory, by_registers))
-
-
-def _kernel(direction: Direction) -> Any:
-    """Loads Gluon, which another Triton may not have."""
-    from megatron_fc.connections.kernels.gluon import backward, forward
-
-    return forward.main_forward_kernel if direction == "forward" else backward.main_backward_kernel
-
-
-def _cut(site: Site) -> Site:
-    """The site with the work cut as the main kernels do."""
-    warps = 4 if site.C * (site.KP // 16) <= 512 else 8
-    return site._replace(W=warps, K=_COLUMNS, CHUNKS=-(-site.C // (warps * _COLUMNS)))
-
-
-def registers(direction: Direction, site: Site, boundary: bool) -> int:
-    """Of a thread, as compiled for sm_90, or a few more: weights and sums of every chunk stay there."""
-    if direction == "backward" or site.CHUNKS > 2:
-        return 256
-    if site.CHUNKS == 2:
-        return 256 if boundary else 168
-    return 184 if boundary else 128
-
-
-def shared_bytes(direction: Direction, site: Site, boundary: bool) -> int:
-    """Shared memory of a program, or a little more."""
-    if direction == "forward":
-        tiles, products, matrices = 1 + boundary, 1, 2 * site.R
-    else:
-        tiles, products, matrices = 3 + boundary + (site.SUB_NORM != "none"), 3, 3 * site.R + site.KP
-    rows = (tiles * site.R + site.KP) * site.W * site.K * site.CHUNKS * 2
-    tables = site.W * site.R * (site.KP + products * site.M) * 4
-    return rows + tables + 2 * site.R * matrices * 2 + 1024 * site.W
 
 
 @functools.cache

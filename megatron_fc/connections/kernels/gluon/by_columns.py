@@ -1,0 +1,176 @@
+"""Slots mixed where they lie: a lane has two columns of all rows of a tile, and adds them up in fp32.
+
+Tensor cores would mix slots, too, but want their matrices in two halves and their results brought into order. They take
+the sums over columns, and those over rows that the projection's gradient is. A tile has R = 8 or 16 rows, as many as
+shared memory leaves room for; where tensor cores want 16, a tile of 8 stands there twice.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from megatron_fc.connections.kernels.gluon import layouts
+from megatron_fc.connections.kernels.gluon.rows import inside, places
+
+
+@gluon.jit
+def by_columns(rows, S: gl.constexpr):
+    """[W, ..., 64] as [W, rows, 64]: registers get other names."""
+    ROWS: gl.constexpr = rows.numel // (S.W * S.K)
+    return gl.convert_layout(gl.reshape(rows, [S.W, ROWS, S.K]), layouts.columns(S.W, ROWS))
+
+
+@gluon.jit
+def as_mixed(rows, AXIS: gl.constexpr, OTHER: gl.constexpr, S: gl.constexpr):
+    """Rows of slots or fractions in fp32 as [W, T, a, b, 64], with a new axis of OTHER elements at AXIS."""
+    T: gl.constexpr = S.R // S.N
+    own: gl.constexpr = rows.shape[1] // T
+    shape: gl.constexpr = [T, own, OTHER] if AXIS == 3 else [T, OTHER, own]
+    rows = gl.reshape(rows, [S.W, T, own, S.K])
+    rows = gl.convert_layout(rows, gl.SliceLayout(AXIS, layouts.mixing(S.W, shape)))
+    return gl.expand_dims(rows, AXIS).to(gl.float32)
+
+
+@gluon.jit
+def table_for(memory, S: gl.constexpr):
+    """A table [T, N, COLUMNS] in shared memory as [1, T, N, COLUMNS, 1], the same in all lanes."""
+    T: gl.constexpr = S.R // S.N
+    L: gl.constexpr = layouts.mixing(S.W, [T, S.N, memory.shape[2]])
+    return memory.load(gl.SliceLayout(0, gl.SliceLayout(4, L)))[None, :, :, :, None]
+
+
+@gluon.jit
+def from_slots(table, rows, S: gl.constexpr):
+    """Sum over slots i of table[t, i, k] rows[t, i], [W, T * COLUMNS, 64]."""
+    return by_columns(gl.sum(table * as_mixed(rows, 3, table.shape[3], S), axis=2), S)
+
+
+@gluon.jit
+def to_slots(table, rows, S: gl.constexpr):
+    """Sum over k of table[t, i, k] rows[t, k], [W, R, 64]."""
+    return by_columns(gl.sum(table * as_mixed(rows, 2, S.N, S), axis=3), S)
+
+
+@gluon.jit
+def shared_to_slots(memory, rows, S: gl.constexpr):
+    """As `to_slots` with a table in shared memory, for rows [W, COLUMNS, 64] that all tokens have."""
+    T: gl.constexpr = S.R // S.N
+    L: gl.constexpr = layouts.mixing(S.W, [T, S.N, rows.shape[1]])
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None, :, :].to(gl.float32)
+    return by_columns(gl.sum(table_for(memory, S) * rows, axis=3), S)
+
+
+@gluon.jit
+def over_turns(rows, S: gl.constexpr):
+    """Rows of slots summed to those of fractions, [W, T * M, 64]."""
+    return by_columns(gl.sum(gl.reshape(rows, [S.W, S.R // S.N, S.N // S.M, S.M, S.K]), axis=2), S)
+
+
+@gluon.jit
+def for_turns(rows, S: gl.constexpr):
+    """Rows of fractions for every slot that they belong to, [W, R, 64]."""
+    T: gl.constexpr = S.R // S.N
+    L: gl.constexpr = layouts.mixing(S.W, [T, S.N // S.M, S.M])
+    rows = gl.convert_layout(gl.reshape(rows, [S.W, T, S.M, S.K]), gl.SliceLayout(2, L))
+    return by_columns(gl.expand_dims(rows, 2).broadcast_to([S.W, T, S.N // S.M, S.M, S.K]), S)
+
+
+@gluon.jit
+def per_row(memory, S: gl.constexpr):
+    """Values [R] in shared memory, [1, R, 1]."""
+    return memory.load(gl.SliceLayout(0, gl.SliceLayout(2, layouts.columns(S.W, S.R))))[None, :, None]
+
+
+@gluon.jit
+def two_parts(rows, S: gl.constexpr):
+    """The first and the second half of rows: registers get other names."""
+    half: gl.constexpr = rows.shape[1] // 2
+    first, second = gl.split(gl.permute(gl.reshape(rows, [S.W, 2, half, S.K]), [0, 2, 3, 1]))
+    return by_columns(first, S), by_columns(second, S)
+
+
+@gluon.jit
+def fractions_of(count, S: gl.constexpr):
+    """Rows of sub-layers' inputs and outputs that go with so many rows of slots."""
+    return count // S.N * S.M
+
+
+@gluon.jit
+def load_rows(pointer, n: gl.constexpr, first, count, ROWS: gl.constexpr, S: gl.constexpr):
+    """Chunk n of ROWS rows from `first` on, [W, ROWS, 64]; zero outside."""
+    row, column = places(ROWS, layouts.columns(S.W, ROWS), S)
+    at = first.to(gl.int64) * S.C + (row * S.C + column + n * (S.W * S.K))
+    return gl.load(pointer + at, mask=inside(row, column, n, count - first, S), other=0.0)
+
+
+@gluon.jit
+def store_rows(pointer, rows, n: gl.constexpr, first, count, S: gl.constexpr):
+    """The reverse."""
+    row, column = places(rows.shape[1], layouts.columns(S.W, rows.shape[1]), S)
+    at = first.to(gl.int64) * S.C + (row * S.C + column + n * (S.W * S.K))
+    gl.store(pointer + at, rows, mask=inside(row, column, n, count - first, S))
+
+
+@gluon.jit
+def load_all(pointer, first, count, ROWS: gl.constexpr, S: gl.constexpr):
+    """All chunks of ROWS rows from `first` on, in registers."""
+    CHUNKS: gl.constexpr = S.CHUNKS
+    out = ()
+    for n in gl.static_range(CHUNKS):
+        out = out + (load_rows(pointer, n, first, count, ROWS, S),)
+    return out
+
+
+@gluon.jit
+def weight_of(pointer, n: gl.constexpr, S: gl.constexpr):
+    """Chunk n of a weight [d], [W, M, 64] in its own dtype."""
+    fraction, column = places(S.M, layouts.columns(S.W, S.M), S)
+    mask = inside(fraction, column, n, S.M, S)
+    return gl.load(pointer + fraction * S.C + n * (S.W * S.K) + column, mask=mask, other=0.0)
+
+
+@gluon.jit
+def for_tokens(weight, S: gl.constexpr):
+    """[W, M, 64] for every token, [W, T * M, 64] in fp32, with the one that the norm leaves out."""
+    T: gl.constexpr = S.R // S.N
+    weight = gl.convert_layout(weight, gl.SliceLayout(1, layouts.mixing(S.W, [T, S.M])))
+    weight = by_columns(gl.expand_dims(weight, 1).broadcast_to([S.W, T, S.M, S.K]), S).to(gl.float32)
+    return weight + 1.0 if S.ONE_PLUS else weight
+
+
+@gluon.jit
+def again(memory, AXIS: gl.constexpr, SIZE: gl.constexpr, L: gl.constexpr):
+    """[W, a, b] in shared memory with what it has along AXIS again and again, SIZE in all, in a layout L."""
+    own: gl.constexpr = memory.shape[AXIS]
+    shape: gl.constexpr = [memory.shape[0], SIZE if AXIS == 1 else memory.shape[1], SIZE if AXIS == 2 else memory.shape[2]]
+    parts: gl.constexpr = shape[:AXIS] + [SIZE // own, own] + shape[AXIS + 1 :]
+    whole = gl.reshape(gl.zeros(shape, memory.dtype, L), parts)
+    values = gl.expand_dims(memory.load(gl.SliceLayout(AXIS, whole.type.layout)), AXIS)
+    return gl.convert_layout(gl.reshape(values.broadcast_to(parts), shape), L)
+
+
+@gluon.jit
+def rows_of(memory, S: gl.constexpr):
+    """Rows of a chunk as left operand of a product over columns, [W, 16, 64]."""
+    if memory.shape[1] == 16:
+        rows = memory.load(layouts.left(S.W))
+    else:
+        rows = again(memory, 1, 16, layouts.left(S.W))
+    return rows
+
+
+@gluon.jit
+def columns_of(memory, S: gl.constexpr):
+    """Rows of a chunk as right operand of a product over columns, [W, 64, rows], at least 8."""
+    return memory.permute([0, 2, 1]).load(layouts.right(S.W))
+
+
+@gluon.jit
+def in_token(matrix, COLUMNS: gl.constexpr, OWN: gl.constexpr, S: gl.constexpr):
+    """Of products of rows [W, 16, columns], those within a token, which has OWN of COLUMNS columns: [W, 16, OWN].
+
+    Rows of a tile of 8 and columns behind COLUMNS stand there again.
+    """
+    r, k = gl.arange(0, 16) % S.R, gl.arange(0, matrix.shape[2])
+    own = ((r // S.N)[None, :, None] == (k // OWN)[None, None, :]) & (k < COLUMNS)[None, None, :]
+    matrix = gl.where(own, matrix, 0.0)
+    return gl.sum(gl.reshape(matrix, [S.W, 16, matrix.shape[2] // OWN, OWN]), axis=2)
