@@ -20,17 +20,6 @@ def by_columns(rows, S: gl.constexpr):
 
 
 @gluon.jit
-def as_mixed(rows, AXIS: gl.constexpr, OTHER: gl.constexpr, S: gl.constexpr):
-    """Rows of slots or fractions in fp32 as [W, T, a, b, 64], with a new axis of OTHER elements at AXIS."""
-    T: gl.constexpr = S.R // S.N
-    own: gl.constexpr = rows.shape[1] // T
-    shape: gl.constexpr = [T, own, OTHER] if AXIS == 3 else [T, OTHER, own]
-    rows = gl.reshape(rows, [S.W, T, own, S.K])
-    rows = gl.convert_layout(rows, gl.SliceLayout(AXIS, layouts.mixing(S.W, shape)))
-    return gl.expand_dims(rows, AXIS).to(gl.float32)
-
-
-@gluon.jit
 def table_for(memory, S: gl.constexpr):
     """A table [T, N, COLUMNS] in shared memory as [1, T, N, COLUMNS, 1], the same in all lanes."""
     T: gl.constexpr = S.R // S.N
@@ -40,23 +29,53 @@ def table_for(memory, S: gl.constexpr):
 
 @gluon.jit
 def from_slots(table, rows, S: gl.constexpr):
-    """Sum over slots i of table[t, i, k] rows[t, i], [W, T * COLUMNS, 64]."""
-    return by_columns(gl.sum(table * as_mixed(rows, 3, table.shape[3], S), axis=2), S)
-
-
-@gluon.jit
-def to_slots(table, rows, S: gl.constexpr):
-    """Sum over k of table[t, i, k] rows[t, k], [W, R, 64]."""
-    return by_columns(gl.sum(table * as_mixed(rows, 2, S.N, S), axis=3), S)
-
-
-@gluon.jit
-def shared_to_slots(memory, rows, S: gl.constexpr):
-    """As `to_slots` with a table in shared memory, for rows [W, COLUMNS, 64] that all tokens have."""
+    """Sum over slots i of table[t, i, k] rows[t, i], [W, T * COLUMNS, 64], for rows of slots."""
     T: gl.constexpr = S.R // S.N
-    L: gl.constexpr = layouts.mixing(S.W, [T, S.N, rows.shape[1]])
-    rows = gl.convert_layout(rows, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None, :, :].to(gl.float32)
-    return by_columns(gl.sum(table_for(memory, S) * rows, axis=3), S)
+    L: gl.constexpr = layouts.mixing(S.W, [T, S.N, table.shape[3]])
+    rows = gl.convert_layout(gl.reshape(rows, [S.W, T, S.N, S.K]), gl.SliceLayout(3, L))
+    return by_columns(gl.sum(table * gl.expand_dims(rows, 3).to(gl.float32), axis=2), S)
+
+
+@gluon.jit
+def each(rows, COUNT: gl.constexpr, S: gl.constexpr):
+    """Rows [W, T * COUNT, 64] by what a token has COUNT of, for all its slots: COUNT times [W, T or 1, 1, 64]."""
+    T: gl.constexpr = rows.shape[1] // COUNT
+    L: gl.constexpr = gl.SliceLayout(2, layouts.mixing(S.W, [S.R // S.N, S.N]))
+    if COUNT == 1:
+        row = gl.convert_layout(gl.reshape(rows, [S.W, T, S.K]), L)
+        out = (gl.expand_dims(row, 2).to(gl.float32),)
+    else:
+        parts = gl.reshape(rows, [S.W, T, 2, COUNT // 2, S.K])
+        first, second = gl.split(gl.permute(parts, [0, 1, 3, 4, 2]))
+        first = gl.reshape(first, [S.W, T * (COUNT // 2), S.K])
+        second = gl.reshape(second, [S.W, T * (COUNT // 2), S.K])
+        out = each(first, COUNT // 2, S) + each(second, COUNT // 2, S)
+    return out
+
+
+@gluon.jit
+def of_slots(memory, k: gl.constexpr, S: gl.constexpr):
+    """Row k of a table [columns, R] in shared memory, [1, T, N, 1], the same in all lanes."""
+    T: gl.constexpr = S.R // S.N
+    row = memory.slice(k, 1, dim=0).load(layouts.row_everywhere(S.W, S.R))
+    L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, layouts.mixing(S.W, [T, S.N])))
+    return gl.convert_layout(gl.reshape(row, [T, S.N]), L)[None, :, :, None]
+
+
+@gluon.jit
+def rounded(values, dtype: gl.constexpr):
+    """fp32 in 16 bits, two neighbours at once. The compiler takes one at a time where it needs them again, and that at
+    an eighth of the rate.
+    """
+    if dtype == gl.bfloat16:
+        out = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        out = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [values], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return out
 
 
 @gluon.jit
@@ -78,14 +97,6 @@ def for_turns(rows, S: gl.constexpr):
 def per_row(memory, S: gl.constexpr):
     """Values [R] in shared memory, [1, R, 1]."""
     return memory.load(gl.SliceLayout(0, gl.SliceLayout(2, layouts.columns(S.W, S.R))))[None, :, None]
-
-
-@gluon.jit
-def two_parts(rows, S: gl.constexpr):
-    """The first and the second half of rows: registers get other names."""
-    half: gl.constexpr = rows.shape[1] // 2
-    first, second = gl.split(gl.permute(gl.reshape(rows, [S.W, 2, half, S.K]), [0, 2, 3, 1]))
-    return by_columns(first, S), by_columns(second, S)
 
 
 @gluon.jit

@@ -132,6 +132,12 @@ def everywhere(W, R):
 
 
 @gluon.constexpr_function
+def row_everywhere(W, R):
+    """[1, R] in the same way."""
+    return gl.DistributedLinearLayout([[0, 1 << b] for b in range(log2(R))], [[0, 0]] * 5, [[0, 0]] * log2(W), [], [1, R])
+
+
+@gluon.constexpr_function
 def rows_in_memory():
     """Of chunks in shared memory: no bank is asked twice by a matrix load, as rows lie or transposed."""
     return gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0])

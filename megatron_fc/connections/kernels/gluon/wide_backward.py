@@ -13,20 +13,20 @@ from megatron_fc.connections.kernels.gluon.by_columns import (
     again,
     by_columns,
     columns_of,
+    each,
     for_tokens,
     for_turns,
     fractions_of,
     from_slots,
     in_token,
     load_all,
+    of_slots,
     over_turns,
     per_row,
+    rounded,
     rows_of,
-    shared_to_slots,
     store_rows,
     table_for,
-    to_slots,
-    two_parts,
     weight_of,
 )
 from megatron_fc.connections.kernels.gluon.gradients import coefficient_gradients, no_table_sums, store_table_sums
@@ -37,7 +37,7 @@ from megatron_fc.connections.kernels.gluon.rows import (
     keep_projection,
     row_of_projection,
 )
-from megatron_fc.connections.kernels.gluon.tables import static_coefficients, total_of_warps, two_halves
+from megatron_fc.connections.kernels.gluon.tables import beside, static_coefficients, total_of_warps, two_halves
 
 
 @gluon.jit
@@ -79,7 +79,7 @@ def table_gradients(z_s, products, d_beta_s, tables, fixed, sums, S: gl.constexp
 
     products: of rows of h with those of h, of u = g_x times the sub-layer norm's weight, and of g_mixed, by warp.
     """
-    into_x_s, alpha_s, along_s, slope_s, dz_s, Z_s = tables
+    to_h_s, into_x_s, along_s, Z_s = tables
     gram = total_of_warps(products[0].slice(0, S.R, dim=1), 0, S.N, S)
     with_u = total_of_warps(products[1].slice(0, S.R, dim=1), 0, S.M, S)
     d_alpha = total_of_warps(products[2].slice(0, S.R, dim=1), 0, S.N, S)
@@ -87,23 +87,32 @@ def table_gradients(z_s, products, d_beta_s, tables, fixed, sums, S: gl.constexp
     found, sums = coefficient_gradients(z_s, gram, with_u, d_alpha, d_beta_s, fixed, sums, S)
     into_x, alpha, along, slope, dz, _ = found
     into_x_s.reshape([S.R, S.M]).store(into_x)
-    alpha_s.reshape([S.R, S.N]).store(alpha)
     along_s.store(along)
-    slope_s.store(slope)
-    store_z(dz_s, Z_s, dz[0], S.N, S)
-    store_z(dz_s, Z_s, dz[1], 0, S)
-    store_z(dz_s, Z_s, dz[2], S.M + S.N, S)
+    store_columns(to_h_s, alpha, 0)
+    store_columns(to_h_s, into_x, S.N)
+    store_columns(to_h_s, beside(-slope, 1, S), S.N + S.M)
+    store_columns(to_h_s, dz[1], 8)
+    store_columns(to_h_s, dz[0], 8 + S.N)
+    store_columns(to_h_s, dz[2], 8 + S.N + S.M)
+    store_z(Z_s, dz[1], 0, S)
+    store_z(Z_s, dz[0], S.N, S)
+    store_z(Z_s, dz[2], S.N + S.M, S)
     return sums
 
 
 @gluon.jit
-def store_z(dz_s, Z_s, values, FIRST: gl.constexpr, S: gl.constexpr):
-    """Columns of the gradient of z: in fp32, and in two halves as right operand of a product over rows.
+def store_columns(memory, values, FIRST: gl.constexpr):
+    """Columns of a table as rows of [16, R]."""
+    memory.slice(FIRST, values.shape[1], dim=0).permute([1, 0]).store(values)
+
+
+@gluon.jit
+def store_z(Z_s, values, FIRST: gl.constexpr, S: gl.constexpr):
+    """Columns of the gradient of z in two halves, as right operand of a product over rows.
 
     Rows of a tile of 8 stand there twice, once for each half.
     """
     COUNT: gl.constexpr = values.shape[1]
-    dz_s.reshape([S.R, S.KP]).slice(FIRST, COUNT, dim=1).store(values)
     high, low = two_halves(values, Z_s.dtype)
     Z_s.slice(0, S.R, dim=0).slice(FIRST, COUNT, dim=1).store(high)
     Z_s.slice(S.R, S.R, dim=0).slice(FIRST, COUNT, dim=1).store(low)
@@ -124,18 +133,9 @@ def over_rows(memory, Z_s, total, S: gl.constexpr):
 
 
 @gluon.jit
-def by_projection(dz_s, memory, S: gl.constexpr):
-    """Chunk of the gradient of h that comes by the projection, [W, R, 64]; what pads the projection is left out."""
-    low, high = two_parts(memory.load(layouts.columns(S.W, 8)), S)
-    g = shared_to_slots(dz_s.slice(0, 4, dim=2), low, S)
-    if S.M + S.N > 4:
-        third, _ = two_parts(high, S)
-        g += shared_to_slots(dz_s.slice(4, 2, dim=2), third, S)
-    elif S.M + S.N == 4:
-        third, _ = two_parts(high, S)
-        fifth, _ = two_parts(third, S)
-        g += shared_to_slots(dz_s.slice(4, 1, dim=2), fifth, S)
-    return g
+def pairs(rows, S: gl.constexpr):
+    """[W, R, 64] with the two columns of a lane added, [W, R, 32]."""
+    return gl.sum(gl.reshape(rows, [S.W, S.R, 32, 2]), axis=3)
 
 
 @gluon.jit
@@ -176,10 +176,9 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
     with_u_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.M], layouts.plain(3))
     with_mixed_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.N], layouts.plain(3))
     into_x_s = gl.allocate_shared_memory(gl.float32, [T, S.N, S.M], layouts.plain(3))
-    alpha_s = gl.allocate_shared_memory(gl.float32, [T, S.N, S.N], layouts.plain(3))
     along_s = gl.allocate_shared_memory(gl.float32, [T, 1, 1], layouts.plain(3))
-    slope_s = gl.allocate_shared_memory(gl.float32, [S.R], layouts.plain(1))
-    dz_s = gl.allocate_shared_memory(gl.float32, [T, S.N, S.KP], layouts.plain(3))
+    # What rows are multiplied by to give the gradient of h: g_mixed, u, h itself; the projection.
+    to_h_s = gl.allocate_shared_memory(gl.float32, [16, S.R], layouts.plain(2))
     Z_s = gl.allocate_shared_memory(dtype, [2 * S.R, S.KP], layouts.plain(2))
     if pre.o is not None:
         beta_s = gl.allocate_shared_memory(gl.float32, [S.R], layouts.plain(1))
@@ -221,11 +220,11 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
             copy_values(beta_s, pre.beta, first, count, S.R, S)
             async_copy.commit_group()
         products = (gram_s, with_u_s, with_mixed_s)
-        tables = (into_x_s, alpha_s, along_s, slope_s, dz_s, Z_s)
+        tables = (to_h_s, into_x_s, along_s, Z_s)
         sums = table_gradients(z_s, products, d_beta_s, tables, fixed, sums, S)
         if pre.o is not None:
             async_copy.wait_group(0)
-            d_pre_beta = gl.zeros([S.W, S.R, S.K], gl.float32, COLUMNS)
+            d_pre_beta = pairs(gl.zeros([S.W, S.R, S.K], gl.float32, COLUMNS), S)
         copy_values(d_beta_s, g_beta, following, count, S.R, S)
         new_projection = ()
         new_weight = ()
@@ -233,29 +232,35 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
             new_projection = new_projection + (over_rows(h_s.index(n), Z_s, d_projection[n], S),)
             rows = h_s.index(n).load(COLUMNS).to(gl.float32)
             u = x_s.index(n).load(INPUTS).to(gl.float32)
-            into_x = table_for(into_x_s, S)
             if S.SUB_NORM != "none":
-                normed = from_slots(into_x, rows, S)
+                normed = from_slots(table_for(into_x_s, S), rows, S)
                 by_token = gl.reshape(u * normed, [S.W, T, S.M, S.K])
                 new_weight = new_weight + (d_weight[n] + by_columns(gl.sum(by_token, axis=1), S),)
                 weight = weight_s.index(n).load(layouts.columns(S.W, S.M))
                 u = u * for_tokens(weight, S) - along_rows(along_s, S) * normed
-            g = to_slots(into_x, u, S)
-            g += to_slots(table_for(alpha_s, S), m_s.index(n).load(COLUMNS), S)
+            g = gl.zeros([S.W, T, S.N, S.K], gl.float32, layouts.mixing(S.W, [T, S.N]))
+            mixed = each(m_s.index(n).load(COLUMNS), S.N, S)
+            for k in gl.static_range(S.N):
+                g += of_slots(to_h_s, k, S) * mixed[k]
+            u = each(u, S.M, S)
+            for k in gl.static_range(S.M):
+                g += of_slots(to_h_s, S.N + k, S) * u[k]
             if S.NORM == "rmsnorm":
-                g -= per_row(slope_s, S) * rows
+                g += of_slots(to_h_s, S.N + S.M, S) * gl.convert_layout(gl.reshape(rows, g.shape), g.type.layout)
             # These rows are done with: ask for those of the next tile.
             copy_chunk(h_s.index(n), h, n, following, count, S)
             copy_chunk(m_s.index(n), g_mixed, n, following, count, S)
             copy_chunk(x_s.index(n), g_x, n, fractions_of(following, S), fractions_of(count, S), S)
-            g += by_projection(dz_s, w_s.index(n), S)
-            g = g.to(dtype)
+            projection = each(w_s.index(n).load(layouts.columns(S.W, S.KP)), S.KP, S)
+            for k in gl.static_range(1 + S.M + S.N):
+                g += of_slots(to_h_s, 8 + k, S) * projection[k]
+            g = rounded(by_columns(g, S), dtype)
             store_rows(g_h, g, n, first, count, S)
             if pre.o is not None:
                 g = g.to(gl.float32)
-                d_pre_beta += g * for_turns(o[n], S).to(gl.float32)
+                d_pre_beta += pairs(g * for_turns(o[n], S).to(gl.float32), S)
                 g_o = over_turns(per_row(beta_s, S) * g, S)
-                store_rows(pre.g_o, g_o.to(dtype), n, fractions_of(first, S), fractions_of(count, S), S)
+                store_rows(pre.g_o, rounded(g_o, dtype), n, fractions_of(first, S), fractions_of(count, S), S)
         async_copy.commit_group()
         d_projection = new_projection
         if S.SUB_NORM != "none":

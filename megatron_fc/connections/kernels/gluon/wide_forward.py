@@ -10,7 +10,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from megatron_fc.connections.kernels.gluon import layouts
 from megatron_fc.connections.kernels.gluon.by_columns import (
-    by_columns,
     columns_of,
     for_tokens,
     for_turns,
@@ -19,6 +18,7 @@ from megatron_fc.connections.kernels.gluon.by_columns import (
     in_token,
     load_all,
     per_row,
+    rounded,
     rows_of,
     store_rows,
     table_for,
@@ -94,7 +94,7 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
                 table = table_for(alpha_s.reshape([T, S.N, S.N]), S)
                 made = from_slots(table, h_s.index(n).load(COLUMNS), S)
                 made += per_row(beta_s, S) * for_turns(o[n], S).to(gl.float32)
-                made = made.to(dtype)
+                made = rounded(made, dtype)
                 store_rows(h, made, n, first, count, S)
                 h_s.index(n).store(made)
         z = gl.zeros([S.W, 16, S.KP], gl.float32, PRODUCTS)
@@ -116,7 +116,7 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
                 out *= for_tokens(weight[n], S)
             # These rows are done with: ask for those of the next tile.
             copy_chunk(h_s.index(n), stream, n, following, count, S)
-            store_rows(x, by_columns(out.to(dtype), S), n, fractions_of(first, S), fractions_of(count, S), S)
+            store_rows(x, rounded(out, dtype), n, fractions_of(first, S), fractions_of(count, S), S)
         async_copy.commit_group()
         first = following
     async_copy.wait_group(0)
