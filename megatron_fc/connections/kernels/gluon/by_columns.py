@@ -13,6 +13,18 @@ from megatron_fc.connections.kernels.gluon.rows import inside, places
 
 
 @gluon.jit
+def chunks(dtype: gl.constexpr, ROWS: gl.constexpr, S: gl.constexpr):
+    """Shared memory for all chunks of ROWS rows, each by itself: the compiler lets all warps wait for each other where
+    one reads what another might be writing, and does not know that they own their columns.
+    """
+    CHUNKS: gl.constexpr = S.CHUNKS
+    out = ()
+    for _ in gl.static_range(CHUNKS):
+        out = out + (gl.allocate_shared_memory(dtype, [S.W, ROWS, S.K], layouts.rows_in_memory()),)
+    return out
+
+
+@gluon.jit
 def by_columns(rows, S: gl.constexpr):
     """[W, ..., 64] as [W, rows, 64]: registers get other names."""
     ROWS: gl.constexpr = rows.numel // (S.W * S.K)

@@ -66,7 +66,7 @@ def mixing(W, shape):
 def tables(shape, lanes, warps, W):
     """A layout of `shape`. `lanes`, `warps`: (axis, first bit, bits) of indices, given out in order to lanes and warps.
 
-    What finds no lane or warp is in registers; what is left of lanes or warps holds copies.
+    What finds no lane or warp is in registers; what is left of lanes or warps, and those of axis -1, hold copies.
     """
     rank = len(shape)
 
@@ -89,10 +89,17 @@ def tables(shape, lanes, warps, W):
 
 
 @gluon.constexpr_function
+def of_columns(axis, N, columns):
+    """Lanes for the columns of a table along an axis: N, of which some hold copies, so that slots always come next."""
+    n, k = log2(N), log2(columns)
+    return [(axis, 0, min(n, k)), (-1, 0, max(0, n - k))]
+
+
+@gluon.constexpr_function
 def over_warps(N, W, R, columns):
     """[W, R, columns]: tables of all warps, read by one warp per token (or few); the sum over W is in registers."""
     n, t = log2(N), log2(R) - log2(N)
-    return tables([W, R, columns], [(2, 0, min(n, log2(columns))), (1, 0, n)], [(1, n, t)], W)
+    return tables([W, R, columns], [*of_columns(2, N, columns), (1, 0, n)], [(1, n, t)], W)
 
 
 @gluon.constexpr_function
@@ -105,17 +112,18 @@ def table(N, W, R, columns):
 def by_token(N, W, R, columns):
     """[R / N, N, columns]: a table with an axis for tokens."""
     n = log2(N)
-    return tables([R // N, N, columns], [(2, 0, log2(columns)), (1, 0, n)], [(0, 0, log2(R) - n)], W)
+    return tables([R // N, N, columns], [*of_columns(2, N, columns), (1, 0, n)], [(0, 0, log2(R) - n)], W)
 
 
 @gluon.constexpr_function
 def summed(N, W, R, columns, axis):
-    """[R / N, N, N, columns] with `axis`, over which a product of tables sums, in registers; [R / N, N, columns, N]
-    where that is the last one."""
-    n, k = log2(N), log2(columns)
-    shape = [R // N, N, N, columns] if axis == 2 else [R // N, N, N, N]
-    other = (3, 0, k) if axis == 2 else (2, 0, n)
-    return tables(shape, [other, (1, 0, n)], [(0, 0, log2(R) - n)], W)
+    """[R / N, N, N, columns] with `axis`, over which a product of tables sums, in registers; [R / N, N, N, N] where
+    that is the last one.
+    """
+    n = log2(N)
+    last = columns if axis == 2 else N
+    shape = [R // N, N, N, last]
+    return tables(shape, [*of_columns(5 - axis, N, last), (1, 0, n)], [(0, 0, log2(R) - n)], W)
 
 
 @gluon.constexpr_function

@@ -12,6 +12,7 @@ from megatron_fc.connections.kernels.gluon import layouts
 from megatron_fc.connections.kernels.gluon.by_columns import (
     again,
     by_columns,
+    chunks,
     columns_of,
     each,
     for_tokens,
@@ -165,9 +166,7 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
     COLUMNS: gl.constexpr = layouts.columns(S.W, S.R)
     INPUTS: gl.constexpr = layouts.columns(S.W, T * S.M)
     ROWS: gl.constexpr = layouts.rows_in_memory()
-    h_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.R, S.K], ROWS)
-    m_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.R, S.K], ROWS)
-    x_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, T * S.M, S.K], ROWS)
+    h_s, m_s, x_s = chunks(dtype, S.R, S), chunks(dtype, S.R, S), chunks(dtype, T * S.M, S)
     w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.KP, S.K], ROWS)
     weight_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.M, S.K], layouts.plain(3))
     d_beta_s = gl.allocate_shared_memory(gl.float32, [S.R], layouts.plain(1))
@@ -186,9 +185,9 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
     first = gl.program_id(0) * S.R
     copy_values(d_beta_s, g_beta, first, count, S.R, S)
     for n in gl.static_range(CHUNKS):
-        copy_chunk(h_s.index(n), h, n, first, count, S)
-        copy_chunk(m_s.index(n), g_mixed, n, first, count, S)
-        copy_chunk(x_s.index(n), g_x, n, fractions_of(first, S), fractions_of(count, S), S)
+        copy_chunk(h_s[n], h, n, first, count, S)
+        copy_chunk(m_s[n], g_mixed, n, first, count, S)
+        copy_chunk(x_s[n], g_x, n, fractions_of(first, S), fractions_of(count, S), S)
     async_copy.commit_group()
     keep_projection(w_s, p, S)
     if S.SUB_NORM != "none":
@@ -206,11 +205,11 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
         with_mixed = gram
         with_u = gl.zeros([S.W, 16, max(8, T * S.M)], gl.float32, PRODUCTS)
         for n in gl.static_range(CHUNKS):
-            rows = rows_of(h_s.index(n), S)
+            rows = rows_of(h_s[n], S)
             z = mma_v2(rows, columns_of(w_s.index(n), S), z)
-            gram = mma_v2(rows, columns_of(h_s.index(n), S), gram)
-            with_mixed = mma_v2(rows, columns_of(m_s.index(n), S), with_mixed)
-            with_u = mma_v2(rows, inputs_of(x_s.index(n), weight_s.index(n), S), with_u)
+            gram = mma_v2(rows, columns_of(h_s[n], S), gram)
+            with_mixed = mma_v2(rows, columns_of(m_s[n], S), with_mixed)
+            with_u = mma_v2(rows, inputs_of(x_s[n], weight_s.index(n), S), with_u)
         z_s.store(z)
         gram_s.store(in_token(gram, S.R, S.N, S))
         with_mixed_s.store(in_token(with_mixed, S.R, S.N, S))
@@ -229,9 +228,9 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
         new_projection = ()
         new_weight = ()
         for n in gl.static_range(CHUNKS):
-            new_projection = new_projection + (over_rows(h_s.index(n), Z_s, d_projection[n], S),)
-            rows = h_s.index(n).load(COLUMNS).to(gl.float32)
-            u = x_s.index(n).load(INPUTS).to(gl.float32)
+            new_projection = new_projection + (over_rows(h_s[n], Z_s, d_projection[n], S),)
+            rows = h_s[n].load(COLUMNS).to(gl.float32)
+            u = x_s[n].load(INPUTS).to(gl.float32)
             if S.SUB_NORM != "none":
                 normed = from_slots(table_for(into_x_s, S), rows, S)
                 by_token = gl.reshape(u * normed, [S.W, T, S.M, S.K])
@@ -239,7 +238,7 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
                 weight = weight_s.index(n).load(layouts.columns(S.W, S.M))
                 u = u * for_tokens(weight, S) - along_rows(along_s, S) * normed
             g = gl.zeros([S.W, T, S.N, S.K], gl.float32, layouts.mixing(S.W, [T, S.N]))
-            mixed = each(m_s.index(n).load(COLUMNS), S.N, S)
+            mixed = each(m_s[n].load(COLUMNS), S.N, S)
             for k in gl.static_range(S.N):
                 g += of_slots(to_h_s, k, S) * mixed[k]
             u = each(u, S.M, S)
@@ -248,16 +247,15 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
             if S.NORM == "rmsnorm":
                 g += of_slots(to_h_s, S.N + S.M, S) * gl.convert_layout(gl.reshape(rows, g.shape), g.type.layout)
             # These rows are done with: ask for those of the next tile.
-            copy_chunk(h_s.index(n), h, n, following, count, S)
-            copy_chunk(m_s.index(n), g_mixed, n, following, count, S)
-            copy_chunk(x_s.index(n), g_x, n, fractions_of(following, S), fractions_of(count, S), S)
+            copy_chunk(h_s[n], h, n, following, count, S)
+            copy_chunk(m_s[n], g_mixed, n, following, count, S)
+            copy_chunk(x_s[n], g_x, n, fractions_of(following, S), fractions_of(count, S), S)
             projection = each(w_s.index(n).load(layouts.columns(S.W, S.KP)), S.KP, S)
             for k in gl.static_range(1 + S.M + S.N):
                 g += of_slots(to_h_s, 8 + k, S) * projection[k]
-            g = rounded(by_columns(g, S), dtype)
-            store_rows(g_h, g, n, first, count, S)
+            g = by_columns(g, S)
+            store_rows(g_h, rounded(g, dtype), n, first, count, S)
             if pre.o is not None:
-                g = g.to(gl.float32)
                 d_pre_beta += pairs(g * for_turns(o[n], S).to(gl.float32), S)
                 g_o = over_turns(per_row(beta_s, S) * g, S)
                 store_rows(pre.g_o, rounded(g_o, dtype), n, fractions_of(first, S), fractions_of(count, S), S)

@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from megatron_fc.connections.kernels.gluon import layouts
 from megatron_fc.connections.kernels.gluon.by_columns import (
+    chunks,
     columns_of,
     for_tokens,
     for_turns,
@@ -62,7 +63,7 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
     PRODUCTS: gl.constexpr = layouts.products(S.W)
     COLUMNS: gl.constexpr = layouts.columns(S.W, S.R)
     ROWS: gl.constexpr = layouts.rows_in_memory()
-    h_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.R, S.K], ROWS)
+    h_s = chunks(dtype, S.R, S)
     w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.KP, S.K], ROWS)
     z_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.KP], layouts.plain(3))
     gram_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.N], layouts.plain(3))
@@ -77,7 +78,7 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
         copy_values(beta_s, pre.beta, first, count, S.R, S)
         copy_values(alpha_s, pre.alpha, first * S.N, count * S.N, S.R * S.N, S)
     for n in gl.static_range(CHUNKS):
-        copy_chunk(h_s.index(n), stream, n, first, count, S)
+        copy_chunk(h_s[n], stream, n, first, count, S)
     async_copy.commit_group()
     keep_projection(w_s, p, S)
     weight = ()
@@ -92,17 +93,17 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
         if pre.o is not None:
             for n in gl.static_range(CHUNKS):
                 table = table_for(alpha_s.reshape([T, S.N, S.N]), S)
-                made = from_slots(table, h_s.index(n).load(COLUMNS), S)
+                made = from_slots(table, h_s[n].load(COLUMNS), S)
                 made += per_row(beta_s, S) * for_turns(o[n], S).to(gl.float32)
                 made = rounded(made, dtype)
                 store_rows(h, made, n, first, count, S)
-                h_s.index(n).store(made)
+                h_s[n].store(made)
         z = gl.zeros([S.W, 16, S.KP], gl.float32, PRODUCTS)
         gram = gl.zeros([S.W, 16, S.R], gl.float32, PRODUCTS)
         for n in gl.static_range(CHUNKS):
-            rows = rows_of(h_s.index(n), S)
+            rows = rows_of(h_s[n], S)
             z = mma_v2(rows, columns_of(w_s.index(n), S), z)
-            gram = mma_v2(rows, columns_of(h_s.index(n), S), gram)
+            gram = mma_v2(rows, columns_of(h_s[n], S), gram)
         z_s.store(z)
         gram_s.store(in_token(gram, S.R, S.N, S))
         if pre.o is not None:
@@ -111,11 +112,11 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
             copy_values(alpha_s, pre.alpha, following * S.N, count * S.N, S.R * S.N, S)
         store_coefficients(z_s, gram_s, gamma_s, fixed, beta, alpha, first, count, S)
         for n in gl.static_range(CHUNKS):
-            out = from_slots(table_for(gamma_s, S), h_s.index(n).load(COLUMNS), S)
+            out = from_slots(table_for(gamma_s, S), h_s[n].load(COLUMNS), S)
             if S.SUB_NORM != "none":
                 out *= for_tokens(weight[n], S)
             # These rows are done with: ask for those of the next tile.
-            copy_chunk(h_s.index(n), stream, n, following, count, S)
+            copy_chunk(h_s[n], stream, n, following, count, S)
             store_rows(x, rounded(out, dtype), n, fractions_of(first, S), fractions_of(count, S), S)
         async_copy.commit_group()
         first = following
