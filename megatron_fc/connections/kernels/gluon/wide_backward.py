@@ -228,7 +228,6 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
         new_projection = ()
         new_weight = ()
         for n in gl.static_range(CHUNKS):
-            new_projection = new_projection + (over_rows(h_s[n], Z_s, d_projection[n], S),)
             rows = h_s[n].load(COLUMNS).to(gl.float32)
             u = x_s[n].load(INPUTS).to(gl.float32)
             if S.SUB_NORM != "none":
@@ -246,10 +245,6 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
                 g += of_slots(to_h_s, S.N + k, S) * u[k]
             if S.NORM == "rmsnorm":
                 g += of_slots(to_h_s, S.N + S.M, S) * gl.convert_layout(gl.reshape(rows, g.shape), g.type.layout)
-            # These rows are done with: ask for those of the next tile.
-            copy_chunk(h_s[n], h, n, following, count, S)
-            copy_chunk(m_s[n], g_mixed, n, following, count, S)
-            copy_chunk(x_s[n], g_x, n, fractions_of(following, S), fractions_of(count, S), S)
             projection = each(w_s.index(n).load(layouts.columns(S.W, S.KP)), S.KP, S)
             for k in gl.static_range(1 + S.M + S.N):
                 g += of_slots(to_h_s, 8 + k, S) * projection[k]
@@ -259,6 +254,11 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
                 d_pre_beta += pairs(g * for_turns(o[n], S).to(gl.float32), S)
                 g_o = over_turns(per_row(beta_s, S) * g, S)
                 store_rows(pre.g_o, rounded(g_o, dtype), n, fractions_of(first, S), fractions_of(count, S), S)
+            new_projection = new_projection + (over_rows(h_s[n], Z_s, d_projection[n], S),)
+            # These rows are done with: ask for those of the next tile.
+            copy_chunk(h_s[n], h, n, following, count, S)
+            copy_chunk(m_s[n], g_mixed, n, following, count, S)
+            copy_chunk(x_s[n], g_x, n, fractions_of(following, S), fractions_of(count, S), S)
         async_copy.commit_group()
         d_projection = new_projection
         if S.SUB_NORM != "none":
