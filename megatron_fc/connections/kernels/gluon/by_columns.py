@@ -45,7 +45,7 @@ def from_slots(table, rows, S: gl.constexpr):
     T: gl.constexpr = S.R // S.N
     L: gl.constexpr = layouts.mixing(S.W, [T, S.N, table.shape[3]])
     rows = gl.convert_layout(gl.reshape(rows, [S.W, T, S.N, S.K]), gl.SliceLayout(3, L))
-    return by_columns(gl.sum(table * gl.expand_dims(rows, 3).to(gl.float32), axis=2), S)
+    return by_columns(gl.sum(table * gl.expand_dims(rows, 3), axis=2), S)
 
 
 @gluon.jit
@@ -55,7 +55,7 @@ def each(rows, COUNT: gl.constexpr, S: gl.constexpr):
     L: gl.constexpr = gl.SliceLayout(2, layouts.mixing(S.W, [S.R // S.N, S.N]))
     if COUNT == 1:
         row = gl.convert_layout(gl.reshape(rows, [S.W, T, S.K]), L)
-        out = (gl.expand_dims(row, 2).to(gl.float32),)
+        out = (gl.expand_dims(row, 2),)
     else:
         parts = gl.reshape(rows, [S.W, T, 2, COUNT // 2, S.K])
         first, second = gl.split(gl.permute(parts, [0, 1, 3, 4, 2]))
@@ -72,6 +72,18 @@ def of_slots(memory, k: gl.constexpr, S: gl.constexpr):
     row = memory.slice(k, 1, dim=0).load(layouts.row_everywhere(S.W, S.R))
     L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(3, layouts.mixing(S.W, [T, S.N])))
     return gl.convert_layout(gl.reshape(row, [T, S.N]), L)[None, :, :, None]
+
+
+@gluon.jit
+def to_fp32(values):
+    """16 bits in fp32: of bf16 two neighbours by one operation each, where the compiler takes three for both."""
+    if values.dtype == gl.bfloat16:
+        out = gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [values], dtype=gl.float32, is_pure=True, pack=2
+        )
+    else:
+        out = values.to(gl.float32)
+    return out
 
 
 @gluon.jit
@@ -118,19 +130,26 @@ def fractions_of(count, S: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(pointer, n: gl.constexpr, first, count, ROWS: gl.constexpr, S: gl.constexpr):
-    """Chunk n of ROWS rows from `first` on, [W, ROWS, 64]; zero outside."""
+def places_in_tile(n: gl.constexpr, first, count, ROWS: gl.constexpr, S: gl.constexpr):
+    """Offsets of chunk n of ROWS rows from `first` on, and which of them are there: a token's rows all are, or none."""
+    OF_TOKEN: gl.constexpr = ROWS * S.N // S.R
     row, column = places(ROWS, layouts.columns(S.W, ROWS), S)
-    at = first.to(gl.int64) * S.C + (row * S.C + column + n * (S.W * S.K))
-    return gl.load(pointer + at, mask=inside(row, column, n, count - first, S), other=0.0)
+    mask = inside(row // OF_TOKEN * OF_TOKEN, column, n, count - first, S)
+    return first.to(gl.int64) * S.C + (row * S.C + column + n * (S.W * S.K)), mask
+
+
+@gluon.jit
+def load_rows(pointer, n: gl.constexpr, first, count, ROWS: gl.constexpr, S: gl.constexpr):
+    """Chunk n of ROWS rows of a tile from `first` on, [W, ROWS, 64]; zero outside."""
+    at, mask = places_in_tile(n, first, count, ROWS, S)
+    return gl.load(pointer + at, mask=mask, other=0.0)
 
 
 @gluon.jit
 def store_rows(pointer, rows, n: gl.constexpr, first, count, S: gl.constexpr):
     """The reverse."""
-    row, column = places(rows.shape[1], layouts.columns(S.W, rows.shape[1]), S)
-    at = first.to(gl.int64) * S.C + (row * S.C + column + n * (S.W * S.K))
-    gl.store(pointer + at, rows, mask=inside(row, column, n, count - first, S))
+    at, mask = places_in_tile(n, first, count, rows.shape[1], S)
+    gl.store(pointer + at, rows, mask=mask)
 
 
 @gluon.jit
@@ -156,7 +175,7 @@ def for_tokens(weight, S: gl.constexpr):
     """[W, M, 64] for every token, [W, T * M, 64] in fp32, with the one that the norm leaves out."""
     T: gl.constexpr = S.R // S.N
     weight = gl.convert_layout(weight, gl.SliceLayout(1, layouts.mixing(S.W, [T, S.M])))
-    weight = by_columns(gl.expand_dims(weight, 1).broadcast_to([S.W, T, S.M, S.K]), S).to(gl.float32)
+    weight = by_columns(gl.expand_dims(to_fp32(weight), 1).broadcast_to([S.W, T, S.M, S.K]), S)
     return weight + 1.0 if S.ONE_PLUS else weight
 
 

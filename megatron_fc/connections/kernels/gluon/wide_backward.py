@@ -28,6 +28,7 @@ from megatron_fc.connections.kernels.gluon.by_columns import (
     rows_of,
     store_rows,
     table_for,
+    to_fp32,
     weight_of,
 )
 from megatron_fc.connections.kernels.gluon.gradients import coefficient_gradients, no_table_sums, store_table_sums
@@ -36,6 +37,7 @@ from megatron_fc.connections.kernels.gluon.rows import (
     copy_values,
     inside,
     keep_projection,
+    places,
     row_of_projection,
 )
 from megatron_fc.connections.kernels.gluon.tables import beside, static_coefficients, total_of_warps, two_halves
@@ -134,9 +136,17 @@ def over_rows(memory, Z_s, total, S: gl.constexpr):
 
 
 @gluon.jit
-def pairs(rows, S: gl.constexpr):
-    """[W, R, 64] with the two columns of a lane added, [W, R, 32]."""
-    return gl.sum(gl.reshape(rows, [S.W, S.R, 32, 2]), axis=3)
+def two_columns(rows, S: gl.constexpr):
+    """The first and the second column of every lane, [W, R, 32] each."""
+    return gl.split(gl.reshape(rows, [S.W, S.R, 32, 2]))
+
+
+@gluon.jit
+def add_products(total, a, b, S: gl.constexpr):
+    """total [W, R, 32] + what a lane's two columns of a times b are in a row."""
+    a, a_next = two_columns(a, S)
+    b, b_next = two_columns(b, S)
+    return total + a * b + a_next * b_next
 
 
 @gluon.jit
@@ -153,7 +163,9 @@ def store_sums(partial, d_projection, d_weight, S: gl.constexpr):
         mask = inside(k, column, n, 1 + S.M + S.N, S)
         gl.store(partial.projection + row * S.C + n * (S.W * S.K) + column, d_projection[n], mask=mask)
         if partial.weight is not None:
-            store_rows(partial.weight, d_weight[n], n, program * S.M, (program + 1) * S.M, S)
+            fraction, own = places(S.M, layouts.columns(S.W, S.M), S)
+            at = (program * S.M + fraction) * S.C + n * (S.W * S.K) + own
+            gl.store(partial.weight + at, d_weight[n], mask=inside(fraction, own, n, S.M, S))
 
 
 @gluon.jit
@@ -223,13 +235,13 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
         sums = table_gradients(z_s, products, d_beta_s, tables, fixed, sums, S)
         if pre.o is not None:
             async_copy.wait_group(0)
-            d_pre_beta = pairs(gl.zeros([S.W, S.R, S.K], gl.float32, COLUMNS), S)
+            d_pre_beta, _ = two_columns(gl.zeros([S.W, S.R, S.K], gl.float32, COLUMNS), S)
         copy_values(d_beta_s, g_beta, following, count, S.R, S)
         new_projection = ()
         new_weight = ()
         for n in gl.static_range(CHUNKS):
-            rows = h_s[n].load(COLUMNS).to(gl.float32)
-            u = x_s[n].load(INPUTS).to(gl.float32)
+            rows = to_fp32(h_s[n].load(COLUMNS))
+            u = to_fp32(x_s[n].load(INPUTS))
             if S.SUB_NORM != "none":
                 normed = from_slots(table_for(into_x_s, S), rows, S)
                 by_token = gl.reshape(u * normed, [S.W, T, S.M, S.K])
@@ -237,7 +249,7 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
                 weight = weight_s.index(n).load(layouts.columns(S.W, S.M))
                 u = u * for_tokens(weight, S) - along_rows(along_s, S) * normed
             g = gl.zeros([S.W, T, S.N, S.K], gl.float32, layouts.mixing(S.W, [T, S.N]))
-            mixed = each(m_s[n].load(COLUMNS), S.N, S)
+            mixed = each(to_fp32(m_s[n].load(COLUMNS)), S.N, S)
             for k in gl.static_range(S.N):
                 g += of_slots(to_h_s, k, S) * mixed[k]
             u = each(u, S.M, S)
@@ -245,13 +257,14 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
                 g += of_slots(to_h_s, S.N + k, S) * u[k]
             if S.NORM == "rmsnorm":
                 g += of_slots(to_h_s, S.N + S.M, S) * gl.convert_layout(gl.reshape(rows, g.shape), g.type.layout)
-            projection = each(w_s.index(n).load(layouts.columns(S.W, S.KP)), S.KP, S)
+            projection = each(to_fp32(w_s.index(n).load(layouts.columns(S.W, S.KP))), S.KP, S)
             for k in gl.static_range(1 + S.M + S.N):
                 g += of_slots(to_h_s, 8 + k, S) * projection[k]
-            g = by_columns(g, S)
-            store_rows(g_h, rounded(g, dtype), n, first, count, S)
+            g = rounded(by_columns(g, S), dtype)
+            store_rows(g_h, g, n, first, count, S)
             if pre.o is not None:
-                d_pre_beta += pairs(g * for_turns(o[n], S).to(gl.float32), S)
+                g = to_fp32(g)
+                d_pre_beta = add_products(d_pre_beta, g, for_turns(to_fp32(o[n]), S), S)
                 g_o = over_turns(per_row(beta_s, S) * g, S)
                 store_rows(pre.g_o, rounded(g_o, dtype), n, fractions_of(first, S), fractions_of(count, S), S)
             new_projection = new_projection + (over_rows(h_s[n], Z_s, d_projection[n], S),)

@@ -23,6 +23,7 @@ from megatron_fc.connections.kernels.gluon.by_columns import (
     rows_of,
     store_rows,
     table_for,
+    to_fp32,
     weight_of,
 )
 from megatron_fc.connections.kernels.gluon.rows import copy_chunk, copy_values, keep_projection
@@ -93,8 +94,8 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
         if pre.o is not None:
             for n in gl.static_range(CHUNKS):
                 table = table_for(alpha_s.reshape([T, S.N, S.N]), S)
-                made = from_slots(table, h_s[n].load(COLUMNS), S)
-                made += per_row(beta_s, S) * for_turns(o[n], S).to(gl.float32)
+                made = from_slots(table, to_fp32(h_s[n].load(COLUMNS)), S)
+                made += per_row(beta_s, S) * for_turns(to_fp32(o[n]), S)
                 made = rounded(made, dtype)
                 store_rows(h, made, n, first, count, S)
                 h_s[n].store(made)
@@ -112,7 +113,7 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
             copy_values(alpha_s, pre.alpha, following * S.N, count * S.N, S.R * S.N, S)
         store_coefficients(z_s, gram_s, gamma_s, fixed, beta, alpha, first, count, S)
         for n in gl.static_range(CHUNKS):
-            out = from_slots(table_for(gamma_s, S), h_s[n].load(COLUMNS), S)
+            out = from_slots(table_for(gamma_s, S), to_fp32(h_s[n].load(COLUMNS)), S)
             if S.SUB_NORM != "none":
                 out *= for_tokens(weight[n], S)
             # These rows are done with: ask for those of the next tile.
