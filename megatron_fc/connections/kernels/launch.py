@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
-from megatron_fc.connections.kernels.gluon.choice import Main, main_backward, main_forward
+from megatron_fc.connections.kernels.gluon.choice import Main, main_backward, main_depth, main_forward
 from megatron_fc.connections.kernels.sums import Gradients, Partial, reduce_kernel
 from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
@@ -152,7 +152,10 @@ def depth_forward(depth: DepthInputs) -> Tensor:
     assert depth.h is not None
     assert depth.beta is not None
     out = torch.empty_like(depth.h)
-    _launch(depth_forward_kernel, _depth_site(out, depth), DEPTH, out, depth, out)
+    kernel, site, cut = depth_forward_kernel, _depth_site(out, depth), DEPTH
+    if (main := main_depth(site, out, depth)) is not None:
+        kernel, site, cut = main.kernel, main.site, cut_of(main)
+    _launch(kernel, site, cut, out, depth, out)
     return out
 
 

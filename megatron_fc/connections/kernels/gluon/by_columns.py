@@ -24,6 +24,19 @@ def chunks(dtype: gl.constexpr, ROWS: gl.constexpr, S: gl.constexpr):
     return out
 
 
+@gluon.constexpr_function
+def with_axis(shape, axis, size, own):
+    """A shape with so many elements along an axis, in parts of `own` if that is not 0."""
+    sizes = [size // own, own] if own else [size]
+    return [*list(shape)[:axis], *sizes, *list(shape)[axis + 1 :]]
+
+
+@gluon.constexpr_function
+def projection_rows(S):
+    """Rows of the projection in shared memory, a power of two."""
+    return 4 if S.M + S.N < 4 else 8
+
+
 @gluon.jit
 def by_columns(rows, S: gl.constexpr):
     """[W, ..., 64] as [W, rows, 64]: registers get other names."""
@@ -182,28 +195,27 @@ def for_tokens(weight, S: gl.constexpr):
 @gluon.jit
 def again(memory, AXIS: gl.constexpr, SIZE: gl.constexpr, L: gl.constexpr):
     """[W, a, b] in shared memory with what it has along AXIS again and again, SIZE in all, in a layout L."""
-    own: gl.constexpr = memory.shape[AXIS]
-    shape: gl.constexpr = [memory.shape[0], SIZE if AXIS == 1 else memory.shape[1], SIZE if AXIS == 2 else memory.shape[2]]
-    parts: gl.constexpr = shape[:AXIS] + [SIZE // own, own] + shape[AXIS + 1 :]
-    whole = gl.reshape(gl.zeros(shape, memory.dtype, L), parts)
-    values = gl.expand_dims(memory.load(gl.SliceLayout(AXIS, whole.type.layout)), AXIS)
-    return gl.convert_layout(gl.reshape(values.broadcast_to(parts), shape), L)
+    if memory.shape[AXIS] == SIZE:
+        values = memory.load(L)
+    else:
+        whole: gl.constexpr = with_axis(memory.shape, AXIS, SIZE, 0)
+        parts: gl.constexpr = with_axis(memory.shape, AXIS, SIZE, memory.shape[AXIS])
+        like: gl.constexpr = gl.reshape(gl.zeros(whole, memory.dtype, L), parts).type.layout
+        values = gl.expand_dims(memory.load(gl.SliceLayout(AXIS, like)), AXIS)
+        values = gl.convert_layout(gl.reshape(values.broadcast_to(parts), whole), L)
+    return values
 
 
 @gluon.jit
 def rows_of(memory, S: gl.constexpr):
     """Rows of a chunk as left operand of a product over columns, [W, 16, 64]."""
-    if memory.shape[1] == 16:
-        rows = memory.load(layouts.left(S.W))
-    else:
-        rows = again(memory, 1, 16, layouts.left(S.W))
-    return rows
+    return again(memory, 1, 16, layouts.left(S.W))
 
 
 @gluon.jit
 def columns_of(memory, S: gl.constexpr):
     """Rows of a chunk as right operand of a product over columns, [W, 64, rows], at least 8."""
-    return memory.permute([0, 2, 1]).load(layouts.right(S.W))
+    return again(memory.permute([0, 2, 1]), 2, max(8, memory.shape[1]), layouts.right(S.W))
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_fc.connections.kernels.gluon.cuts import Direction, Main, first_of, planned
+from megatron_fc.connections.kernels.gluon.cuts import Direction, Main, first_of, planned, planned_depth
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands
@@ -50,6 +50,14 @@ def main_backward(
     return _main("backward", site, [h, *streams, *before[:1]], [g_beta, *before[1:]], depth, p, norm)
 
 
+def main_depth(site: Site, out: Tensor, depth: Any) -> Main | None:
+    """The main kernel for a depth connection alone that the general one would run as `site`, None if it cannot."""
+    rows, values = (out, depth.o, depth.h), (depth.beta, depth.alpha)
+    if _obstacle(_call(rows, values, depth)) or not triton.__version__.startswith(VERIFIED) or _obstacle_on(out.device):
+        return None
+    return planned_depth(site, _room(out.device))
+
+
 def _main(
     direction: Direction,
     site: Site,
@@ -60,16 +68,25 @@ def _main(
     norm: NormWeights | None,
 ) -> Main | None:
     """rows: of d elements per token; values: in fp32, few per token."""
+    call = _call(rows, values, depth)
+    weights = norm[1:3] if norm is not None else ()
+    call = call._replace(
+        rows=call.rows | {t.dtype for t in weights if t is not None},
+        values=call.values | {t.dtype for t in p.parameters if t is not None},
+    )
+    device = next(t.device for t in rows if t is not None)
+    return _chosen(direction, site, depth.o is not None, call, device, triton.__version__)
+
+
+def _call(rows: Sequence[Tensor | None], values: Sequence[Tensor | None], depth: Any) -> Call:
     there = [t for t in rows if t is not None]
-    dtypes = [t.dtype for t in (*there, *(norm[1:3] if norm is not None else ())) if t is not None]
-    call = Call(
-        rows=frozenset(dtypes),
-        values=frozenset(t.dtype for t in (*values, *p.parameters) if t is not None),
+    return Call(
+        rows=frozenset(t.dtype for t in there),
+        values=frozenset(t.dtype for t in values if t is not None),
         all_there=not any(t is None for t in (*rows, *values)),
         aligned=all(t.data_ptr() % 16 == 0 for t in there),
         plain=depth.bias is None and depth.seed is None,
     )
-    return _chosen(direction, site, depth.o is not None, call, there[0].device, triton.__version__)
 
 
 @functools.cache

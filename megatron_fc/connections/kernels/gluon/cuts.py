@@ -6,6 +6,7 @@ from megatron_fc.connections.kernels.tiles import Site
 
 _COLUMNS = 64  # of a warp in a chunk
 _REGISTERS = 65536 // 32  # of a processor, by the lanes of a warp
+_DEPTH_REGISTERS = 64
 Direction = Literal["forward", "backward"]
 
 
@@ -15,6 +16,13 @@ class Main(NamedTuple):
     kernel: Any
     site: Site
     programs: int
+
+
+class Needs(NamedTuple):
+    """What a program needs, or a little more: bytes of shared memory, and registers of a thread as on sm_90."""
+
+    shared: int
+    registers: int
 
 
 def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main | str:
@@ -33,15 +41,27 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main
     )
     if obstacle:
         return obstacle
-    narrow, wide = _narrow(direction, site), _wide(direction, site)
-    if narrow is not None and (programs := _programs(narrow_bytes, narrow, direction, boundary, room)):
-        return Main(_kernel(direction, False), narrow, programs)
-    for cut in wide:
-        if programs := _programs(wide_bytes, cut, direction, boundary, room):
-            return Main(_kernel(direction, True), cut, programs)
-    if narrow is not None or wide:
-        return f"{site.C} columns of a fraction do not fit into shared memory"
+    ways = [(cut, _needs(direction, cut, boundary), False) for cut in _narrow(direction, site)]
+    ways += [(cut, _wide_needs(direction, cut, boundary), True) for cut in _wide(site)]
+    for cut, needs, wide in ways:
+        by_memory = (room + 1024) // (needs.shared + 1024)
+        if by_memory:
+            return Main(_kernel(direction, wide), cut, min(by_memory, _REGISTERS // (needs.registers * cut.W)))
+    if ways:
+        return f"{site.C} columns of a {_part(site)} do not fit into shared memory"
     return first_of({_columns(site): True}) or ""
+
+
+def planned_depth(site: Site, room: int) -> Main | None:
+    """The main kernel of a depth connection: where a boundary of wide slots runs on one, so that both round alike."""
+    predicted = site._replace(FROM=0, TO=1 + site.M + site.N)
+    main = planned("forward", predicted, True, room)
+    if isinstance(main, str) or main.kernel is not _kernel("forward", True):
+        return None
+    from megatron_fc.connections.kernels.gluon.wide_depth import wide_depth_kernel
+
+    cut = main.site._replace(R=site.N)
+    return Main(wide_depth_kernel, cut, _REGISTERS // (_DEPTH_REGISTERS * cut.W))
 
 
 def first_of(obstacles: dict[str, bool]) -> str | None:
@@ -49,35 +69,32 @@ def first_of(obstacles: dict[str, bool]) -> str | None:
     return next((f"the main one does not do {what}" for what, is_so in obstacles.items() if is_so), None)
 
 
+def _part(site: Site) -> str:
+    return "fraction" if site.N == site.M else "slot"
+
+
 def _columns(site: Site) -> str:
-    return f"{site.C} columns of a {'fraction' if site.M > 1 else 'slot'}"
+    return f"{site.C} columns of a {_part(site)}"
 
 
-def _cut(site: Site, warps: int, **changes: int) -> Site | None:
-    """None if most of its columns would be padding."""
-    cut = site._replace(W=warps, K=_COLUMNS, CHUNKS=-(-site.C // (warps * _COLUMNS)), **changes)
-    return cut if cut.W * cut.K * cut.CHUNKS <= 2 * site.C else None
-
-
-def _narrow(direction: Direction, site: Site) -> Site | None:
-    """The site with the work cut for the kernels in which tensor cores mix as many slots as fractions."""
-    cut = _cut(site, 4 if site.C * (site.KP // 16) <= 512 else 8) if site.N == site.M else None
-    chunks = 4 if direction == "forward" else 32 // site.KP  # sums of more columns do not fit into registers
-    return cut if cut is not None and cut.CHUNKS <= chunks else None
-
-
-def _wide(direction: Direction, site: Site) -> list[Site]:
-    """The site with the work cut for the kernels of wide slots, of tiles with as many rows as fit or half of these."""
-    if site.M > 2:
+def _cuts(site: Site, warps: int, rows: tuple[int, ...], chunks: int, padded: int) -> list[Site]:
+    """None if most columns would be padding, or there are more chunks than these."""
+    n = -(-site.C // (warps * _COLUMNS))
+    if warps * _COLUMNS * n > 2 * site.C or n > chunks:
         return []
-    cuts = [_cut(site, 4 if site.C <= 512 else 8, KP=8, R=rows) for rows in (16, 8)]
-    return [cut for cut in cuts if cut is not None and cut.CHUNKS <= 8]
+    return [site._replace(W=warps, K=_COLUMNS, CHUNKS=n, R=r, KP=padded) for r in rows]
 
 
-def _programs(count_bytes: Any, cut: Site, direction: Direction, boundary: bool, room: int) -> int:
-    """Programs per processor that shared memory and registers have room for."""
-    by_memory = (room + 1024) // (count_bytes(direction, cut, boundary) + 1024)
-    return min(by_memory, _REGISTERS // (registers(direction, cut, boundary) * cut.W))
+def _narrow(direction: Direction, site: Site) -> list[Site]:
+    """For the kernels in which tensor cores mix as many slots as fractions."""
+    warps = 4 if site.C * (site.KP // 16) <= 512 else 8
+    chunks = 4 if direction == "forward" else 32 // site.KP  # sums of more columns do not fit into registers
+    return _cuts(site, warps, (16,), chunks, site.KP) if site.N == site.M else []
+
+
+def _wide(site: Site) -> list[Site]:
+    """For the kernels of wide slots: tiles of as many rows as fit into shared memory, or half of these."""
+    return _cuts(site, 4 if site.C <= 512 else 8, (16, 8), 8, 8) if site.M <= 2 else []
 
 
 def _kernel(direction: Direction, wide: bool) -> Any:
@@ -89,31 +106,28 @@ def _kernel(direction: Direction, wide: bool) -> Any:
     return wide_backward.wide_backward_kernel if wide else backward.main_backward_kernel
 
 
-def registers(direction: Direction, site: Site, boundary: bool) -> int:
-    """Of a thread, as compiled for sm_90, or a few more: weights and sums of every chunk stay there."""
-    if direction == "backward" or site.CHUNKS > 2:
-        return 256
-    if site.CHUNKS == 2:
-        return 256 if boundary else 168
-    return 184 if boundary else 128
-
-
-def narrow_bytes(direction: Direction, site: Site, boundary: bool) -> int:
-    """Shared memory of a program of the kernels of as many slots as fractions, or a little more."""
+def _needs(direction: Direction, site: Site, boundary: bool) -> Needs:
+    """Of the kernels of as many slots as fractions; weights and sums of every chunk stay in registers."""
     if direction == "forward":
         tiles, products, matrices = 1 + boundary, 1, 2 * site.R
     else:
         tiles, products, matrices = 3 + boundary + (site.SUB_NORM != "none"), 3, 3 * site.R + site.KP
     rows = (tiles * site.R + site.KP) * site.W * site.K * site.CHUNKS * 2
     tables = site.W * site.R * (site.KP + products * site.M) * 4
-    return rows + tables + 2 * site.R * matrices * 2 + 1024 * site.W
+    registers = 256
+    if direction == "forward" and site.CHUNKS == 2:
+        registers = 256 if boundary else 168
+    elif direction == "forward" and site.CHUNKS == 1:
+        registers = 184 if boundary else 128
+    return Needs(rows + tables + 2 * site.R * matrices * 2 + 1024 * site.W, registers)
 
 
-def wide_bytes(direction: Direction, site: Site, boundary: bool) -> int:
-    """Shared memory of a program of the kernels of wide slots, or a little more."""
+def _wide_needs(direction: Direction, site: Site, boundary: bool) -> Needs:
+    """Of the kernels of wide slots."""
     tokens = site.R // site.N
-    rows, products = site.R + site.KP, site.KP + site.N
+    rows, products = site.R + (4 if site.M + site.N < 4 else 8), site.KP + site.N
     if direction == "backward":
         rows, products = rows + site.R + (tokens + 1) * site.M, products + site.M + site.N
     tables = site.R * (2 * site.N + 2 * site.M + 3 * site.KP + 4)
-    return rows * site.W * site.K * site.CHUNKS * 2 + (site.W * 16 * products + tables) * 4 + 1024
+    shared = rows * site.W * site.K * site.CHUNKS * 2 + (site.W * 16 * products + tables) * 4 + 1024
+    return Needs(shared, 256 if boundary or direction == "backward" or site.CHUNKS > 4 else 128)

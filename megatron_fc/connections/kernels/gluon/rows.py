@@ -55,9 +55,9 @@ def row_of_projection(k, S: gl.constexpr):
 
 @gluon.jit
 def keep_projection(memory, p, S: gl.constexpr):
-    """The projection with the fraction norm's weight folded in, [CHUNKS, W, KP, 64] in 16 bits, once per program."""
+    """The projection with the slot norm's weight folded in, [CHUNKS, W, rows, 64] in 16 bits, once per program."""
     CHUNKS: gl.constexpr = S.CHUNKS
-    k, column = places(S.KP, layouts.copies(S.W), S)
+    k, column = places(memory.shape[2], layouts.copies(S.W), S)
     for n in gl.static_range(CHUNKS):
         at = n * (S.W * S.K) + column
         mask = inside(k, column, n, 1 + S.M + S.N, S)

@@ -24,6 +24,7 @@ from megatron_fc.connections.kernels.gluon.by_columns import (
     of_slots,
     over_turns,
     per_row,
+    projection_rows,
     rounded,
     rows_of,
     store_rows,
@@ -125,10 +126,7 @@ def store_z(Z_s, values, FIRST: gl.constexpr, S: gl.constexpr):
 def over_rows(memory, Z_s, total, S: gl.constexpr):
     """total [W, 64, KP] + what a chunk of h adds to the projection's gradient."""
     RIGHT: gl.constexpr = layouts.right(S.W)
-    if S.R == 16:
-        rows = memory.permute([0, 2, 1]).load(layouts.left(S.W))
-    else:
-        rows = again(memory.permute([0, 2, 1]), 2, 16, layouts.left(S.W))
+    rows = again(memory.permute([0, 2, 1]), 2, 16, layouts.left(S.W))
     for first in gl.static_range(0, 2 * S.R, 16):
         z = Z_s.slice(first, 16, dim=0).load(gl.SliceLayout(0, RIGHT))[None, :, :]
         total = mma_v2(rows, z.broadcast_to([S.W, 16, S.KP]), total)
@@ -179,7 +177,7 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
     INPUTS: gl.constexpr = layouts.columns(S.W, T * S.M)
     ROWS: gl.constexpr = layouts.rows_in_memory()
     h_s, m_s, x_s = chunks(dtype, S.R, S), chunks(dtype, S.R, S), chunks(dtype, T * S.M, S)
-    w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.KP, S.K], ROWS)
+    w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, projection_rows(S), S.K], ROWS)
     weight_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.M, S.K], layouts.plain(3))
     d_beta_s = gl.allocate_shared_memory(gl.float32, [S.R], layouts.plain(1))
     z_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.KP], layouts.plain(3))
@@ -257,7 +255,7 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
                 g += of_slots(to_h_s, S.N + k, S) * u[k]
             if S.NORM == "rmsnorm":
                 g += of_slots(to_h_s, S.N + S.M, S) * gl.convert_layout(gl.reshape(rows, g.shape), g.type.layout)
-            projection = each(to_fp32(w_s.index(n).load(layouts.columns(S.W, S.KP))), S.KP, S)
+            projection = each(to_fp32(w_s.index(n).load(layouts.columns(S.W, projection_rows(S)))), projection_rows(S), S)
             for k in gl.static_range(1 + S.M + S.N):
                 g += of_slots(to_h_s, 8 + k, S) * projection[k]
             g = rounded(by_columns(g, S), dtype)

@@ -19,6 +19,7 @@ from megatron_fc.connections.kernels.gluon.by_columns import (
     in_token,
     load_all,
     per_row,
+    projection_rows,
     rounded,
     rows_of,
     store_rows,
@@ -65,7 +66,7 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
     COLUMNS: gl.constexpr = layouts.columns(S.W, S.R)
     ROWS: gl.constexpr = layouts.rows_in_memory()
     h_s = chunks(dtype, S.R, S)
-    w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.KP, S.K], ROWS)
+    w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, projection_rows(S), S.K], ROWS)
     z_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.KP], layouts.plain(3))
     gram_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.N], layouts.plain(3))
     gamma_s = gl.allocate_shared_memory(gl.float32, [T, S.N, S.M], layouts.plain(3))
