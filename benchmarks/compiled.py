@@ -25,7 +25,7 @@ from laboratory.simulator import sass
 from megatron_fc import FracConfig, HyperConfig
 from megatron_fc.connections.kernels import launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
-from megatron_fc.connections.kernels.gluon import choice
+from megatron_fc.connections.kernels.gluon import cuts
 from megatron_fc.connections.kernels.sums import Partial
 from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
@@ -177,15 +177,18 @@ def launched_as(shape: Shape, arch: int) -> Launch:
         p = PerSlotParameters(**{name: torch.empty(s) for name, s in config.parameter_shapes(width).items()})
     norm = NormWeights("rmsnorm", stream[0]) if "norm" in arguments else None
     operands = Operands.of(p, config) if arguments.get("p") is _P else None
-    direction: choice.Direction = "backward" if "backward" in name else "forward"
+    direction: cuts.Direction = "backward" if "backward" in name else "forward"
     cut = launch.DEPTH
     if name not in _DEPTH_KERNELS:
         cut = launch.cut_for(launch.WIDTH_BACKWARD if direction == "backward" else launch.WIDTH, width // m)
     site = launch.site_of(cut, stream, n, m, operands, norm)
+    main: cuts.Main | str | None = None
     if name in _WIDTH_KERNELS:
-        main = choice.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch])
-        if isinstance(main, choice.Main):
-            return Launch(main.kernel, main.site, launch.cut_of(main))
+        main = cuts.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch])
+    elif name == "depth forward":
+        main = cuts.planned_depth(site, SHARED_MEMORY[arch])
+    if isinstance(main, cuts.Main):
+        return Launch(main.kernel, main.site, launch.cut_of(main))
     return Launch(kernel, site, cut)
 
 

@@ -92,7 +92,12 @@ def to_fp32(values):
     """16 bits in fp32: of bf16 two neighbours by one operation each, where the compiler takes three for both."""
     if values.dtype == gl.bfloat16:
         out = gl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [values], dtype=gl.float32, is_pure=True, pack=2
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [values],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=2,
         )
     else:
         out = values.to(gl.float32)

@@ -130,4 +130,4 @@ def _wide_needs(direction: Direction, site: Site, boundary: bool) -> Needs:
         rows, products = rows + site.R + (tokens + 1) * site.M, products + site.M + site.N
     tables = site.R * (2 * site.N + 2 * site.M + 3 * site.KP + 4)
     shared = rows * site.W * site.K * site.CHUNKS * 2 + (site.W * 16 * products + tables) * 4 + 1024
-    return Needs(shared, 256 if boundary or direction == "backward" or site.CHUNKS > 4 else 128)
+    return Needs(shared, 256)

@@ -10,6 +10,7 @@ from megatron_fc.connections.kernels.gluon.tables import (
     from_tokens,
     input_deviation,
     predictions,
+    product,
     to_tokens,
     token_sum,
 )
@@ -38,7 +39,7 @@ def coefficient_gradients(z_s, gram, with_u, d_alpha, d_beta_s, fixed, sums, S: 
 
     Returns:
         Coefficients of x [R, M], by its norm's deviation, and of the mixed residual [R, N]; mean of u times x
-        [T, 1, 1]; what h itself is multiplied by, less zero [R]; gradients of z of gamma, alpha and beta by the slots'
+        [T, 1, 1]; what of h itself is taken off its gradient [R]; gradients of z of gamma, alpha and beta by the slots'
         deviation; NaN for bad rows [R].
     """
     s_gamma, s_alpha, _, scale_alpha, scale_beta = fixed
@@ -51,7 +52,7 @@ def coefficient_gradients(z_s, gram, with_u, d_alpha, d_beta_s, fixed, sums, S: 
     if S.SUB_NORM == "rmsnorm":
         sub, with_x = input_deviation(gamma3, to_tokens(gram, S), S)
         with_u3 = to_tokens(with_u, S)
-        along = token_sum(gamma3 * with_u3) / (S.M * S.C) * sub
+        along = token_sum(product(gamma3, with_u3)) / (S.M * S.C) * sub
         d_gamma = from_tokens(sub * (with_u3 - along * sub * with_x), S)
         into_x = from_tokens(sub * gamma3, S)
     else:
@@ -64,9 +65,9 @@ def coefficient_gradients(z_s, gram, with_u, d_alpha, d_beta_s, fixed, sums, S: 
         dz_beta *= 1.0 - t_beta * t_beta
     slope = gl.zeros_like(deviation)
     if S.NORM == "rmsnorm":
-        slope += gl.sum(dz_alpha * z_alpha, axis=1)
-        slope += gl.convert_layout(gl.sum(dz_gamma * z_gamma, axis=1), slope.type.layout)
-        slope += gl.convert_layout(gl.sum(dz_beta * z_beta, axis=1), slope.type.layout)
+        slope += gl.sum(product(dz_alpha, z_alpha), axis=1)
+        slope += gl.convert_layout(gl.sum(product(dz_gamma, z_gamma), axis=1), slope.type.layout)
+        slope += gl.convert_layout(gl.sum(product(dz_beta, z_beta), axis=1), slope.type.layout)
         slope *= deviation * deviation / S.C
     dz_gamma *= beside(deviation, S.M, S)
     dz_alpha *= beside(deviation, S.N, S)

@@ -142,7 +142,9 @@ def everywhere(W, R):
 @gluon.constexpr_function
 def row_everywhere(W, R):
     """[1, R] in the same way."""
-    return gl.DistributedLinearLayout([[0, 1 << b] for b in range(log2(R))], [[0, 0]] * 5, [[0, 0]] * log2(W), [], [1, R])
+    return gl.DistributedLinearLayout(
+        [[0, 1 << b] for b in range(log2(R))], [[0, 0]] * 5, [[0, 0]] * log2(W), [], [1, R]
+    )
 
 
 @gluon.constexpr_function

@@ -56,6 +56,15 @@ def from_tokens(values, S: gl.constexpr):
 
 
 @gluon.jit
+def product(a, b):
+    """a b, rounded before anything is added to it.
+
+    Else lanes that exchange products add one that is rounded and one that is not, and their copies of a sum differ.
+    """
+    return gl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def token_sum(values):
     """Sum of [T, N, COLUMNS] over each token's values, [T, 1, 1]."""
     return gl.expand_dims(gl.expand_dims(gl.sum(gl.sum(values, axis=2), axis=1), 1), 2)
@@ -140,7 +149,7 @@ def predictions(z_s, gram, S: gl.constexpr):
 def input_deviation(gamma, gram, S: gl.constexpr):
     """Of x = gamma^T h of each token [T, 1, 1], and the products (h_i, x_j) [T, N, M], both without x itself."""
     with_x = matrix_product(gram, gamma, S)
-    return gl.rsqrt(token_sum(gamma * with_x) / (S.M * S.C) + S.SUB_EPS), with_x
+    return gl.rsqrt(token_sum(product(gamma, with_x)) / (S.M * S.C) + S.SUB_EPS), with_x
 
 
 @gluon.jit

@@ -255,7 +255,9 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
                 g += of_slots(to_h_s, S.N + k, S) * u[k]
             if S.NORM == "rmsnorm":
                 g += of_slots(to_h_s, S.N + S.M, S) * gl.convert_layout(gl.reshape(rows, g.shape), g.type.layout)
-            projection = each(to_fp32(w_s.index(n).load(layouts.columns(S.W, projection_rows(S)))), projection_rows(S), S)
+            projection = each(
+                to_fp32(w_s.index(n).load(layouts.columns(S.W, projection_rows(S)))), projection_rows(S), S
+            )
             for k in gl.static_range(1 + S.M + S.N):
                 g += of_slots(to_h_s, 8 + k, S) * projection[k]
             g = rounded(by_columns(g, S), dtype)

@@ -31,7 +31,6 @@ from megatron_fc.connections.kernels.gluon.rows import copy_chunk, copy_values, 
 from megatron_fc.connections.kernels.gluon.tables import (
     beside,
     bounded,
-    from_tokens,
     input_deviation,
     predictions,
     static_coefficients,
