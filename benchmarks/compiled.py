@@ -87,10 +87,9 @@ KERNELS = {
     ),
     **{name + GENERAL: kernel for name, kernel in _WIDTH_KERNELS.items()},
 }
-# What is recorded: of Frac-Connections all but what manifolds need; of wider streams, which have no main kernels, all
-# but bias and dropout.
+# What is recorded: of Frac-Connections all but what manifolds need; of wider streams all but bias and dropout.
 FRAC = tuple(name for name in KERNELS if not name.startswith("given"))
-HYPER = tuple(name for name in KERNELS if not name.endswith(("b+d", GENERAL)))
+HYPER = tuple(name for name in KERNELS if not name.endswith("b+d"))
 # Shared memory that a program may have, by architecture.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -114,8 +113,8 @@ def shapes(
 
 
 def recorded(arch: int) -> list[Shape]:
-    """What the table of an architecture holds: of wider streams one width, on sm_90."""
-    return shapes(None, WIDTHS, None, None) + (shapes(None, WIDTHS[:1], None, SLOTS) if arch == 90 else [])
+    """What the table of an architecture holds: of wider streams the widths that are predicted."""
+    return shapes(None, WIDTHS, None, None) + shapes(None, WIDTHS[:2], None, SLOTS)
 
 
 @dataclass(frozen=True)
