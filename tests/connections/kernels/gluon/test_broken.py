@@ -136,7 +136,7 @@ BROKEN: list[Broken] = [
     ("backward", LOWER, 13, by_one_too_many),
     ("backward", TRANSPOSED, 7, not_transposed),
     ("backward", AS_IT_LIES, 14, transposed),
-    ("backward", EXCHANGE, 27, with_another_lane),
+    ("backward", EXCHANGE, 30, with_another_lane),
 ]
 
 
