@@ -23,9 +23,9 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from laboratory.simulator import sass
 from megatron_fc import FracConfig, HyperConfig
-from megatron_fc.connections.kernels import launch
+from megatron_fc.connections.kernels import cuts, launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
-from megatron_fc.connections.kernels.gluon import cuts
+from megatron_fc.connections.kernels.gluon import cuts as main_cuts
 from megatron_fc.connections.kernels.sums import Partial
 from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
@@ -155,14 +155,14 @@ class Launch(NamedTuple):
 
     kernel: Any
     site: Site
-    cut: launch.Cut
+    cut: cuts.Cut
 
 
 def binary_of(shape: Shape, arch: int) -> tuple[Any, Launch]:
     """What Triton made of a kernel, with its texts in `asm`, and how it is launched."""
     found = launched_as(shape, arch)
     source = _source(found.kernel, KERNELS[shape.kernel][1], found.site)
-    options = launch.options(found.site, found.cut)
+    options = cuts.options(found.site, found.cut)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), found
 
 
@@ -176,17 +176,17 @@ def launched_as(shape: Shape, arch: int) -> Launch:
         p = PerSlotParameters(**{name: torch.empty(s) for name, s in config.parameter_shapes(width).items()})
     norm = NormWeights("rmsnorm", stream[0]) if "norm" in arguments else None
     operands = Operands.of(p, config) if arguments.get("p") is _P else None
-    direction: cuts.Direction = "backward" if "backward" in name else "forward"
-    cut = launch.DEPTH
+    direction: main_cuts.Direction = "backward" if "backward" in name else "forward"
+    cut = cuts.DEPTH
     if name not in _DEPTH_KERNELS:
-        cut = launch.cut_for(launch.WIDTH_BACKWARD if direction == "backward" else launch.WIDTH, width // m)
-    site = launch.site_of(cut, stream, n, m, operands, norm)
-    main: cuts.Main | str | None = None
+        cut = cuts.cut_for(cuts.WIDTH_BACKWARD if direction == "backward" else cuts.WIDTH, width // m)
+    site = cuts.site_of(cut, stream, n, m, operands, norm)
+    main: main_cuts.Main | str | None = None
     if name in _WIDTH_KERNELS:
-        main = cuts.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch])
+        main = main_cuts.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch])
     elif name == "depth forward":
-        main = cuts.planned_depth(site, SHARED_MEMORY[arch])
-    if isinstance(main, cuts.Main):
+        main = main_cuts.planned_depth(site, SHARED_MEMORY[arch])
+    if isinstance(main, main_cuts.Main):
         return Launch(main.kernel, main.site, launch.cut_of(main))
     return Launch(kernel, site, cut)
 

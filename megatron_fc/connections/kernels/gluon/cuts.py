@@ -2,6 +2,7 @@
 
 from typing import Any, Literal, NamedTuple
 
+from megatron_fc.connections.kernels.availability import has_main_kernels
 from megatron_fc.connections.kernels.tiles import Site
 
 _COLUMNS = 64  # of a warp in a chunk
@@ -32,8 +33,7 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main
     """
     obstacle = first_of(
         {
-            f"{site.N} slots with {site.M} fractions": site.N != site.M and (site.N not in (2, 4) or site.M != 1),
-            f"rate {site.M}": site.N == site.M and site.M not in (2, 4, 8),
+            f"{site.N} slots with {site.M} fractions": not has_main_kernels(site.N, site.M),
             "static coefficients": site.TO - site.FROM != 1 + site.M + site.N,
             "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
             _columns(site): site.C % 16 != 0,

@@ -14,7 +14,7 @@ import torch
 from laboratory.emulator import Options
 from laboratory.emulator.driver import Emulator
 from megatron_fc import FracConfig, FracConnection
-from megatron_fc.connections.kernels import launch
+from megatron_fc.connections.kernels import cuts, launch
 from support import kernel_cases, kernel_reference
 from support.isolation import stays_alone
 from support.kernel_cases import HALF, check, wide
@@ -123,7 +123,7 @@ def test_bytes_of_memory(emulator: Emulator) -> None:
     with counted(emulator) as moved:
         g_h, _ = launch.width_backward(*incoming, case.h, *site)
     assert of(moved, case.g_x, case.g_mixed, case.h, g_h) == 4 * row
-    sums = launch.programs(32 * 4, case.h.device, launch.Cut(4, 64, 2)) * 4 * (9 * 256 + 1024 + 16 * 5)
+    sums = cuts.programs(32 * 4, case.h.device, cuts.Cut(4, 64, 2)) * 4 * (9 * 256 + 1024 + 16 * 5)
     parameters = 4 * (9 * 256 + 256) + 2 * 1024 + 4096
     rest = moved.total() - 4 * row - of(moved, case.g_beta)
     assert rest <= 2 * sums + 6 * parameters
