@@ -381,7 +381,7 @@ class Run:
         options = {**layout.options(), **model.options(), **(more or {})}
         options["finalize_model_grads_func"] = finalize_model_grads
         stages = range(layout.vpp) if layout.vpp else [None]
-        options |= {"tied": model.tied, "exchanges_shapes": layout.exchanges_shapes}
+        options |= {"tied": model.tied, "exchanges_shapes": layout.exchanges_shapes, "norms": model.norms}
         self.chunks = [tiny.build(model.kind, model.connection, vp_stage=stage, **options) for stage in stages]
         self.config = unwrap_model(self.chunks[0]).config
         if folder is not None:
