@@ -44,9 +44,8 @@ def from_hf(source: str, config: Path, overrides: Sequence[str], target: Path) -
         raise UserError(f"model_type={theirs['model_type']} of {source} is not known: give a plain OLMoE or OLMo2")
     recipe = recipe_on_one_rank(config, [*overrides, "connection=residual"])
     with one_rank(recipe) as args:
-        ours = huggingface_config(architecture_of(args, recipe), args, None, args.padded_vocab_size or 0, "")
-        if not args.padded_vocab_size:  # that of the tokenizer, which is not read here
-            args.padded_vocab_size = ours["vocab_size"] = theirs["vocab_size"]
+        args.padded_vocab_size = _rows(args, theirs["vocab_size"])
+        ours = huggingface_config(architecture_of(args, recipe), args, None, args.padded_vocab_size, "")
         for difference in differences(theirs, ours):
             raise UserError(f"{source} is not the model of {config}: {difference}")
         wanted = parts(theirs["model_type"], args, None)
@@ -54,6 +53,15 @@ def from_hf(source: str, config: Path, overrides: Sequence[str], target: Path) -
         if cpu_lane.needed():
             cpu_lane.fork_checkpoint_helper()
         return _write(source, files, args, recipe, wanted, target)
+
+
+def _rows(args: Namespace, theirs: int) -> int:
+    """Of the embedding that Megatron builds; where the tokenizer says it, which is not read here, those that it has."""
+    from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+    if args.padded_vocab_size or not args.vocab_size:
+        return int(args.padded_vocab_size or theirs)
+    return calculate_padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, 1, logging_enabled=False)
 
 
 def _refuse_other_names(source: str, found: set[str], wanted: list[Part]) -> None:

@@ -128,6 +128,10 @@ class Model:
             options |= {"moe_layer_freq": [0] + [1] * (self.layers - 1), "moe_router_dtype": "fp32"}
         if self.norms.qk_layernorm_over_heads:
             options["qk_layernorm"] = True
+            if self.kind in ("dense", "moe"):
+                options["num_query_groups"] = 2
+        if self.kind == "moe":
+            options["moe_router_pre_softmax"] = True
         if self.bf16:
             options |= {"bf16": True, "params_dtype": torch.bfloat16}
         return {**options, "pipeline_dtype": torch.bfloat16 if self.bf16 else torch.float32}

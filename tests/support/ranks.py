@@ -12,7 +12,7 @@ import warnings
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -292,6 +292,34 @@ def train_and_save(layout: Layout, model: Model, folder: Path, path: Path, steps
     torch.distributed.barrier()
     dist_checkpointing.save(run.checkpoint(loading=False), str(path))
     return run.losses
+
+
+def save_random(layout: Layout, models: dict[str, Model], folder: Path) -> None:
+    """Write checkpoints of models all of whose parameters are random, by name, below `folder`."""
+    layout.initialise()
+    for name, model in models.items():
+        sizes = layout if model.kind == "moe" else replace(layout, ep=1)
+        chunk: Any = tiny.build(model.kind, model.connection, norms=model.norms, **sizes.options(), **model.options())
+        for parameter_name, parameter in chunk.named_parameters():
+            _draw(parameter_name, parameter)
+        checkpoint = folder / name / "iter_0000001"
+        if torch.distributed.get_rank() == 0:
+            checkpoint.mkdir(parents=True)
+            (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("1")
+        torch.distributed.barrier()
+        dist_checkpointing.save(chunk.sharded_state_dict(), str(checkpoint))
+
+
+def _draw(name: str, parameter: torch.nn.Parameter) -> None:
+    """Values of its own for every stage and every part of a divided parameter, the same for copies."""
+    where = [parallel_state.get_pipeline_model_parallel_rank()]
+    if ".experts." in name:
+        where.append(parallel_state.get_expert_model_parallel_rank())
+    elif getattr(parameter, "tensor_model_parallel", False):
+        where.append(parallel_state.get_tensor_model_parallel_rank())
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {where}".encode()))
+    with torch.no_grad():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def load_and_train(
