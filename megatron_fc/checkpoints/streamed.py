@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
-from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_fc.checkpoints.integrity import INDEX
 from megatron_fc.checkpoints.location import TRACKER, refuse_existing
@@ -66,7 +66,7 @@ def write_streamed(target: Path, common: dict[str, Any], pieces: Sequence[Piece]
     try:
         dist_checkpointing.save(common, str(folder), content_metadata=content)
         writer = FileSystemWriter(apart, single_file_per_rank=True, thread_count=1)
-        torch_checkpoint.save({}, storage_writer=writer, planner=_Planner(pieces), no_dist=True)
+        save({}, storage_writer=writer, planner=_Planner(pieces), no_dist=True)
         _take(apart, folder)
         shutil.rmtree(apart)
         (staging / TRACKER).write_text("release")

@@ -12,8 +12,8 @@ from megatron_fc.errors import UserError
 from megatron_fc.training.recipe import Recipe
 
 Architecture = Literal["olmoe", "olmo2"]
-NAMES = {"olmoe": "OLMoE", "olmo2": "OLMo2"}
-_CLASSES = {"olmoe": "OlmoeForCausalLM", "olmo2": "Olmo2ForCausalLM"}
+NAMES: dict[Architecture, str] = {"olmoe": "OLMoE", "olmo2": "OLMo2"}
+_CLASSES: dict[Architecture, str] = {"olmoe": "OlmoeForCausalLM", "olmo2": "Olmo2ForCausalLM"}
 _NOTHING = (None, False, 0)
 
 # What both architectures have, by Megatron's argument; the values that are theirs.
@@ -44,7 +44,7 @@ _BOTH: dict[str, tuple[Any, ...]] = {
     "heterogeneous_layers_config_path": _NOTHING,
     "use_mup": _NOTHING,
 }
-_OF = {
+_OF: dict[Architecture, dict[str, tuple[Any, ...]]] = {
     "olmoe": {
         "norm_after": (False,),
         "moe_layer_freq": (1,),
@@ -163,10 +163,10 @@ def _coefficient(args: Namespace) -> float:
 def _connection(connection: ConnectionConfig) -> dict[str, Any]:
     """The options that change what a connection computes, in the words of `remote_code`."""
     options: dict[str, Any] = {"slots": connection.slots, "fractions": connection.fractions}
-    values = asdict(connection)  # type: ignore[call-overload]
+    values = asdict(connection)
     if isinstance(connection, ManifoldConfig):
-        names = ("sinkhorn_iterations", "sinkhorn_eps", "norm_eps", "leave")
-        return {"kind": "manifold", **options, **{name: values[name] for name in names}}
+        of_kind = ("sinkhorn_iterations", "sinkhorn_eps", "norm_eps", "leave")
+        return {"kind": "manifold", **options, **{name: values[name] for name in of_kind}}
     per_slot: Any = connection
     names = ("norm", "norm_affine", "norm_eps", "tanh", "scale", "initial_scale")
     dynamic = {"dynamic_beta": predicts_beta(per_slot), "dynamic_alpha": predicts_alpha(per_slot)}

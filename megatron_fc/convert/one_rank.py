@@ -46,6 +46,7 @@ def one_rank(recipe: Recipe) -> Iterator[Namespace]:
     """Make a world of this process, which Megatron's functions for checkpoints ask for; gives the parsed arguments."""
     join_world()
     args = parse(recipe)
-    torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
     with silence():
         yield args

@@ -124,7 +124,7 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_by
         shard[name] = tensor
         size, total, numbers = size + tensor.nbytes, total + tensor.nbytes, numbers + tensor.numel()
     close()
-    names = {}
+    names: dict[str, str] = {}
     for number, held in enumerate(files):
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
         os.chmod(

@@ -1,4 +1,4 @@
-"""Which norms a model has that Megatron has not: over all heads of queries and keys, and behind the sub-layers."""
+"""Options of norms that Megatron does not have: over all heads of queries and keys, and behind the sub-layers."""
 
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from dataclasses import dataclass

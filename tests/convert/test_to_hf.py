@@ -68,7 +68,7 @@ def megatron(folder: Path, architecture: str, connection: str) -> nn.Module:
     made = olmo.model(architecture, connection)
     model: Any = tiny.build(made.kind, made.connection, norms=made.norms, **made.options())
     checkpoint = folder / f"{architecture}-{connection}" / "iter_0000001"
-    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), str(checkpoint)))
+    model.load_state_dict(dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint))["model"])
     return model.eval()
 
 

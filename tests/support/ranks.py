@@ -307,7 +307,8 @@ def save_random(layout: Layout, models: dict[str, Model], folder: Path) -> None:
             checkpoint.mkdir(parents=True)
             (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("1")
         torch.distributed.barrier()
-        dist_checkpointing.save(chunk.sharded_state_dict(), str(checkpoint))
+        common = {"args": Namespace(), "iteration": 1, "checkpoint_version": 3.0}
+        dist_checkpointing.save({**common, "model": chunk.sharded_state_dict()}, str(checkpoint))
 
 
 def _draw(name: str, parameter: torch.nn.Parameter) -> None:

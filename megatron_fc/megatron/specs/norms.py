@@ -40,9 +40,9 @@ def plain_spec(options: NormOptions, model_config: Any, vp_stage: int | None = N
 def _placed(spec: Any, options: NormOptions) -> Any:
     if isinstance(spec, TransformerBlockSubmodules):
         # A homogeneous block lists one object many times, and stays so.
-        placed = {id(layer): _placed(layer, options) for layer in spec.layer_specs or []}
+        layers = {id(layer): _placed(layer, options) for layer in spec.layer_specs or []}
         block = copy.copy(spec)
-        block.layer_specs = [placed[id(layer)] for layer in spec.layer_specs or []]
+        block.layer_specs = [layers[id(layer)] for layer in spec.layer_specs or []]
         return block
     if isinstance(spec, HybridStackSubmodules):
         return replace(spec, **{field.name: _placed(getattr(spec, field.name), options) for field in fields(spec)})
