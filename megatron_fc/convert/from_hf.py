@@ -39,20 +39,22 @@ def from_hf(source: str, config: Path, overrides: Sequence[str], target: Path) -
     """
     refuse_existing(target)
     files = HuggingFaceFiles(source)
+    architecture = files.model_type()
+    if architecture not in NAMES:
+        raise UserError(f"model_type={architecture} of {source} is not known: give a plain OLMoE or OLMo2")
     theirs = files.config()
-    if theirs["model_type"] not in NAMES:
-        raise UserError(f"model_type={theirs['model_type']} of {source} is not known: give a plain OLMoE or OLMo2")
     recipe = recipe_on_one_rank(config, [*overrides, "connection=residual"])
     with one_rank(recipe) as args:
         args.padded_vocab_size = _rows(args, theirs["vocab_size"])
         ours = huggingface_config(architecture_of(args, recipe), args, None, args.padded_vocab_size, "")
         for difference in differences(theirs, ours):
             raise UserError(f"{source} is not the model of {config}: {difference}")
-        wanted = parts(theirs["model_type"], args, None)
+        wanted = parts(architecture, args, None)
         _refuse_other_names(source, files.names(), wanted)
         if cpu_lane.needed():
             cpu_lane.fork_checkpoint_helper()
-        return _write(source, files, args, recipe, wanted, target)
+        said = _write(files, args, recipe, wanted, target)
+    return f"{source} as {NAMES[architecture]}{said}: written to {target}, for load or --from"
 
 
 def _rows(args: Namespace, theirs: int) -> int:
@@ -81,9 +83,8 @@ def _without_place(name: str) -> str:
     )
 
 
-def _write(
-    source: str, files: HuggingFaceFiles, args: Namespace, recipe: Recipe, wanted: list[Part], target: Path
-) -> str:
+def _write(files: HuggingFaceFiles, args: Namespace, recipe: Recipe, wanted: list[Part], target: Path) -> str:
+    """Write the checkpoint; returns what has become of the dtype."""
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     tensors, objects = _model_state(args, recipe, content)
     places = {place: part for part in wanted for place in part.places()}
@@ -102,8 +103,7 @@ def _write(
     common = {"args": stored, "checkpoint_version": 3.0, "iteration": 0, "num_floating_point_operations_so_far": 0.0}
     write_streamed(target, {**common, **objects}, pieces, content)
     cast = numbers.dtypes - {args.params_dtype}
-    note = f", cast from {_name(*cast)} to {_name(args.params_dtype)}" if cast else ""
-    return f"{source} as {NAMES[files.config()['model_type']]}{note}: written to {target}, for load or --from"
+    return f", cast from {_name(*cast)} to {_name(args.params_dtype)}" if cast else ""
 
 
 class _Numbers:
@@ -142,6 +142,7 @@ def _model_state(args: Namespace, recipe: Recipe, content: dict[str, Any]) -> tu
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     config = model_config(args, recipe)
     config.transformer.perform_initialization = False
+    config.transformer.init_model_with_meta_device = True  # Transformer Engine's layers choose their device themselves
     builder = config.get_builder_cls()(config)
     with torch.device("meta"):
         model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())

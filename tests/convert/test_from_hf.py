@@ -179,12 +179,14 @@ def test_missing_and_unexpected_tensors_are_named(
 
 def test_no_model_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "llama").mkdir()
-    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    save_file({"a": torch.ones(1)}, tmp_path / "llama" / "model.safetensors")
+    for name, model_type in (("llama", "llama"), ("connected", "connected_olmoe")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": model_type}))
+        save_file({"a": torch.ones(1)}, tmp_path / name / "model.safetensors")
     for source, sentence in (
         ("empty", "holds no config.json: give a folder that save_pretrained wrote"),
         ("llama", "model_type=llama of "),
+        ("connected", "model_type=connected_olmoe of "),
         ("nowhere/to/be", "is no folder, and no name on the hub, which is OWNER/MODEL"),
     ):
         assert convert(folder, "olmo2", tmp_path / "out", source=tmp_path / source) == 2

@@ -2,9 +2,12 @@
 
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = {
         f"{architecture}-{connection}": olmo.model(architecture, connection) for architecture, connection in CASES
     }
+    models["olmo2-bf16"] = replace(olmo.model("olmo2", "dfc_x4"), bf16=True)
     harness.run("save_random", olmo.TP2_PP2_EP2.world, folder / "ranks", olmo.TP2_PP2_EP2, models, folder)
     return folder
 
@@ -234,6 +238,32 @@ def test_the_folder_needs_torch_and_transformers_alone(
 
 
 @pytest.mark.usefixtures("one_process")
+def test_half_precision_stays_and_connections_are_fp32(folder: Path, tmp_path: Path) -> None:
+    assert export(folder, "olmo2", "bf16", tmp_path / "out", "bf16=true") == 0
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    dtypes = {name: torch.float32 if "connection" in name else torch.bfloat16 for name in tensors}
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == dtypes
+    assert load(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_names_of_transformer_engines_norms_are_known(folder: Path, tmp_path: Path) -> None:
+    local, te = "decoder.layers.mlp.linear_fc1.layer_norm_weight", "decoder.layers.pre_mlp_layernorm.weight"
+    shutil.copytree(folder / "olmoe-plain", tmp_path / "olmoe-plain")
+    shutil.copy(folder / "olmoe.yaml", tmp_path)
+    index = tmp_path / "olmoe-plain" / "iter_0000001" / ".metadata"
+    content = pickle.loads(index.read_bytes())
+    content.state_dict_metadata[te] = content.state_dict_metadata.pop(local)
+    places = content.storage_data.items()
+    content.storage_data = {replace(place, fqn=te) if place.fqn == local else place: info for place, info in places}
+    index.write_bytes(pickle.dumps(content))
+    assert export(folder, "olmoe", "plain", tmp_path / "local") == 0
+    assert export(tmp_path, "olmoe", "plain", tmp_path / "te") == 0
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("local", "te"))
+    assert first == second
+
+
+@pytest.mark.usefixtures("one_process")
 def test_files_hold_the_same_in_parts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(folder, "olmo2", "plain", tmp_path / "one") == 0
     assert export(folder, "olmo2", "plain", tmp_path / "many", "--shard-gb", "0.0001") == 0
@@ -260,8 +290,8 @@ def test_files_hold_the_same_in_parts(folder: Path, tmp_path: Path, capsys: pyte
             "olmoe",
             "dfc_x4",
             ["qk_layernorm_over_heads=false"],
-            "megatron-fc: qk_layernorm_over_heads=False is not that of OLMoE, which has True: only OLMoE and OLMo2 have "
-            "Hugging Face classes here",
+            "megatron-fc: qk_layernorm_over_heads=False is not that of OLMoE, which has True: only OLMoE and OLMo2 "
+            "have Hugging Face classes here",
         ),
         ("olmo2", "dfc_x4", ["add_qkv_bias=true"], "add_qkv_bias=True is not that of OLMo2"),
         (

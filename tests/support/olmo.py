@@ -20,6 +20,7 @@ WORDS = {
     "dhc_x4": ["connection=dhc"],
     "mhc_x4": ["connection=mhc"],
     "learned": ["connection=mhc", "leave=learned"],
+    "bf16": [],
 }
 
 
