@@ -39,7 +39,7 @@ test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distil
 	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) -n 3 -m modelopt $(ARGS)
 
 test-bridge: .bridge/.installed  ## run the test of a provider of NVIDIA Megatron-Bridge
-	@PYTHONPATH="$(CURDIR)/.bridge" $(PYTEST) tests/megatron/test_bridge.py $(ARGS)
+	@PYTHONPATH="$(CURDIR)/.bridge" $(PYTEST) -n 1 tests/megatron/test_bridge.py $(ARGS)
 
 # Its own dependencies would replace torch and ask for Transformer Engine.
 .bridge/.installed: .venv/.installed

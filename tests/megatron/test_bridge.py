@@ -1,7 +1,7 @@
 """NVIDIA's Megatron-Bridge builds its OLMoE with our layers and trains it. `make test-bridge` installs it.
 
-It installs without its dependencies only. Its package imports every model that it has, and Transformer Engine with them:
-here the files of one model are imported, and no package's list of others.
+It installs without its dependencies only. Its package imports every model that it has, and Transformer Engine with
+them: here the files of one model are imported, and no package's list of others.
 """
 
 import importlib
