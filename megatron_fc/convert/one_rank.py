@@ -22,6 +22,7 @@ _WITHOUT_DATA = [
     "data_path=null",
     *(f"{split}_data_path=null" for split in ("train", "valid", "test")),
 ]
+_WITHOUT_DATA += ["eval_iters=1", "full_validation=false", "multiple_validation_sets=false"]
 _FP32 = ["precision=null", "bf16=false", "fp16=false"]
 
 
