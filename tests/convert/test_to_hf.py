@@ -225,7 +225,10 @@ print("alone")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "connection"), [("olmoe", "dhc_x4"), ("olmo2", "learned")])
+@pytest.mark.parametrize(
+    ("architecture", "connection"),
+    [("olmoe", "dhc_x4"), pytest.param("olmo2", "learned", marks=pytest.mark.soak)],
+)
 @pytest.mark.usefixtures("one_process")
 def test_the_folder_needs_torch_and_transformers_alone(
     folder: Path, architecture: str, connection: str, tmp_path: Path
