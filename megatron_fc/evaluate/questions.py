@@ -1,0 +1,82 @@
+"""What is asked of a model: rows to score and prompts to go on with, by way of the answers that are there already."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_fc.evaluate.answers import Answers, key_of
+from megatron_fc.evaluate.engine import Engine
+from megatron_fc.evaluate.generation import Sampling
+from megatron_fc.evaluate.scoring import Row, Score
+
+Keep = Callable[[int, Any], None]
+
+
+class Questions:
+    """Asks an engine what its answers do not have.
+
+    Args:
+        engine: on the rank that leads.
+        answers: of the engine's checkpoint.
+    """
+
+    def __init__(self, engine: Engine, answers: Answers) -> None:
+        self.engine, self.answers = engine, answers
+
+    def scores(self, rows: Sequence[Row], title: str, keep: Keep = lambda *_: None) -> list[Score]:
+        """Return the scores of rows.
+
+        Args:
+            rows: to score.
+            title: of the progress bar.
+            keep: told the number of a row and its score as [logprob, is_greedy], as soon as it is there.
+        """
+        keys = [key_of(row.tokens, row.scored) for row in rows]
+
+        def run(numbers: list[int]) -> Iterator[list[tuple[int, Any]]]:
+            for found in self.engine.score([rows[number] for number in numbers]):
+                yield [(place, [score.logprob, score.is_greedy]) for place, score in found]
+
+        with _progress(title, len(rows), keep) as report:
+            return [Score(*answer) for answer in self.answers.ask(keys, run, report)]
+
+    def texts(
+        self, prompts: Sequence[tuple[int, ...]], samplings: Sequence[Sampling], keep: Keep = lambda *_: None
+    ) -> list[str]:
+        """Return what the model writes behind prompts, each with the sampling of its number."""
+        # What is drawn at random differs each time, and a repetition is another request.
+        repetitions: dict[Any, int] = {}
+        keys = []
+        for asked in zip(prompts, samplings, strict=True):
+            repetitions[asked] = repetitions.get(asked, -1) + 1
+            sampling = asked[1]
+            keys.append(key_of(asked[0], vars(sampling), 0 if sampling.is_greedy else repetitions[asked]))
+
+        def run(numbers: list[int]) -> Iterator[list[tuple[int, Any]]]:
+            for sampling in dict.fromkeys(samplings[number] for number in numbers):
+                places = [place for place, number in enumerate(numbers) if samplings[number] == sampling]
+                for found in self.engine.generate([prompts[numbers[place]] for place in places], sampling):
+                    yield [(places[place], text) for place, text in found]
+
+        with _progress("generate_until", len(prompts), keep) as report:
+            return self.answers.ask(keys, run, report)
+
+
+@contextmanager
+def _progress(title: str, total: int, keep: Keep) -> Iterator[Keep]:
+    """A bar on the terminal, where there is one, that every answer moves."""
+    console = Console(file=sys.__stderr__)  # whatever standard error is redirected to
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    options = {"redirect_stdout": False, "redirect_stderr": False}  # standard output may be another's
+    with Progress(*columns, console=console, disable=not console.is_terminal, **options) as bar:
+        task = bar.add_task("", total=total)
+
+        def report(number: int, answer: Any) -> None:
+            keep(number, answer)
+            bar.advance(task)
+
+        yield report

@@ -1,0 +1,224 @@
+"""`megatron-fc evaluate` on tasks from local files: the same answers from every layout, and by hand; every refusal."""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from support import fork_server
+from support import training_runs as runs
+from support.compress_commands import run
+from support.evaluations import answers, config, evaluate, tasks, train, write_tasks  # noqa: F401  (fixtures)
+
+# fp32 in another order of sums.
+CLOSE = 1e-4
+LAYOUTS = {
+    "tp2": ["tensor_model_parallel_size=2", "sequence_parallel=true"],
+    "pp2": ["pipeline_model_parallel_size=2"],
+    "ep2": ["expert_model_parallel_size=2"],
+    "dp2": [],
+}
+CONNECTIONS = {
+    "dfc_x4": [],
+    "residual": ["connection=residual"],
+    "dhc_x4": ["connection=dhc"],
+    "mhc_x4": ["connection=mhc"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(config: Path) -> dict[str, Path]:  # noqa: F811
+    """Checkpoints of a run per connection."""
+    return {name: train(config, name, *overrides) for name, overrides in CONNECTIONS.items()}
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(config: Path, trained: dict[str, Path], tasks: Path) -> dict[str, Path]:  # noqa: F811
+    """Results of one rank, by connection."""
+    found = {}
+    for name, checkpoints in trained.items():
+        found[name] = config.parent / f"{name}-evaluation"
+        done = evaluate(config, checkpoints, tasks, found[name], *CONNECTIONS[name])
+        assert done.code == 0, done.printed
+    return found
+
+
+@pytest.mark.parametrize(
+    ("connection", "layout"),
+    [*(("dfc_x4", layout) for layout in LAYOUTS), ("dhc_x4", "pp2"), ("mhc_x4", "tp2")],
+)
+def test_every_request_has_the_answer_of_one_rank(
+    connection: str,
+    layout: str,
+    config: Path,  # noqa: F811
+    trained: dict[str, Path],
+    tasks: Path,  # noqa: F811
+    on_one_rank: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    words = [*CONNECTIONS[connection], *LAYOUTS[layout]]
+    done = evaluate(config, trained[connection], tasks, tmp_path / "out", *words, ranks=2)
+    assert done.code == 0, done.printed
+    expected, found = answers(on_one_rank[connection]), answers(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    texts = 0
+    for key, answer in expected.items():
+        if isinstance(answer, str):
+            assert found[key] == answer
+            texts += 1
+        else:
+            assert found[key][0] == pytest.approx(answer[0], abs=CLOSE)
+            assert found[key][1] == answer[1]
+    assert texts == 5
+    # Another model's answers differ by more.
+    other = answers(on_one_rank["residual" if connection != "residual" else "dfc_x4"])
+    assert max(abs(other[key][0] - answer[0]) for key, answer in expected.items() if isinstance(answer, list)) > 0.01
+
+
+def test_results_are_those_of_a_direct_computation(
+    config: Path,  # noqa: F811
+    trained: dict[str, Path],
+    on_one_rank: dict[str, Path],
+    tasks: Path,  # noqa: F811
+) -> None:
+    """Each request alone, tokens by the tokenizer's own library, logits of Megatron's forward pass, softmax by hand."""
+    script = Path(__file__).parents[1] / "support" / "direct_scores.py"
+    words = [fork_server.python(), str(script), str(config), str(trained["dhc_x4"]), str(tasks), "connection=dhc"]
+    done = subprocess.run(words, env=runs.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    direct = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads((on_one_rank["dhc_x4"] / "iter_0000006.json").read_text())["tasks"]
+    assert found["local_choice"]["metrics"] == pytest.approx(direct["local_choice"])
+    assert math.log(found["local_cloze"]["value"]) == pytest.approx(-direct["local_cloze"], abs=CLOSE)
+    assert found["local_text"]["value"] == pytest.approx(direct["local_text"], abs=CLOSE)
+    scores = [answer[0] for answer in answers(on_one_rank["dhc_x4"]).values() if isinstance(answer, list)]
+    for logprob in direct["scores"]:
+        assert min(abs(logprob - score) for score in scores) < CLOSE
+
+
+def test_no_request_is_run_twice_after_a_kill(
+    config: Path,  # noqa: F811
+    trained: dict[str, Path],
+    tasks: Path,  # noqa: F811
+    on_one_rank: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    script = Path(__file__).parents[1] / "support" / "killed_evaluation.py"
+    words = ["evaluate", trained["dfc_x4"], config, "--tasks", "local_choice", "local_text", "--include", tasks]
+    words += ["--out", out, "--batch-size", "1"]
+    command = [fork_server.python(), str(script), str(tmp_path / "rows"), *map(str, words)]
+    codes = []
+    for limit in ("3", "1000"):
+        killed = subprocess.run([*command[:3], limit, *command[3:]], env=runs.environment(), capture_output=True)
+        codes.append(killed.returncode)
+    assert codes == [-9, 0]
+    rows = (tmp_path / "rows").read_text().splitlines()
+    written = answers(out)
+    # The round in which the process died was not answered; every other row was scored once.
+    assert len(rows) - len(set(rows)) == int((tmp_path / "rows.lost").read_text())
+    assert len(set(rows)) == len(written)
+    expected = answers(on_one_rank["dfc_x4"])
+    assert all(written[key][0] == pytest.approx(expected[key][0], abs=CLOSE) for key in written)
+    results = json.loads((out / "iter_0000006.json").read_text())["tasks"]
+    whole = json.loads((on_one_rank["dfc_x4"] / "iter_0000006.json").read_text())["tasks"]
+    assert results["local_choice"]["metrics"] == whole["local_choice"]["metrics"]
+
+
+def test_a_second_call_adds_what_is_missing(
+    config: Path,  # noqa: F811
+    trained: dict[str, Path],
+    tasks: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Several checkpoints, a limit, and data from a folder after their source is gone."""
+    folder = write_tasks(tmp_path)
+    words = ["--tasks", "local_choice", "local_text", "--include", folder, "--to", tmp_path / "data"]
+    fetched = run(tmp_path, "evaluate", "fetch", *words)
+    assert fetched.code == 0, fetched.printed
+    assert "local_choice: 5 documents" in fetched.printed
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
+    out, offline = tmp_path / "out", ["--data", tmp_path / "data", "--every", 3, "--limit", 2]
+    done = evaluate(config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", *offline)
+    assert done.code == 0, done.printed
+    assert [path.name for path in sorted(out.glob("*.json"))] == ["iter_0000003.json", "iter_0000006.json"]
+    done = evaluate(config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", "local_text", *offline)
+    assert done.code == 0, done.printed
+    results = json.loads((out / "iter_0000003.json").read_text())
+    assert results["tokens"] == 3 * 4 * 32
+    assert {name: task["documents"] for name, task in results["tasks"].items()} == {"local_choice": 2, "local_text": 2}
+    again = evaluate(config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", "local_text", *offline)
+    assert again.code == 0
+    assert "iteration" not in again.printed
+    missing = evaluate(
+        config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", "local_cloze", "--data", tmp_path
+    )
+    assert missing.code == 2
+    assert "the data of local_choice, local_cloze are not in" in missing.printed
+    assert "run `megatron-fc evaluate fetch --tasks local_choice local_cloze --to" in missing.printed
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_the_harness_s_own_command_line(
+    ranks: int,
+    config: Path,  # noqa: F811
+    trained: dict[str, Path],
+    tasks: Path,  # noqa: F811
+    on_one_rank: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    words = ["run", "--model", "megatron_fc", "--tasks", "local_choice,local_text", "--include_path", tasks]
+    words += ["--model_args", f"checkpoint={trained['residual']}", f"config={config}", "connection=residual"]
+    words += ["--batch_size", "2", "--output_path", tmp_path / "results.json", "--use_cache", tmp_path / "cache"]
+    done = run(tmp_path, "lm-eval", *words, ranks=ranks)
+    assert done.code == 0, done.printed
+    found = json.loads(next(tmp_path.glob("results*.json")).read_text())["results"]
+    expected = json.loads((on_one_rank["residual"] / "iter_0000006.json").read_text())["tasks"]
+    assert found["local_choice"]["acc_norm,none"] == expected["local_choice"]["metrics"]["acc_norm"]
+    assert found["local_text"]["bits_per_byte,none"] == pytest.approx(expected["local_text"]["value"], abs=CLOSE)
+    assert (tmp_path / "cache_rank0.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", "local_choise"], "unknown task 'local_choise': did you mean 'local_choice'?"),
+        (["context_parallel_size=2", "--tasks", "local_choice"], "context_parallel_size=2: evaluation keeps sequences"),
+        (["moe_expert_capacity_factor=1.0", "--tasks", "local_choice"], "set moe_expert_capacity_factor=null"),
+        (["padded_vocab_size=256", "--tasks", "local_choice"], "padded_vocab_size=256, but"),
+        (["--limit", "0"], "--limit 0: give a number from 1 on"),
+        (["--every", "5"], "no complete checkpoint at a multiple of iteration 5: lower --every"),
+    ],
+)
+def test_refusals(
+    words: list[str],
+    said: str,
+    config: Path,  # noqa: F811
+    trained: dict[str, Path],
+    tasks: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    done = evaluate(config, trained["dfc_x4"], tasks, tmp_path / "out", *words)
+    assert done.code == 2, done.printed
+    assert said in done.printed
+    assert "Traceback" not in done.printed
+
+
+def test_a_larger_tokenizer_is_refused(
+    config: Path,  # noqa: F811
+    trained: dict[str, Path],
+    tasks: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["data"]["tokenizer_model"])
+    tokenizer.add_tokens([f"word{number}" for number in range(200)])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    words = [f"tokenizer_model={tmp_path / 'larger'}", "--tasks", "local_choice"]
+    done = evaluate(config, trained["dfc_x4"], tasks, tmp_path / "out", *words)
+    assert done.code == 2, done.printed
+    assert "tokens, and the model's vocabulary 384: give the tokenizer that the model was trained with" in done.printed
