@@ -7,6 +7,7 @@ Doors: `evaluate.evaluate`, `perplexity.perplexity`, `tasks.fetch`, `harness` fo
 * `questions`, `answers`: requests, and what is known already, on disk
 * `harness`: the harness's view of it
 * `task_list`, `tasks`: which tasks, and their data
+* `windows`, `texts`: long texts and validation sets as rows to score
 * `chosen`, `recipes`: checkpoints of a run, and its recipe without training data
 * `results`: files of results
 """

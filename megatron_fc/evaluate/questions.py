@@ -70,9 +70,17 @@ class Questions:
 def _progress(title: str, total: int, keep: Keep) -> Iterator[Keep]:
     """A bar on the terminal, where there is one, that every answer moves."""
     console = Console(file=sys.__stderr__)  # whatever standard error is redirected to
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    options = {"redirect_stdout": False, "redirect_stderr": False}  # standard output may be another's
-    with Progress(*columns, console=console, disable=not console.is_terminal, **options) as bar:
+    bar = Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    with bar:
         task = bar.add_task("", total=total)
 
         def report(number: int, answer: Any) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from megatron_fc.errors import UserError, unknown
 
-_SECTIONS = ("tasks", "averages", "paper", "folder")
+_SECTIONS = ("tasks", "averages", "paper", "folder", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class TaskList:
         averages: by name, the weights of tasks.
         paper: by the name of a column, published values of tasks and averages.
         folders: of tasks that the harness does not have.
+        perplexity: names of validation sets.
     """
 
     tasks: dict[str, Wanted] = field(default_factory=dict)
     averages: dict[str, dict[str, float]] = field(default_factory=dict)
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
+    perplexity: list[str] = field(default_factory=list)
 
 
 def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskList:
@@ -72,6 +74,7 @@ def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskLi
             found.tasks[name] = _wanted(path, name, values or {})
         found.averages |= content.get("averages", {})
         found.paper |= content.get("paper", {})
+        found.perplexity += content.get("perplexity", [])
         if folder := content.get("folder"):
             found.folders.append(path.parent / folder)
     for folder in found.folders:

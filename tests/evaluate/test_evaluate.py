@@ -4,11 +4,13 @@ import json
 import math
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from megatron_fc.data.indexed import write_indexed
 from support import fork_server
 from support import training_runs as runs
 from support.compress_commands import run
@@ -79,18 +81,18 @@ def test_every_request_has_the_answer_of_one_rank(
     assert max(abs(other[key][0] - answer[0]) for key, answer in expected.items() if isinstance(answer, list)) > 0.01
 
 
-def test_results_are_those_of_a_direct_computation(
-    config: Path,  # noqa: F811
-    trained: dict[str, Path],
-    on_one_rank: dict[str, Path],
-    tasks: Path,  # noqa: F811
-) -> None:
-    """Each request alone, tokens by the tokenizer's own library, logits of Megatron's forward pass, softmax by hand."""
+@pytest.fixture(scope="module")
+def direct(config: Path, trained: dict[str, Path], tasks: Path) -> dict[str, Any]:  # noqa: F811
+    """Each request of dhc_x4 alone: tokens by the tokenizer's own library, Megatron's logits, softmax by hand."""
     script = Path(__file__).parents[1] / "support" / "direct_scores.py"
     words = [fork_server.python(), str(script), str(config), str(trained["dhc_x4"]), str(tasks), "connection=dhc"]
     done = subprocess.run(words, env=runs.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    direct = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_results_are_those_of_a_direct_computation(direct: dict[str, Any], on_one_rank: dict[str, Path]) -> None:
     found = json.loads((on_one_rank["dhc_x4"] / "iter_0000006.json").read_text())["tasks"]
     assert found["local_choice"]["metrics"] == pytest.approx(direct["local_choice"])
     assert math.log(found["local_cloze"]["value"]) == pytest.approx(-direct["local_cloze"], abs=CLOSE)
@@ -98,6 +100,39 @@ def test_results_are_those_of_a_direct_computation(
     scores = [answer[0] for answer in answers(on_one_rank["dhc_x4"]).values() if isinstance(answer, list)]
     for logprob in direct["scores"]:
         assert min(abs(logprob - score) for score in scores) < CLOSE
+
+
+def test_perplexity_of_texts_and_of_indexed_files(
+    direct: dict[str, Any],
+    config: Path,  # noqa: F811
+    trained: dict[str, Path],
+    tasks: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """By document the bits per byte of the harness, by chunk the loss by hand, on two ranks; one file of each kind."""
+    tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["data"]["tokenizer_model"])
+    texts = [json.loads(line)["text"] for line in (tasks / "texts.jsonl").read_text().splitlines()]
+    write_indexed(
+        tmp_path / "indexed", [tokenizer(text).input_ids for text in texts], len(tokenizer), eod=tokenizer.eos_token_id
+    )
+    words = ["evaluate", "perplexity", trained["dhc_x4"], config, "connection=dhc", "--out", tmp_path / "out"]
+    words += ["--sets", f"lines={tasks / 'texts'}", f"indexed={tmp_path / 'indexed'}", "--by"]
+    for by, ranks in (("document", 1), ("chunk", 2)):
+        done = run(tmp_path, *words, by, ranks=ranks)
+        assert done.code == 0, done.printed
+        found = json.loads((tmp_path / "out" / "iter_0000006.json").read_text())["perplexity"]
+        assert found["lines"] == pytest.approx(found["indexed"], abs=1e-9)
+        if by == "document":
+            assert found["lines"]["bits_per_byte"] == pytest.approx(direct["local_text"], abs=CLOSE)
+            assert found["lines"]["bytes"] == sum(len(text.encode()) for text in texts)
+        else:
+            assert found["lines"]["value"] == pytest.approx(direct["chunk_loss"], abs=CLOSE)
+            assert found["lines"]["tokens"] == direct["chunk_tokens"]
+            assert found["lines"]["perplexity"] == pytest.approx(math.exp(direct["chunk_loss"]), rel=CLOSE)
+    for given, said in (("c4=/nowhere/c4", "no validation set /nowhere/c4"), ("c4", "--sets c4: write NAME=FILE")):
+        done = run(tmp_path, *words[:-3], given, "--by", "chunk")
+        assert done.code == 2
+        assert said in done.printed
 
 
 def test_no_request_is_run_twice_after_a_kill(
