@@ -1,4 +1,4 @@
-"""What is asked of a model: rows to score and prompts to go on with, by way of the answers that are there already."""
+"""Requests to a model, rows to score and prompts to go on with, by way of the answers that are there already."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence

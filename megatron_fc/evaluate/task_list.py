@@ -1,4 +1,4 @@
-"""Which tasks are evaluated, by which metric and with how many examples before the question: names, or a file of them.
+"""Tasks that are evaluated, by which metric and with how many examples before the question: names, or a file of them.
 
 tasks:
   hellaswag: {metric: acc_norm, shots: 0}
@@ -40,7 +40,7 @@ class TaskList:
 
     Attributes:
         tasks: by the harness's names, of groups too.
-        averages: by name, the weights of tasks.
+        averages: by name, the weights of tasks and of averages before it.
         paper: by the name of a column, published values of tasks and averages.
         folders: of tasks that the harness does not have.
         perplexity: names of validation sets.
@@ -80,9 +80,11 @@ def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskLi
     for folder in found.folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give that of the tasks' YAML files")
+    known = set(found.tasks)
     for name, weights in found.averages.items():
-        if lacking := weights.keys() - found.tasks.keys():
+        if lacking := weights.keys() - known:
             raise UserError(f"averages: {name} is made of {sorted(lacking)[0]}, which is no task of the list: add it")
+        known.add(name)
     return found
 
 

@@ -222,7 +222,6 @@ def test_the_harness_s_own_command_line(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--tasks", "local_choise"], "unknown task 'local_choise': did you mean 'local_choice'?"),
         (["context_parallel_size=2", "--tasks", "local_choice"], "context_parallel_size=2: evaluation keeps sequences"),
         (["moe_expert_capacity_factor=1.0", "--tasks", "local_choice"], "set moe_expert_capacity_factor=null"),
         (["padded_vocab_size=256", "--tasks", "local_choice"], "padded_vocab_size=256, but"),
