@@ -20,8 +20,8 @@
 #
 # Evaluated are the checkpoints at multiples of iteration N (1); sets=LIST names validation sets, by=document or by=chunk
 # cuts them; limit=N takes so many documents. Results and answers lie in run_dir, by default evaluate-CONFIG in RUNS. What is
-# there is not run again: a job that is killed or reaches its time limit goes on. With again=MINUTES the next job is handed
-# in when one is through, until the run is done.
+# there is not run again: a job that is killed or reaches its time limit goes on. With again=MINUTES the job starts
+# once more when it is through, until the run is done.
 
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 [[ -e launch/common.sh ]] || { echo "launch: submit from the repository's folder, not from $PWD" >&2; exit 2; }
@@ -67,10 +67,16 @@ attempt() { # in place of a training's
   [[ ! $SETS || $CODE != 0 || $SIGNAL ]] || step "${ON_SETS[@]}"
   [[ ! $SIGNAL ]] || { say "got $SIGNAL, the next start goes on"; return 1; }
   [[ $CODE == 0 ]] || exit "$CODE"
-  if [[ $AGAIN && $of_run != 'done' ]]; then
-    hand_in --begin="now+${AGAIN}minutes" --job-name="$(basename "$RUN_DIR")" --nodes="$SLURM_NNODES" \
-      --ntasks-per-node="$SLURM_NTASKS_PER_NODE" launch/evaluate.sh "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR"
-  fi
+  [[ ! $AGAIN || $of_run == 'done' ]] || later
+}
+
+later() { # the same job once more: held until its time is set
+  trap '' USR1 TERM # requeueing sends TERM
+  scontrol requeuehold "$JOB" || fail "SLURM does not requeue this job: give a partition that does, or no again=$AGAIN"
+  scontrol update JobId="$JOB" StartTime="now+${AGAIN}minutes"
+  scontrol release "$JOB"
+  say "requeued, to start in $AGAIN minutes"
+  exit 0
 }
 
 cut() { # what has been answered lies on the disk

@@ -23,7 +23,9 @@ LAYOUTS = {
     "pp2": ["pipeline_model_parallel_size=2"],
     "ep2": ["expert_model_parallel_size=2"],
     "dp2": [],
+    "tp2_ep2": ["tensor_model_parallel_size=2", "sequence_parallel=true", "expert_model_parallel_size=2"],
 }
+MORE = [("dfc_x4", "pp2"), ("dfc_x4", "dp2"), ("mhc_x4", "tp2"), ("residual", "ep2"), ("dhc_x4", "tp2_ep2")]
 CONNECTIONS = {
     "dfc_x4": [],
     "residual": ["connection=residual"],
@@ -51,7 +53,13 @@ def on_one_rank(config: Path, trained: dict[str, Path], tasks: Path) -> dict[str
 
 @pytest.mark.parametrize(
     ("connection", "layout"),
-    [*(("dfc_x4", layout) for layout in LAYOUTS), ("dhc_x4", "pp2"), ("mhc_x4", "tp2")],
+    [
+        ("dfc_x4", "tp2"),
+        ("dhc_x4", "pp2"),
+        ("dfc_x4", "ep2"),
+        ("mhc_x4", "dp2"),
+        *(pytest.param(*pair, marks=pytest.mark.soak) for pair in MORE),
+    ],
 )
 def test_every_request_has_the_answer_of_one_rank(
     connection: str,
