@@ -18,12 +18,13 @@ from support.evaluations import answers, config, evaluate, tasks, train, write_t
 
 # fp32 in another order of sums.
 CLOSE = 1e-4
+TP2 = ["tensor_model_parallel_size=2", "sequence_parallel=true"]
 LAYOUTS = {
-    "tp2": ["tensor_model_parallel_size=2", "sequence_parallel=true"],
+    "tp2": TP2,
     "pp2": ["pipeline_model_parallel_size=2"],
     "ep2": ["expert_model_parallel_size=2"],
     "dp2": [],
-    "tp2_ep2": ["tensor_model_parallel_size=2", "sequence_parallel=true", "expert_model_parallel_size=2"],
+    "tp2_ep2": [*TP2, "expert_model_parallel_size=2", "expert_tensor_parallel_size=1"],
 }
 MORE = [("dfc_x4", "pp2"), ("dfc_x4", "dp2"), ("mhc_x4", "tp2"), ("residual", "ep2"), ("dhc_x4", "tp2_ep2")]
 CONNECTIONS = {
@@ -233,6 +234,7 @@ def test_the_harness_s_own_command_line(
         (["context_parallel_size=2", "--tasks", "local_choice"], "context_parallel_size=2: evaluation keeps sequences"),
         (["moe_expert_capacity_factor=1.0", "--tasks", "local_choice"], "set moe_expert_capacity_factor=null"),
         (["padded_vocab_size=256", "--tasks", "local_choice"], "padded_vocab_size=256, but"),
+        (["expert_model_parallel_size=2"], "Megatron refuses the layout: world_size"),
         (["--limit", "0"], "--limit 0: give a number from 1 on"),
         (["--every", "5"], "no complete checkpoint at a multiple of iteration 5: lower --every"),
     ],
