@@ -87,7 +87,8 @@ attempt() { # returns 0 at the target, 1 if the run is to go on; exits if it can
   # Before a preemption SLURM sends TERM to the ranks alone, which save and end.
   if [[ $CODE:$SIGNAL == 0: && $(tail -n1 "$RUN_DIR/starts.jsonl" 2>/dev/null) == *'"reason": "signal TERM"'* ]]; then preempted; fi
   case $CODE:$(state) in
-    0:done) say "the target is reached"; return 0 ;;
+    # A rank that ends badly afterwards, or with its node, takes nothing away: another start would only wait for nodes.
+    *:done) say "the target is reached$([[ $CODE == 0 ]] || echo ", and then the ranks ended with code $CODE")"; return 0 ;;
     2:*) stuck "the input is wrong, or a checkpoint cannot be read or written (exit code 2)" ;;
     17:*) stuck "a loss was NaN or infinite (exit code 17), the end of $RUN_DIR/starts.jsonl says where" ;;
   esac

@@ -158,6 +158,17 @@ def test_the_first_task_is_met_and_the_code_that_decides_is_taken(cluster: Clust
     assert "launch: stuck: the input is wrong, or a checkpoint cannot be read or written (exit code 2)" in log
 
 
+def test_a_rank_that_ends_badly_after_the_target_costs_no_start(cluster: Cluster, site: Site, tmp_path: Path) -> None:
+    run_dir = site.run_dir("reached")
+    lines = ("[[ $3 == train ]] || exit 0", "((SLURM_PROCID)) || exit 75", f"echo done >{run_dir}/state")
+    site.write(more=program(tmp_path / "python", *lines))
+    (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={run_dir}"))
+    ended = cluster.wait(job, *END)
+    log = site.log(job)
+    assert (ended["JobState"], ended["ExitCode"], ended.get("Restarts", "0")) == ("COMPLETED", "0:0", "0"), log
+    assert "launch: the target is reached, and then the ranks ended with code 75\n" in log
+
+
 def test_an_operators_requeue_is_no_scancel(cluster: Cluster, site: Site, stand_in: Path, tmp_path: Path) -> None:
     site.write(more=f"PYTHON={tmp_path}/python\nexport LISTENS=yes\n")
     (job,) = submit(cluster, site, *site.words("moe7b.sh", *NODES, f"run_dir={stand_in}"))

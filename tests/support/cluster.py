@@ -25,6 +25,7 @@ _NODE = """
 hostname "$1"
 mount -t tmpfs tmpfs /dev/shm
 mount --bind "$2/etc/hosts" /etc/hosts
+mount --bind "$2/etc/slurmd.conf" "$2/etc/slurm.conf"
 ip link set lo up
 until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
 ip addr add "$3/24" dev eth0
@@ -40,8 +41,10 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits for cred_expire, two minutes by default; less than five count as nothing.
-AuthInfo=socket={folder}/run/munge.socket,cred_expire=8
+# To the controller it is how long a requeued job waits; less than five seconds count as nothing. To a node it is how
+# old the credential of a step may be: on a busy machine those few seconds pass before it starts, and a start is lost.
+AuthInfo=socket={folder}/run/munge.socket,cred_expire={cred_expire}
+DebugFlags=NO_CONF_HASH
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
 TmpFS={folder}/tmp/%n
@@ -201,11 +204,9 @@ class Cluster:
             f"Gres=gpu:{self._gpus} State=UNKNOWN"
             for node in range(self.nodes)
         ]
-        (etc / "slurm.conf").write_text(
-            _CONF.format(
-                host=host, net=self._net, port=_PORT + self._subnet, folder=self.folder, nodes="\n".join(nodes)
-            )
-        )
+        facts = {"host": host, "net": self._net, "port": _PORT + self._subnet, "folder": self.folder}
+        for name, cred_expire in (("slurm.conf", 8), ("slurmd.conf", 120)):
+            (etc / name).write_text(_CONF.format(**facts, nodes="\n".join(nodes), cred_expire=cred_expire))
         hosts = [f"{self._net}.{10 + node} n{node}" for node in range(self.nodes)]
         (etc / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{self._net}.1 {host}", *hosts, ""]))
         self._ip("link", "add", self._bridge, "type", "bridge")
