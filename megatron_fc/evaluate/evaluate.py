@@ -95,7 +95,7 @@ def _result(found: Any, name: str, tasks: Tasks, wanted: Wanted, limit: int | No
     """A task's value and all that the harness says of it; of a tag or a group without one the mean of its tasks."""
     leaves = [task.task_name for task in tasks.leaves(name)]
     of_name = found["results"].get(name) or {}
-    metrics = _metrics(of_name) or _mean([_metrics(found["results"][leaf]) for leaf in leaves])
+    metrics = _mean([_metrics(found["results"][leaf]) for leaf in leaves]) | _metrics(of_name)
     metric = wanted.metric or next(iter(metrics))
     error = of_name.get(f"{metric}_stderr,none")
     shots = {found["n-shot"][leaf] for leaf in leaves}
