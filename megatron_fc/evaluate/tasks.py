@@ -113,16 +113,15 @@ def _refuse_twice(leaves: dict[str, list[str]]) -> None:
 
 
 def _refuse_missing(missing: dict[str, str], data: Path | None) -> None:
-    names = " ".join(missing)
     if data is not None:
         raise UserError(
-            f"the data of {', '.join(missing)} are not in {data}: run `megatron-fc evaluate fetch --tasks {names} --to "
-            f"{data}` where there is internet"
+            f"the data of {', '.join(missing)} are not in {data}: where there is internet, run `megatron-fc evaluate "
+            f"fetch --to {data}` with the same --tasks"
         )
     name, reason = next(iter(missing.items()))
     raise UserError(
-        f"no data of {', '.join(missing)}, {name}: {reason}; where there is internet, `megatron-fc evaluate fetch "
-        f"--tasks {names} --to FOLDER` stores them for --data FOLDER"
+        f"no data of {', '.join(missing)}, {name}: {reason}; where there is internet, `megatron-fc evaluate fetch --to "
+        f"FOLDER` with the same --tasks stores them for --data FOLDER"
     )
 
 

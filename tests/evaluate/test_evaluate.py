@@ -204,7 +204,7 @@ def test_a_second_call_adds_what_is_missing(
     )
     assert missing.code == 2
     assert "the data of local_choice, local_cloze are not in" in missing.printed
-    assert "run `megatron-fc evaluate fetch --tasks local_choice local_cloze --to" in missing.printed
+    assert f"run `megatron-fc evaluate fetch --to {tmp_path}` with the same --tasks" in missing.printed
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
