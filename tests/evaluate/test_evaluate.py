@@ -3,6 +3,7 @@
 import json
 import math
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +36,34 @@ CONNECTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained(config: Path) -> dict[str, Path]:  # noqa: F811
-    """Checkpoints of a run per connection."""
-    return {name: train(config, name, *overrides) for name, overrides in CONNECTIONS.items()}
+class Made(dict[str, Path]):
+    """Folders by connection, made when they are asked for."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        self._make = make
+
+    def __missing__(self, connection: str) -> Path:
+        self[connection] = self._make(connection)
+        return self[connection]
 
 
 @pytest.fixture(scope="module")
-def on_one_rank(config: Path, trained: dict[str, Path], tasks: Path) -> dict[str, Path]:  # noqa: F811
-    """Results of one rank, by connection."""
-    found = {}
-    for name, checkpoints in trained.items():
-        found[name] = config.parent / f"{name}-evaluation"
-        done = evaluate(config, checkpoints, tasks, found[name], *CONNECTIONS[name])
+def trained(config: Path) -> Made:  # noqa: F811
+    """Checkpoints of a run."""
+    return Made(lambda connection: train(config, connection, *CONNECTIONS[connection]))
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(config: Path, trained: Made, tasks: Path) -> Made:  # noqa: F811
+    """Results of one rank."""
+
+    def results(connection: str) -> Path:
+        out = config.parent / f"{connection}-evaluation"
+        done = evaluate(config, trained[connection], tasks, out, *CONNECTIONS[connection])
         assert done.code == 0, done.printed
-    return found
+        return out
+
+    return Made(results)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +80,9 @@ def test_every_request_has_the_answer_of_one_rank(
     connection: str,
     layout: str,
     config: Path,  # noqa: F811
-    trained: dict[str, Path],
+    trained: Made,
     tasks: Path,  # noqa: F811
-    on_one_rank: dict[str, Path],
+    on_one_rank: Made,
     tmp_path: Path,
 ) -> None:
     words = [*CONNECTIONS[connection], *LAYOUTS[layout]]
@@ -86,12 +100,12 @@ def test_every_request_has_the_answer_of_one_rank(
             assert found[key][1] == answer[1]
     assert texts == 5
     # Another model's answers differ by more.
-    other = answers(on_one_rank["residual" if connection != "residual" else "dfc_x4"])
+    other = answers(on_one_rank["dfc_x4" if connection != "dfc_x4" else "dhc_x4"])
     assert max(abs(other[key][0] - answer[0]) for key, answer in expected.items() if isinstance(answer, list)) > 0.01
 
 
 @pytest.fixture(scope="module")
-def direct(config: Path, trained: dict[str, Path], tasks: Path) -> dict[str, Any]:  # noqa: F811
+def direct(config: Path, trained: Made, tasks: Path) -> dict[str, Any]:  # noqa: F811
     """Each request of dhc_x4 alone: tokens by the tokenizer's own library, Megatron's logits, softmax by hand."""
     script = Path(__file__).parents[1] / "support" / "direct_scores.py"
     words = [fork_server.python(), str(script), str(config), str(trained["dhc_x4"]), str(tasks), "connection=dhc"]
@@ -101,7 +115,7 @@ def direct(config: Path, trained: dict[str, Path], tasks: Path) -> dict[str, Any
     return found
 
 
-def test_results_are_those_of_a_direct_computation(direct: dict[str, Any], on_one_rank: dict[str, Path]) -> None:
+def test_results_are_those_of_a_direct_computation(direct: dict[str, Any], on_one_rank: Made) -> None:
     found = json.loads((on_one_rank["dhc_x4"] / "iter_0000006.json").read_text())["tasks"]
     assert found["local_choice"]["metrics"] == pytest.approx(direct["local_choice"])
     assert math.log(found["local_cloze"]["value"]) == pytest.approx(-direct["local_cloze"], abs=CLOSE)
@@ -114,7 +128,7 @@ def test_results_are_those_of_a_direct_computation(direct: dict[str, Any], on_on
 def test_perplexity_of_texts_and_of_indexed_files(
     direct: dict[str, Any],
     config: Path,  # noqa: F811
-    trained: dict[str, Path],
+    trained: Made,
     tasks: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -146,9 +160,9 @@ def test_perplexity_of_texts_and_of_indexed_files(
 
 def test_no_request_is_run_twice_after_a_kill(
     config: Path,  # noqa: F811
-    trained: dict[str, Path],
+    trained: Made,
     tasks: Path,  # noqa: F811
-    on_one_rank: dict[str, Path],
+    on_one_rank: Made,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
@@ -175,7 +189,7 @@ def test_no_request_is_run_twice_after_a_kill(
 
 def test_a_second_call_adds_what_is_missing(
     config: Path,  # noqa: F811
-    trained: dict[str, Path],
+    trained: Made,
     tasks: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -211,18 +225,18 @@ def test_a_second_call_adds_what_is_missing(
 def test_the_harness_s_own_command_line(
     ranks: int,
     config: Path,  # noqa: F811
-    trained: dict[str, Path],
+    trained: Made,
     tasks: Path,  # noqa: F811
-    on_one_rank: dict[str, Path],
+    on_one_rank: Made,
     tmp_path: Path,
 ) -> None:
     words = ["run", "--model", "megatron_fc", "--tasks", "local_choice,local_text", "--include_path", tasks]
-    words += ["--model_args", f"checkpoint={trained['residual']}", f"config={config}", "connection=residual"]
+    words += ["--model_args", f"checkpoint={trained['dfc_x4']}", f"config={config}"]
     words += ["--batch_size", "2", "--output_path", tmp_path / "results.json", "--use_cache", tmp_path / "cache"]
     done = run(tmp_path, "lm-eval", *words, ranks=ranks)
     assert done.code == 0, done.printed
     found = json.loads(next(tmp_path.glob("results*.json")).read_text())["results"]
-    expected = json.loads((on_one_rank["residual"] / "iter_0000006.json").read_text())["tasks"]
+    expected = json.loads((on_one_rank["dfc_x4"] / "iter_0000006.json").read_text())["tasks"]
     assert found["local_choice"]["acc_norm,none"] == expected["local_choice"]["metrics"]["acc_norm"]
     assert found["local_text"]["bits_per_byte,none"] == pytest.approx(expected["local_text"]["value"], abs=CLOSE)
     assert (tmp_path / "cache_rank0.db").exists()
@@ -243,7 +257,7 @@ def test_refusals(
     words: list[str],
     said: str,
     config: Path,  # noqa: F811
-    trained: dict[str, Path],
+    trained: Made,
     tasks: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -255,7 +269,7 @@ def test_refusals(
 
 def test_a_larger_tokenizer_is_refused(
     config: Path,  # noqa: F811
-    trained: dict[str, Path],
+    trained: Made,
     tasks: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
