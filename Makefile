@@ -1,6 +1,6 @@
 # Every target sets up what it needs by itself; only the first call takes time. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: demo demo-first test test-quick soak mutate test-modelopt test-te gpu-check compat lint types format lock clean help
+.PHONY: demo demo-first test test-quick soak mutate test-modelopt test-bridge test-te gpu-check compat lint types format lock clean help
 
 # Where it is set, hundreds of Python processes compile the same sources.
 unexport PYTHONDONTWRITEBYTECODE
@@ -37,6 +37,15 @@ PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m
 # Beside the environment and not in it: where ModelOpt can be imported Megatron imports it, which doubles every start.
 test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distillation with NVIDIA ModelOpt
 	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) -n 3 -m modelopt $(ARGS)
+
+test-bridge: .bridge/.installed  ## run the test of a provider of NVIDIA Megatron-Bridge
+	@PYTHONPATH="$(CURDIR)/.bridge" $(PYTEST) -n 1 tests/megatron/test_bridge.py $(ARGS)
+
+# Its own dependencies would replace torch and ask for Transformer Engine.
+.bridge/.installed: .venv/.installed
+	@.venv/bin/python -m pip install -q --disable-pip-version-check --no-deps --target .bridge --upgrade \
+		megatron-bridge==0.6.2 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3
+	@touch $@
 
 # TE_TORCH_WHEEL: see scripts/setup-te.
 test-te: .venv/.installed  ## run the tests of Transformer Engine's layers, in an environment of its own, without a GPU

@@ -2,10 +2,12 @@
 
 # Name of the import -> name of the package.
 TRAIN = {
+    "huggingface_hub": "huggingface-hub",
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "psutil": "psutil",
     "rich": "rich",
+    "safetensors": "safetensors",
     "tensorboard": "tensorboard",
     "tokenizers": "tokenizers",
     "transformers": "transformers",

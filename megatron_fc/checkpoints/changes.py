@@ -8,6 +8,7 @@ thought of is announced.
 
 import re
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from megatron_fc.checkpoints.integrity import INDEX
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import is_connection_argument
+from megatron_fc.megatron.norm_options import MEGATRON_NORMS
 
 # Settings by name: value in the checkpoint, value now.
 Changes = dict[str, tuple[Any, Any]]
@@ -22,7 +24,8 @@ Changes = dict[str, tuple[Any, Any]]
 _MODEL = re.compile(
     r"""num_layers | hidden_size | ffn_hidden_size | num_attention_heads | group_query_attention | num_query_groups
     | kv_channels | hybrid_layer_pattern | is_hybrid_model | mtp_.* | transformer_input_.*
-    | normalization | layernorm_epsilon | layernorm_zero_centered_gamma | qk_layernorm | qk_l2_norm
+    | normalization | norm_after | layernorm_epsilon | layernorm_zero_centered_gamma | qk_layernorm
+    | qk_layernorm_over_heads | qk_l2_norm
     | apply_residual_connection_post_layernorm
     | swiglu | squared_relu | openai_gelu | quick_geglu | glu_linear_offset | activation_func_clamp_value
     | add_bias_linear | add_qkv_bias | add_position_embedding | untie_embeddings_and_output_weights
@@ -76,8 +79,11 @@ def stored_args(checkpoint: Path) -> Namespace | None:
 
 
 def changes(stored: Namespace | None, args: Namespace) -> Changes:
-    """Return what differs and has an influence, of the arguments that both have."""
-    before, now = vars(stored) if stored is not None else {}, vars(args)
+    """Return what differs and has an influence, of the arguments that both have.
+
+    A checkpoint that is older than the options of norms has Megatron's norms.
+    """
+    before, now = asdict(MEGATRON_NORMS) | vars(stored) if stored is not None else {}, vars(args)
     return {
         name: (before[name], now[name])
         for name in sorted(before.keys() & now.keys())

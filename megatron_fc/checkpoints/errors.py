@@ -50,7 +50,8 @@ def named(error: BaseException, args: Namespace) -> BaseException:
     """
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
-    if isinstance(error, UserError) or not isinstance(error, (Exception, CheckpointException)):
+    # Megatron leaves the process where a checkpoint lacks its iteration.
+    if isinstance(error, UserError) or not isinstance(error, (Exception, CheckpointException, SystemExit)):
         return error
     passed = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     if "load_checkpoint" in passed:

@@ -5,6 +5,7 @@ They import what they need when they run: `runs` and `doctor` answer without tor
 
 from megatron_fc.cli import (
     compare,
+    convert,
     data,
     demo,
     distill,
@@ -32,6 +33,7 @@ COMMANDS = (
     topology,
     plan,
     upcycle,
+    convert,
     quantize,
     distill,
     prune,

@@ -119,6 +119,8 @@ def _refuse_layout(args: Namespace, recipe: Recipe, sizes: dict[str, int]) -> No
         raise UserError("moe_grouped_gemm keeps all experts in one layer: set it to false to prune")
     if args.multi_latent_attention and "num_attention_heads" in sizes:
         raise UserError("num_attention_heads of multi-latent attention share one latent: leave them as they are")
+    if args.qk_layernorm_over_heads and "num_attention_heads" in sizes:
+        raise UserError("num_attention_heads share one norm with qk_layernorm_over_heads: leave them as they are")
     if args.num_experts and args.moe_layer_freq != 1 and "num_layers" in sizes:
         raise UserError(f"num_layers with moe_layer_freq={args.moe_layer_freq}: prune depth where all layers are alike")
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import KINDS
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.norm_options import add_norm_args
 from megatron_fc.megatron.refusals import refuse_with_connection
 
 _HELP = {
@@ -40,7 +41,11 @@ _HELP = {
 
 
 def add_connection_args(parser: ArgumentParser) -> ArgumentParser:
-    """Add a flag per field of every kind's configuration; pass it as Megatron's `extra_args_provider`."""
+    """Add a flag per field of every kind's configuration, and those of the norms.
+
+    Pass it as Megatron's `extra_args_provider`.
+    """
+    add_norm_args(parser)
     group = parser.add_argument_group(title="connections")
     for kind, config in KINDS.items():
         for field in fields(config):

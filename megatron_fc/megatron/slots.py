@@ -40,6 +40,7 @@ from megatron_fc.connections.parcel import Parcel
 from megatron_fc.connections.site import PendingDepth, biased
 from megatron_fc.connections.stream_recompute import Link, Written
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.norm_after import normed
 from megatron_fc.megatron.norms import hand_out_weights
 from megatron_fc.megatron.output_projections import announce_unscaled
 from megatron_fc.megatron.own_parameters import mark_parameters, network_seed, without_drawing
@@ -227,12 +228,21 @@ class NotANorm(UserError, AttributeError):
 
 
 class AddSlot(nn.Module):
-    """Bias-dropout-add slot: adds bias, applies dropout, then the depth connection."""
+    """Bias-dropout-add slot: adds bias, applies dropout, then the depth connection.
 
-    def __init__(self, pairing: Pairing) -> None:
+    Args:
+        pairing: shared with the `NormSlot` of the same sub-layer.
+        norm_after: builder of a norm of what the sub-layer returns, None where its input is normed.
+    """
+
+    def __init__(self, pairing: Pairing, norm_after: LayerNormBuilder | None = None) -> None:
         super().__init__()
         norm = pairing.take(self)
         norm.paired = True
+        self.norm_after: Any = None
+        if norm_after is not None:
+            config = norm.config
+            self.norm_after = norm_after(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
         # In tuples, so that the parameters are registered once, in the norm slots.
         self._norm = (norm,)
         self._following: tuple[NormSlot, ...] = ()
@@ -257,6 +267,8 @@ class AddSlot(nn.Module):
         [norm] = self._norm
         h = norm.stream.entered(h)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._gradients_are_on(training, o, h)):
+            if self.norm_after is not None:
+                o, bias = normed(self.norm_after, o_with_bias), None
             handover, link = norm.handover.take(h), norm.link.take(h)
             kernels = handover if handover is not None and handover.backend == "triton" else None
             if kernels is not None and link is None and self._following and self._in_one_pass():

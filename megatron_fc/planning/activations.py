@@ -129,18 +129,33 @@ def _norm(name: str, part: Part, sizes: _Sizes, freed_by: tuple[str, ...]) -> li
     ]
 
 
+def _around(name: str, part: Part, shape: Shape, sizes: _Sizes, freed_by: tuple[str, ...]) -> list[Kept]:
+    """What a sub-layer's norm and first product keep."""
+    if not shape.norm_after:
+        return _norm(f"norm of {name}", part, sizes, freed_by)
+    kept = [
+        Kept(f"input of {name}", part, sizes.row, ("layernorm",) if shape.connection else ()),
+        Kept(f"output of {name} before its norm", part, sizes.row),
+        Kept(f"statistics of norm of {name}", part, _FP32 * sizes.own_tokens),
+    ]
+    if shape.connection is not None:  # without one it is the input
+        kept.append(Kept(f"stream before {name}", part, sizes.row, ("stream",)))
+    return kept
+
+
 def _attention(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> list[Kept]:
     tokens, e = sizes.tokens / layout.tensor, training.element_bytes
     queries, keys = shape.query_width, shape.key_width
     kept = [
         # Megatron recomputes the norms that are modules; what Transformer Engine's product has made stays.
-        *_norm("attention's norm", "attention", sizes, ("layernorm",) if training.norms_of(False)[0] else ()),
+        *_around("attention", "attention", shape, sizes, ("layernorm",) if training.norms_of(False)[0] else ()),
         # The values are a view of it.
         Kept("queries, keys, values", "attention", e * tokens * (queries + 2 * keys)),
         Kept("attention's output", "attention", e * tokens * queries),
     ]
     if shape.qk_norm:
-        rows = tokens * (shape.heads + shape.groups)
+        # Norms over all heads have the same root on every rank.
+        rows = 2 * sizes.tokens if shape.over_heads else tokens * (shape.heads + shape.groups)
         kept.append(Kept("statistics of query and key norm", "attention", _FP32 * rows))
     if shape.rotary:
         kept.append(Kept("rotated queries and keys", "attention", e * tokens * (queries + keys)))
@@ -155,7 +170,7 @@ def _attention(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) 
 def _dense(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> list[Kept]:
     return [
         # A norm inside the first product is a part of the MLP that is recomputed.
-        *_norm("the MLP's norm", "mlp", sizes, ("layernorm",) if training.norms_of(False)[1] else ("mlp",)),
+        *_around("the MLP", "mlp", shape, sizes, ("layernorm",) if training.norms_of(False)[1] else ("mlp",)),
         *_gate(shape.ffn * sizes.tokens / layout.tensor, "the MLP", shape, training, ("mlp",)),
     ]
 
@@ -181,7 +196,7 @@ def _moe(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> lis
     routing = 3 * _FP32 * shape.experts + 2 * _INDEX * shape.top_k + _FP32
     order = 3 * _INDEX * shape.top_k
     kept = [
-        *_norm("the experts' norm", "mlp", sizes, ("layernorm",)),
+        *_around("the experts", "mlp", shape, sizes, ("layernorm",)),
         # Softmax, and what the two losses of the router need; which experts, and how rows are ordered.
         Kept("routing", "mlp", sizes.own_tokens * routing, ("moe",)),
         Kept("order of rows", "mlp", sizes.own_tokens * order, ("moe",)),
@@ -210,7 +225,7 @@ def _connections(shape: Shape, training: Training, sizes: _Sizes, moe: bool) -> 
         if training.fused_connections and training.recompute.stream_layers:
             alpha = _FP32 * shape.connection.slots**2 * sizes.own_tokens
             kept.append(Kept(f"alpha of {name}", "connections", alpha))
-        if not in_kernel and not training.recompute.connections:
+        if not shape.norm_after and not in_kernel and not training.recompute.connections:
             freed_by = ("layernorm", "stream") if apart else ("layernorm",)
             kept.append(Kept(f"input of {name} before its norm", "connections", sizes.row, freed_by))
     return kept

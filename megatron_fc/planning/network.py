@@ -134,8 +134,15 @@ class _Step:
             self._ring("forward", "tp", "all_reduce", self.activation_bytes, self.micro_batches)
 
     def attention(self, again: bool) -> None:
-        """Two linear layers, linear_qkv and linear_proj: see `_linear_pair`."""
+        """Two linear layers, linear_qkv and linear_proj: see `_linear_pair`.
+
+        Norms over all heads add up a number per token for the queries and one for the keys
+        (`megatron_fc.megatron.norm_over_heads`).
+        """
         self._linear_pair(again)
+        if self.shape.over_heads:
+            for phase in (*_forward_phases(again), "backward"):
+                self._ring(phase, "tp", "all_reduce", self.tokens * _FP32_BYTES, 2 * self.micro_batches)
 
     def mlp(self, again: bool) -> None:
         """Two linear layers, linear_fc1 and linear_fc2, of a dense layer or of shared experts: see `_linear_pair`."""
@@ -278,7 +285,7 @@ class _Step:
             replicated = own.whole + own.connections
         else:
             layers = sum(len(layers) for layers in chunk_layers(self.shape.layers, self.layout, self.at.stage))
-            replicated = self.shape.qk_norm * 2 * self.shape.norm_vectors * self.shape.head_size * layers
+            replicated = self.shape.norm_vectors * self.shape.qk_norm_weights * layers
         self._ring("optimizer", "tp", "all_reduce", replicated * training.gradient_bytes)
 
     def tied_embeddings(self) -> None:

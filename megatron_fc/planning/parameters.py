@@ -45,9 +45,7 @@ def layer(shape: Shape, moe: bool) -> Parameters:
     """Of one layer: attention, an MLP or its experts, two norms, two connections."""
     d, first, gates = shape.width, shape.query_width + 2 * shape.key_width, shape.matrices - 1
     split = d * (first + shape.query_width)
-    whole = 2 * shape.norm_vectors * d
-    if shape.qk_norm:
-        whole += 2 * shape.norm_vectors * shape.head_size
+    whole = shape.norm_vectors * (2 * d + shape.qk_norm_weights)
     if shape.linear_bias or shape.qkv_bias:
         split += first
     if shape.linear_bias:

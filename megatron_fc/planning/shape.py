@@ -21,7 +21,8 @@ class Shape:
         gated: the MLP has a gate, as SwiGLU has.
         tied: embedding and output layer share their weights.
         norm_vectors: parameters of a norm in rows of d: 1 for RMSNorm, 2 for LayerNorm.
-        qk_norm: queries and keys are normed per head.
+        qk_norm: queries and keys are normed; over_heads: over all heads at once, not per head.
+        norm_after: sub-layers norm what they return, not what they are given.
         rotary: positions rotate queries and keys; learned_positions: else their number, 0 for none.
         linear_bias, qkv_bias: of all linear layers, of the attention's first one.
         connection: between sub-layers, None for plain residuals.
@@ -44,6 +45,8 @@ class Shape:
     tied: bool = False
     norm_vectors: int = 1
     qk_norm: bool = False
+    over_heads: bool = False
+    norm_after: bool = False
     rotary: bool = True
     learned_positions: int = 0
     linear_bias: bool = False
@@ -72,6 +75,13 @@ class Shape:
     def key_width(self) -> int:
         """Of the keys, and of the values."""
         return self.groups * self.head_size
+
+    @property
+    def qk_norm_weights(self) -> int:
+        """Of the norms of queries and keys, one weight for each value that has one of its own."""
+        if not self.qk_norm:
+            return 0
+        return self.query_width + self.key_width if self.over_heads else 2 * self.head_size
 
     @property
     def matrices(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kernels.availability import without_kernels
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.norm_options import norms_from_args
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.roofline import Assumptions
@@ -51,7 +52,7 @@ def shape_of(run: Validated) -> Shape:
     args = run.args
     for problem in _not_counted(run):
         raise UserError(problem)
-    moe = _moe_layers(args)
+    moe, norms = _moe_layers(args), norms_from_args(args)
     return Shape(
         moe_layers=moe,
         width=args.hidden_size,
@@ -70,6 +71,8 @@ def shape_of(run: Validated) -> Shape:
         tied=not args.untie_embeddings_and_output_weights,
         norm_vectors=1 if args.normalization == "RMSNorm" else 2,
         qk_norm=args.qk_layernorm,
+        over_heads=norms.qk_layernorm_over_heads,
+        norm_after=norms.norm_after,
         rotary=args.position_embedding_type == "rope",
         learned_positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
         linear_bias=args.add_bias_linear,

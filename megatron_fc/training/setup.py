@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import add_connection_args, connection_from_args
 from megatron_fc.megatron.model_config import prepare
+from megatron_fc.megatron.norm_options import MEGATRON_NORMS, NormOptions, norms_from_args
 from megatron_fc.training.counts import refuse_small_counts
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
@@ -52,6 +54,7 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
             refuse_unused_options(args)
             refuse_small_counts(args)
             connection_from_args(args)
+            norms_from_args(args)
             if check is not None:
                 check(args)
             validate_args(args, {})
@@ -75,14 +78,19 @@ def model_config(args: Namespace, recipe: Recipe) -> Any:
     """Return Megatron's configuration of the recipe's model, its connections included."""
     from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 
+    from megatron_fc.megatron.specs.norms import plain_spec
+
     model: Any
+    norms = norms_from_args(args)
     if recipe.family == "hybrid":
         model = hybrid_config_from_args(args)
-        model.hybrid_stack_spec = _hybrid_stack(args, recipe.connection)
+        model.hybrid_stack_spec = _hybrid_stack(args, norms, recipe.connection)
     else:
         model = gpt_config_from_args(args)
         if recipe.connection is not None:
-            model.transformer_layer_spec = _gpt_spec(args, recipe.connection)
+            model.transformer_layer_spec = _gpt_spec(args, norms, recipe.connection)
+        elif norms != MEGATRON_NORMS:
+            model.transformer_layer_spec = partial(plain_spec, norms)
     if recipe.connection is not None:
         prepare(model, recipe.connection, args)
     return model
@@ -109,7 +117,7 @@ def build(args: Namespace, recipe: Recipe, *, in_wrapper: bool = True) -> list[A
     return chunks
 
 
-def _gpt_spec(args: Namespace, connection: ConnectionConfig) -> Any:
+def _gpt_spec(args: Namespace, norms: NormOptions, connection: ConnectionConfig) -> Any:
     from megatron_fc.megatron.specs import gpt_spec
 
     if args.mtp_num_layers:
@@ -117,14 +125,15 @@ def _gpt_spec(args: Namespace, connection: ConnectionConfig) -> Any:
             "multi-token prediction would keep plain residuals in a GPTModel: set model.family=hybrid with a "
             "pattern like '*E*E/*E', whose MTP layers are connected too"
         )
-    return gpt_spec(connection)
+    return gpt_spec(connection, norms)
 
 
-def _hybrid_stack(args: Namespace, connection: ConnectionConfig | None) -> Any:
+def _hybrid_stack(args: Namespace, norms: NormOptions, connection: ConnectionConfig | None) -> Any:
     from megatron_fc.megatron.hybrid import hybrid_stack
     from megatron_fc.megatron.specs import connect
+    from megatron_fc.megatron.specs.norms import place_norms
 
-    stack = hybrid_stack(args.transformer_impl == "transformer_engine", args.qk_layernorm)
+    stack = place_norms(hybrid_stack(args.transformer_impl == "transformer_engine", args.qk_layernorm), norms)
     return stack if connection is None else connect(stack, connection)
 
 

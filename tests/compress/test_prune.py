@@ -225,6 +225,7 @@ def test_both_losses_are_of_the_same_batches(config: Path, finished: Path) -> No
         ({"expert_tensor_parallel_size": 2}, "expert_tensor_parallel_size=2"),
         ({"mtp_num_layers": 1}, "without multi-token prediction"),
         ({"multi_latent_attention": True}, "num_attention_heads of multi-latent attention"),
+        ({"qk_layernorm_over_heads": True}, "num_attention_heads share one norm with qk_layernorm_over_heads"),
         ({"moe_layer_freq": [0, 1]}, "prune depth where all layers are alike"),
     ],
 )
@@ -232,7 +233,7 @@ def test_models_that_are_refused(options: dict[str, Any], said: str) -> None:
     sizes = {"num_attention_heads": 2, "num_layers": 1}
     values = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
     values |= {"expert_tensor_parallel_size": 1, "mtp_num_layers": None, "multi_latent_attention": False}
-    values |= {"num_experts": 4, "moe_grouped_gemm": False, "moe_layer_freq": 1}
+    values |= {"num_experts": 4, "moe_grouped_gemm": False, "moe_layer_freq": 1, "qk_layernorm_over_heads": False}
     recipe = Namespace(family="gpt")
     _refuse_layout(Namespace(**values), recipe, sizes)
     with pytest.raises(UserError, match=said):

@@ -18,7 +18,7 @@ from megatron_fc.planning.placement import Placement
 from megatron_fc.planning.ring import ring_all_gather_bytes, ring_all_reduce_bytes, ring_reduce_scatter_bytes
 from megatron_fc.planning.shape import Recompute, Shape, Training
 from support import harness, tiny
-from support.layouts import BY_NAME, DFC, DHC, LAYOUTS, MHC, Layout, Model, models_of
+from support.layouts import BY_NAME, DFC, DHC, LAYOUTS, MHC, OLMOE, Layout, Model, models_of
 from support.ranks import BATCH, MICRO_BATCHES, RECOMPUTE, Counted
 
 pytestmark = pytest.mark.slow
@@ -55,6 +55,13 @@ def test_tied_embeddings_are_summed_between_first_and_last_stage(tmp_path: Path)
     layout = BY_NAME["TP2+SP+PP2"]
     ranks = check(layout, replace(model_of(layout), tied=True), tmp_path)
     assert all(any(key.group == "embedding" for key in counted.counts) for counted in ranks)
+
+
+def test_norms_over_all_heads_add_up_their_squares(tmp_path: Path) -> None:
+    layout = BY_NAME["TP2+SP+PP2"]
+    [model] = [model for model in models_of(layout) if model.norms == OLMOE]
+    check(layout, model, tmp_path / "kept", qk_norm=True, over_heads=True)
+    check(layout, model, tmp_path / "recomputed", RECOMPUTE, Recompute("full"), qk_norm=True, over_heads=True)
 
 
 def test_shared_experts(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def imported_packages(*sources: Path) -> set[str]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 modules |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add((node.module or "").partition(".")[0])
     others = modules - set(sys.stdlib_module_names) - {"megatron_fc"}
     return {canonicalize_name(INSTALLED.get(name, [name])[0]) for name in others}

@@ -27,6 +27,7 @@ OLMOE = Shape(
     top_k=8,
     expert_ffn=1024,
     qk_norm=True,
+    over_heads=True,
     connection=FracConfig(rate=4),
 )
 DENSE = replace(OLMOE, moe_layers=(False,) * 16, experts=0, top_k=0, expert_ffn=0)
@@ -74,9 +75,9 @@ def test_given_rows_replace_balanced_ones() -> None:
 
 def test_gradients_and_weights_of_every_parameter_once_a_step() -> None:
     counts = step(OLMOE, EIGHT_NODES)
-    # 6,919,100,416 parameters and 165,056 of Frac-Connections, as the config says; 64 experts of 3 matrices on 8 ranks.
+    # 6,919,161,856 parameters and 165,056 of Frac-Connections, as the config says; 64 experts of 3 matrices on 8 ranks.
     experts = 16 * 64 * 3 * 2048 * 1024 // 8
-    dense, frac = 6_919_100_416 - 8 * experts, 165_056
+    dense, frac = 6_919_161_856 - 8 * experts, 165_056
     reduced = {key.group: count for key, count in counts.items() if key.collective == "reduce_scatter"}
     gathered = {
         key.group: count for key, count in counts.items() if key.collective == "all_gather" and "dp" in key.group
@@ -142,14 +143,16 @@ def test_tensor_parallelism_sends_the_same_with_and_without_sequence_parallelism
 
     again = 16 * 2 + 1  # per layer qkv and fc1, once the output layer
     loss = 3 * 4 * TOKENS * 8
-    assert payload(whole, is_stream) == (16 * 4 + 2) * stream + loss
-    assert payload(divided, is_stream) == 2 * (16 * 4 + 2) * stream + again * stream + loss
+    heads = 16 * 4 * 4 * TOKENS * 8  # a number per token for queries and for keys, forward and backward
+    assert payload(whole, is_stream) == (16 * 4 + 2) * stream + loss + heads
+    assert payload(divided, is_stream) == 2 * (16 * 4 + 2) * stream + again * stream + loss + heads
 
 
 def test_norms_of_queries_and_keys_are_summed_without_sequence_parallelism_too() -> None:
     layout = replace(EIGHT_NODES, tensor=8, expert=1, expert_tensor=8)
-    counts = step(DENSE, layout, training=Training(sequence_parallel=False))
-    assert counts[NetworkKey("optimizer", "tp", "all_reduce")].payload_bytes == 16 * 2 * 128 * 4
+    for over_heads, weights in ((False, 128), (True, 2048)):
+        counts = step(replace(DENSE, over_heads=over_heads), layout, training=Training(sequence_parallel=False))
+        assert counts[NetworkKey("optimizer", "tp", "all_reduce")].payload_bytes == 16 * 2 * weights * 4
 
 
 def test_stages_send_streams_forward_and_their_gradients_back() -> None:

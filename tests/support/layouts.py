@@ -1,6 +1,6 @@
 """The parallel layouts and the models that the distributed tests combine."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 
 from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.base import ConnectionConfig
+from megatron_fc.megatron.norm_options import MEGATRON_NORMS, NormOptions
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ BY_NAME = {layout.name: layout for layout in LAYOUTS}
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained: kind of model (`tiny.KINDS`), layers, connections, their start, precision, tied embeddings."""
+    """What is trained: kind of model (`tiny.KINDS`), layers, connections, start, precision, tied embeddings, norms."""
 
     kind: str
     layers: int
@@ -104,18 +105,20 @@ class Model:
     start: str
     bf16: bool = False
     tied: bool = False
+    norms: NormOptions = MEGATRON_NORMS
 
     @property
     def steps(self) -> int:
         """Ten where Frac-, Hyper-Connections and mHC are shown to learn, fewer where that is repeated."""
-        return (
-            10 if self.kind in ("mixed", "dense") and self.connection in (DFC, SFC, DHC, MHC) and not self.bf16 else 4
-        )
+        learns = self.kind in ("mixed", "dense") and self.connection in (DFC, SFC, DHC, MHC)
+        return 10 if learns and not self.bf16 and self.norms == MEGATRON_NORMS else 4
 
     @property
     def name(self) -> str:
         leave = "-learned" if getattr(self.connection, "leave", "mean") == "learned" else ""
-        return f"{self.kind}{self.layers}-{self.connection.label}{leave}-{self.start}-{'bf16' if self.bf16 else 'fp32'}"
+        norms = "".join(f"-{name}" for name, value in asdict(self.norms).items() if value)
+        precision = "bf16" if self.bf16 else "fp32"
+        return f"{self.kind}{self.layers}-{self.connection.label}{leave}-{self.start}-{precision}{norms}"
 
     def options(self) -> dict[str, Any]:
         """What TransformerConfig has to know."""
@@ -123,6 +126,12 @@ class Model:
         options: dict[str, Any] = {"num_layers": self.layers * (2 if self.kind == "hybrid" else 1)}
         if self.kind in ("mixed", "hybrid"):
             options |= {"moe_layer_freq": [0] + [1] * (self.layers - 1), "moe_router_dtype": "fp32"}
+        if self.norms.qk_layernorm_over_heads:
+            options["qk_layernorm"] = True
+            if self.kind in ("dense", "moe"):
+                options["num_query_groups"] = 2
+        if self.kind == "moe":
+            options["moe_router_pre_softmax"] = True
         if self.bf16:
             options |= {"bf16": True, "params_dtype": torch.bfloat16}
         return {**options, "pipeline_dtype": torch.bfloat16 if self.bf16 else torch.float32}
@@ -131,6 +140,7 @@ class Model:
 DFC, SFC = FracConfig(rate=4), FracConfig(rate=2, dynamic=False)
 DHC, MHC = HyperConfig(slots=4), ManifoldConfig(slots=4)
 LEARNED = ManifoldConfig(slots=4, leave="learned")
+OLMOE, OLMO2 = NormOptions(qk_layernorm_over_heads=True), NormOptions(qk_layernorm_over_heads=True, norm_after=True)
 # Those that one layout alone is tested with, the one in which most comes together.
 OTHERS = (
     FracConfig(rate=2),
@@ -151,12 +161,13 @@ def models(kind: str, layers: int) -> tuple[Model, ...]:
 
 # A dense layer before MoE layers; Megatron refuses to train MoE under tensor without sequence parallelism.
 MOE = {layers: models("mixed", layers) for layers in sorted({layout.layers for layout in LAYOUTS})}
-DENSE = models("dense", 2)
+DENSE = (*models("dense", 2), Model("dense", 2, DHC, "random", norms=OLMO2))
 OTHER_KINDS = tuple(
     Model(kind, 2, connection, "random") for kind in ("mla", "mtp", "hybrid") for connection in (DFC, DHC)
 )
 OTHER_KINDS += tuple(Model("mixed", 2, connection, "random") for connection in OTHERS)
 OTHER_KINDS += tuple(Model(kind, 2, LEARNED, "random") for kind in ("mtp", "hybrid"))
+OTHER_KINDS += (Model("mixed", 2, DFC, "random", norms=OLMOE), Model("mixed", 2, DHC, "random", norms=OLMO2))
 # Stages without a layer are a matter of streams that are wider than the model.
 WIDE = tuple(Model("mixed", 4, connection, "random") for connection in (DHC, LEARNED))
 WIDE += (Model("hybrid", 4, DHC, "random"),)

@@ -12,7 +12,7 @@ import warnings
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -302,6 +302,35 @@ def train_and_save(layout: Layout, model: Model, folder: Path, path: Path, steps
     return run.losses
 
 
+def save_random(layout: Layout, models: dict[str, Model], folder: Path) -> None:
+    """Write checkpoints of models all of whose parameters are random, by name, below `folder`."""
+    layout.initialise()
+    for name, model in models.items():
+        sizes = layout if model.kind == "moe" else replace(layout, ep=1)
+        chunk: Any = tiny.build(model.kind, model.connection, norms=model.norms, **sizes.options(), **model.options())
+        for parameter_name, parameter in chunk.named_parameters():
+            _draw(parameter_name, parameter)
+        checkpoint = folder / name / "iter_0000001"
+        if torch.distributed.get_rank() == 0:
+            checkpoint.mkdir(parents=True)
+            (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("1")
+        torch.distributed.barrier()
+        common = {"args": Namespace(), "iteration": 1, "checkpoint_version": 3.0}
+        dist_checkpointing.save({**common, "model": chunk.sharded_state_dict()}, str(checkpoint))
+
+
+def _draw(name: str, parameter: torch.nn.Parameter) -> None:
+    """Values of its own for every stage and every part of a divided parameter, the same for copies."""
+    where = [parallel_state.get_pipeline_model_parallel_rank()]
+    if ".experts." in name:
+        where.append(parallel_state.get_expert_model_parallel_rank())
+    elif getattr(parameter, "tensor_model_parallel", False):
+        where.append(parallel_state.get_tensor_model_parallel_rank())
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {where}".encode()))
+    with torch.no_grad():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
 def load_and_train(
     layout: Layout, model: Model, folder: Path, path: Path, steps: range, optimizer: bool
 ) -> list[float]:
@@ -389,7 +418,7 @@ class Run:
         options = {**layout.options(), **model.options(), **(more or {})}
         options["finalize_model_grads_func"] = finalize_model_grads
         stages = range(layout.vpp) if layout.vpp else [None]
-        options |= {"tied": model.tied, "exchanges_shapes": layout.exchanges_shapes}
+        options |= {"tied": model.tied, "exchanges_shapes": layout.exchanges_shapes, "norms": model.norms}
         self.chunks = [tiny.build(model.kind, model.connection, vp_stage=stage, **options) for stage in stages]
         self.config = unwrap_model(self.chunks[0]).config
         if folder is not None:

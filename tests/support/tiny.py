@@ -21,8 +21,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import is_connection_key
 from megatron_fc.megatron.hybrid import hybrid_pattern, hybrid_stack
+from megatron_fc.megatron.norm_options import MEGATRON_NORMS, NormOptions
 from megatron_fc.megatron.slots import Pairing
 from megatron_fc.megatron.specs import block_spec, connect
+from megatron_fc.megatron.specs.norms import place_norms
 from support.torch_attention import TorchAttention
 
 VOCABULARY, SEQUENCE, WIDTH = 128, 16, 64
@@ -78,6 +80,7 @@ def build(
     tied: bool = False,
     te: bool = False,
     exchanges_shapes: bool = False,
+    norms: NormOptions = MEGATRON_NORMS,
     **options: Any,
 ) -> torch.nn.Module:
     """Build this rank's part of the model, with plain residuals where `frac` is None, of TE's layers with `te`.
@@ -101,7 +104,7 @@ def build(
     }
     model: torch.nn.Module
     if kind == "hybrid":
-        stack = hybrid_stack(use_te=te)
+        stack = place_norms(hybrid_stack(use_te=te, qk_layernorm=config.qk_layernorm), norms)
         stack = stack if frac is None else connect(stack, frac, exchanges_shapes=exchanges_shapes)
         pattern = hybrid_pattern(config.num_layers // 2, config.moe_layer_freq)
         if stages:  # the pattern has to say where they begin
@@ -109,7 +112,7 @@ def build(
             pattern = "|".join(pattern[at : at + size] for at in range(0, len(pattern), size))
         model = HybridModel(config, stack, hybrid_layer_pattern=pattern, **common)
     else:
-        model = _build_gpt(config, frac, te, exchanges_shapes, common)
+        model = _build_gpt(config, frac, te, exchanges_shapes, norms, common)
     _randomise_biases(model, seed)
     return Float16Module(config, model) if config.bf16 or config.fp16 else model
 
@@ -130,6 +133,7 @@ def _build_gpt(
     frac: ConnectionConfig | None,
     te: bool,
     exchanges_shapes: bool,
+    norms: NormOptions,
     common: dict[str, Any],
 ) -> GPTModel:
     vp_stage = common["vp_stage"]
@@ -139,10 +143,15 @@ def _build_gpt(
     elif te:
         spec = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=config.multi_latent_attention)
     else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", multi_latent_attention=config.multi_latent_attention)
+        spec = get_gpt_layer_local_spec(
+            normalization="RMSNorm",
+            multi_latent_attention=config.multi_latent_attention,
+            qk_layernorm=config.qk_layernorm,
+        )
     if not te and (config.multi_latent_attention or config.context_parallel_size > 1):
         for layer in getattr(spec, "layer_specs", [spec]):
             layer.submodules.self_attention.submodules.core_attention = TorchAttention
+    spec = place_norms(spec, norms)
     mtp = None
     if config.mtp_num_layers:
         mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=te, vp_stage=vp_stage)

@@ -12,7 +12,7 @@ from megatron_fc.cli.main import main
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kinds import KINDS
 from megatron_fc.data.indexed import write_indexed
-from megatron_fc.megatron.flags import add_connection_args
+from megatron_fc.megatron.flags import add_connection_args, is_connection_argument
 from megatron_fc.training.machine import has_transformer_engine
 from megatron_fc.training.recipe import CONNECTIONS, Recipe, load_recipe
 
@@ -104,6 +104,7 @@ def test_extra_flags_come_last(base: Path) -> None:
 CONNECTION_FLAGS = sorted(
     option
     for action in add_connection_args(argparse.ArgumentParser(add_help=False))._actions
+    if is_connection_argument(action.dest)
     for option in action.option_strings
 )
 SETTINGS = {

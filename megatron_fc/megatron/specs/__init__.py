@@ -1,4 +1,4 @@
-"""Specs: `connect` for those that you build, and names for Megatron's `--spec megatron_fc.megatron.specs NAME`.
+"""Specs: `connect` and `place_norms` for yours, and names for Megatron's `--spec megatron_fc.megatron.specs NAME`.
 
 * the labels of connections, `dfc_x4`, `dhc_x4`, `mhc_x4` ..., and `from_args` for flags: in GPT pipelines whose builder
   calls a spec with the model's config, as `pretrain_gpt.py`;
@@ -17,8 +17,9 @@ from megatron_fc.connections.kinds import MEMBERS
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.specs.connected import block_spec, connect
 from megatron_fc.megatron.specs.named import gpt_spec, named_spec
+from megatron_fc.megatron.specs.norms import place_norms
 
-__all__ = ["block_spec", "connect", "gpt_spec"]
+__all__ = ["block_spec", "connect", "gpt_spec", "place_norms"]
 
 _NAMES = [
     f"{prefix}{name}"

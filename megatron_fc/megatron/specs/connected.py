@@ -28,6 +28,7 @@ from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.hybrid import LayerOfTransformerEngine
 from megatron_fc.megatron.input_norm import take_norm_out
+from megatron_fc.megatron.norm_after import NormedAdd
 from megatron_fc.megatron.slots import AddSlot, NormSlot, Pairing
 from megatron_fc.megatron.stack_ends import ConnectedHybridStack, LeavingNorm, refuse_no_end
 
@@ -156,7 +157,10 @@ class _Connecting:
         pairing = None
         for place, (norm_slot, add_slot) in enumerate(slots):
             norm, add = getattr(submodules, norm_slot), getattr(submodules, add_slot)
-            if add is not get_bias_dropout_add:
+            after = add.params["norm"] if isinstance(add, ModuleSpec) and add.module is NormedAdd else None
+            if after is not None:
+                norm = IdentityOp
+            elif add is not get_bias_dropout_add:
                 raise UserError(f"{add_slot} of {_name(spec)} is {_name(add)}, not Megatron's get_bias_dropout_add")
             taken = take_norm_out(submodules, norm_slot) if self.config.applies_norm else None
             if taken:
@@ -166,7 +170,7 @@ class _Connecting:
             params = {"norm": norm, "connection": self.config, "pairing": pairing}
             params["exchanges_shapes"] = self.exchanges_shapes
             setattr(submodules, norm_slot, ModuleSpec(NormSlot, params=params))
-            setattr(submodules, add_slot, ModuleSpec(AddSlot, params={"pairing": pairing}))
+            setattr(submodules, add_slot, ModuleSpec(AddSlot, params={"pairing": pairing, "norm_after": after}))
             # The norm's weight keeps its name in checkpoints, which stay exchangeable with the plain model's.
             plain = taken or f"{norm_slot}."
             keys_map[f"{norm_slot}.norm."] = keys_map.pop(plain, plain)

@@ -19,8 +19,10 @@ from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import connection_from_args, refuse_flags_beside
 from megatron_fc.megatron.hybrid import hybrid_stack
 from megatron_fc.megatron.model_config import prepare
+from megatron_fc.megatron.norm_options import NormOptions, norms_from_args
 from megatron_fc.megatron.refusals import training_args
 from megatron_fc.megatron.specs.connected import block_spec, connect
+from megatron_fc.megatron.specs.norms import place_norms, plain_spec
 from megatron_fc.megatron.stored_connections import refuse_other_checkpoint
 
 _NAME = re.compile(r"(?:(?P<prefix>layer|hybrid)_)?(?P<label>\w+_x\d\w*|from_args)")
@@ -40,19 +42,23 @@ class GPTSpec(TransformerBlockSubmodules):
     Args:
         name: what `--spec` calls it.
         config: the options of the connections, or what returns them when a model is built.
+        norms: of the model; None takes those of the script's arguments.
         checks_load: refuse a checkpoint of other connections, as nobody else does behind `--spec`.
     """
 
     def __init__(
-        self, name: str, config: ConnectionConfig | Callable[[], ConnectionConfig], checks_load: bool = True
+        self,
+        name: str,
+        config: ConnectionConfig | Callable[[], ConnectionConfig],
+        norms: NormOptions | None = None,
+        checks_load: bool = True,
     ) -> None:
         self.name = name
+        self._norms = norms
         self._config = config
         self._checks_load = checks_load
 
     def __call__(self, model_config: Any, vp_stage: int | None = None) -> Any:
-        from megatron.training.models.gpt import default_layer_spec
-
         config, args = _chosen(self._config), training_args()
         if model_config.transformer.mtp_num_layers:
             warnings.warn(
@@ -64,7 +70,8 @@ class GPTSpec(TransformerBlockSubmodules):
             refuse_flags_beside(args, config, f"--spec {self.name}")
             refuse_other_checkpoint(args, config)
         prepare(model_config, config, args)
-        spec = default_layer_spec(model_config, vp_stage)
+        norms = norms_from_args(args) if self._norms is None else self._norms
+        spec = plain_spec(norms, model_config, vp_stage)
         return connect(block_spec(spec, model_config.transformer, vp_stage) if config.is_wide else spec, config)
 
     @property
@@ -115,9 +122,9 @@ class UncalledSpec(ModuleSpec):
     __eq__, __hash__ = object.__eq__, object.__hash__
 
 
-def gpt_spec(config: ConnectionConfig) -> GPTSpec:
+def gpt_spec(config: ConnectionConfig, norms: NormOptions) -> GPTSpec:
     """Return what a GPTModelConfig takes as its `transformer_layer_spec`."""
-    return GPTSpec(config.label, config, checks_load=False)
+    return GPTSpec(config.label, config, norms, checks_load=False)
 
 
 def named_spec(name: str) -> Any:
@@ -149,13 +156,12 @@ def _chosen(config: ConnectionConfig | Callable[[], ConnectionConfig]) -> Connec
 def _hybrid(name: str, config: ConnectionConfig, args: Namespace | None) -> ModuleSpec:
     if args is not None and not args.hybrid_layer_pattern:
         raise UserError(f"{name} is for hybrid models: use {_MODULE} {name.removeprefix('hybrid_')} for a GPT one")
-    return connect(hybrid_stack(), config, exchanges_shapes=True)
+    return connect(place_norms(hybrid_stack(), norms_from_args(args)), config, exchanges_shapes=True)
 
 
 def _layers(name: str, config: ConnectionConfig, args: Namespace | None) -> ModuleSpec:
     """One layer for all, or a block where the layers differ."""
     from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.models.gpt import default_layer_spec
 
     if args is None:
         raise UserError(f"{name} is for scripts that parse Megatron's arguments: use connect where there are none")
@@ -165,7 +171,7 @@ def _layers(name: str, config: ConnectionConfig, args: Namespace | None) -> Modu
         )
     args.connection_parameters_first = False  # nothing that sees the model config is called here
     model_config = gpt_config_from_args(args)
-    plain = default_layer_spec(model_config, None)
+    plain = plain_spec(norms_from_args(args), model_config)
     plain = block_spec(plain, model_config.transformer, None) if config.is_wide else plain
     spec = connect(plain, config, exchanges_shapes=True)
     if not isinstance(spec, TransformerBlockSubmodules):

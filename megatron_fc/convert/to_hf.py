@@ -1,0 +1,171 @@
+"""`megatron-fc convert to-hf`: a checkpoint -> a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+Tensors are read, renamed and written one at a time; what lies in memory is one file of the result.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_fc.checkpoints.integrity import refuse_corrupt
+from megatron_fc.checkpoints.location import find_checkpoint, refuse_existing
+from megatron_fc.checkpoints.modelopt_state import refuse_state
+from megatron_fc.checkpoints.stored_tensors import StoredTensors
+from megatron_fc.checkpoints.structure import refuse_other_connection
+from megatron_fc.convert.olmo_config import architecture_of, huggingface_config
+from megatron_fc.convert.olmo_tensors import Part, parts
+from megatron_fc.convert.one_rank import one_rank, recipe_on_one_rank
+from megatron_fc.errors import UserError
+
+_CODE = "megatron_fc.convert.remote_code"
+_INDEX = "model.safetensors.index.json"
+
+
+def to_hf(config: Path, overrides: Sequence[str], source: Path, target: Path, shard_bytes: int = 5 * 10**9) -> str:
+    """Write the checkpoint below `source` to the folder `target`; returns what was done.
+
+    Args:
+        config, overrides: of the run that wrote it.
+        source: folder of checkpoints, or one of them.
+        target: folder that does not exist.
+        shard_bytes: most bytes of a file, but for a tensor that is larger.
+
+    Raises:
+        UserError: the model is neither OLMoE nor OLMo2, the checkpoint is not the recipe's, its vocabulary is smaller
+            than the tokenizer's, or the target exists.
+    """
+    checkpoint = find_checkpoint(source)
+    refuse_state(checkpoint, "convert the checkpoint that it was made of")
+    refuse_existing(target)
+    recipe = recipe_on_one_rank(config, overrides)
+    with one_rank(recipe) as args:
+        architecture = architecture_of(args, recipe)
+        refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
+        refuse_corrupt(checkpoint)
+    stored = StoredTensors(checkpoint)
+    found = _found(checkpoint, stored, parts(architecture, args, recipe.connection))
+    embedding = "embedding.word_embeddings.weight"
+    rows, dtype = stored.shape(embedding)[0], stored.dtype(embedding)
+    described = huggingface_config(architecture, args, recipe.connection, rows, str(dtype).removeprefix("torch."))
+    staging = target.parent / f".{target.name}.incomplete"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        described |= _write_tokenizer(args, rows, staging)
+        _write_code(described, staging)
+        (staging / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        written, files = _write_tensors(_tensors(stored, found), staging, shard_bytes)
+        os.rename(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    name = described["architectures"][0]
+    return f"{checkpoint} as {name}, {written:,} parameters in {_files(files)}: written to {target}"
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def _found(checkpoint: Path, stored: StoredTensors, wanted: list[Part]) -> list[tuple[Part, str, tuple[int, ...]]]:
+    """Where each part lies; none may be missing, and no other tensor may be there."""
+    keys, found, used = stored.keys(), [], set()
+    remedy = "give the config of the run that wrote it"
+    for part in wanted:
+        place = next(((key, at) for key, at in part.places() if key in keys), None)
+        if place is None:
+            raise UserError(f"the checkpoint {checkpoint} lacks {next(part.places())[0]}: {remedy}")
+        used.add(place[0])
+        found.append((part, *place))
+    if unexpected := sorted(keys - used):
+        raise UserError(f"the checkpoint {checkpoint} has {unexpected[0]}, unknown to this model: {remedy}")
+    layers = {
+        stored.shape(key)[0] for _, key, at in found if key.startswith("decoder.layers.") and at and _stacked(key)
+    }
+    if layers - {count := 1 + max(part.layer for part in wanted if part.layer is not None)}:
+        raise UserError(f"the checkpoint {checkpoint} has {max(layers)} layers, and num_layers={count}: {remedy}")
+    return found
+
+
+def _stacked(key: str) -> bool:
+    return not key.split(".")[2].isdecimal()
+
+
+def _tensors(stored: StoredTensors, found: list[tuple[Part, str, tuple[int, ...]]]) -> Iterator[tuple[str, Tensor]]:
+    for part, key, at in found:
+        tensors = part.split(stored.read(key, at))
+        yield from ((name, tensor.contiguous()) for name, tensor in zip(part.names, tensors, strict=True))
+
+
+def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> tuple[int, int]:
+    """Write safetensors and their index; returns how many numbers they hold, and in how many files."""
+    from safetensors.torch import save_file
+
+    files: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = numbers = 0
+
+    def close() -> None:
+        nonlocal size
+        # A part of a larger tensor would be written with all of it.
+        save_file(shard, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append(list(shard))
+        shard.clear()
+        size = 0
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            close()
+        shard[name] = tensor
+        size, total, numbers = size + tensor.nbytes, total + tensor.nbytes, numbers + tensor.numel()
+    close()
+    names: dict[str, str] = {}
+    for number, held in enumerate(files):
+        file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        os.chmod(
+            folder / f"{number}.part", (folder / "config.json").stat().st_mode
+        )  # safetensors' are the owner's alone
+        os.rename(folder / f"{number}.part", folder / file)
+        names |= dict.fromkeys(held, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total, "total_parameters": numbers}, "weight_map": names}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return numbers, len(files)
+
+
+def _write_tokenizer(args: Any, rows: int, folder: Path) -> dict[str, Any]:
+    """Write tokenizer and generation config; returns the special tokens for the model's config."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    if args.tokenizer_type != "HuggingFaceTokenizer":
+        raise UserError(
+            f"tokenizer_type={args.tokenizer_type} cannot go with the weights: set HuggingFaceTokenizer and "
+            f"tokenizer_model to a tokenizer that Hugging Face knows"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"tokenizer_model={args.tokenizer_model} cannot be loaded, {str(error).splitlines()[0]}: give a folder "
+            f"that holds it"
+        ) from None
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the embedding has {rows} rows and the tokenizer {args.tokenizer_model} {len(tokenizer)} tokens: give the "
+            f"tokenizer that the run was trained with"
+        )
+    tokenizer.save_pretrained(folder)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**special).save_pretrained(folder)
+    return special
+
+
+def _write_code(config: dict[str, Any], folder: Path) -> None:
+    for place in config.get("auto_map", {}).values():
+        name = f"{place.partition('.')[0]}.py"
+        (folder / name).write_text(resources.files(_CODE).joinpath(name).read_text("utf-8"), "utf-8")

@@ -1,0 +1,3 @@
+"""Megatron is imported on the CPU lane."""
+
+import support.cpu_megatron  # noqa: F401
