@@ -27,7 +27,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="CHECKPOINTS", help="folder of checkpoints, or one of them")
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of the run that wrote them")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train; the layout is free")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="of results (default: runs/CONFIG-evaluation)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of results (default: run_dir=..., else runs/CONFIG-evaluation)"
+    )
     parser.add_argument(
         "--every", type=int, metavar="N", help="checkpoints at multiples of iteration N (default: the newest)"
     )
@@ -46,7 +48,8 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
 
 def out_of(args: argparse.Namespace) -> Path:
     """The folder of results."""
-    return args.out or Path(f"runs/{args.config.stem}-evaluation")
+    given = [word.partition("=")[2] for word in args.overrides if word.startswith("run_dir=")]
+    return args.out or Path(given[-1] if given else f"runs/{args.config.stem}-evaluation")
 
 
 def check_numbers(args: argparse.Namespace, *names: str) -> None:

@@ -9,12 +9,12 @@ def add(commands: Commands) -> None:
     lm_eval = commands.add_parser(
         "lm-eval",
         help="the lm-evaluation-harness's own command line, with --model megatron_fc",
-        add_help=False,  # the harness has its own
-        allow_abbrev=False,
+        add_help=False,  # the harness has its own, as all options here are
+        prefix_chars="\0",
         usage="megatron-fc lm-eval run --model megatron_fc --model_args checkpoint=FOLDER config=FILE [key=value ...]\n"
         "       [the harness's options ...]",
     )
-    lm_eval.add_argument("words", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="the harness's")
+    lm_eval.add_argument("words", nargs="*", metavar="ARGUMENTS", help="the harness's")
     lm_eval.set_defaults(run=run)
 
 

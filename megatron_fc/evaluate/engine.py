@@ -62,6 +62,12 @@ class Engine:
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
 
+    @property
+    def first_token(self) -> int:
+        """What a text begins behind: the token that begins documents, else the one that ends them."""
+        beginning = self.tokenizer.bos
+        return int(self.tokenizer.eod if beginning is None else beginning)
+
     def score(self, rows: Sequence[Row]) -> Iterator[list[tuple[int, Score]]]:
         """Score rows; yields, for each round of batches, the numbers of the rows in it and their scores."""
         lengths = [len(row.tokens) - 1 for row in rows]

@@ -4,22 +4,15 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 
-from megatron_fc.checkpoints.changes import stored_args
-from megatron_fc.checkpoints.integrity import INDEX
-from megatron_fc.checkpoints.location import find_checkpoint
-from megatron_fc.evaluate.answers import Answers
-from megatron_fc.evaluate.chosen import chosen_checkpoints
-from megatron_fc.evaluate.engine import Engine, NothingToDo, open_engine
+from megatron_fc.evaluate.chosen import evaluate_each
 from megatron_fc.evaluate.harness import HarnessModel
 from megatron_fc.evaluate.questions import Questions
-from megatron_fc.evaluate.recipes import recipe_without_data
-from megatron_fc.evaluate.results import add_results, lacking, read_results, results_file
+from megatron_fc.evaluate.results import lacking
 from megatron_fc.evaluate.task_list import TaskList, Wanted
 from megatron_fc.evaluate.tasks import Tasks
 from megatron_fc.training.setup import quiet
@@ -58,60 +51,24 @@ def evaluate(
     Raises:
         UserError: a task is unknown, its data are missing, or the checkpoints cannot be evaluated by this config.
     """
-    recipe = recipe_without_data(config, overrides)
-    left: list[Path] = []
     tasks: list[Tasks] = []
 
-    def prepare() -> Path | None:
-        tasks.append(Tasks(wanted, data))
-        left.extend(path for path in chosen_checkpoints(source, every) if _missing(out, path, wanted, limit))
-        return left[0] if left else None
+    def missing(results: dict[str, Any]) -> list[str]:
+        return [name for name, one in wanted.tasks.items() if lacking(results, [name], "tasks", _settings(one, limit))]
 
-    try:
-        with open_engine(recipe, find_checkpoint(source), batch_size, prepare) as engine:
-            if not engine.leads:
-                engine.follow()
-                return
-            for number, checkpoint in enumerate(left):
-                if number:
-                    engine.load(checkpoint)
-                found = _evaluated(engine, checkpoint, tasks[0], wanted, out, limit)
-                facts = facts_of(engine, checkpoint, recipe.label)
-                report(add_results(results_file(out, checkpoint), facts, "tasks", found))
-    except NothingToDo:
-        return
-
-
-def answers_of(engine: Engine, checkpoint: Path, out: Path) -> Answers:
-    """The answers that a checkpoint has given already."""
-    args = engine.args
-    model = {
-        "checkpoint": str(checkpoint.resolve()),
-        "written": (checkpoint / INDEX).stat().st_mtime_ns,
-        "precision": str(args.params_dtype),
-        "seq_length": args.seq_length,
-        "tokenizer": args.tokenizer_digest,
-    }
-    return Answers(out / "answers" / f"{checkpoint.name}.jsonl", model)
-
-
-def facts_of(engine: Engine, checkpoint: Path, label: str) -> dict[str, Any]:
-    """What a checkpoint's results are of."""
-    args, stored = engine.args, stored_args(checkpoint)
-    return {
-        "checkpoint": str(checkpoint),
-        "connection": label,
-        "iteration": args.iteration,
-        # The sequences may be shorter in the evaluation.
-        "tokens": args.consumed_train_samples * getattr(stored, "seq_length", args.seq_length),
-        "precision": str(args.params_dtype).removeprefix("torch."),
-        "lm_eval": version("lm_eval"),
-    }
-
-
-def _missing(out: Path, checkpoint: Path, wanted: TaskList, limit: int | None) -> list[str]:
-    there = read_results(results_file(out, checkpoint))
-    return [name for name, one in wanted.tasks.items() if lacking(there, [name], "tasks", _settings(one, limit))]
+    evaluate_each(
+        config,
+        overrides,
+        source,
+        out,
+        "tasks",
+        lambda: tasks.append(Tasks(wanted, data)),
+        missing,
+        lambda questions, names: _evaluated(questions, names, tasks[0], wanted, limit),
+        every,
+        batch_size,
+        report,
+    )
 
 
 def _settings(wanted: Wanted, limit: int | None) -> dict[str, Any]:
@@ -120,22 +77,17 @@ def _settings(wanted: Wanted, limit: int | None) -> dict[str, Any]:
 
 
 def _evaluated(
-    engine: Engine, checkpoint: Path, tasks: Tasks, wanted: TaskList, out: Path, limit: int | None
+    questions: Questions, names: list[str], tasks: Tasks, wanted: TaskList, limit: int | None
 ) -> dict[str, Any]:
-    answers = answers_of(engine, checkpoint, out)
-    names = _missing(out, checkpoint, wanted, limit)
-    try:
-        with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its many bars and hints
-            found: Any = lm_eval.simple_evaluate(
-                model=HarnessModel(Questions(engine, answers)),
-                tasks=[item for name in names for item in tasks.built[name]],
-                limit=limit,
-                bootstrap_iters=_BOOTSTRAP,
-                log_samples=False,
-                task_manager=tasks.manager,
-            )
-    finally:
-        answers.close()
+    with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its many bars and hints
+        found: Any = lm_eval.simple_evaluate(
+            model=HarnessModel(questions),
+            tasks=[item for name in names for item in tasks.built[name]],
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAP,
+            log_samples=False,
+            task_manager=tasks.manager,
+        )
     return {name: _result(found, name, tasks, wanted.tasks[name], limit) for name in names}
 
 
@@ -143,7 +95,7 @@ def _result(found: Any, name: str, tasks: Tasks, wanted: Wanted, limit: int | No
     """A task's value and all that the harness says of it; of a tag or a group without one the mean of its tasks."""
     leaves = [task.task_name for task in tasks.leaves(name)]
     of_name = found["results"].get(name) or {}
-    metrics = _metrics(of_name) or _mean([_metrics(found["results"][leaf]) for leaf in leaves])
+    metrics = _mean([_metrics(found["results"][leaf]) for leaf in leaves]) | _metrics(of_name)
     metric = wanted.metric or next(iter(metrics))
     error = of_name.get(f"{metric}_stderr,none")
     shots = {found["n-shot"][leaf] for leaf in leaves}

@@ -7,14 +7,14 @@ The harness's class methods that make a model of words lead here; `megatron-fc e
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from lm_eval.utils import simple_parse_args_string
 
 from megatron_fc.checkpoints.location import find_checkpoint
 from megatron_fc.errors import UserError
@@ -24,6 +24,7 @@ from megatron_fc.evaluate.generation import Sampling
 from megatron_fc.evaluate.questions import Questions
 from megatron_fc.evaluate.recipes import recipe_without_data
 from megatron_fc.evaluate.scoring import Row
+from megatron_fc.evaluate.windows import windows
 
 # The harness would draw bootstraps in forks of this process, whose threads they lack: they would wait for ever.
 os.environ["DISABLE_MULTIPROC"] = "1"
@@ -34,7 +35,7 @@ _SAMPLING = {"until", "max_gen_toks", "max_tokens", "do_sample", "temperature", 
 
 
 @register_model(NAME)
-class HarnessModel(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):
     """The harness's view of an engine.
 
     Args:
@@ -90,9 +91,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text begins behind: the token that begins documents, else the one that ends them."""
-        beginning = self._engine.tokenizer.bos
-        return self.eot_token_id if beginning is None else int(beginning)
+        return self._engine.first_token
 
     @property
     def max_length(self) -> int:
@@ -129,7 +128,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         rows: list[Row] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
-            for row in self.rolling_rows(self.tok_encode(request.args[0])):
+            for row in windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length):
                 rows.append(row)
                 owners.append(number)
         sums, left = [0.0] * len(requests), [owners.count(number) for number in range(len(requests))]
@@ -143,17 +142,6 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
         self._questions.scores(rows, "loglikelihood_rolling", keep)
         return sums
-
-    def rolling_rows(self, tokens: Sequence[int]) -> Iterable[Row]:
-        """The windows of a text.
-
-        Args:
-            tokens: of the text.
-        """
-        first = self.prefix_token_id
-        own = list(tokens[1:] if tokens and tokens[0] == first else tokens)
-        windows = get_rolling_token_windows(own, prefix_token=first, max_seq_len=self.max_length, context_len=1)
-        return [self._row(*window) for window in map(make_disjoint_window, windows)]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         samplings = [self._sampling(dict(request.args[1])) for request in requests]

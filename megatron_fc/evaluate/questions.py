@@ -1,6 +1,7 @@
-"""What is asked of a model: rows to score and prompts to go on with, by way of the answers that are there already."""
+"""Requests to a model, rows to score and prompts to go on with, by way of the answers that are there already."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_fc.evaluate.generation import Sampling
 from megatron_fc.evaluate.scoring import Row, Score
 
 Keep = Callable[[int, Any], None]
+_LINE_SECONDS = 30.0
 
 
 class Questions:
@@ -68,15 +70,29 @@ class Questions:
 
 @contextmanager
 def _progress(title: str, total: int, keep: Keep) -> Iterator[Keep]:
-    """A bar on the terminal, where there is one, that every answer moves."""
-    console = Console(file=sys.__stderr__)  # whatever standard error is redirected to
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    options = {"redirect_stdout": False, "redirect_stderr": False}  # standard output may be another's
-    with Progress(*columns, console=console, disable=not console.is_terminal, **options) as bar:
+    """A bar on the terminal that every answer moves; elsewhere a line now and then."""
+    console = Console(file=sys.__stderr__, highlight=False)  # whatever standard error is redirected to
+    bar = Progress(
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    done, said = 0, time.monotonic()
+    with bar:
         task = bar.add_task("", total=total)
 
         def report(number: int, answer: Any) -> None:
+            nonlocal done, said
             keep(number, answer)
             bar.advance(task)
+            done += 1
+            if not console.is_terminal and time.monotonic() - said >= _LINE_SECONDS:
+                said = time.monotonic()
+                console.print(f"{title}  {done:,}/{total:,} requests", markup=False, soft_wrap=True)
 
         yield report

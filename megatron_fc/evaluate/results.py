@@ -1,4 +1,4 @@
-"""What evaluations have found: a JSON file per checkpoint, which later evaluations add to."""
+"""Results of evaluations: a JSON file per checkpoint, to which later evaluations add."""
 
 import json
 from collections.abc import Iterable

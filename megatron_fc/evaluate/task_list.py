@@ -1,4 +1,4 @@
-"""Which tasks are evaluated, by which metric and with how many examples before the question: names, or a file of them.
+"""Tasks that are evaluated, by which metric and with how many examples before the question: names, or a file of them.
 
 tasks:
   hellaswag: {metric: acc_norm, shots: 0}
@@ -18,7 +18,7 @@ import yaml
 
 from megatron_fc.errors import UserError, unknown
 
-_SECTIONS = ("tasks", "averages", "paper", "folder")
+_SECTIONS = ("tasks", "averages", "paper", "folder", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,17 @@ class TaskList:
 
     Attributes:
         tasks: by the harness's names, of groups too.
-        averages: by name, the weights of tasks.
+        averages: by name, the weights of tasks and of averages before it.
         paper: by the name of a column, published values of tasks and averages.
         folders: of tasks that the harness does not have.
+        perplexity: names of validation sets.
     """
 
     tasks: dict[str, Wanted] = field(default_factory=dict)
     averages: dict[str, dict[str, float]] = field(default_factory=dict)
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     folders: list[Path] = field(default_factory=list)
+    perplexity: list[str] = field(default_factory=list)
 
 
 def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskList:
@@ -72,14 +74,17 @@ def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskLi
             found.tasks[name] = _wanted(path, name, values or {})
         found.averages |= content.get("averages", {})
         found.paper |= content.get("paper", {})
+        found.perplexity += content.get("perplexity", [])
         if folder := content.get("folder"):
             found.folders.append(path.parent / folder)
     for folder in found.folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give that of the tasks' YAML files")
+    known = set(found.tasks)
     for name, weights in found.averages.items():
-        if lacking := weights.keys() - found.tasks.keys():
+        if lacking := weights.keys() - known:
             raise UserError(f"averages: {name} is made of {sorted(lacking)[0]}, which is no task of the list: add it")
+        known.add(name)
     return found
 
 

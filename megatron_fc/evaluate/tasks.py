@@ -53,6 +53,7 @@ class Tasks:
             _refuse_missing(missing, data)
         for name, one in wanted.tasks.items():
             self._settle(name, one)
+        _refuse_twice({name: [task.task_name for task in self.leaves(name)] for name in wanted.tasks})
 
     def leaves(self, name: str) -> list[Task]:
         """The tasks that a name stands for."""
@@ -64,6 +65,11 @@ class Tasks:
         for task in self.leaves(name):
             if wanted.shots is not None:
                 task.set_config(key="num_fewshot", value=wanted.shots)
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                raise UserError(
+                    f"the task {name} runs code that the model writes, or shows pictures: leave it out; `megatron-fc "
+                    f"lm-eval` runs such code if --confirm_run_unsafe_code is given"
+                )
             known = getattr(task, "_metric_fn_list", {})
             if wanted.metric is not None and known and wanted.metric not in known:
                 raise UserError(f"the task {name} has no metric {wanted.metric}: give one of {', '.join(known)}")
@@ -96,17 +102,26 @@ def _refuse_unknown(wanted: TaskList, manager: TaskManager) -> None:
             raise UserError(f"unknown task {name!r}: {remedy}")
 
 
+def _refuse_twice(leaves: dict[str, list[str]]) -> None:
+    """The harness would mix up what a task has in two groups."""
+    owners: dict[str, str] = {}
+    for name, tasks in leaves.items():
+        for task in tasks:
+            if task in owners:
+                raise UserError(f"the task {task} is part of {owners[task]} and of {name}: leave one of them out")
+            owners[task] = name
+
+
 def _refuse_missing(missing: dict[str, str], data: Path | None) -> None:
-    names = " ".join(missing)
     if data is not None:
         raise UserError(
-            f"the data of {', '.join(missing)} are not in {data}: run `megatron-fc evaluate fetch --tasks {names} --to "
-            f"{data}` where there is internet"
+            f"the data of {', '.join(missing)} are not in {data}: where there is internet, run `megatron-fc evaluate "
+            f"fetch --to {data}` with the same --tasks"
         )
     name, reason = next(iter(missing.items()))
     raise UserError(
-        f"no data of {', '.join(missing)}, {name}: {reason}; where there is internet, `megatron-fc evaluate fetch "
-        f"--tasks {names} --to FOLDER` stores them for --data FOLDER"
+        f"no data of {', '.join(missing)}, {name}: {reason}; where there is internet, `megatron-fc evaluate fetch --to "
+        f"FOLDER` with the same --tasks stores them for --data FOLDER"
     )
 
 

@@ -10,6 +10,7 @@ from megatron_fc.checkpoints.integrity import refuse_corrupt, step_of
 from megatron_fc.checkpoints.structure import refuse_other_connection
 from megatron_fc.errors import UserError
 from megatron_fc.training.recipe import Recipe
+from megatron_fc.training.refusal import refusals_named
 from megatron_fc.training.setup import build, join_world, parse
 
 
@@ -53,7 +54,8 @@ def load_model(
     args = parse(recipe, settle)
     refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
     set_global_variables(args)
-    training.initialize_megatron()
+    with refusals_named("the layout"):
+        training.initialize_megatron()
     checkpoint = ready(args) or checkpoint
     chunks = build(args, recipe)
     return args, chunks, load_weights(args, chunks, checkpoint)

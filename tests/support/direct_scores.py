@@ -70,8 +70,14 @@ def scores(model: Any, tokenizer: Any, folder: Path, longest: int) -> dict[str, 
             end = min(start + longest, len(text))
             bits -= logprob(model, text[max(0, end - longest - 1) : end], end - start) / math.log(2)
         size += len(row["text"].encode())
+    row_of_all: list[int] = []
+    for row in rows(folder, "texts.jsonl"):
+        row_of_all += [*tokenizer(row["text"]).input_ids, tokenizer.eos_token_id]
+    chunks = [row_of_all[at : at + longest] for at in range(0, len(row_of_all) - longest + 1, longest)]
+    loss = -sum(logprob(model, chunk, longest - 1) for chunk in chunks) / len(chunks) / (longest - 1)
     accuracies = {name: count / len(questions) for name, count in correct.items()}
-    return {"local_choice": accuracies, "local_cloze": cloze, "local_text": bits / size, "scores": every}
+    found = {"local_choice": accuracies, "local_cloze": cloze, "local_text": bits / size, "scores": every}
+    return found | {"chunk_loss": loss, "chunk_tokens": len(chunks) * (longest - 1)}
 
 
 if __name__ == "__main__":

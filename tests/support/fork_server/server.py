@@ -51,7 +51,6 @@ def import_what_is_slow() -> dict[str, str]:
         warnings.simplefilter("ignore")
         import multiprocessing.spawn  # noqa: F401  which keeps the real Python: it hands files on to what it starts
 
-        import lm_eval.evaluator  # noqa: F401
         import megatron.core.tokenizers.text
         import megatron.training.arguments
         import megatron.training.training
