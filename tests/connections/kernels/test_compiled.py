@@ -14,11 +14,11 @@ def test_the_tables_hold_all_shapes(arch: int) -> None:
     assert list(table) == recorded(arch)
     for (name, _, m, n), compiled in table.items():
         if arch == 90:  # docs/kernels.md has what spills elsewhere
-            is_main = name.startswith(("width", "boundary")) and not name.endswith(("b+d", GENERAL)) and m == n
-            assert compiled.stack <= (304 if is_main and "backward" in name else 128)
+            is_main = name.startswith(("width", "boundary")) and not name.endswith(("b+d", GENERAL))
+            assert compiled.stack <= (344 if is_main and "backward" in name else 128)
         assert compiled.shared <= SHARED_MEMORY[arch]
         assert compiled.wide > 0
-        if name != "depth backward":  # which has no product of matrices
+        if name != "depth backward" and (name != "depth forward" or m == n):  # these have no product of matrices
             assert compiled.tensor_core > 0
 
 
