@@ -17,9 +17,9 @@ def test_the_tables_hold_all_shapes(arch: int) -> None:
             is_main = name.startswith(("width", "boundary")) and not name.endswith(("b+d", GENERAL))
             assert compiled.stack <= (344 if is_main and "backward" in name else 128)
         assert compiled.shared <= SHARED_MEMORY[arch]
-        assert compiled.wide > 0
-        if name != "depth backward" and (name != "depth forward" or m == n):  # these have no product of matrices
-            assert compiled.tensor_core > 0
+        by_columns = name == "depth forward" and m != n  # a lane has two columns, and nothing is a product of matrices
+        assert compiled.wide > 0 or by_columns
+        assert compiled.tensor_core > 0 or by_columns or name == "depth backward"
 
 
 @pytest.mark.parametrize("name", FRAC)
