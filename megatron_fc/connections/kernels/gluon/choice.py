@@ -52,10 +52,18 @@ def main_backward(
 
 def main_depth(site: Site, out: Tensor, depth: Any) -> Main | None:
     """The main kernel for a depth connection alone that the general one would run as `site`, None if it cannot."""
-    rows, values = (out, depth.o, depth.h), (depth.beta, depth.alpha)
-    if _obstacle(_call(rows, values, depth)) or not triton.__version__.startswith(VERIFIED) or _obstacle_on(out.device):
+    call = _call((out, depth.o, depth.h), (depth.beta, depth.alpha), depth)
+    return _chosen_for_depth(site, call, out.device, triton.__version__)
+
+
+@functools.cache
+def _chosen_for_depth(site: Site, call: Call, device: torch.device, version: str) -> Main | None:
+    """That the main kernel runs is said once; why it does not, boundaries say."""
+    if not version.startswith(VERIFIED) or _obstacle(call) or _obstacle_on(device):
         return None
-    return planned_depth(site, _room(out.device))
+    if (main := planned_depth(site, _room(device))) is not None:
+        logging.getLogger("megatron_fc").info("Depth connections of %s run forward on the main kernel", _shape(site))
+    return main
 
 
 def _main(
@@ -99,13 +107,17 @@ def _chosen(
         found = _obstacle(call) or _obstacle_on(device) or planned(direction, site, boundary, _room(device))
     else:
         found = f"the main one was verified with Triton {VERIFIED}*, not with {version}"
-    what = f"{'Boundaries' if boundary else 'Width connections'} of d = {site.M * site.C}, m = {site.M}, n = {site.N}"
+    what = f"{'Boundaries' if boundary else 'Width connections'} of {_shape(site)}"
     logger = logging.getLogger("megatron_fc")
     if isinstance(found, Main):
         logger.info("%s run %s on the main kernel", what, direction)
         return found
     (logger.info if tested else logger.warning)("%s run %s on the general kernel: %s", what, direction, found)
     return None
+
+
+def _shape(site: Site) -> str:
+    return f"d = {site.M * site.C}, m = {site.M}, n = {site.N}"
 
 
 def _obstacle(call: Call) -> str | None:
