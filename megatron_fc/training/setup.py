@@ -157,9 +157,10 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_world() -> Iterator[None]:
-    """End the world of ranks, should one be joined, when the body ends."""
+    """End the world of ranks that is joined in the body, should one be, when that ends."""
+    is_older = torch.distributed.is_initialized()
     try:
         yield
     finally:
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_initialized() and not is_older:
             torch.distributed.destroy_process_group()
