@@ -38,7 +38,7 @@ def suite(config: Path) -> Path:
 
 def command(suite: Path, *words: object) -> list[str]:
     folders = ["--out", suite.parent / "runs", "--results", suite.parent / "results"]
-    return [fork_server.python(), "-m", "megatron_fc", "ablate", *map(str, [suite, *words, *folders])]
+    return [fork_server.python(), "-m", "megatron_fc", "ablate", *map(str, [suite, *folders, *words])]
 
 
 def ablate(suite: Path, *words: object, code: int = 0) -> str:
