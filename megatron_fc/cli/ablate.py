@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     ablate.add_argument("--baseline", metavar="NAME", help="in place of the suite's")
     ablate.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, else one)")
     ablate.add_argument("--out", type=Path, metavar="FOLDER", help="of runs (default: runs/ablation/SUITE)")
-    help = "of records and tables (default: benchmarks/results/ablation/SUITE)"
+    help = "of records and tables (default: ablation/SUITE in benchmarks/results)"
     ablate.add_argument("--results", type=Path, metavar="FOLDER", help=help)
     what = ablate.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="check all runs and say which are done; start nothing")
@@ -47,9 +47,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs {args.jobs}: give a number from 1 on")
     suite = read_suite(args.suite, args.overrides, args.baseline)
     out = args.out or Path("runs/ablation") / suite.name
-    results = args.results or Path("benchmarks/results/ablation") / suite.name
+    results = args.results or Path("benchmarks/results", "ablation", suite.name)
     chosen = suite.chosen(args.variants, args.seeds)
-    planned = plan(suite, chosen, out)
+    every = plan(suite, suite.runs, out)
+    planned = [one for one in every if one.run in chosen]
     if args.left is not None:
         args.left.mkdir(parents=True, exist_ok=True)
         numbered = {suite.runs.index(one.run): one for one in left(suite, planned, results)}
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         jobs = args.jobs or default_jobs()
         failed = execute(suite, planned, results, jobs, lambda text: print(text, flush=True))
     # All that is there, not only what was chosen now.
-    records = [record for one in plan(suite, suite.runs, out) if (record := read_record(results, one)) is not None]
+    records = [record for one in every if (record := read_record(results, one)) is not None]
     if failed and not records:
         return 1
     command = f"megatron-fc ablate {shlex.join([str(args.suite), *args.overrides])}"
