@@ -1,4 +1,4 @@
-"""What trained connections have learnt, and how runs compare while they train.
+"""Analysis of trained connections, and of how runs compare while they train.
 
 Doors: `coefficients.analyze_coefficients`, `similarity.analyze_similarity`, `gradients.analyze_gradients`,
 `losses.analyze_losses`, `page.write_page`.

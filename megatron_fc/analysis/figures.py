@@ -10,6 +10,7 @@ import numpy as np
 from megatron_fc.runs.plot import COLOURS
 
 _INCH = 0.78  # of a small matrix
+_SHORT = {"attention": "attn"}
 _NUMBERS = 4  # slots up to which values are written into matrices
 
 
@@ -31,9 +32,9 @@ def plot_coefficients(found: Mapping[str, Any], out: Path) -> Path:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if row == 0:
-                axes.set_title(f"{site['layer']} {site['sub_layer'][:4]}", fontsize=7)
+                axes.set_title(f"{site['layer']} {_SHORT.get(site['sub_layer'], site['sub_layer'])}", fontsize=7)
         grid[row][0].set_ylabel(name, fontsize=9)
-    figure.colorbar(drawn, ax=grid, shrink=0.7, aspect=30)
+    figure.colorbar(drawn, ax=grid, shrink=0.7, aspect=30, panchor=False)
     figure.suptitle(
         f"{found['connection']}: mean over {found['tokens']:,} tokens; row: source slot, column: destination",
         fontsize=9,
@@ -46,13 +47,14 @@ def _write_values(axes: Any, table: Any, slots: int) -> None:
         return
     for (row, column), value in np.ndenumerate(table):
         colour = "white" if abs(value) > 0.8 else "black"
-        axes.text(column, row, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=4.5, color=colour)
+        text = f"{value:.2f}".replace("0.", ".").replace("-.00", ".00")
+        axes.text(column, row, text, ha="center", va="center", fontsize=4.5, color=colour)
 
 
 def plot_gain(found: Mapping[str, Any], out: Path) -> Path:
     """Draw the gain of the residual path: from the first site on, and between any two."""
     plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1.25, 1), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), width_ratios=(1.25, 1), layout="constrained")
     tables = {name: np.array(table, dtype=float) for name, table in found["gain"].items()}
     said = {
         "forward": "largest sum of a destination (signal)",
@@ -67,7 +69,7 @@ def plot_gain(found: Mapping[str, Any], out: Path) -> Path:
     left.axhline(1, color=COLOURS[0], linewidth=0.8)
     left.set(xlabel="sub-layer", ylabel="gain", title="from the first to this sub-layer; backward from the last to it")
     left.title.set_fontsize(9)
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     left.grid(alpha=0.25)
     left.spines[["top", "right"]].set_visible(False)
     drawn = right.imshow(tables["forward"], cmap="viridis", extent=(0.5, sites + 0.5, sites + 0.5, 0.5))

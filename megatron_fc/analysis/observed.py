@@ -1,4 +1,4 @@
-"""What sub-layers see of validation data, gathered on the first rank from all ranks of any layout.
+"""Observations of sub-layers on validation data, gathered on the first rank from all ranks of any layout.
 
 Ranks keep numbers per token, and never a whole stream: of its inputs a pipeline stage hands on those of its first and
 last sub-layer, which border on another stage's.

@@ -26,7 +26,7 @@ def write_analysis(out: Path, name: str, found: Content, against: Sequence[Path]
         out: the folder.
         name: one of ANALYSES.
         found: its values.
-        against: folders whose analyses of the same name stand beside it in figures.
+        against: folders whose analyses of the same name stand beside it in figures, the first of them the baseline.
 
     Returns:
         The files that were written.
@@ -36,7 +36,7 @@ def write_analysis(out: Path, name: str, found: Content, against: Sequence[Path]
     """
     others = [(folder, _read(folder, name)) for folder in against]
     file = write_atomically(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
-    return [file, *_DRAW[name](out, _labelled([(out, found), *others])), write_page(out)]
+    return [file, *_DRAW[name](out, _labelled([*others, (out, found)])), write_page(out)]
 
 
 def write_page(out: Path) -> Path:
@@ -73,19 +73,19 @@ def _labelled(analyses: Sequence[tuple[Path, Content]]) -> Labelled:
 
 
 def _draw_coefficients(out: Path, analyses: Labelled) -> list[Path]:
-    found = analyses[0][1]
+    found = analyses[-1][1]
     return [figures.plot_coefficients(found, out / "coefficients.png"), figures.plot_gain(found, out / "gain.png")]
 
 
 def _draw_losses(out: Path, analyses: Labelled) -> list[Path]:
-    found = analyses[0][1]
+    found = analyses[-1][1]
     runs = [(_name(run, found), Path(run["run"])) for run in found["runs"]]
     drawn = [plot_losses(runs, out / "losses.png", found["decay"])]
     grown = [(_name(run, found), run["residual_gain"]) for run in found["runs"] if run["residual_gain"]]
     return [*drawn, figures.plot_growth(grown, out / "growth.png")] if grown else drawn
 
 
-_DRAW: dict[str, Callable[[Path, Labelled], list[Path]]] = {
+_DRAW: dict[str, Callable[[Path, Labelled], list[Path]]] = {  # the folder's own analysis is the last
     "coefficients": _draw_coefficients,
     "similarity": lambda out, analyses: [figures.plot_similarity(analyses, out / "similarity.png")],
     "gradients": lambda out, analyses: [figures.plot_gradients(analyses, out / "gradients.png")],

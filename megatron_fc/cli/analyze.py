@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     for of in found["runs"]:
         line = f"{of['connection']}  seed {of['seed']}  loss {of['loss']:.4f}"
         if of["baseline"] is not None:
-            line += f"  {of['difference']:+.4f}  {earlier_in_words(of['earlier'])} earlier"
+            line += f"  {of['difference']:+.4f}  times earlier: {earlier_in_words(of['earlier'])}"
         gain = f"  residual gain {of['residual_gain'][-1][1]:.2f}" if of["residual_gain"] else ""
         print(f"{line}  spikes {len(of['loss_spikes'])}, of gradients {len(of['gradient_spikes'])}{gain}")
     print("\n".join(map(str, write_analysis(args.out, "losses", found))))
