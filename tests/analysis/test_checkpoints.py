@@ -20,6 +20,7 @@ CONNECTIONS = {
     "residual": ["connection=residual"],
     "dhc_x4": ["connection=dhc"],
     "mhc_x4": ["connection=mhc"],
+    "hybrid": ["family=hybrid"],
 }
 TP2 = ["tensor_model_parallel_size=2", "sequence_parallel=true"]
 PP2 = ["pipeline_model_parallel_size=2"]
@@ -115,6 +116,7 @@ def test_measures_are_those_by_hand(
         ),
         pytest.param("residual", [*PP2, "expert_model_parallel_size=2"], 4, marks=pytest.mark.soak),
         pytest.param("dfc_x4", [], 2, marks=pytest.mark.soak),
+        pytest.param("hybrid", TP2, 2, marks=pytest.mark.soak),
     ],
 )
 def test_every_layout_finds_the_same(
