@@ -1,4 +1,4 @@
-"""The packages that commands import beyond what the plugin does, as pyproject.toml lists them in its extra `train`."""
+"""The packages that commands import beyond what the plugin does, as pyproject.toml lists them in its extras."""
 
 # Name of the import -> name of the package.
 TRAIN = {
@@ -13,6 +13,13 @@ TRAIN = {
     "transformers": "transformers",
     "yaml": "pyyaml",
 }
+# What `megatron-fc data tokenize` needs besides, in the extra `data`. datatrove asks for none of what it reads with.
+DATA = {
+    "datatrove": "datatrove",
+    "fsspec": "fsspec",
+    "orjson": "orjson",
+    "pyarrow": "pyarrow",
+}
 _BASE = {"torch": "torch", "megatron": "megatron-core", "packaging": "packaging"}
 
 
@@ -21,6 +28,8 @@ def remedy(error: ModuleNotFoundError) -> str | None:
     name = error.name or ""
     if name in TRAIN:
         return f"{TRAIN[name]}, which is not installed: pip install 'megatron_fc[train]'"
+    if name in DATA:
+        return f"{DATA[name]}, which is not installed: pip install 'megatron_fc[data]'"
     if name in _BASE:
         return f"{_BASE[name]}, which is not installed: pip install megatron_fc"
     return None
