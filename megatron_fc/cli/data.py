@@ -16,6 +16,16 @@ def add(commands: Commands) -> None:
     status = kinds.add_parser("status", help="how far `data tokenize` is in a folder")
     status.add_argument("folder", type=Path, metavar="FOLDER")
     status.set_defaults(run=run_status)
+    verify = kinds.add_parser("verify", help="compare data with their manifest, every byte and token")
+    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.add_argument("--sources", action="store_true", help="the texts that they were made of, too")
+    verify.set_defaults(run=run_verify)
+    merge = kinds.add_parser("merge", help="join the files of all tasks")
+    merge.add_argument("folder", type=Path, metavar="FOLDER")
+    merge.add_argument("--to", type=Path, required=True, dest="target", metavar="FOLDER", help="new")
+    merge.set_defaults(run=run_merge)
+    _add_blend(kinds)
+    _add_look(kinds)
     demo_data = kinds.add_parser("demo", help="real text from this machine, tokenized, in Megatron's format")
     demo_data.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
     demo_data.add_argument("--vocab-size", type=int, default=4096, help="tokens (default: %(default)s)")
@@ -54,6 +64,37 @@ def _add_tokenize(kinds: Commands) -> None:
     parser.set_defaults(run=run_tokenize)
 
 
+def _add_blend(kinds: Commands) -> None:
+    parser = kinds.add_parser("blend", help="data sets and their shares, for per_split_data_args_path")
+    parser.add_argument("manifests", nargs="+", metavar="MANIFEST", help="or its folder; NAME=FOLDER with --mix")
+    shares = parser.add_mutually_exclusive_group(required=True)
+    shares.add_argument("--weights", type=float, nargs="+", metavar="SHARE", help="of the tokens that a run reads")
+    shares.add_argument("--natural", action="store_true", help="each data set as large as it is")
+    shares.add_argument(
+        "--mix", type=Path, metavar="FILE.yaml", help="sizes as published, e.g. configs/data/olmoe_mix.yaml"
+    )
+    parser.add_argument("--tokens", metavar="N", help="that a run reads, e.g. 3T (default: as many as the data have)")
+    parser.add_argument(
+        "--max-epochs", type=float, default=4.0, metavar="N", help="that a data set may be read (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    parser.set_defaults(run=run_blend)
+
+
+def _add_look(kinds: Commands) -> None:
+    parser = kinds.add_parser("look", help="a document, or what a rank is fed, as text")
+    parser.add_argument("prefix", type=Path, metavar="PREFIX", help="of .bin and .idx")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--document", type=int, metavar="N", help="from 0 on")
+    what.add_argument("--sample", type=int, default=0, metavar="N", help="in the shuffled order (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="(default: tokenizer, beside the files)")
+    parser.add_argument("--seq-length", type=int, default=4096, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--eod-mask-loss", action="store_true", help="as in a config")
+    parser.add_argument("--reset-position-ids", action="store_true", help="as in a config")
+    parser.set_defaults(run=run_look)
+
+
 def run_tokenize(args: argparse.Namespace) -> int:
     from megatron_fc.data.filters import Filters
     from megatron_fc.data.tokenize import Local, Slurm, tokenize
@@ -89,6 +130,56 @@ def run_status(args: argparse.Namespace) -> int:
     from megatron_fc.data.status import status
 
     print("\n".join(status(args.folder)))
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    from megatron_fc.data.verify import verify
+
+    verify(args.folder, sources=args.sources, report=print)
+    return 0
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    from megatron_fc.data.merge import merge
+
+    merge(args.folder, args.target, report=print)
+    return 0
+
+
+def run_blend(args: argparse.Namespace) -> int:
+    from megatron_fc.data.blend import blend, count
+
+    tokens = None if args.tokens is None else count(args.tokens)
+    blend(
+        args.manifests,
+        args.out,
+        weights=args.weights,
+        mix=args.mix,
+        tokens=tokens,
+        max_epochs=args.max_epochs,
+        report=print,
+    )
+    return 0
+
+
+def run_look(args: argparse.Namespace) -> int:
+    from megatron_fc.data.look import load_tokenizer, look_at_document, look_at_sample
+
+    tokenizer = load_tokenizer(args.tokenizer or args.prefix.parent / "tokenizer")
+    if args.document is not None:
+        lines = look_at_document(args.prefix, args.document, tokenizer)
+    else:
+        lines = look_at_sample(
+            args.prefix,
+            args.sample,
+            tokenizer,
+            sequence_length=args.seq_length,
+            seed=args.seed,
+            eod_mask_loss=args.eod_mask_loss,
+            reset_position_ids=args.reset_position_ids,
+        )
+    print("\n".join(lines))
     return 0
 
 

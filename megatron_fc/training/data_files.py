@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_fc.errors import UserError
 from megatron_fc.training.indexed_files import IndexedFiles
+from megatron_fc.training.manifests import listed, manifest_of, refuse_other_sizes, tokenizer_hash
 from megatron_fc.training.refusal import refusals_named
 
 _SPLITS = ("train", "valid", "test")
@@ -104,6 +105,7 @@ def refuse_damaged_files(args: argparse.Namespace, *, remember: bool = False) ->
         UserError: an index is damaged, or tokens are not of the model's vocabulary.
     """
     vocabulary = _vocabulary(args)
+    _refuse_other_manifests(args, vocabulary)
     for files in indexed_files(args):
         note = index_folder(args, files.prefix) / f"{files.fingerprint(vocabulary)}.checked"
         if not note.exists():
@@ -112,6 +114,38 @@ def refuse_damaged_files(args: argparse.Namespace, *, remember: bool = False) ->
                 with suppress(OSError):
                     note.parent.mkdir(parents=True, exist_ok=True)
                     note.touch()
+
+
+def _refuse_other_manifests(args: argparse.Namespace, vocabulary: int | None) -> None:
+    """Compare the manifests beside a run's data with its files, its tokenizer and its model."""
+    hashed: dict[str, str] = {}
+    for blend in blends(args):
+        for prefix in blend.prefixes:
+            if (manifest := manifest_of(prefix)) is None:
+                continue
+            setting, made = f"{blend.setting}={prefix}", manifest["tokenizer"]
+            refuse_other_sizes(prefix, listed(manifest, Path(prefix).name) or {})
+            if vocabulary is not None and made["vocabulary"] > vocabulary:
+                raise UserError(
+                    f"{setting}: its tokenizer {made['name']} has {made['vocabulary']:,} tokens, and the model's "
+                    f"vocabulary {vocabulary:,}: give the tokenizer that made these data"
+                )
+            if args.tokenizer_type == "HuggingFaceTokenizer":
+                name = args.tokenizer_model
+                if name not in hashed:
+                    hashed[name] = _tokenizer_hash(name)
+                if hashed[name] != made["sha256"]:
+                    raise UserError(
+                        f"{setting}: the tokenizer {made['name']} made these data, and tokenizer_model={name} is "
+                        f"another one: give {Path(prefix).parent / 'tokenizer'}"
+                    )
+
+
+def _tokenizer_hash(name: str) -> str:
+    from transformers import AutoTokenizer
+
+    with refusals_named(f"tokenizer_model={name}"):
+        return tokenizer_hash(AutoTokenizer.from_pretrained(name))
 
 
 def index_folder(args: argparse.Namespace, prefix: str) -> Path:

@@ -51,6 +51,21 @@ def listed(manifest: dict[str, Any], name: str) -> dict[str, Any] | None:
     return next((file for files in manifest["files"].values() for file in files if file["prefix"] == name), None)
 
 
+def refuse_other_sizes(prefix: str, said: dict[str, Any]) -> None:
+    """Compare files with what their manifest says of them, by size.
+
+    Raises:
+        UserError: they are others.
+    """
+    for kind, size in said["bytes"].items():
+        found = Path(f"{prefix}.{kind}").stat().st_size
+        if found != size:
+            raise UserError(
+                f"{prefix}.{kind} has {found:,} bytes, and {size:,} by {MANIFEST} beside it: copy both again, or make "
+                f"the data again"
+            )
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """Return the SHA-256 of a tokenizer of transformers, which is the same for all that give the same tokens by name.
 

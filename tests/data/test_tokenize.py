@@ -168,6 +168,13 @@ def test_a_cut_archive_is_broken(tmp_path: Path, tokenizer: Path) -> None:
 COMMAND = (sys.executable, "-m", "megatron_fc", "data", "tokenize")
 
 
+def half_written(job: subprocess.Popen[str], out: Path, task: int) -> int:
+    """Wait until some of a task's file is written, and return the process that writes it."""
+    process = wait_until(lambda: writer(out, task) or job.poll(), "a half-written file")
+    assert job.poll() is None
+    return process
+
+
 def test_killed_workers_are_named_and_the_same_command_makes_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
     for name in "ab":
         write_documents(tmp_path / "in" / f"{name}.jsonl", texts(20_000, seed=ord(name), longest=200))
@@ -175,9 +182,7 @@ def test_killed_workers_are_named_and_the_same_command_makes_the_same_bytes(tmp_
     out = tmp_path / "out"
     for _ in range(2):
         job = subprocess.Popen([*COMMAND, *words, "--out", str(out)], stderr=subprocess.PIPE, text=True)
-        process = wait_until(lambda: writer(out, task=0) or job.poll(), "a half-written file")
-        assert job.poll() is None
-        os.kill(process, signal.SIGKILL)
+        os.kill(half_written(job, out, task=0), signal.SIGKILL)
         assert "task 0: its process was killed by SIGKILL" in job.communicate()[1]
         assert job.returncode == os.EX_TEMPFAIL
         assert not list(out.glob("train-00000.*"))
