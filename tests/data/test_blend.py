@@ -66,9 +66,8 @@ def test_a_published_mix_gives_the_shares(made: Path, tmp_path: Path) -> None:
     manifests = [f"code={made / 'b'}", f"web={made / 'a'}"]
     settings = {"weights": None, "tokens": None, "max_epochs": 4.0, "report": lambda line: None}
     blend(manifests, tmp_path / "blend.json", mix=tmp_path / "mix.yaml", **settings)
-    assert sum(
-        w for p, w in written(tmp_path / "blend.json").items() if p.startswith(str(made / "a"))
-    ) == pytest.approx(0.75)
+    shares = written(tmp_path / "blend.json")
+    assert sum(shares[prefix] for prefix in tokens(made / "a")) == pytest.approx(0.75)
     with pytest.raises(UserError, match="has no manifest for code: give code=FOLDER"):
         blend(manifests[1:], tmp_path / "blend.json", mix=tmp_path / "mix.yaml", **settings)
     with pytest.raises(UserError, match="unknown source of the mix 'cod': did you mean 'code'"):
@@ -82,11 +81,7 @@ def test_what_is_no_blend_is_refused(made: Path, tmp_path: Path) -> None:
         (("a", "b"), r"--weights has 1 numbers for 2 manifests", {"weights": [1.0]}),
         (("a", "a/manifest.json"), r"named twice", {"weights": [0.5, 0.5]}),
         (("a", "other"), r"other was made with the tokenizer large, and .* with another one, small", {}),
-        (
-            ("a", "b"),
-            r"a would be read 5\.\d+ times, and --max-epochs is 4",
-            {"weights": [0.9, 0.1], "tokens": 130_000},
-        ),
+        (("a", "b"), r"a would be read \d+\.\d+ times, and --max-epochs is 4", {"tokens": 10**9}),
         (("nothing",), r"the manifest .*nothing cannot be read", {}),
     ]:
         with pytest.raises(UserError, match=said):
