@@ -110,7 +110,8 @@ class SlurmExecutor(SlurmPipelineExecutor):
             workers=workers,
             job_name=f"tokenize-{job.folder.name}",
             qos="",
-            sbatch_args=sbatch,
+            # Before the time limit the task ends, and its job is requeued.
+            sbatch_args={"signal": "USR1@90", "open-mode": "append", **sbatch},
             logging_dir=str(job.logs),
         )
         self._command = [
