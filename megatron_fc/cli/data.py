@@ -26,6 +26,10 @@ def add(commands: Commands) -> None:
     merge.set_defaults(run=run_merge)
     _add_blend(kinds)
     _add_look(kinds)
+    index = kinds.add_parser("index", help="make the order of a run's samples before its ranks start")
+    index.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    index.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    index.set_defaults(run=run_index)
     demo_data = kinds.add_parser("demo", help="real text from this machine, tokenized, in Megatron's format")
     demo_data.add_argument("--out", type=Path, default=Path("data/demo"), help="folder (default: %(default)s)")
     demo_data.add_argument("--vocab-size", type=int, default=4096, help="tokens (default: %(default)s)")
@@ -180,6 +184,16 @@ def run_look(args: argparse.Namespace) -> int:
             reset_position_ids=args.reset_position_ids,
         )
     print("\n".join(lines))
+    return 0
+
+
+def run_index(args: argparse.Namespace) -> int:
+    from megatron_fc.training import cpu_lane
+
+    cpu_lane.install()
+    from megatron_fc.data.index import index
+
+    index(args.config, args.overrides, report=print)
     return 0
 
 

@@ -128,5 +128,10 @@ class SlurmExecutor(SlurmPipelineExecutor):
         contents: str = super().get_launch_file_contents(sbatch_args, shlex.join(self._command))
         return contents
 
+    def get_distributed_env(self, node_rank: int = -1) -> dict[str, str]:
+        """What datatrove tells its steps of the node; its own asks scontrol, which a container lacks."""
+        said: dict[str, str] = LocalPipelineExecutor.get_distributed_env(self, node_rank)
+        return said
+
     def launch_merge_stats(self) -> None:
         """Nothing: the last task writes the manifest."""

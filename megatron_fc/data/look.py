@@ -61,9 +61,8 @@ def look_at_sample(
     """
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDataset
-    from megatron.core.datasets.utils import Split, compile_helpers
+    from megatron.core.datasets.utils import Split
 
-    compile_helpers()
     files = IndexedFiles.read(str(prefix), str(prefix))
     if files.tokens <= sequence_length:
         raise UserError(f"{prefix} has {files.tokens:,} tokens, and a sample takes {sequence_length:,} and one more")

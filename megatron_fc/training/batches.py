@@ -1,5 +1,6 @@
 """Data sets, batches and the loss for Megatron's training loop: plain next-token pretraining on indexed data."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,8 +26,18 @@ _SPIKE = 10.0  # times the largest of the first losses, as in Megatron's pretrai
 def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
     """Build Megatron's train, validation and test sets (its `train_valid_test_dataset_provider`)."""
     args = get_args()
+    dataset = MockGPTDataset if args.mock_data else TokenDataset
+    built_here = partial(_needs_data, vp_stage)
+    return BlendedMegatronDatasetBuilder(dataset, sample_counts, built_here, data_config(args)).build()
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, Megatron asks by this mark
+
+
+def data_config(args: Namespace) -> TokenDataConfig:
+    """Return the configuration of a run's data sets; all ranks call it."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = TokenDataConfig(
+    return TokenDataConfig(
         vocabulary=args.padded_vocab_size or args.vocab_size,
         versions={} if args.mock_data else versions(args),
         random_seed=args.seed,
@@ -50,12 +61,6 @@ def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
-    dataset = MockGPTDataset if args.mock_data else TokenDataset
-    built_here = partial(_needs_data, vp_stage)
-    return BlendedMegatronDatasetBuilder(dataset, sample_counts, built_here, config).build()
-
-
-datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, Megatron asks by this mark
 
 
 def next_token_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
