@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_fc.errors import UserError
-
-MAX_PERIOD = 13  # tokens
-MIN_REPETITIONS = 32
+from megatron_fc.training.repetitions import MAX_PERIOD, MIN_REPETITIONS, repeats
 
 FILTER_KINDS = {
     "repetition": f"1 to {MAX_PERIOD} tokens repeated {MIN_REPETITIONS} times or more",
@@ -72,16 +70,3 @@ class Filters:
     def of_tokens(self, ids: np.ndarray[Any, Any]) -> str | None:
         """Return which of FILTER_KINDS drops a document by its tokens, None where it stays."""
         return "repetition" if self.repetitions and repeats(ids) else None
-
-
-def repeats(ids: np.ndarray[Any, Any], max_period: int = MAX_PERIOD, times: int = MIN_REPETITIONS) -> bool:
-    """Return whether 1 to `max_period` tokens stand `times` times or more in a row.
-
-    They do where (times - 1) * period tokens in a row equal those one period before.
-    """
-    for period in range(1, min(max_period, ids.size // times) + 1):
-        different = np.flatnonzero(ids[period:] != ids[:-period])
-        ends = np.concatenate(([-1], different, [ids.size - period]))
-        if int(np.diff(ends).max()) - 1 >= (times - 1) * period:
-            return True
-    return False

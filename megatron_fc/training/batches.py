@@ -40,6 +40,7 @@ def data_config(args: Namespace) -> TokenDataConfig:
     return TokenDataConfig(
         vocabulary=args.padded_vocab_size or args.vocab_size,
         versions={} if args.mock_data else versions(args),
+        mask_repetitions=args.mask_repetitions,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
