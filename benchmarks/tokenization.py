@@ -91,9 +91,7 @@ def run(name: str, workers: int, folder: Path) -> None:
         tokens = {"ours": ours, "megatron": megatron, "datatrove": datatrove}[name](workers, folder, out)
         seconds = time.monotonic() - began
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(
-        f"{tokens / seconds:12,.0f} tokens/s  {tokens:,} tokens  {seconds:.1f} s  {peak / 1024:,.0f} MiB in the largest process"
-    )
+    print(f"{tokens / seconds:12,.0f} tokens/s  {tokens:,} tokens  {seconds:.1f} s  at most {peak / 1024:,.0f} MiB")
 
 
 def ours(workers: int, folder: Path, out: Path) -> int:

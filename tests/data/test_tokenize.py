@@ -175,24 +175,62 @@ def half_written(job: subprocess.Popen[str], out: Path, task: int) -> int:
     return process
 
 
-def test_killed_workers_are_named_and_the_same_command_makes_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
-    for name in "ab":
-        write_documents(tmp_path / "in" / f"{name}.jsonl", texts(20_000, seed=ord(name), longest=200))
-    words = (str(tmp_path / "in"), "--tokenizer", str(tokenizer), "--workers", "1")
-    out = tmp_path / "out"
-    for _ in range(2):
-        job = subprocess.Popen([*COMMAND, *words, "--out", str(out)], stderr=subprocess.PIPE, text=True)
-        os.kill(half_written(job, out, task=0), signal.SIGKILL)
-        assert "task 0: its process was killed by SIGKILL" in job.communicate()[1]
-        assert job.returncode == os.EX_TEMPFAIL
-        assert not list(out.glob("train-00000.*"))
-    assert (out / "train-00001.idx").exists()  # the task that nobody killed
+@pytest.fixture
+def half_a_minute_of_text(tmp_path: Path) -> Path:
+    """A task that takes some seconds, and two that do not."""
+    for name, number in (("a", 12_000), ("b", 300), ("c", 300)):
+        write_documents(tmp_path / "in" / f"{name}.jsonl", texts(number, seed=ord(name), longest=200))
+    return tmp_path / "in"
 
-    second = (out / "train-00001.bin").stat()
-    make([tmp_path / "in"], out, tokenizer, max_bytes=32 << 20)
-    assert (out / "train-00001.bin").stat().st_mtime_ns == second.st_mtime_ns  # not made again
-    make([tmp_path / "in"], tmp_path / "undisturbed", tokenizer, max_bytes=32 << 20)
+
+def start(inputs: Path, out: Path, tokenizer: Path) -> subprocess.Popen[str]:
+    words = [*COMMAND, str(inputs), "--out", str(out), "--tokenizer", str(tokenizer), "--workers", "1"]
+    return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
+def test_killed_workers_and_jobs_leave_the_same_bytes(
+    tmp_path: Path, half_a_minute_of_text: Path, tokenizer: Path, kills: int
+) -> None:
+    out = tmp_path / "out"
+    for number in range(kills):
+        job = start(half_a_minute_of_text, out, tokenizer)
+        worker = half_written(job, out, task=0)
+        if number % 4 == 1:  # the job instead, whose worker ends by itself
+            job.kill()
+            wait_until(lambda: writer(out, task=0) is None, "the end of the worker")
+            job.communicate()
+        else:
+            os.kill(worker, signal.SIGKILL)
+            assert "task 0: its process was killed by SIGKILL" in job.communicate()[1]
+            assert job.returncode == os.EX_TEMPFAIL
+        assert not list(out.glob("train-00000.*"))
+    done = (out / "train-00001.bin").stat()
+
+    make([half_a_minute_of_text], out, tokenizer, max_bytes=32 << 20)
+    assert (out / "train-00001.bin").stat().st_mtime_ns == done.st_mtime_ns  # not made again
+    make([half_a_minute_of_text], tmp_path / "undisturbed", tokenizer, max_bytes=32 << 20)
     assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_is_named_and_leaves_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
+    for name, number in (("a", 300), ("b", 12_000)):
+        write_documents(tmp_path / "in" / f"{name}.jsonl", texts(number, seed=ord(name), longest=200))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    try:
+        with pytest.raises(UserError, match=r"1 task of 2 failed, task 1: .*No space left on device"):
+            make([tmp_path / "in"], disk / "out", tokenizer)
+        assert not list((disk / "out" / "unfinished").iterdir())
+        assert (disk / "out" / "train-00000.idx").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        make([tmp_path / "in"], disk / "out", tokenizer)
+        make([tmp_path / "in"], tmp_path / "undisturbed", tokenizer)
+        assert contents(disk / "out") == contents(tmp_path / "undisturbed")
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_file_that_has_gone_is_made_again(tmp_path: Path, tokenizer: Path) -> None:
