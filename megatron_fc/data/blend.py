@@ -140,7 +140,7 @@ def _refuse_other_tokenizers(shares: Sequence[Share]) -> None:
 
 def _words(shares: Sequence[Share], split: str) -> list[str] | None:
     """Weights and prefixes by turns, as Megatron takes them; files share their data set's weight by their tokens."""
-    words = []
+    words: list[str] = []
     for share in shares:
         files = share.manifest["files"][split]
         whole = sum(file["tokens"] for file in files)

@@ -70,7 +70,7 @@ class LocalExecutor(LocalPipelineExecutor):
             return None
         with suppress(EOFError):
             return str(answers.recv())
-        if process.exitcode < 0:
+        if process.exitcode is not None and process.exitcode < 0:
             return f"its process was killed by {signal.Signals(-process.exitcode).name}"
         return f"its process ended with code {process.exitcode}"
 

@@ -116,6 +116,6 @@ def _filesystem(word: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
     try:
-        return url_to_fs(word)  # type: ignore[no-any-return]
+        return url_to_fs(word)
     except (ImportError, ValueError) as error:
         raise UserError(f"{word} cannot be read: {error}") from None
