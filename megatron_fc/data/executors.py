@@ -1,4 +1,4 @@
-"""Who runs a job's tasks: datatrove's executors, on this machine or as an array of SLURM jobs."""
+"""The executors that run a job's tasks: datatrove's, on this machine or as an array of SLURM jobs."""
 
 from __future__ import annotations
 
@@ -77,10 +77,7 @@ class LocalExecutor(LocalPipelineExecutor):
 
 def _run_task(folder: Path, task: int, answer: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the job ends its tasks itself
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    # A job that is killed takes its tasks along.
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_the_job, daemon=True).start()
     try:
         # What datatrove says there is in the folder's logs, too.
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
@@ -88,6 +85,13 @@ def _run_task(folder: Path, task: int, answer: Connection) -> None:
     except Exception as error:
         answer.send(sentence(error))
         sys.exit(1)
+
+
+def _end_with_the_job() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 class SlurmExecutor(SlurmPipelineExecutor):

@@ -34,10 +34,10 @@ def index(config: Path, overrides: Sequence[str], *, report: Callable[[str], Non
     with one_rank(recipe) as args:
         if args.data_cache_path is None:
             raise UserError("data_cache_path is not set: name a folder that all nodes of the run see")
-        from megatron.training.global_vars import set_global_variables
+        from megatron.training.global_vars import set_args
         from megatron.training.training import get_train_valid_test_num_samples
 
-        set_global_variables(args)
+        set_args(args)
         args.train_iters, _ = steps_and_samples(args)  # of which Megatron's numbers of validation samples come
         began = time.monotonic()
         sets = BlendedMegatronDatasetBuilder(

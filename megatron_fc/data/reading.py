@@ -128,17 +128,14 @@ class Reader:
             return _bad(number, "type", line)
         return Document(number, text, fields) if text.strip() else _bad(number, "empty", line)
 
-    def _checked(self, number: int, text: bytes | str | None, fields: dict[str, Any]) -> Document | BadLine:
-        if text is None:
+    def _checked(self, number: int, content: bytes | None, fields: dict[str, Any]) -> Document | BadLine:
+        if content is None:
             return _bad(number, "field", b"")
-        if isinstance(text, bytes):
-            try:
-                text = text.decode()
-            except UnicodeDecodeError:
-                return _bad(number, "utf8", text)
-        if not text.strip():
-            return _bad(number, "empty", text.encode())
-        return Document(number, text, fields)
+        try:
+            text = content.decode()
+        except UnicodeDecodeError:
+            return _bad(number, "utf8", content)
+        return Document(number, text, fields) if text.strip() else _bad(number, "empty", content)
 
     def _rows(self, stored: Any) -> Iterator[Document | BadLine]:
         import pyarrow.parquet as pq

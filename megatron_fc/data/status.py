@@ -1,4 +1,4 @@
-"""How far a job is, read from its folder: the same for a terminal here and for a job that runs on a cluster."""
+"""The progress of a job, read from its folder: the same for a terminal here and for a job on a cluster."""
 
 from __future__ import annotations
 

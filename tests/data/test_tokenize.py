@@ -188,6 +188,7 @@ def start(inputs: Path, out: Path, tokenizer: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
 def test_killed_workers_and_jobs_leave_the_same_bytes(
     tmp_path: Path, half_a_minute_of_text: Path, tokenizer: Path, kills: int
