@@ -20,6 +20,8 @@ DATA = {
     "orjson": "orjson",
     "pyarrow": "pyarrow",
 }
+# The harness brings datasets, and imports it.
+EVAL = {"lm_eval": "lm-eval", "datasets": "datasets"}
 _BASE = {"torch": "torch", "megatron": "megatron-core", "packaging": "packaging"}
 
 
@@ -30,6 +32,8 @@ def remedy(error: ModuleNotFoundError) -> str | None:
         return f"{TRAIN[name]}, which is not installed: pip install 'megatron_fc[train]'"
     if name in DATA:
         return f"{DATA[name]}, which is not installed: pip install 'megatron_fc[data]'"
+    if name in EVAL:
+        return f"{EVAL[name]}, which is not installed: pip install 'megatron_fc[eval]'"
     if name in _BASE:
         return f"{_BASE[name]}, which is not installed: pip install megatron_fc"
     return None
