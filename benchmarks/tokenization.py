@@ -159,6 +159,7 @@ def limit(workers: int, folder: Path, out: Path) -> tuple[int, float]:
 def _limit(parts: tuple[Path, Path]) -> tuple[int, float]:
     folder, path = parts
     encoder = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
+    encoder.encode_special_tokens = True  # as ours
     texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
     tokens, began = 0, time.monotonic()
     for batch in batched(texts, 100):

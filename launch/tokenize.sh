@@ -1,12 +1,12 @@
 #!/bin/bash
 # Tokenize text by an array of SLURM jobs without GPUs, with the same site file as training. In the repository's folder:
 #
-#   launch/tokenize.sh --time=12:00:00 --mem-per-cpu=4G -- /data/dclm --out /data/dclm_tokens --tokenizer NAME --tasks 1000
-#   launch/tokenize.sh --dry-run --time=... -- ...     show what would be called
-#   megatron-fc data status /data/dclm_tokens           how far it is
+#   launch/tokenize.sh --dry-run --time=12:00:00 -- src --out data/web --tokenizer NAME --tasks 1000
+#   launch/tokenize.sh --time=12:00:00 --mem-per-cpu=4G -- src --out data/web --tokenizer NAME --tasks 1000 --workers 200
+#   megatron-fc data status data/web
 #
-# Options of sbatch stand before --, as --NAME=VALUE; what stands behind is for `megatron-fc data tokenize`. The same command
-# again submits the tasks that are not done. 90 seconds before the time limit a task ends and its job is requeued, to do it
+# show what would be called, submit it, and show how far it is. The same command again submits the tasks that are not done.
+# Options of sbatch stand before --, as --NAME=VALUE; what stands behind is for `megatron-fc data tokenize`. 90 seconds before the time limit a task ends and its job is requeued, to do it
 # again from its beginning: give time for a whole one.
 
 cd "$(dirname "$0")/.." || exit 2
