@@ -16,7 +16,7 @@ from megatron_fc.training.unused_options import NEVER_READ, OTHER_GROUPS, OTHER_
 
 MEGATRON = Path(megatron.core.__file__).parents[1]
 # Read here, by this project's loop.
-READ_HERE = {"check_for_spiky_loss", "data_cache_path"}
+READ_HERE = {"mask_repetitions", "check_for_spiky_loss", "data_cache_path"}
 # Read by a loop over the names of a configuration, or kept for scripts of earlier releases, where they change nothing.
 READ_BY_LOOP = {"deprecated_use_mcore_models"}
 # Of models that generate, embed or classify; they change nothing in a training.
