@@ -7,7 +7,8 @@
 #
 # show what would be called, submit it, and show how far it is. The same command again submits the tasks that are not done.
 # Options of sbatch stand before --, as --NAME=VALUE; what stands behind is for `megatron-fc data tokenize`. 90 seconds
-# before the time limit a task ends and its job is requeued, to do it again from its beginning: give time for a whole one.
+# before the time limit a task ends and its job is requeued, once, to do it again from its beginning: give time for a
+# whole one.
 
 cd "$(dirname "$0")/.." || exit 2
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from megatron_fc.data.job import Job
-from megatron_fc.data.task import TokenizeTask, sentence
+from megatron_fc.data.task import TIME_LIMIT_CODE, TokenizeTask, sentence
+from megatron_fc.errors import UserError
 
 _LOOK_SECONDS = 2.0
 
@@ -114,9 +116,9 @@ class SlurmExecutor(SlurmPipelineExecutor):
             workers=workers,
             job_name=f"tokenize-{job.folder.name}",
             qos="",
-            # Before the time limit the task ends, and its job is requeued.
             sbatch_args={"signal": "USR1@90", "open-mode": "append", **sbatch},
             logging_dir=str(job.logs),
+            requeue_signals=None,  # datatrove would call scontrol where the task runs, which a container lacks
         )
         self._command = [
             "srun", "--label", "--ntasks=1", *srun, python, "-m", "datatrove.tools.launch_pickled_pipeline",
@@ -128,8 +130,37 @@ class SlurmExecutor(SlurmPipelineExecutor):
         # What is empty is the site's own: sbatch reads its account and partition from the environment.
         return {name: value for name, value in said.items() if value or name == "requeue"}
 
+    def run(self) -> None:
+        """Submit what is not done, or on a node carry out a task.
+
+        Raises:
+            UserError: sbatch refuses, or is not here.
+        """
+        if "SLURM_ARRAY_TASK_ID" in os.environ:
+            signal.signal(signal.SIGUSR1, _end_before_the_limit)
+            super().run()
+            return
+        try:
+            super().run()
+        except FileNotFoundError as error:
+            if error.filename != "sbatch":
+                raise
+            raise UserError("--executor slurm: there is no sbatch here, call it where jobs are submitted") from None
+        except subprocess.CalledProcessError:
+            raise UserError("sbatch refuses the job, as it says above: correct --sbatch or the site file") from None
+
     def get_launch_file_contents(self, sbatch_args: dict[str, str], run_script: str) -> str:
-        contents: str = super().get_launch_file_contents(sbatch_args, shlex.join(self._command))
+        # Once more: a task that does not fit into its limit twice would not the third time.
+        script = (
+            f"{shlex.join(self._command)} || {{\n"
+            f"  code=$?\n"
+            f"  if [[ $code = {TIME_LIMIT_CODE} && ${{SLURM_RESTART_COUNT:-0}} = 0 ]]; then\n"
+            f"    scontrol requeue $SLURM_JOB_ID\n"
+            f"  fi\n"
+            f"  exit $code\n"
+            f"}}"
+        )
+        contents: str = super().get_launch_file_contents(sbatch_args, script)
         return contents
 
     def get_distributed_env(self, node_rank: int = -1) -> dict[str, str]:
@@ -139,3 +170,8 @@ class SlurmExecutor(SlurmPipelineExecutor):
 
     def launch_merge_stats(self) -> None:
         """Nothing: the last task writes the manifest."""
+
+
+def _end_before_the_limit(number: int, frame: object) -> None:
+    # No Exception: a call into the tokenizer may be what it ends, whose errors are a document's.
+    raise SystemExit(TIME_LIMIT_CODE)

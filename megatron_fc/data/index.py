@@ -16,6 +16,7 @@ from megatron_fc.convert.one_rank import ON_ONE_RANK, one_rank
 from megatron_fc.errors import UserError
 from megatron_fc.preflight.batch_schedule import steps_and_samples
 from megatron_fc.training.batches import data_config
+from megatron_fc.training.data_files import OF_A_PREPARED_INDEX
 from megatron_fc.training.recipe import load_recipe
 from megatron_fc.training.token_data import TokenDataset
 
@@ -30,7 +31,9 @@ def index(config: Path, overrides: Sequence[str], *, report: Callable[[str], Non
     Raises:
         UserError: as for training, or there is no `data_cache_path`.
     """
-    recipe = load_recipe(config, [*overrides, *ON_ONE_RANK])
+    # What is made here is not there yet.
+    built = [f"{name}=false" for name in OF_A_PREPARED_INDEX]
+    recipe = load_recipe(config, [*overrides, *ON_ONE_RANK, *built])
     with one_rank(recipe) as args:
         if args.data_cache_path is None:
             raise UserError("data_cache_path is not set: name a folder that all nodes of the run see")

@@ -33,6 +33,9 @@ from megatron_fc.errors import UserError
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1000, 1 << 20
 _PROGRESS_SECONDS = 2.0
 
+# With which the process of a task ends before its job's time limit.
+TIME_LIMIT_CODE = os.EX_TEMPFAIL
+
 
 class TokenizeTask(PipelineStep):
     """Carries out the task whose number datatrove gives.
@@ -53,7 +56,7 @@ class TokenizeTask(PipelineStep):
         job.failure(rank).unlink(missing_ok=True)
         try:
             _Task(job, rank).run()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             with suppress(OSError):  # a full disk is one of the reasons
                 job.failure(rank).parent.mkdir(exist_ok=True)
                 job.failure(rank).write_text(sentence(error), "utf-8")
@@ -65,6 +68,8 @@ def sentence(error: BaseException) -> str:
     """Say in one line why a task failed."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, SystemExit) and error.code == TIME_LIMIT_CODE:
+        return "its time limit came before its end: give --time for a whole task"
     if isinstance(error, OSError):
         return f"{error.filename or 'the output folder'}: {error.strerror or error}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

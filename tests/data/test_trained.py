@@ -12,7 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 
 from megatron_fc.data.blend import blend
 from megatron_fc.runs.summary import read_summary
-from megatron_fc.training.data_files import blends
+from megatron_fc.training.data_files import OF_A_PREPARED_INDEX, blends
 from megatron_fc.training.indexed_files import IndexedFiles
 from megatron_fc.training.token_data import TokenDataConfig, TokenDataset
 from support.documents import load, make, save_tokenizer, texts, write_documents
@@ -53,7 +53,8 @@ def samples_of(listed: Path, cache: Path, tokenizer: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.slow
-def test_two_ranks_read_a_blend(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prepared", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_two_ranks_read_a_blend(config: Path, tmp_path: Path, prepared: bool) -> None:
     written = {name: texts(600, seed=seed, longest=4) for name, seed in (("a", 1), ("b", 2))}
     small = save_tokenizer(tmp_path / "small")
     for name, documents in written.items():
@@ -66,6 +67,11 @@ def test_two_ranks_read_a_blend(config: Path, tmp_path: Path) -> None:
 
     words = [f"per_split_data_args_path={listed}", "train_data_path=null", "valid_data_path=null", "save_interval=null"]
     words += [f"tokenizer_model={tmp_path / 'a' / 'tokenizer'}", f"data_cache_path={cache}", f"train_iters={STEPS}"]
+    if prepared:
+        make_index = command(config, *words)
+        make_index[3:4] = ["data", "index"]
+        subprocess.run(make_index, env=environment(), check=True)
+        words += [f"{name}=true" for name in OF_A_PREPARED_INDEX]
     line = command(config, f"run_dir={tmp_path / 'run'}", *words)
     line[:2] = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
