@@ -4,14 +4,18 @@
 All read the same lines of real text, what is installed beside this Python, in one run: each contestant with each number
 of workers in a process of its own, by turns. Megatron-LM's wheel lacks tools/preprocess_data.py, so its steps are made
 of megatron-core's classes: a pool parses and tokenizes line by line, one process writes. `tokenizers` alone has the
-texts in memory and writes nothing: the limit.
+texts in memory and writes nothing: the limit. A worker tokenizes with one thread. At the end, a profile of one of our
+tasks says what is left beside the tokenizer.
 
     python benchmarks/tokenization.py --megabytes 200 --workers 1 2
 """
 
 import argparse
+import cProfile
 import json
 import multiprocessing
+import os
+import pstats
 import resource
 import shutil
 import subprocess
@@ -28,6 +32,7 @@ from tokenizers import Tokenizer
 from megatron_fc.data import corpus, tokenizer
 
 CONTESTANTS = ("limit", "ours", "megatron", "datatrove")
+PROFILED = 12  # functions
 
 
 def main() -> None:
@@ -43,6 +48,7 @@ def main() -> None:
         name, workers, folder = args.contestant
         run(name, int(workers), Path(folder))
         return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         size, documents = write_text(folder, args.megabytes * 10**6, args.vocabulary)
@@ -58,6 +64,8 @@ def main() -> None:
                         print(f"{name:10} {workers} workers: {done.stderr[-500:]}", flush=True)
                     else:
                         print(f"{name:10} {workers} workers: {done.stdout.splitlines()[-1]}", flush=True)
+        if "ours" in args.only:
+            print_profile(folder)
 
 
 def write_text(folder: Path, wanted: int, vocabulary: int) -> tuple[int, int]:
@@ -82,7 +90,7 @@ def write_text(folder: Path, wanted: int, vocabulary: int) -> tuple[int, int]:
 
 def run(name: str, workers: int, folder: Path) -> None:
     """Run one contestant and print its speed and memory."""
-    out = folder / "out"
+    out = folder / name
     shutil.rmtree(out, ignore_errors=True)
     began = time.monotonic()
     if name == "limit":
@@ -99,6 +107,19 @@ def ours(workers: int, folder: Path, out: Path) -> int:
     words += ["--tokenizer", str(folder / "tokenizer"), "--workers", str(workers)]
     subprocess.run(words, check=True, capture_output=True)
     return int(json.loads((out / "manifest.json").read_text())["tokens"])
+
+
+def print_profile(folder: Path) -> None:
+    """Run the first task of the job once more, in this process, and print where its time goes."""
+    from megatron_fc.data.task import TokenizeTask
+
+    profile = cProfile.Profile()
+    profile.runcall(TokenizeTask(folder / "ours").run)
+    stats = pstats.Stats(profile)
+    functions = sorted(stats.stats.items(), key=lambda item: -item[1][2])  # type: ignore[attr-defined]
+    print(f"profile of one task, {stats.total_tt:.1f} s:")  # type: ignore[attr-defined]
+    for (file, _, name), (_, calls, own, _, _) in functions[:PROFILED]:
+        print(f"{own / stats.total_tt:7.1%} {calls:10,} calls  {Path(file).name} {name}")  # type: ignore[attr-defined]
 
 
 def megatron(workers: int, folder: Path, out: Path) -> int:

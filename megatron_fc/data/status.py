@@ -136,5 +136,7 @@ def status(folder: Path, seconds: float = 3.0) -> list[str]:
     if job.manifest.exists():
         lines.append(f"complete: {job.manifest}")
     elif not now.running:
-        lines.append("nothing runs: the same `megatron-fc data tokenize` goes on")
+        lines.append(
+            "nothing runs: the same `megatron-fc data tokenize` goes on, unless SLURM has jobs of it in its queue"
+        )
     return lines

@@ -189,7 +189,7 @@ def start(inputs: Path, out: Path, tokenizer: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [2, pytest.param(27, marks=pytest.mark.soak)])  # 20 of them of workers
 def test_killed_workers_and_jobs_leave_the_same_bytes(
     tmp_path: Path, half_a_minute_of_text: Path, tokenizer: Path, kills: int
 ) -> None:
