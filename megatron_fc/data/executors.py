@@ -140,6 +140,8 @@ class SlurmExecutor(SlurmPipelineExecutor):
             signal.signal(signal.SIGUSR1, _end_before_the_limit)
             super().run()
             return
+        for name in self._sbatch_args:  # sbatch would heed its environment, the site's, before the lines of its script
+            os.environ.pop("SBATCH_TIMELIMIT" if name == "time" else f"SBATCH_{name.upper().replace('-', '_')}", None)
         try:
             super().run()
         except FileNotFoundError as error:
