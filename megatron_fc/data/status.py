@@ -115,7 +115,7 @@ def words(now: Status, before: Status, seconds: float) -> str:
     if now.bad:
         parts.append(f"{now.bad:,} bad lines")
     if now.failures:
-        parts.append(f"{len(now.failures):,} tasks failed")
+        parts.append(f"{len(now.failures):,} failed")
     read = now.read - before.read
     if seconds > 0 and read > 0:
         left = (now.size - now.read) * seconds / read
