@@ -1,7 +1,6 @@
 """What was tokenized and blended, in a run of two ranks: the documents that it sees are those that were written."""
 
 import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def test_two_ranks_read_a_blend(config: Path, tmp_path: Path, prepared: bool) ->
         subprocess.run(make_index, env=environment(), check=True)
         words += [f"{name}=true" for name in OF_A_PREPARED_INDEX]
     line = command(config, f"run_dir={tmp_path / 'run'}", *words)
-    line[:2] = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    line[2:2] = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = read_summary(tmp_path / "run")
