@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
     plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tensor_model_parallel_size=2")
     plan.add_argument("--nodes", type=int, required=True, metavar="N")
-    plan.add_argument("--gpu", required=True, metavar="NAME", help="a100, h100, h200, b200 or gb200")
+    plan.add_argument("--gpu", required=True, metavar="NAME", help="a100, h100, h200, b200, gb200, b300 or gb300")
     plan.add_argument("--gpus-per-node", type=int, metavar="G", help="default: of the GPU's usual machine")
     plan.add_argument("--network-gb-per-second", type=float, metavar="B", help="per GPU; default: of its usual machine")
     plan.add_argument("--nvlink-gb-per-second", type=float, metavar="B", help="per GPU; default: of its data sheet")

@@ -59,7 +59,7 @@ def _sizes(shape: Shape, training: Training, layout: Layout) -> _Sizes:
 
 
 def layer(shape: Shape, training: Training, layout: Layout, moe: bool) -> list[Kept]:
-    """Kept by one layer, recompute apart."""
+    """Kept by one layer, recompute apart; a window of its attention changes nothing."""
     sizes = _sizes(shape, training, layout)
     mlp = _moe(shape, training, layout, sizes) if moe else _dense(shape, training, layout, sizes)
     return [*_attention(shape, training, layout, sizes), *mlp, *_connections(shape, training, sizes, moe)]
@@ -88,6 +88,18 @@ def last(shape: Shape, training: Training, layout: Layout) -> list[Kept]:
         *_norm("last norm", "head", sizes, ()),
         Kept("softmax of the logits", "head", _FP32 * sizes.tokens * shape.vocabulary / layout.tensor),
         Kept("targets and their mask", "head", (_INDEX + 1) * sizes.tokens),
+    ]
+
+
+def prediction(shape: Shape, training: Training, layout: Layout) -> list[Kept]:
+    """Kept by a layer of multi-token prediction: two norms and the product that joins them, a layer, an output."""
+    sizes = _sizes(shape, training, layout)
+    return [
+        *_norm("norm of the stream to join", "head", sizes, ()),
+        *_norm("norm of the embedding to join", "head", sizes, ()),
+        Kept("joined", "head", 2 * sizes.row),
+        *layer(shape, training, layout, shape.moe_layers[-1]),
+        *last(shape, training, layout),
     ]
 
 
@@ -145,19 +157,23 @@ def _around(name: str, part: Part, shape: Shape, sizes: _Sizes, freed_by: tuple[
 
 def _attention(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> list[Kept]:
     tokens, e = sizes.tokens / layout.tensor, training.element_bytes
-    queries, keys = shape.query_width, shape.key_width
+    queries, keys, latent = shape.query_width, shape.key_width, shape.latent
+    expanded = ("mla_up_proj",) if latent else ()
     kept = [
         # Megatron recomputes the norms that are modules; what Transformer Engine's product has made stays.
         *_around("attention", "attention", shape, sizes, ("layernorm",) if training.norms_of(False)[0] else ()),
         # The values are a view of it.
-        Kept("queries, keys, values", "attention", e * tokens * (queries + 2 * keys)),
-        Kept("attention's output", "attention", e * tokens * queries),
+        Kept("queries, keys, values", "attention", e * tokens * (queries + keys + shape.value_width), expanded),
+        Kept("attention's output", "attention", e * tokens * shape.output_width),
     ]
-    if shape.qk_norm:
+    if latent:  # before and behind the norms of what is narrow, whole on every rank
+        narrow = latent.keys + (latent.queries or 0)
+        kept.append(Kept("narrow queries and keys", "attention", e * sizes.own_tokens * (2 * narrow + latent.position)))
+    elif shape.qk_norm:
         # Norms over all heads have the same root on every rank.
         rows = 2 * sizes.tokens if shape.over_heads else tokens * (shape.heads + shape.groups)
         kept.append(Kept("statistics of query and key norm", "attention", _FP32 * rows))
-    if shape.rotary:
+    if shape.rotary and not latent:  # a latent head is rotated in place
         kept.append(Kept("rotated queries and keys", "attention", e * tokens * (queries + keys)))
     if training.flash:
         scores = Kept("log-sum-exp of scores", "attention", _FP32 * tokens * shape.heads, ("core_attn",))

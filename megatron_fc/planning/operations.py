@@ -24,7 +24,7 @@ from megatron_fc.connections.costs.traffic import (
     width_norm,
 )
 from megatron_fc.planning.layout import Layout
-from megatron_fc.planning.shape import Shape, Training
+from megatron_fc.planning.shape import Kind, Latent, Shape, Training
 
 _FP32 = 4
 
@@ -58,11 +58,22 @@ class Operation(NamedTuple):
     again_with: tuple[str, ...] = ()
 
 
-def layer(shape: Shape, training: Training, layout: Layout, moe: bool) -> list[Operation]:
-    """Of one layer, its connections included."""
+def layer(shape: Shape, training: Training, layout: Layout, kind: Kind, in_a_row: float = 1) -> list[Operation]:
+    """Of one layer, its connections included, one of so many in a row."""
     tokens = layout.micro_batch * shape.sequence // layout.context
-    mlp = _experts(shape, training, layout, tokens) if moe else _dense(shape, training, layout, tokens)
-    return [*_attention(shape, training, layout, tokens), *mlp, _connections(shape, training, layout, tokens, moe)]
+    mlp = _experts(shape, training, layout, tokens) if kind.moe else _dense(shape, training, layout, tokens)
+    connections = _connections(shape, training, layout, tokens, kind.moe, in_a_row)
+    return [*_attention(shape, training, layout, tokens, kind.windowed), *mlp, connections]
+
+
+def prediction(shape: Shape, training: Training, layout: Layout) -> list[Operation]:
+    """Of a layer of multi-token prediction: the product that joins stream and embedding, a layer, an output."""
+    tokens = layout.micro_batch * shape.sequence // layout.context
+    return [
+        _product("join of prediction", tokens, 2 * shape.width, shape.width // layout.tensor, training),
+        *layer(shape, training, layout, shape.kind(shape.layers - 1)),
+        *head(shape, training, layout),
+    ]
 
 
 def head(shape: Shape, training: Training, layout: Layout) -> list[Operation]:
@@ -115,18 +126,23 @@ def _product(
     return Operation(name, Pass(flops, forward), Pass(2 * flops, backward), True, again_with)
 
 
-def _attention(shape: Shape, training: Training, layout: Layout, tokens: float) -> list[Operation]:
+def _attention(shape: Shape, training: Training, layout: Layout, tokens: float, windowed: bool) -> list[Operation]:
     """Flash attention keeps no scores, and so multiplies queries and keys once more in backward: 5 products for 2."""
     e, t = training.element_bytes, layout.tensor
-    queries, keys = shape.query_width // t, shape.key_width // t
+    queries, keys, output = shape.query_width // t, shape.key_width // t, shape.output_width // t
     row = e * tokens * (queries + keys)
-    passes = 2 * shape.rotary + 2 * shape.qk_norm  # each reads and writes queries and keys
-    scores = 2 * tokens * shape.sequence * queries
-    moved = 2 * row
+    passes = 2 * shape.rotary + 2 * (shape.qk_norm and not shape.latent)  # each reads and writes queries and keys
+    scores = 2 * tokens * shape.attended(windowed) * (queries + output)
+    moved = row + e * tokens * (shape.value_width // t + output)
     if not training.flash:  # scores are written, read and written by the softmax, read
         moved += tokens * shape.heads // t * shape.sequence * (2 * e + 2 * _FP32)
+    before = (
+        _latent(shape, shape.latent, training, layout, tokens)
+        if shape.latent
+        else [_product("attention's projections", tokens, shape.width, queries + 2 * keys, training)]
+    )
     return [
-        _product("attention's projections", tokens, shape.width, queries + 2 * keys, training),
+        *before,
         Operation("rotation, norms of queries and keys", Pass(0, passes * row), Pass(0, 1.5 * passes * row)),
         Operation(
             "attention",
@@ -134,7 +150,31 @@ def _attention(shape: Shape, training: Training, layout: Layout, tokens: float) 
             Pass((2.5 if training.flash else 2) * scores, 2 * moved),
             again_with=("core_attn",),
         ),
-        _product("attention's projections", tokens, queries, shape.width, training),
+        _product("attention's projections", tokens, output, shape.width, training),
+    ]
+
+
+def _latent(shape: Shape, latent: Latent, training: Training, layout: Layout, tokens: float) -> list[Operation]:
+    """Narrow products on the tokens of a rank, wide ones on its heads; each narrow result is normed."""
+    e, t, name = training.element_bytes, layout.tensor, "attention's projections"
+    own = tokens / t if training.sequence_parallel else tokens
+    heads = shape.heads // t
+    wide = heads * (shape.head_size - latent.position + latent.values)
+    again = ("mla_up_proj",)
+    narrow = [latent.keys + latent.position] + ([latent.queries] if latent.queries else [])
+    norms = e * own * sum(narrow)
+    return [
+        *(_product(name, own, shape.width, width, training) for width in narrow),
+        Operation("norms of what is narrow", Pass(0, 2 * norms), Pass(0, 3 * norms)),
+        _product(name, tokens, latent.keys, wide, training, again_with=again),
+        _product(
+            name,
+            tokens,
+            latent.queries or shape.width,
+            heads * shape.head_size,
+            training,
+            again_with=again if latent.queries else (),
+        ),
     ]
 
 
@@ -175,9 +215,10 @@ def _experts(shape: Shape, training: Training, layout: Layout, tokens: float) ->
     return operations
 
 
-def _connections(shape: Shape, training: Training, layout: Layout, tokens: int, moe: bool) -> Operation:
+def _connections(
+    shape: Shape, training: Training, layout: Layout, tokens: int, moe: bool, in_a_row: float
+) -> Operation:
     own = tokens // layout.tensor if training.sequence_parallel else tokens
-    in_a_row = shape.layers / (layout.pipeline * layout.virtual_pipeline)
     moves = connection_moves(shape, training, moe, in_a_row)
     return Operation(
         "connections and norms",

@@ -84,8 +84,7 @@ class Plan:
     @cached_property
     def recomputed(self) -> Flops:
         """Of a token, in backward once more."""
-        chunk = self.shape.layers // (self.layout.pipeline * self.layout.virtual_pipeline)
-        return flops.recomputed(self.shape, self.training, chunk)
+        return flops.recomputed(self.shape, self.training, self.layout)
 
     @property
     def mfu(self) -> float:

@@ -81,10 +81,7 @@ def step_time(
     """
     domains = links.on_domains(layout, gpu)
     rates = _Rates(gpu, training, network, assumed)
-    by_kind = {moe: operations.layer(shape, training, layout, moe) for moe in set(shape.moe_layers)}
-    steps = (
-        _of_stage(shape, training, layout, domains, stage, by_kind, rates) for stage in _distinct_stages(shape, layout)
-    )
+    steps = (_of_stage(shape, training, layout, domains, stage, rates) for stage in _distinct_stages(shape, layout))
     return max(steps, key=lambda step: step.total)
 
 
@@ -92,9 +89,11 @@ def _distinct_stages(shape: Shape, layout: Layout) -> list[int]:
     """One pipeline stage of each kind: those between the first and the last differ in their kinds of layers alone."""
     kinds: dict[tuple[object, ...], int] = {}
     for stage in range(layout.pipeline):
-        layers = [index for chunk in parameters.chunk_layers(shape.layers, layout, stage) for index in chunk]
-        moe = tuple(shape.moe_layers[index] for index in layers)
-        kinds.setdefault((moe, stage == 0, stage == layout.pipeline - 1), stage)
+        held = tuple(
+            (tuple(shape.kind(index) for index in chunk.layers), chunk.embedding, chunk.prediction, chunk.loss)
+            for chunk in layout.chunks(stage)
+        )
+        kinds.setdefault((held, stage == 0, stage == layout.pipeline - 1), stage)
     return list(kinds.values())
 
 
@@ -103,8 +102,8 @@ class _Rates:
 
     def __init__(self, gpu: Device, training: Training, network: float, assumed: Assumptions) -> None:
         self.gpu, self.network = gpu, network
-        self.linear = assumed.compute * gpu.tflops(training.fp8) * 1e12
-        self.other = assumed.compute * gpu.tflops(False) * 1e12
+        self.linear = assumed.compute * gpu.tflops(training.products) * 1e12
+        self.other = assumed.compute * gpu.tflops("half") * 1e12
         self.memory = assumed.memory * gpu.hbm_gb_per_second * 1e9
         self.share = assumed.network
 
@@ -141,22 +140,27 @@ def _of_stage(
     layout: Layout,
     domains: Layout,
     stage: int,
-    by_kind: dict[bool, list[Operation]],
     rates: _Rates,
 ) -> StepTime:
     forward, backward = _Sum(rates), _Sum(rates)
-    for layers in parameters.chunk_layers(shape.layers, layout, stage):
-        recomputed = {index for span in training.recompute.spans(layers) for index in span}
-        for index in layers:
-            listed = by_kind[shape.moe_layers[index]]
-            again = listed if index in recomputed else operations.again(listed, training)
-            forward.add((operation, operation.forward) for operation in listed)
-            backward.add((operation, operation.backward) for operation in listed)
-            backward.add((operation, operation.forward) for operation in again)
-    if stage == layout.pipeline - 1:
-        listed = operations.head(shape, training, layout)
+
+    def run(listed: list[Operation], again: list[Operation]) -> None:
         forward.add((operation, operation.forward) for operation in listed)
         backward.add((operation, operation.backward) for operation in listed)
+        backward.add((operation, operation.forward) for operation in again)
+
+    for chunk in layout.chunks(stage):
+        recomputed = {index for span in training.recompute.spans(chunk.layers) for index in span}
+        in_a_row = len(chunk.layers)
+        by_kind = {kind: operations.layer(shape, training, layout, kind, in_a_row) for kind in shape.kinds}
+        for index in chunk.layers:
+            listed = by_kind[shape.kind(index)]
+            run(listed, listed if index in recomputed else operations.again(listed, training))
+        for _ in range(shape.predicted * chunk.prediction):
+            listed = operations.prediction(shape, training, layout)
+            run(listed, operations.again(listed, training))
+        if chunk.loss:
+            run(operations.head(shape, training, layout), [])
 
     counts = links.sent(shape, training, domains, stage)
     at_full_speed = links.seconds(counts, domains, rates.gpu, rates.network)

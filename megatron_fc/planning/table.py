@@ -156,7 +156,7 @@ def _step(plan: Plan) -> Table:
 def _assumptions(plan: Plan) -> Text:
     assumed, gpu = plan.assumed, plan.gpu
     notes = "".join(f"\nnote: {note}" for note in plan.notes)
-    peak = gpu.tflops(plan.training.fp8)
+    peak = gpu.tflops(plan.training.products)
     return Text(
         f"assumed, not measured: {assumed.compute:.0%} of {peak:,.0f} TFLOP/s, {assumed.memory:.0%} of "
         f"{gpu.hbm_gb_per_second:,.0f} GB/s of memory, {assumed.network:.0%} of {gpu.nvlink_gb_per_second:,.0f} GB/s "

@@ -12,19 +12,16 @@ from megatron_fc.megatron.norm_options import norms_from_args
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.roofline import Assumptions
-from megatron_fc.planning.shape import Recompute, Shape, Training
+from megatron_fc.planning.shape import Latent, Recompute, Shape, Training
 from megatron_fc.preflight.validation import Validated, validate
 from megatron_fc.training.precision import refuse_on_device
 
 # Change memory, bytes or time, and are refused while nobody has counted how.
 _LEFT_OUT = (
-    "multi_latent_attention",
-    "mtp_num_layers",
     "experimental_attention_variant",
     "moe_latent_size",
     "moe_pad_expert_input_to_capacity",
     "attention_output_gate",
-    "use_megatron_fsdp",
     "use_torch_fsdp2",
     "fp32_residual_connection",
     "fine_grained_activation_offloading",
@@ -32,12 +29,14 @@ _LEFT_OUT = (
     "distribute_saved_activations",
     "moe_layer_recompute",
     "first_last_layers_bf16",
-    "fp8_param_gather",
-    "fp4",
+    "mtp_use_repeated_layer",
 )
 # Options that suit one pipeline alone, and Megatron's names of them among its arguments.
 _OF_A_PIPELINE = {
     "num_layers_per_virtual_pipeline_stage": "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout": "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers": "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers": "decoder_last_pipeline_num_layers",
     "microbatch_group_size_per_virtual_pipeline_stage": "microbatch_group_size_per_vp_stage",
 }
 _COUNTED_ONLY = {"hidden_dropout": (0.0,), "num_distributed_optimizer_instances": (1,)}
@@ -58,7 +57,7 @@ def shape_of(run: Validated) -> Shape:
         width=args.hidden_size,
         heads=args.num_attention_heads,
         groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        head_size=args.kv_channels,
+        head_size=args.qk_head_dim + args.qk_pos_emb_head_dim if args.multi_latent_attention else args.kv_channels,
         ffn=args.ffn_hidden_size,
         vocabulary=args.padded_vocab_size,
         sequence=args.seq_length,
@@ -78,7 +77,27 @@ def shape_of(run: Validated) -> Shape:
         linear_bias=args.add_bias_linear,
         qkv_bias=args.add_qkv_bias,
         connection=run.recipe.connection,
+        latent=_latent(args) if args.multi_latent_attention else None,
+        window=args.window_size[0] + 1 if args.window_size else 0,
+        windowed=_windowed(args),
+        predicted=args.mtp_num_layers or 0,
     )
+
+
+def _latent(args: Namespace) -> Latent:
+    return Latent(args.q_lora_rank, args.kv_lora_rank, args.qk_pos_emb_head_dim, args.v_head_dim)
+
+
+def _windowed(args: Namespace) -> tuple[bool, ...]:
+    """As `is_layer_window_attention` of Megatron: every so manieth layer has none, or a list says which have one."""
+    if not args.window_size:
+        return ()
+    skip = args.window_attn_skip_freq
+    if skip is None:
+        return (True,) * args.num_layers
+    if isinstance(skip, int):
+        return tuple((index + 1) % skip != 0 for index in range(args.num_layers))
+    return tuple(bool(one) for one in skip)
 
 
 def training_of(run: Validated) -> Training:
@@ -92,9 +111,11 @@ def training_of(run: Validated) -> Training:
         master_bytes=_bytes(args, "main_params_dtype"),
         moment_bytes=_bytes(args, "exp_avg_dtype") + _bytes(args, "exp_avg_sq_dtype"),
         distributed_optimizer=args.use_distributed_optimizer,
+        shard_gradients=args.use_megatron_fsdp and "grads" in args.data_parallel_sharding_strategy,
+        shard_weights=args.use_megatron_fsdp and "params" in args.data_parallel_sharding_strategy,
         sequence_parallel=args.sequence_parallel,
         recompute=_recompute(args, connection),
-        fp8=bool(args.fp8),
+        products="fp4" if args.fp4 else "fp8" if args.fp8 else "half",
         flash=_is_flash(args),
         # What may be left to Transformer Engine's projections are the norms before attention and a dense MLP.
         norms_apart=(apart, apart, True),
@@ -132,8 +153,6 @@ def _not_counted(run: Validated) -> Iterator[str]:
         yield f"cp_comm_type={args.cp_comm_type} is not counted by plan, which knows the ring: set it to [p2p]"
     if args.num_experts and args.add_bias_linear:
         yield "add_bias_linear with experts is not counted by plan: set disable_bias_linear to plan without biases"
-    if run.layout.layers is None:
-        yield "plan divides layers evenly among pipeline stages: drop the options that do otherwise"
 
 
 def _moe_layers(args: Namespace) -> tuple[bool, ...]:

@@ -16,7 +16,7 @@ from megatron_fc.planning.operations import Operation
 from megatron_fc.planning.overlap import Computed, Network, beside_computation
 from megatron_fc.planning.parameters import model
 from megatron_fc.planning.roofline import Assumptions, StepTime, step_time
-from megatron_fc.planning.shape import Recompute, Shape, Training
+from megatron_fc.planning.shape import Kind, Recompute, Shape, Training
 
 # 16 tokens of width 8, half as many keys as queries; 4 experts of 6, 2 of them for a token.
 SMALL = Shape((False, True), 8, 2, 1, 4, 12, 32, 16, experts=4, top_k=2, expert_ffn=6)
@@ -37,8 +37,8 @@ def moved(listed: list[Operation]) -> dict[str, list[tuple[float, float]]]:
 def test_operations_do_the_models_flops(moe: bool, tensor: int, flash: bool) -> None:
     shape = replace(SMALL, shared_ffn=4 * moe)
     layout = replace(ONE, gpus_per_node=tensor, tensor=tensor, expert_tensor=1)
-    once = flops.layer(shape, moe)
-    listed = operations.layer(shape, Training(flash=flash), layout, moe)
+    once = flops.layer(shape, Kind(moe))
+    listed = operations.layer(shape, Training(flash=flash), layout, Kind(moe))
     forward = 16 * (once.attention + once.scores + once.mlp) / tensor
     assert sum(operation.forward.flops for operation in listed) == forward
     # Flash attention multiplies queries and keys once more: half of the scores' two products.
@@ -50,7 +50,7 @@ def test_operations_do_the_models_flops(moe: bool, tensor: int, flash: bool) -> 
 
 
 def test_bytes_of_attention() -> None:
-    bytes_of = moved(operations.layer(SMALL, Training(), ONE, False))
+    bytes_of = moved(operations.layer(SMALL, Training(), ONE, Kind(False)))
     # 16 rows of 8, a weight of 8 x 16, 16 rows of 16; then 16 rows of 8, a weight of 8 x 8, 16 rows of 8; all of 2
     # bytes. Backward: gradient twice, input, weight, the input's gradient; the weight's is read and written in 4 bytes.
     first = 2 * (128 + 128 + 256), 2 * (2 * 128 + 128 + 2 * 256) + 2 * 4 * 128
@@ -60,13 +60,13 @@ def test_bytes_of_attention() -> None:
     assert bytes_of["rotation, norms of queries and keys"] == [(768, 1152)]
     # Queries, keys, values, output: 8 + 4 + 4 + 8 numbers of a token.
     assert bytes_of["attention"] == [(16 * 24 * 2, 2 * 16 * 24 * 2)]
-    unfused = moved(operations.layer(SMALL, Training(flash=False), ONE, False))
+    unfused = moved(operations.layer(SMALL, Training(flash=False), ONE, Kind(False)))
     scores = 16 * 16 * 2  # of two heads, written and read in 2 and in 4 bytes
     assert unfused["attention"] == [(768 + scores * 12, 2 * (768 + scores * 12))]
 
 
 def test_bytes_of_experts() -> None:
-    bytes_of = moved(operations.layer(SMALL, Training(), ONE, True))
+    bytes_of = moved(operations.layer(SMALL, Training(), ONE, Kind(True)))
     # 32 rows of 8, weights of 4 x 8 x 12 and 4 x 6 x 8.
     first = 2 * (256 + 384 + 384), 2 * (2 * 256 + 384 + 2 * 384) + 2 * 4 * 384
     last = 2 * (192 + 192 + 256), 2 * (2 * 192 + 192 + 2 * 256) + 2 * 4 * 192
@@ -74,7 +74,7 @@ def test_bytes_of_experts() -> None:
     assert bytes_of["order of the experts' rows"] == [(4 * 2 * 256 * 2, 4 * 2 * 256 * 2)]
     assert bytes_of["activation of experts"] == [(2 * 32 * (12 + 6), 2 * 32 * (12 + 12 + 6))]
     divided = replace(ONE, gpus_per_node=2, expert=2)  # as many rows on half of the experts
-    assert moved(operations.layer(SMALL, Training(), divided, True))["experts"][0][0] == 2 * (256 + 192 + 384)
+    assert moved(operations.layer(SMALL, Training(), divided, Kind(True)))["experts"][0][0] == 2 * (256 + 192 + 384)
 
 
 def test_bytes_of_output_and_loss() -> None:
@@ -119,18 +119,18 @@ def test_wider_streams_run_torch_operations_and_the_stream_again(connection: Con
     more = moves.backward.total_bytes(7) - once.backward.total_bytes(7)
     assert more == once.forward.total_bytes(7) - 2 * norm(stream).forward.total_bytes(7)
     assert moves.forward == once.forward
-    computed = flops.layer_again(shape, replace(training, recompute=again), False)
-    assert computed.connections == computed.total == flops.layer(shape, False).connections
+    computed = flops.layer_again(shape, replace(training, recompute=again), Kind(False))
+    assert computed.connections == computed.total == flops.layer(shape, Kind(False)).connections
 
 
 def test_bytes_of_residuals_and_norms() -> None:
     """Two norms (2 and 3 rows), two sums (3), two of gradients (3 rows); the norms' statistics and weights."""
-    connections = moved(operations.layer(SMALL, Training(), ONE, False))["connections and norms"]
+    connections = moved(operations.layer(SMALL, Training(), ONE, Kind(False)))["connections and norms"]
     forward = 16 * 2 * (5 * TOKEN + 4) + 2 * TOKEN
     assert connections == [(forward, 16 * 2 * (6 * TOKEN + 4) + 4 * TOKEN)]
     again = Training(norms_apart=(True, False, True), recompute=Recompute("selective", ("layernorm",)))
     one_norm = 16 * (2 * TOKEN + 4) + TOKEN  # the other is a part of the product
-    assert moved(operations.layer(SMALL, again, ONE, False))["connections and norms"][0][1] == (
+    assert moved(operations.layer(SMALL, again, ONE, Kind(False)))["connections and norms"][0][1] == (
         connections[0][1] + one_norm
     )
 
@@ -147,7 +147,7 @@ def step(layout: Layout = LAYOUT, training: Training = LATE) -> StepTime:
 
 
 def test_computation_is_the_sum_of_its_operations() -> None:
-    once = 8 * operations.layer(SHAPE, LATE, LAYOUT, False) + operations.head(SHAPE, LATE, LAYOUT)
+    once = 8 * operations.layer(SHAPE, LATE, LAYOUT, Kind(False)) + operations.head(SHAPE, LATE, LAYOUT)
     by_flops = by_bytes = total = 0.0
     for one in [operation.forward for operation in once] + [operation.backward for operation in once]:
         computing, moving = one.flops / (0.6 * 989.5e12), one.bytes / (0.8 * 3350e9)

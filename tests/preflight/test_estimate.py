@@ -148,6 +148,30 @@ def test_parameters_of_wide_streams_on_every_stage(words: list[str]) -> None:
     assert_planned_on_every_stage(run("olmo2_1b", *words, *LAYOUTS["PP2 VPP2"]))
 
 
+LATENT = ["multi_latent_attention=true", "q_lora_rank=96", "kv_lora_rank=64", "qk_layernorm_over_heads=false"]
+LATENT += ["norm_after=false", "connection=residual", "rope_type=rope"]
+UNEVEN = {
+    "embedding and loss": ["num_layers=14", "account_for_embedding_in_pipeline_split=true",
+                           "account_for_loss_in_pipeline_split=true", *PP2,
+                           "num_virtual_stages_per_pipeline_rank=2"],
+    "first and last": ["pipeline_model_parallel_size=4", "decoder_first_pipeline_num_layers=3",
+                       "decoder_last_pipeline_num_layers=5"],
+    "string": ["pipeline_model_parallel_size=4", "pipeline_model_parallel_layout=Et*5|t*5|t*6|L"],
+    "prediction": ["connection=residual", "pipeline_model_parallel_size=4", "mtp_num_layers=1",
+                   "pipeline_model_parallel_layout=Et*5|t*5|t*6|mL"],
+    "prediction apart": ["connection=residual", "pipeline_model_parallel_size=4", "mtp_num_layers=1",
+                         "pipeline_model_parallel_layout=Et*8|t*8|m|L"],
+    "prediction at the end": ["connection=residual", "mtp_num_layers=1", *PP2],
+    "latent": [*LATENT, *TP2, *PP2],
+    "latent, plain queries": [*LATENT, "q_lora_rank=null", "qk_layernorm=false"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_parameters_of_uneven_stages_and_other_layers(name: str) -> None:
+    assert_planned_on_every_stage(run("olmoe_7b", *UNEVEN[name]))
+
+
 def assert_planned_on_every_stage(divided: Validated) -> None:
     per_stage = divided.layout.world // divided.layout.pipeline
     for stage in range(divided.layout.pipeline):
@@ -625,14 +649,23 @@ def test_network_bytes_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
         (["--compute", "2"], {}, "compute=2.0 must be greater than 0 and at most 1"),
         (["--network-gb-per-second", "0"], {}, "network_gb_per_second=0.0 must be greater than 0"),
         (
-            ["multi_latent_attention=true", "qk_layernorm_over_heads=false"],
+            ["pipeline_model_parallel_size=4", "pipeline_model_parallel_layout=Et*5|t*5|t*5|L"],
             {},
-            "multi_latent_attention=True is not counted by plan",
+            "pipeline_model_parallel_layout=Ettttt|ttttt|ttttt|L has 15 layers, and num_layers=16",
+        ),
+        (
+            ["pipeline_model_parallel_size=4", "pipeline_model_parallel_layout=Et*5|t*5|x|L"],
+            {},
+            "pipeline_model_parallel_layout=Et*5|t*5|x|L has x, which is none of E (embedding)",
+        ),
+        (
+            ["use_torch_fsdp2=true", "pipeline_model_parallel_size=2", "connection=residual"],
+            {},
+            "--use-torch-fsdp2 is not supported with pipeline parallelism",
         ),
         (["--nvlink-gb-per-second", "-1"], {}, "nvlink_gb_per_second=-1.0 must be greater than 0"),
         (["precision=fp8_delayed"], {"gpu": "a100"}, "fp8_recipe=delayed needs a GPU of compute capability 8.9"),
         (["precision=mxfp8"], {"gpu": "h100"}, "fp8_recipe=mxfp8 needs a GPU of compute capability 10.0 or newer"),
-        (["precision=fp8_tensorwise", "fp8_param_gather=true"], {}, "fp8_param_gather=True is not counted by plan"),
         (["hidden_dropout=0.1"], {}, "hidden_dropout=0.1 is not counted by plan: set it to 0.0"),
         (["num_distributed_optimizer_instances=2"], {}, "num_distributed_optimizer_instances=2 is not counted"),
         (["context_parallel_size=2", "cp_comm_type=[a2a]"], {}, "cp_comm_type=['a2a'] is not counted by plan"),
