@@ -76,6 +76,14 @@ class Layout:
         assert self.layers is not None
         return chunks(self.layers, self.pipeline, self.virtual_pipeline, self.split)[stage]
 
+    @property
+    def layers_of_stages(self) -> list[int]:
+        """Layers of every pipeline stage, in the order in which tokens pass them; empty for a hybrid model."""
+        if self.layers is None:
+            return []
+        ranks = [self.chunks(stage) for stage in range(self.pipeline)]
+        return [len(rank[chunk].layers) for chunk in range(self.virtual_pipeline) for rank in ranks]
+
     def __str__(self) -> str:
         sizes = [f"TP{self.tensor}", f"PP{self.pipeline}"]
         if self.context > 1:

@@ -134,7 +134,10 @@ def share_of_stage(shape: Shape, layout: Layout, stage: int) -> list[Parameters]
             total += prediction(shape)
         if chunk.loss:
             total += head(shape, has_embedding=chunk.embedding or predicts)
-        elif predicts:  # another copy, of the output layer
-            total += Parameters(split=shape.vocabulary * shape.width)
+        # Prediction starts behind the last norm, which is then where the last layer is.
+        if shape.predicted and shape.layers - 1 in chunk.layers and not chunk.loss:
+            total += Parameters(whole=shape.norm_vectors * shape.width)
+        elif shape.predicted and chunk.loss and shape.layers - 1 not in chunk.layers:
+            total += Parameters(whole=-shape.norm_vectors * shape.width)
         chunks.append(total.on_a_rank(layout))
     return chunks

@@ -89,7 +89,12 @@ def _pipeline(plan: Plan) -> str:
     width, ratio = plan.shape.stream_width, plan.shape.stream_width // plan.shape.width
     times = f"{ratio} x hidden_size" if ratio > 1 else "hidden_size"
     sent = plan.step.pipeline_bytes / _GB
-    return f"stages exchange {width:,} values per token, {times}; a rank of the slowest sends {sent:,.2f} GB a step"
+    stages = plan.layout.layers_of_stages
+    of_layers = f"{' '.join(map(str, stages))} layers; " if len(set(stages)) > 1 else ""
+    return (
+        f"{of_layers}stages exchange {width:,} values per token, {times}; a rank of the slowest sends {sent:,.2f} GB a "
+        f"step"
+    )
 
 
 def _flops(plan: Plan) -> str:

@@ -19,6 +19,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from megatron.training.theoretical_memory_usage import compute_activation_memory, compute_weight_and_optimizer_memory
@@ -150,6 +151,7 @@ def test_parameters_of_wide_streams_on_every_stage(words: list[str]) -> None:
 
 LATENT = ["multi_latent_attention=true", "q_lora_rank=96", "kv_lora_rank=64", "qk_layernorm_over_heads=false"]
 LATENT += ["norm_after=false", "connection=residual", "rope_type=rope"]
+PLAIN_HEADS = ["connection=residual", "qk_layernorm_over_heads=false"]
 UNEVEN = {
     "embedding and loss": ["num_layers=14", "account_for_embedding_in_pipeline_split=true",
                            "account_for_loss_in_pipeline_split=true", *PP2,
@@ -157,18 +159,25 @@ UNEVEN = {
     "first and last": ["pipeline_model_parallel_size=4", "decoder_first_pipeline_num_layers=3",
                        "decoder_last_pipeline_num_layers=5"],
     "string": ["pipeline_model_parallel_size=4", "pipeline_model_parallel_layout=Et*5|t*5|t*6|L"],
-    "prediction": ["connection=residual", "pipeline_model_parallel_size=4", "mtp_num_layers=1",
+    "prediction": [*PLAIN_HEADS, "pipeline_model_parallel_size=4", "mtp_num_layers=1",
                    "pipeline_model_parallel_layout=Et*5|t*5|t*6|mL"],
-    "prediction apart": ["connection=residual", "pipeline_model_parallel_size=4", "mtp_num_layers=1",
+    "prediction apart": [*PLAIN_HEADS, "pipeline_model_parallel_size=4", "mtp_num_layers=1",
                          "pipeline_model_parallel_layout=Et*8|t*8|m|L"],
-    "prediction at the end": ["connection=residual", "mtp_num_layers=1", *PP2],
-    "latent": [*LATENT, *TP2, *PP2],
+    "prediction at the end": [*PLAIN_HEADS, "mtp_num_layers=1", *PP2],
+    "latent": [*LATENT, *PP2],  # Megatron's own narrow products are divided by TP, Transformer Engine's are not
     "latent, plain queries": [*LATENT, "q_lora_rank=null", "qk_layernorm=false"],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", UNEVEN)
-def test_parameters_of_uneven_stages_and_other_layers(name: str) -> None:
+def test_parameters_of_uneven_stages_and_other_layers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron's own attention takes no widths of latent heads, as Transformer Engine's does; it has no parameters."""
+    plain = DotProductAttention.__init__
+
+    def of_any_width(self: Any, *args: Any, k_channels: Any = None, v_channels: Any = None, **more: Any) -> None:
+        plain(self, *args, **more)
+
+    monkeypatch.setattr(DotProductAttention, "__init__", of_any_width)
     assert_planned_on_every_stage(run("olmoe_7b", *UNEVEN[name]))
 
 
@@ -354,6 +363,28 @@ def test_flops_are_megatrons_and_what_it_leaves_out(name: str, more: list[str]) 
     assert flops.backward(shape_of(one)).total == 2 * counted.total
     assert counted.connections > 0
     assert counted.connections / counted.total < 2e-3
+
+
+@pytest.mark.parametrize("more", [LATENT, [*PLAIN_HEADS, "mtp_num_layers=2"], [*LATENT, "mtp_num_layers=1"]])
+def test_flops_of_latent_attention_and_prediction_are_megatrons(more: list[str]) -> None:
+    one = run("olmoe_7b", *more)
+    counted = flops.forward(shape_of(one))
+    routers = counted.router
+    assert 3 * (counted.total - routers) == pytest.approx(
+        num_floating_point_operations(one.args, 1) / one.args.seq_length, rel=1e-3
+    )
+
+
+def test_a_window_leaves_out_what_it_does_not_see() -> None:
+    """Counted token by token."""
+    words = ["connection=residual", "window_size=(127,0)", "window_attn_skip_freq=2"]
+    shape = shape_of(run("olmoe_7b", *words))
+    assert shape.windowed == (True, False) * 8
+    seen = sum(min(token + 1, 128) for token in range(4096)) / 4096
+    assert shape.attended(True) == pytest.approx(seen, rel=0.01)
+    narrow, wide = flops.layer(shape, shape.kind(0)), flops.layer(shape, shape.kind(1))
+    assert narrow.scores / wide.scores == pytest.approx(seen / (4096 / 2), rel=0.01)
+    assert replace(narrow, scores=0) == replace(wide, scores=0)
 
 
 @pytest.mark.parametrize(
