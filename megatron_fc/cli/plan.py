@@ -6,6 +6,15 @@ from pathlib import Path
 
 from megatron_fc.cli.parsing import Commands
 
+SHARES = {
+    "compute": "FLOP/s of linear layers",
+    "compute-half": "FLOP/s of attention and output layer",
+    "memory": "bandwidth",
+    "nvlink": "bandwidth",
+    "network": "bandwidth",
+    "reserve": "of the memory, free",
+}
+
 
 def add(commands: Commands) -> None:
     plan = commands.add_parser(
@@ -14,7 +23,7 @@ def add(commands: Commands) -> None:
         allow_abbrev=False,
         usage="megatron-fc plan CONFIG.yaml [key=value ...] --nodes N --gpu NAME [--gpus-per-node G]\n"
         "       [--sweep] [--json] [--network-gb-per-second B] [--nvlink-gb-per-second B]\n"
-        "       [--compute S] [--memory S] [--network S] [--reserve S]",
+        "       [--compute S] [--compute-half S] [--memory S] [--nvlink S] [--network S] [--launch US] [--reserve S]",
     )
     plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. tensor_model_parallel_size=2")
@@ -25,19 +34,21 @@ def add(commands: Commands) -> None:
     plan.add_argument("--nvlink-gb-per-second", type=float, metavar="B", help="per GPU; default: of its data sheet")
     plan.add_argument("--sweep", action="store_true", help="rank other topologies by estimated speed")
     plan.add_argument("--json", action="store_true", help="machine-readable")
-    shares = plan.add_argument_group("assumed shares of data-sheet peaks, none of them measured")
-    for share, of in (("compute", "FLOP/s"), ("memory", "bandwidth"), ("network", "bandwidth"), ("reserve", "memory")):
+    shares = plan.add_argument_group("shares of data-sheet peaks, in place of those fitted to published runs")
+    for share, of in SHARES.items():
         shares.add_argument(f"--{share}", type=float, metavar="SHARE", help=of)
+    shares.add_argument("--launch", type=float, metavar="US", help="microseconds of the host for a kernel")
     plan.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    from megatron_fc.planning.calibration import refuse_impossible
     from megatron_fc.planning.devices import device
-    from megatron_fc.planning.roofline import Assumptions
 
     gpu = device(args.gpu)
-    shares = {name: getattr(args, name) for name in ("compute", "memory", "network", "reserve")}
-    assumed = Assumptions(**{name: share for name, share in shares.items() if share is not None})
+    names = [name.replace("-", "_") for name in SHARES] + ["launch"]
+    assumed = {name: value for name in names if (value := getattr(args, name)) is not None}
+    refuse_impossible(assumed)
 
     from megatron_fc.training import cpu_lane
 

@@ -116,13 +116,14 @@ def in_flight(training: Training, layout: Layout, stage: int) -> list[int]:
     """Micro-batches whose activations a stage keeps at its peak, by model chunk.
 
     Megatron's 1F1B: as many forward passes as there are stages behind it, and one; interleaved: twice as many, and a
-    group of micro-batches for every chunk but the last; where the experts' communication overlaps, one more
-    (`get_pp_rank_microbatches` and `get_schedule_table` of `schedules.py`, `combined_1f1b.py`).
+    group of micro-batches for every chunk but the last (`get_pp_rank_microbatches` and `get_schedule_table` of
+    `schedules.py`). Where the experts' communication overlaps, a layer's forward pass runs beside another micro-batch's
+    backward pass, which frees as much as the former keeps (`combined_1f1b.py`).
     """
     chunks, micro_batches = layout.virtual_pipeline, layout.accumulation_steps
-    behind, ahead = layout.pipeline - stage - 1, 1 + training.overlap_experts
+    behind = layout.pipeline - stage - 1
     if chunks == 1:
-        return [min(behind + ahead, micro_batches)]
+        return [min(behind + 1, micro_batches)]
     group = training.group or layout.pipeline
     order = [
         chunk
@@ -130,7 +131,7 @@ def in_flight(training: Training, layout: Layout, stage: int) -> list[int]:
         for chunk in range(chunks)
         for _ in range(first, min(first + group, micro_batches))
     ]
-    passes = Counter(order[: 2 * behind + (chunks - 1) * group + ahead])
+    passes = Counter(order[: 2 * behind + (chunks - 1) * group + 1])
     return [passes[chunk] for chunk in range(chunks)]
 
 
@@ -166,9 +167,9 @@ def _of_chunk(shape: Shape, training: Training, layout: Layout, chunk: Chunk) ->
     kept = len(groups) * stream
     kept += sum(activations.stream(shape, training, layout, is_embedding=span.start == 0) for span in spans)
     temporary = activations.connection_backward(shape, training, layout)
-    for index in layers:
+    for number, index in enumerate(layers):
         of_layer = tensors[shape.moe_layers[index]]
-        if index not in again:
+        if index not in again and number >= training.offloaded:
             kept += activations.total(of_layer, recompute.freed)
         in_backward = (_in_backward(of_layer, part, recompute) for part in ("attention", "mlp"))
         # Beside a sub-layer that runs backward waits the gradient of the stream around it.

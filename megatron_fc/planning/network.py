@@ -338,13 +338,32 @@ class _Step:
     def _exchange(self, phase: Phase, rows: Sequence[float], row_bytes: int, calls: int) -> None:
         own = self.at.coordinate("ep")
         sent = {self.at.peer("ep", to): round(count * row_bytes) for to, count in enumerate(rows) if to != own}
-        if sent:
-            self._add(NetworkKey(phase, "ep", "all_to_all"), calls, sum(sent.values()), sent)
+        if not sent:
+            return
+        if self.training.sends_once:
+            sent = self._once(sent)
+        self._add(NetworkKey(phase, "ep", "all_to_all"), calls, sum(sent.values()), sent)
+
+    def _once(self, sent: Mapping[int, int]) -> dict[int, int]:
+        """Of a balanced exchange, what is left where a token goes once to each node, and there once to each rank.
+
+        Of R ranks a token's k experts are on R (1 - (1 - 1/R)^k). What comes from other nodes goes on inside of this
+        one: as much as its ranks send out.
+        """
+        ranks, choices = self.layout.expert, self.shape.top_k
+        nodes = max(ranks // (sum(self.at.is_on_this_node(to) for to in sent) + 1), 1)
+        inside, outside = nodes * _distinct(ranks, choices) / choices, _distinct(nodes, choices) / choices
+        return {to: round(size * (inside if self.at.is_on_this_node(to) else outside)) for to, size in sent.items()}
 
     def _add(self, key: NetworkKey, calls: int, payload_bytes: int, sent_bytes: Mapping[int, int]) -> None:
         count = self.counts.setdefault(key, NetworkCount())
         intra_node = sum(sent for to, sent in sent_bytes.items() if self.at.is_on_this_node(to))
         count.add(NetworkCount(calls, payload_bytes, intra_node, sum(sent_bytes.values()) - intra_node))
+
+
+def _distinct(places: int, choices: int) -> float:
+    """Places that at least one of some even choices falls on."""
+    return places * (1 - (1 - 1 / places) ** choices)
 
 
 def _forward_phases(again: bool) -> Iterable[Phase]:

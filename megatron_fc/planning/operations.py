@@ -1,10 +1,11 @@
 """The operations of a micro-batch on a rank: FLOPs and bytes of device memory.
 
 Every operation reads its inputs and writes its outputs once. What connects sub-layers is counted in
-`megatron_fc.connections.costs.traffic`. Left out, as small: embedding, biases, routing of 64 numbers per token.
+`megatron_fc.connections.costs.traffic`. Left out, as small: embedding, biases.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 from megatron_fc.connections.base import ConnectionConfig
@@ -23,10 +24,14 @@ from megatron_fc.connections.costs.traffic import (
     residual,
     width_norm,
 )
+from megatron_fc.planning.activations import OPERAND_BYTES
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Kind, Latent, Shape, Training
 
+ATTENTION, CONNECTIONS = "attention", "connections and norms"  # names of two operations
 _FP32 = 4
+_EAGER_KERNELS = 40  # of a site's torch operations
+_ROUTING_KERNELS = 20  # counted in Megatron's router and dispatcher, unfused
 
 
 class Pass(NamedTuple):
@@ -47,8 +52,11 @@ class Operation(NamedTuple):
     Attributes:
         name: of it.
         forward, backward: its passes.
-        is_linear: its products run in FP8 where the model's do.
+        is_linear: its products run in FP8 or FP4 where the model's do.
+        exponentials: of the forward pass; backward has as many.
         again_with: modules of selective recompute that run its forward pass again.
+        kernels: that the host launches for the forward pass; backward has twice as many.
+        module: of Megatron's CUDA graphs, which captures these launches.
     """
 
     name: str
@@ -56,14 +64,22 @@ class Operation(NamedTuple):
     backward: Pass
     is_linear: bool = False
     again_with: tuple[str, ...] = ()
+    kernels: int = 1
+    module: str = ""
+    exponentials: float = 0.0
 
 
 def layer(shape: Shape, training: Training, layout: Layout, kind: Kind, in_a_row: float = 1) -> list[Operation]:
     """Of one layer, its connections included, one of so many in a row."""
     tokens = layout.micro_batch * shape.sequence // layout.context
-    mlp = _experts(shape, training, layout, tokens) if kind.moe else _dense(shape, training, layout, tokens)
-    connections = _connections(shape, training, layout, tokens, kind.moe, in_a_row)
-    return [*_attention(shape, training, layout, tokens, kind.windowed), *mlp, connections]
+    attention = _attention(shape, training, layout, tokens, kind.windowed)
+    attention.append(_connections(shape, training, layout, tokens, kind.moe, in_a_row))
+    mlp = (
+        _experts(shape, training, layout, tokens)
+        if kind.moe
+        else [operation._replace(module="mlp") for operation in _dense(shape, training, layout, tokens)]
+    )
+    return [*(operation._replace(module="attn") for operation in attention), *mlp]
 
 
 def prediction(shape: Shape, training: Training, layout: Layout) -> list[Operation]:
@@ -77,14 +93,20 @@ def prediction(shape: Shape, training: Training, layout: Layout) -> list[Operati
 
 
 def head(shape: Shape, training: Training, layout: Layout) -> list[Operation]:
-    """Output layer and loss, in fp32 and unfused: cast, largest logit, difference, exponential, sum, quotient."""
+    """Output layer, in the model's dtype unless `fp8_output_proj` is on, and loss.
+
+    The loss is in fp32 and unfused: cast, largest logit, difference, exponential, sum, quotient. Transformer Engine's
+    reads logits twice and writes their gradient; backward scales it.
+    """
     tokens, e = layout.micro_batch * shape.sequence // layout.context, training.element_bytes
     columns = shape.vocabulary // layout.tensor
-    forward = e + _FP32 * (1 + 1 + 2 + 2 + 1 + 2)
-    backward = 3 * _FP32 + e
+    forward = 3 * e if training.fused_loss else e + _FP32 * (1 + 1 + 2 + 2 + 1 + 2)
+    backward = 2 * e if training.fused_loss else 3 * _FP32 + e
+    products = training.products if training.fp8_output else "half"
+    output = _product("output layer", tokens, shape.width, columns, replace(training, products=products))
     return [
-        _product("output layer", tokens, shape.width, columns, training),
-        Operation("loss", Pass(0, forward * tokens * columns), Pass(0, backward * tokens * columns)),
+        output._replace(is_linear=training.fp8_output),
+        Operation("loss", Pass(0, forward * tokens * columns), Pass(0, backward * tokens * columns), kernels=6),
     ]
 
 
@@ -120,10 +142,20 @@ def _product(
     Backward reads the gradient twice, input and weight once each, writes the input's gradient and adds to the weight's.
     """
     e, weight = training.element_bytes, inner * outer * matrices
+    operand = OPERAND_BYTES.get(training.products, e)
     flops = 2 * rows * inner * outer
-    forward = e * (rows * inner + weight + rows * outer)
-    backward = e * (2 * rows * inner + weight + 2 * rows * outer) + 2 * training.gradient_bytes * weight
-    return Operation(name, Pass(flops, forward), Pass(2 * flops, backward), True, again_with)
+    forward = operand * (rows * inner + weight) + e * rows * outer
+    backward = operand * (rows * inner + weight + 2 * rows * outer) + e * rows * inner
+    backward += 2 * training.gradient_bytes * weight
+    kernels = matrices
+    if training.products != "half":
+        # What comes in is read and written by rows and by columns: at once, or the columns from the rows. One scale for
+        # a whole tensor needs its largest value first.
+        quantised = e * (1 + training.tensor_scales) + (3 if training.transposes else 2) * operand
+        forward += quantised * rows * inner
+        backward += quantised * rows * outer
+        kernels += 1 + training.tensor_scales + training.transposes
+    return Operation(name, Pass(flops, forward), Pass(2 * flops, backward), True, again_with, kernels)
 
 
 def _attention(shape: Shape, training: Training, layout: Layout, tokens: float, windowed: bool) -> list[Operation]:
@@ -143,12 +175,13 @@ def _attention(shape: Shape, training: Training, layout: Layout, tokens: float, 
     )
     return [
         *before,
-        Operation("rotation, norms of queries and keys", Pass(0, passes * row), Pass(0, 1.5 * passes * row)),
+        Operation("rotation, norms of queries and keys", Pass(0, passes * row), Pass(0, 1.5 * passes * row), kernels=4),
         Operation(
-            "attention",
+            ATTENTION,
             Pass(scores, moved),
             Pass((2.5 if training.flash else 2) * scores, 2 * moved),
             again_with=("core_attn",),
+            exponentials=tokens * shape.attended(windowed) * shape.heads // t,
         ),
         _product("attention's projections", tokens, output, shape.width, training),
     ]
@@ -205,14 +238,59 @@ def _experts(shape: Shape, training: Training, layout: Layout, tokens: float) ->
     rows = own * shape.top_k * layout.expert_tensor
     moved = 4 * 2 * training.element_bytes * rows * shape.width
     matrices = shape.experts // layout.expert
+    # Logits, and a softmax, a choice and two losses of them, in fp32.
+    routing = own * (training.element_bytes * shape.width + 8 * _FP32 * shape.experts)
     operations = [
-        Operation("order of the experts' rows", Pass(0, moved), Pass(0, moved), again_with=("moe",)),
-        *_mlp("experts", rows, shape.expert_ffn // layout.expert_tensor, shape, training, ("moe",), matrices),
+        Operation(
+            "routing",
+            Pass(0, routing),
+            Pass(0, routing),
+            again_with=("moe",),
+            kernels=_ROUTING_KERNELS,
+            module="moe_router",
+        ),
+        Operation(
+            "order of the experts' rows",
+            Pass(0, moved),
+            Pass(0, moved),
+            again_with=("moe",),
+            kernels=4,
+            module="moe_preprocess",
+        ),
+        *(
+            operation._replace(module="moe")
+            for operation in _mlp(
+                "experts", rows, shape.expert_ffn // layout.expert_tensor, shape, training, ("moe",), matrices
+            )
+        ),
     ]
+    if not training.fused_experts:
+        operations += _apart(rows, shape, training, layout)
     if shape.shared_ffn:
         ffn = shape.shared_ffn // layout.tensor
         operations += _mlp("shared expert", tokens, ffn, shape, training, ("moe", "shared_experts"))
     return operations
+
+
+def _apart(rows: float, shape: Shape, training: Training, layout: Layout) -> list[Operation]:
+    """What torch does with the experts' rows where no kernel takes it in: a clamp of the gate, a bias of the output.
+
+    The clamp reads and writes both halves and their concatenation. The bias is weighed by a router's fp32 number: its
+    product, the sum, their concatenation and a cast, and the two gradients of the product (`_apply_bias` of Megatron's
+    experts).
+    """
+    e = training.element_bytes
+    found = []
+    if shape.clamped:
+        wide = rows * (shape.matrices - 1) * shape.expert_ffn // layout.expert_tensor
+        clamp = Operation("clamp", Pass(0, 4 * e * wide), Pass(0, 5 * e * wide), again_with=("moe", "moe_act"))
+        found.append(clamp._replace(module="moe", kernels=3))
+    if shape.linear_bias:
+        values = rows * shape.width
+        forward, backward = 2 * e + 6 * _FP32, 2 * e + 8 * _FP32
+        bias = Operation("experts' bias", Pass(0, forward * values), Pass(0, backward * values), again_with=("moe",))
+        found.append(bias._replace(module="moe", kernels=2 * shape.experts // layout.expert + 2))
+    return found
 
 
 def _connections(
@@ -221,10 +299,18 @@ def _connections(
     own = tokens // layout.tensor if training.sequence_parallel else tokens
     moves = connection_moves(shape, training, moe, in_a_row)
     return Operation(
-        "connections and norms",
+        CONNECTIONS,
         Pass(0, moves.forward.total_bytes(own)),
         Pass(0, moves.backward.total_bytes(own)),
+        kernels=_kernels(shape, training),
     )
+
+
+def _kernels(shape: Shape, training: Training) -> int:
+    """Launches of a layer's residuals or connections and norms: of fused kernels one for a site's boundary each."""
+    if shape.connection is None:
+        return 4
+    return 4 if training.fused_connections else 2 * _EAGER_KERNELS
 
 
 def connection_moves(shape: Shape, training: Training, moe: bool, in_a_row: float = 1) -> Moves:

@@ -60,6 +60,13 @@ def beside_computation(
     return Network(sum(waiting.values()), repeated, hidden)
 
 
+def _alone(training: Training, layout: Layout) -> float:
+    """Share of a pass that no other micro-batch's pass runs beside: a pipeline's warm-up, and the very first one."""
+    chunks, group = layout.virtual_pipeline, training.group or layout.pipeline
+    warm_up = (layout.pipeline - 1) * (1 + (chunks > 1)) + (chunks - 1) * group + 1
+    return min(warm_up / (layout.accumulation_steps * chunks), 1.0)
+
+
 def _by_pass_and_kind(times: Mapping[tuple[str, str], float]) -> defaultdict[tuple[str, str], float]:
     """Groups of data parallelism are of one kind, say dp-cp and expert_dp: they share computation to hide beside."""
     sums: defaultdict[tuple[str, str], float] = defaultdict(float)
@@ -81,6 +88,6 @@ def _rooms(one: str, computed: Computed, training: Training, layout: Layout) -> 
         "cp": layout.accumulation_steps * computed.attention,
         "dp": beside if overlaps else 0.0,
         "tp": everything if training.overlap_tensor else 0.0,
-        "ep": everything if training.overlap_experts else 0.0,
+        "ep": everything * (1 - _alone(training, layout)) if training.overlap_experts else 0.0,
         "pp": everything if layout.virtual_pipeline > 1 else 0.0,
     }

@@ -37,6 +37,7 @@ class Shape:
         vocabulary: V, padded.
         sequence: s, tokens of a sequence.
         gated: the MLP has a gate, as SwiGLU has.
+        clamped: the experts' activation clamps its input.
         tied: embedding and output layer share their weights.
         norm_vectors: parameters of a norm in rows of d: 1 for RMSNorm, 2 for LayerNorm.
         qk_norm: queries and keys are normed; over_heads: over all heads at once, not per head.
@@ -63,6 +64,7 @@ class Shape:
     shared_ffn: int = 0
     shared_gate: bool = False
     gated: bool = True
+    clamped: bool = False
     tied: bool = False
     norm_vectors: int = 1
     qk_norm: bool = False
@@ -207,13 +209,22 @@ class Training:
         shard_gradients, shard_weights: Megatron-FSDP divides these too, and gathers a layer's weights for each pass.
         sequence_parallel: norms and residual stream are divided among tensor-parallel ranks.
         products: precision in which linear layers multiply.
+        tensor_scales: FP8 has a scale for each tensor, by its largest value, and not for each block.
+        transposes: the GPU's FP8 multiplies rows with rows alone (Hopper), so that columns are transposed copies.
         flash: attention keeps no scores; False is Megatron's unfused one.
         norms_apart: which sub-layers' norms are modules of their own, and not Transformer Engine's part of the product
             behind them: of attention, dense MLP, MoE.
+        fused_loss: Transformer Engine's cross entropy turns logits into their gradient in place.
+        fp8_output: the output layer multiplies as other layers do.
+        fused_experts: one kernel runs an expert's products with activation, clamp and bias.
+        sends_once: the experts' dispatcher sends a token once to each rank, and once to each other node, that has some
+            of its experts (DeepEP, HybridEP); else once for each expert.
+        offloaded: layers of a chunk whose activations wait in the host's memory.
         fused_connections: connections run as fused kernels, which apply the norms apart in the same pass;
             fused_residual: plain residuals use Megatron's `fused_residual_rmsnorm`.
         overlap_grad_reduce, overlap_param_gather, overlap_tensor, overlap_experts: which communication Megatron lets
             run beside computation: data-parallel, tensor-parallel, the experts' all-to-all.
+        captured: modules whose launches CUDA graphs hold, in Megatron's words; `all` for those of a whole step.
         group: micro-batches that a pipeline rank runs through one chunk before the next, None for as many as stages.
         target_tokens: of the run.
     """
@@ -228,14 +239,22 @@ class Training:
     sequence_parallel: bool = True
     recompute: Recompute = Recompute()
     products: Products = "half"
+    tensor_scales: bool = False
+    transposes: bool = False
     flash: bool = True
     norms_apart: tuple[bool, bool, bool] = (False, False, True)
+    fused_loss: bool = False
+    fp8_output: bool = False
+    fused_experts: bool = False
+    sends_once: bool = False
+    offloaded: int = 0
     fused_connections: bool = True
     fused_residual: bool = False
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     overlap_tensor: bool = False
     overlap_experts: bool = False
+    captured: tuple[str, ...] = ()
     group: int | None = None
     target_tokens: int = 0
 

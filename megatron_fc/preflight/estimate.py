@@ -1,7 +1,7 @@
 """A config as planning sees it: what Megatron's validated arguments say, in plain numbers."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.kernels.availability import without_kernels
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norm_options import norms_from_args
+from megatron_fc.planning.calibration import assumptions
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.plan import Plan
-from megatron_fc.planning.roofline import Assumptions
 from megatron_fc.planning.shape import Latent, Recompute, Shape, Training
 from megatron_fc.preflight.validation import Validated, validate
 from megatron_fc.training.precision import refuse_on_device
@@ -67,6 +67,7 @@ def shape_of(run: Validated) -> Shape:
         shared_ffn=args.moe_shared_expert_intermediate_size or 0,
         shared_gate=bool(args.moe_shared_expert_intermediate_size and args.moe_shared_expert_gate),
         gated=args.swiglu,
+        clamped=args.activation_func_clamp_value is not None,
         tied=not args.untie_embeddings_and_output_weights,
         norm_vectors=1 if args.normalization == "RMSNorm" else 2,
         qk_norm=args.qk_layernorm,
@@ -115,6 +116,7 @@ def training_of(run: Validated) -> Training:
         shard_weights=args.use_megatron_fsdp and "params" in args.data_parallel_sharding_strategy,
         sequence_parallel=args.sequence_parallel,
         recompute=_recompute(args, connection),
+        tensor_scales=args.fp8_recipe == "tensorwise",
         products="fp4" if args.fp4 else "fp8" if args.fp8 else "half",
         flash=_is_flash(args),
         # What may be left to Transformer Engine's projections are the norms before attention and a dense MLP.
@@ -125,9 +127,22 @@ def training_of(run: Validated) -> Training:
         overlap_param_gather=args.overlap_param_gather,
         overlap_tensor=args.tp_comm_overlap,
         overlap_experts=args.overlap_moe_expert_parallel_comm,
+        captured=_captured(args),
+        fused_loss=args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te",
+        fp8_output=bool(getattr(args, "fp8_output_proj", False)),
+        fused_experts=bool(args.use_transformer_engine_op_fuser),
+        sends_once=args.moe_token_dispatcher_type == "flex",
         group=args.microbatch_group_size_per_vp_stage,
         target_tokens=run.target_tokens,
     )
+
+
+def _captured(args: Namespace) -> tuple[str, ...]:
+    """Modules in CUDA graphs; a graph of whole layers captures all but the experts' dynamic shapes, and they too."""
+    if args.cuda_graph_impl == "none":
+        return ()
+    modules = tuple(getattr(module, "name", str(module)) for module in args.cuda_graph_modules or ())
+    return modules or ("all",)
 
 
 def _not_counted(run: Validated) -> Iterator[str]:
@@ -151,8 +166,6 @@ def _not_counted(run: Validated) -> Iterator[str]:
         )
     if args.context_parallel_size > 1 and set(args.cp_comm_type) != {"p2p"}:
         yield f"cp_comm_type={args.cp_comm_type} is not counted by plan, which knows the ring: set it to [p2p]"
-    if args.num_experts and args.add_bias_linear:
-        yield "add_bias_linear with experts is not counted by plan: set disable_bias_linear to plan without biases"
 
 
 def _moe_layers(args: Namespace) -> tuple[bool, ...]:
@@ -221,7 +234,7 @@ def plan_of(
     gpus_per_node: int | None = None,
     network: float | None = None,
     nvlink: float | None = None,
-    assumed: Assumptions | None = None,
+    assumed: Mapping[str, float] | None = None,
 ) -> Plan:
     """Plan a config for a number of nodes; needs no GPU.
 
@@ -231,7 +244,7 @@ def plan_of(
         gpus_per_node: None for as many as its usual machine has.
         network: 1e9 bytes per second that a GPU sends to other NVLink domains, None for its usual machine's.
         nvlink: 1e9 bytes per second that a GPU sends inside its NVLink domain, None for its data sheet's.
-        assumed: shares of the peaks, None for the defaults.
+        assumed: constants by the names of `Assumptions`, in place of those fitted to published runs.
 
     Raises:
         UserError: as `validate`, or planning does not count something in the config.
@@ -242,7 +255,7 @@ def plan_of(
         if not speed > 0:
             raise UserError(f"{name}={speed} must be greater than 0")
     run = validate(config, overrides, nodes, gpu.gpus_per_node if gpus_per_node is None else gpus_per_node)
-    shape, training = shape_of(run), training_of(run)
+    shape, training = shape_of(run), replace(training_of(run), transposes=gpu.capability < (10, 0))
     refuse_on_device(run.args, gpu.capability)
     return Plan(
         name=f"{config.stem} {run.recipe.label}",
@@ -251,7 +264,7 @@ def plan_of(
         layout=run.layout,
         gpu=replace(gpu, nvlink_gb_per_second=nvlink),
         network=network,
-        assumed=assumed or Assumptions(),
+        assumed=replace(assumptions(gpu, training.products), **assumed or {}),
         notes=(*run.unchecked, *_of_connections(shape, training)),
         pipeline_settings=tuple(option for option, name in _OF_A_PIPELINE.items() if getattr(run.args, name)),
     )

@@ -10,7 +10,7 @@ from megatron_fc.planning import activations, flops, links, memory
 from megatron_fc.planning.devices import DEVICES, device
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.plan import Plan
-from megatron_fc.planning.roofline import Assumptions
+from megatron_fc.planning.calibration import Assumptions
 from megatron_fc.planning.shape import Kind, Recompute, Shape, Training
 from megatron_fc.planning.sweep import overrides, sweep
 

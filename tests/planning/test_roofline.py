@@ -15,7 +15,8 @@ from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.operations import Operation
 from megatron_fc.planning.overlap import Computed, Network, beside_computation
 from megatron_fc.planning.parameters import model
-from megatron_fc.planning.roofline import Assumptions, StepTime, step_time
+from megatron_fc.planning.calibration import Assumptions
+from megatron_fc.planning.roofline import StepTime, step_time
 from megatron_fc.planning.shape import Kind, Recompute, Shape, Training
 
 # 16 tokens of width 8, half as many keys as queries; 4 experts of 6, 2 of them for a token.
