@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from megatron_fc.planning import calibration, flops, memory, parameters, work
@@ -123,7 +124,7 @@ class Plan:
         """Time of a step over that with plain residuals, less 1: the least and the most.
 
         What both have in common is as fast in both. The range is that of all constants, those fitted without one of the
-        models included, and of the speed of the connections' kernels.
+        models included, of the speed of the connections' kernels, and of a host that the device waits for or does not.
         """
         if self.shape.connection is None:
             return 0.0, 0.0
@@ -133,14 +134,13 @@ class Plan:
             for model in calibration.left_out_models()
         ]
         found = []
-        for assumed in constants:
-            for share in (1.0, calibration.SLOWEST[kind]):
-                own, plain = (
-                    step_time(plan.work, plan.training, plan.layout, plan.gpu, plan.network, chosen).total
-                    for plan, chosen in ((self, replace(assumed, connections=share)), (self.residual, assumed))
-                )
-                found.append(own / plain - 1)
+        for assumed, launch, share in product(constants, (1, 0), (1.0, calibration.SLOWEST[kind])):
+            same = replace(assumed, launch=launch * assumed.launch)
+            found.append(self._total(replace(same, connections=share)) / self.residual._total(same) - 1)
         return min(found), max(found)
+
+    def _total(self, assumed: Assumptions) -> float:
+        return step_time(self.work, self.training, self.layout, self.gpu, self.network, assumed).total
 
     @property
     def days(self) -> float:

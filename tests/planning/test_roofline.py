@@ -9,13 +9,13 @@ from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.costs.eager_traffic import torch_backend
 from megatron_fc.connections.costs.traffic import Stream, norm
-from megatron_fc.planning import flops, operations
+from megatron_fc.planning import flops, operations, work
+from megatron_fc.planning.calibration import Assumptions
 from megatron_fc.planning.devices import DEVICES
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.operations import Operation
 from megatron_fc.planning.overlap import Computed, Network, beside_computation
 from megatron_fc.planning.parameters import model
-from megatron_fc.planning.calibration import Assumptions
 from megatron_fc.planning.roofline import StepTime, step_time
 from megatron_fc.planning.shape import Kind, Recompute, Shape, Training
 
@@ -68,6 +68,8 @@ def test_bytes_of_attention() -> None:
 
 def test_bytes_of_experts() -> None:
     bytes_of = moved(operations.layer(SMALL, Training(), ONE, Kind(True)))
+    # Norm's output of 16 rows of 8, and 8 fp32 numbers of each of 4 experts.
+    assert bytes_of["routing"] == [(16 * (2 * 8 + 8 * 4 * 4),) * 2]
     # 32 rows of 8, weights of 4 x 8 x 12 and 4 x 6 x 8.
     first = 2 * (256 + 384 + 384), 2 * (2 * 256 + 384 + 2 * 384) + 2 * 4 * 384
     last = 2 * (192 + 192 + 256), 2 * (2 * 192 + 192 + 2 * 256) + 2 * 4 * 192
@@ -76,6 +78,29 @@ def test_bytes_of_experts() -> None:
     assert bytes_of["activation of experts"] == [(2 * 32 * (12 + 6), 2 * 32 * (12 + 12 + 6))]
     divided = replace(ONE, gpus_per_node=2, expert=2)  # as many rows on half of the experts
     assert moved(operations.layer(SMALL, Training(), divided, Kind(True)))["experts"][0][0] == 2 * (256 + 192 + 384)
+
+
+def test_bytes_of_narrow_products() -> None:
+    """FP8: 16 rows of 8 by 8 x 16. Operands are a byte and 1/32 of a scale; what comes in is read and written twice."""
+    fp8, one = Training(products="fp8"), 1 + 1 / 32
+    forward = one * (128 + 128) + 2 * 256 + (2 + 2 * one) * 128
+    backward = one * (128 + 128 + 2 * 256) + 2 * 128 + 2 * 4 * 128 + (2 + 2 * one) * 256
+    listed = operations.layer(SMALL, fp8, ONE, Kind(False))
+    assert moved(listed)["attention's projections"][0] == (forward, backward)
+    # One scale of a tensor reads it before; Hopper transposes what is written: read once, written once.
+    whole = operations.layer(SMALL, replace(fp8, tensor_scales=True, transposes=True), ONE, Kind(False))
+    assert moved(whole)["attention's projections"][0] == (forward + 128 * (2 + one), backward + 256 * (2 + one))
+    four, half = operations.layer(SMALL, Training(products="fp4"), ONE, Kind(False)), 1 / 2 + 1 / 16
+    assert moved(four)["attention's projections"][0][0] == half * (128 + 128) + 2 * 256 + (2 + 2 * half) * 128
+
+
+def test_bytes_of_experts_with_a_clamp_and_biases() -> None:
+    shape = replace(SMALL, clamped=True, linear_bias=True)
+    bytes_of = moved(operations.layer(shape, Training(), ONE, Kind(True)))
+    assert bytes_of["clamp"] == [(32 * 12 * 4 * 2, 32 * 12 * 5 * 2)]
+    assert bytes_of["experts' bias"] == [(32 * 8 * (2 * 2 + 6 * 4), 32 * 8 * (2 * 2 + 8 * 4))]
+    fused = moved(operations.layer(shape, Training(fused_experts=True), ONE, Kind(True)))
+    assert not {"clamp", "experts' bias"} & set(fused)
 
 
 def test_bytes_of_output_and_loss() -> None:
@@ -143,25 +168,40 @@ STREAM = 2048 * 1024 * 2
 PARAMETERS = model(SHAPE).total
 
 
-def step(layout: Layout = LAYOUT, training: Training = LATE) -> StepTime:
-    return step_time(SHAPE, training, layout, DEVICES["h100"], 50, Assumptions())
+ASSUMED = Assumptions(compute=0.6, compute_half=0.6, memory=0.8, nvlink=0.7, network=0.7, launch=0)
+
+
+def step(layout: Layout = LAYOUT, training: Training = LATE, **assumed: float) -> StepTime:
+    h100 = DEVICES["h100"]
+    stages = work.of_stages(SHAPE, training, layout, h100)
+    return step_time(stages, training, layout, h100, 50, replace(ASSUMED, **assumed))
 
 
 def test_computation_is_the_sum_of_its_operations() -> None:
     once = 8 * operations.layer(SHAPE, LATE, LAYOUT, Kind(False)) + operations.head(SHAPE, LATE, LAYOUT)
-    by_flops = by_bytes = total = 0.0
-    for one in [operation.forward for operation in once] + [operation.backward for operation in once]:
-        computing, moving = one.flops / (0.6 * 989.5e12), one.bytes / (0.8 * 3350e9)
-        by_flops += computing if computing > moving else 0
-        by_bytes += 0 if computing > moving else moving
-        total += one.bytes
+    passes = [operation.forward for operation in once] + [operation.backward for operation in once]
+    total = sum(one.bytes for one in passes)
     found = step()
-    assert found.compute == pytest.approx(8 * by_flops)
-    assert found.memory == pytest.approx(8 * by_bytes)
+    # Each head's scores are taken to their exponentials in forward, and again in backward.
+    exponentials = 2 * 8 * 2048 * 8 * 2048 / 2
+    computing = sum(one.flops for one in passes) / (0.6 * 989.5e12) + exponentials / 3.9e12
+    assert found.compute == pytest.approx(8 * computing)
+    assert found.memory == pytest.approx(8 * total / (0.8 * 3350e9))
+    assert found.launches == 0
     # Gradients set to 0, read twice on 1/16; there 16-bit weights written, three fp32 numbers read and written.
     update = PARAMETERS * (4 + (2 * 4 + 2 + 2 * 12) / 16)
     assert found.optimizer == pytest.approx(update / (0.8 * 3350e9))
     assert found.hbm_bytes == pytest.approx(8 * total + update)
+
+
+def test_a_pass_takes_as_long_as_its_launches() -> None:
+    """Of a layer 3 + 4 + 1 + 3 + 4 kernels, of the end 1 + 6; backward has twice as many."""
+    kernels = 8 * (2 + 4 + 1 + 3 + 4) + 7
+    slow = step(launch=1000)
+    assert slow.compute + slow.memory + slow.launches == pytest.approx(8 * 3 * kernels * 1e-3)
+    part = step(training=replace(LATE, captured=("attn",)), launch=1000)
+    assert part.compute + part.memory + part.launches == pytest.approx(8 * 3 * (8 * 3 + 7) * 1e-3)
+    assert step(training=replace(LATE, captured=("all",)), launch=1000) == step()
 
 
 def test_data_parallel_sums_wait_or_run_beside_a_pass() -> None:
@@ -202,7 +242,7 @@ def test_tensor_parallel_collectives_wait() -> None:
 
 FORWARD, BACKWARD = Computed(4, 1), Computed(8, 2)
 EVERYTHING = replace(Training(), overlap_tensor=True, overlap_experts=True)
-STEPS = replace(ONE, global_batch=2)
+STEPS = replace(ONE, global_batch=2)  # the experts' of one micro-batch have no other to run beside
 
 
 @pytest.mark.parametrize(
@@ -221,7 +261,8 @@ STEPS = replace(ONE, global_batch=2)
         ({("forward", "cp"): 3, ("recompute", "cp"): 3, ("backward", "cp"): 3}, LATE, STEPS, Network(3, 3, 6)),
         ({("forward", "tp"): 3, ("forward", "ep"): 3}, LATE, STEPS, Network(6, 6, 0)),
         # Everything together hides no more than the passes take.
-        ({("forward", "cp"): 3, ("forward", "dp"): 3, ("forward", "ep"): 5}, EVERYTHING, STEPS, Network(3, 3, 8)),
+        ({("forward", "cp"): 3, ("forward", "dp"): 3, ("forward", "tp"): 5}, EVERYTHING, STEPS, Network(3, 3, 8)),
+        ({("forward", "ep"): 7}, EVERYTHING, STEPS, Network(3, 3, 4)),
         ({("backward", "tp"): 20}, EVERYTHING, STEPS, Network(4, 4, 16)),
         # What is overlapped are the tensor-parallel products, no experts and no balancing of them.
         (
