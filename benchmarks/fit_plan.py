@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from scipy.optimize import least_squares
 from megatron_fc.planning.calibration import DATA, Assumptions
 from megatron_fc.planning.devices import DEVICES
 from megatron_fc.planning.roofline import step_time
+from megatron_fc.planning.sweep import sweep
 from published import BEFORE as ROWS_BEFORE
 from published import Row, rows
 
@@ -158,6 +160,29 @@ def _errors(values: dict[str, float], chosen: Iterable[Row]) -> list[float]:
     return [error(values, row) for row in chosen]
 
 
+def ranks(chosen: Iterable[Row], values: dict[str, float]) -> str:
+    """Where a sweep of each model and machine has the published layout, by speed."""
+    lines = [
+        "",
+        "| newest row of a model and GPU | rank | of | the fastest | times as fast |",
+        "|---|---:|---:|---|---:|",
+    ]
+    seen = set()
+    for row in chosen:
+        kind = row.system, row.model, row.precision
+        if kind in seen:
+            continue
+        seen.add(kind)
+        plan = replace(row.plan, assumed=assumed(values, row))
+        found = sweep(plan).fitting
+        rank = 1 + sum(other.tokens_per_second > 1.0001 * plan.tokens_per_second for other in found)
+        best = found[0]
+        how = f"{best.layout} micro-batch {best.layout.micro_batch}, recompute {best.training.recompute}"
+        times = best.tokens_per_second / plan.tokens_per_second
+        lines.append(f"| {row.name} | {rank} | {len(found)} | {how} | {times:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def write(every: Sequence[Row], values: dict[str, float], left_out: dict[str, Any], apart: dict[Row, float]) -> None:
     """calibration.json: constants, those without each model, errors of dense and MoE models, the runs."""
     errors = {
@@ -218,7 +243,7 @@ def main() -> None:
     assert {row.plan.gpu.family for row in recent} == {gpu.family for gpu in DEVICES.values()}
     values = fit(recent)
     left_out, apart = without_each_model(recent)
-    page = report(every, values, apart)
+    page = report(every, values, apart) + ranks(recent, values)
     print(page)
     RESULT.write_text(page, encoding="utf-8")
     if options.write:

@@ -11,7 +11,7 @@ from megatron_fc.planning.shape import Recompute, Shape, Training
 from megatron_fc.planning.stages import EVENLY, Split
 
 _MICRO_BATCHES = (1, 2, 4, 8)
-_VIRTUAL = (1, 2, 4)
+_VIRTUAL = (1, 2, 4, 8)
 _TOKENS_PER_CONTEXT_RANK = 4096  # fewer are not tried: sequences are short enough then
 
 
@@ -144,18 +144,16 @@ def _recomputes(plan: Plan) -> list[Recompute]:
 def _layouts(plan: Plan) -> Iterator[Layout]:
     layout, shape = plan.layout, plan.shape
     tensors = _powers_of_two(layout.gpus_per_node)
-    pipelines = sorted(
-        {
-            size
-            for layers in range(shape.layers, shape.layers + 3)
-            for size in range(1, min(shape.layers, layout.world) + 1)
-            if layers % size == 0
-        }
-    )
+    virtuals = sorted({*_VIRTUAL, layout.virtual_pipeline})
+    # Of the layers, or with embedding and loss counted as layers.
+    most, counts = min(shape.layers, layout.world), range(shape.layers, shape.layers + 3)
+    pipelines = [
+        size for size in range(1, most + 1) if size == layout.pipeline or any(layers % size == 0 for layers in counts)
+    ]
     contexts = _powers_of_two(max(shape.sequence // _TOKENS_PER_CONTEXT_RANK, 1))
     experts = _powers_of_two(shape.experts) if shape.experts else [1]
     for tensor, pipeline, virtual, context, expert, micro_batch in product(
-        tensors, pipelines, _VIRTUAL, contexts, experts, _MICRO_BATCHES
+        tensors, pipelines, virtuals, contexts, experts, _MICRO_BATCHES
     ):
         if virtual > 1 and pipeline == 1:
             continue
