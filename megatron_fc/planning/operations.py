@@ -6,6 +6,7 @@ Every operation reads its inputs and writes its outputs once. What connects sub-
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import ceil
 from typing import NamedTuple
 
 from megatron_fc.connections.base import ConnectionConfig
@@ -31,6 +32,7 @@ from megatron_fc.planning.shape import Kind, Latent, Shape, Training
 ATTENTION, CONNECTIONS = "attention", "connections and norms"  # names of two operations
 _FP32 = 4
 _EAGER_KERNELS = 40  # of a site's torch operations
+_TILE, _TILE_OF_KEYS = 256, 128  # of a product's result on Hopper and Blackwell; of flash attention
 _ROUTING_KERNELS = 20  # counted in Megatron's router and dispatcher, unfused
 
 
@@ -40,10 +42,12 @@ class Pass(NamedTuple):
     Attributes:
         flops: of it.
         bytes: read and written.
+        wasted: FLOPs on what tiles have beyond the sides of a product, or beyond what a token attends to.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
+    wasted: float = 0.0
 
 
 class Operation(NamedTuple):
@@ -155,7 +159,17 @@ def _product(
         forward += quantised * rows * inner
         backward += quantised * rows * outer
         kernels += 1 + training.tensor_scales + training.transposes
-    return Operation(name, Pass(flops, forward), Pass(2 * flops, backward), True, again_with, kernels)
+    # Forward's result has sides of rows and outer, the input's gradient of rows and inner, the weight's of both others.
+    by_rows, by_inner, by_outer = _tiled(rows / matrices), _tiled(inner), _tiled(outer)
+    wasted = flops * (by_rows * by_outer - 1), flops * (by_rows * by_inner + by_inner * by_outer - 2)
+    return Operation(
+        name, Pass(flops, forward, wasted[0]), Pass(2 * flops, backward, wasted[1]), True, again_with, kernels
+    )
+
+
+def _tiled(side: float) -> float:
+    """A side in whole tiles, over the side."""
+    return ceil(side / _TILE) * _TILE / side
 
 
 def _attention(shape: Shape, training: Training, layout: Layout, tokens: float, windowed: bool) -> list[Operation]:
@@ -164,7 +178,10 @@ def _attention(shape: Shape, training: Training, layout: Layout, tokens: float, 
     queries, keys, output = shape.query_width // t, shape.key_width // t, shape.output_width // t
     row = e * tokens * (queries + keys)
     passes = 2 * shape.rotary + 2 * (shape.qk_norm and not shape.latent)  # each reads and writes queries and keys
-    scores = 2 * tokens * shape.attended(windowed) * (queries + output)
+    attended, backward = shape.attended(windowed), 2.5 if training.flash else 2
+    scores = 2 * tokens * attended * (queries + output)
+    # Half of a tile on the diagonal; as much where a window begins.
+    beyond = (1 + windowed) * _TILE_OF_KEYS / 2 / attended if training.flash else 0
     moved = row + e * tokens * (shape.value_width // t + output)
     if not training.flash:  # scores are written, read and written by the softmax, read
         moved += tokens * shape.heads // t * shape.sequence * (2 * e + 2 * _FP32)
@@ -178,10 +195,10 @@ def _attention(shape: Shape, training: Training, layout: Layout, tokens: float, 
         Operation("rotation, norms of queries and keys", Pass(0, passes * row), Pass(0, 1.5 * passes * row), kernels=4),
         Operation(
             ATTENTION,
-            Pass(scores, moved),
-            Pass((2.5 if training.flash else 2) * scores, 2 * moved),
+            Pass(scores, moved, beyond * scores),
+            Pass(backward * scores, 2 * moved, beyond * backward * scores),
             again_with=("core_attn",),
-            exponentials=tokens * shape.attended(windowed) * shape.heads // t,
+            exponentials=tokens * (1 + beyond) * attended * shape.heads // t,
         ),
         _product("attention's projections", tokens, output, shape.width, training),
     ]

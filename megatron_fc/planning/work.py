@@ -21,7 +21,7 @@ class PassWork:
     """Of one pass of a micro-batch, all added up.
 
     Attributes:
-        linear: FLOPs of products in the precision of the run's linear layers; other: those in the model's dtype.
+        linear: FLOPs, wasted ones included, of products in the precision of the run's linear layers; other: those in the model's dtype.
         exponentials: of softmaxes.
         bytes: of device memory.
         kernels: that the host launches one by one.
@@ -40,9 +40,9 @@ class PassWork:
         for operation in listed:
             one = operation.backward if backward else operation.forward
             if operation.is_linear:
-                self.linear += one.flops
+                self.linear += one.flops + one.wasted
             else:
-                self.other += one.flops
+                self.other += one.flops + one.wasted
             self.exponentials += operation.exponentials
             self.bytes += one.bytes
             if operation.module not in captured and "all" not in captured:
