@@ -3,8 +3,12 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fc.cli.parsing import Commands
+
+if TYPE_CHECKING:
+    from megatron_fc.planning.devices import Device
 
 SHARES = {
     "compute": "FLOP/s of linear layers",
@@ -49,10 +53,12 @@ def run(args: argparse.Namespace) -> int:
     names = [name.replace("-", "_") for name in SHARES] + ["launch"]
     assumed = {name: value for name in names if (value := getattr(args, name)) is not None}
     refuse_impossible(assumed)
+    from megatron_fc.preflight.torch_names import with_names
 
-    from megatron_fc.training import cpu_lane
+    return with_names(lambda: _print(args, gpu, assumed), is_process=args.is_process)
 
-    cpu_lane.install()
+
+def _print(args: argparse.Namespace, gpu: "Device", assumed: dict[str, float]) -> int:
     from rich.console import Console
 
     from megatron_fc.planning.sweep import sweep

@@ -81,7 +81,7 @@ def test_bytes_of_experts() -> None:
 
 
 def test_products_compute_whole_tiles() -> None:
-    """Of 300 rows by 300 x 600, 512 by 512 x 768: 3.4 times in forward; weights' gradient has 600 x 300 for a result."""
+    """Of 300 rows by 300 x 600, 512 by 512 x 768; the weights' gradient has 600 x 300 for a result."""
     shape = replace(SMALL, width=300, ffn=300, sequence=300)
     first = next(one for one in operations.layer(shape, Training(), ONE, Kind(False)) if one.name == "MLP")
     rows, inner, outer = 512 / 300, 512 / 300, 768 / 600
