@@ -4,8 +4,7 @@
     python benchmarks/fit_plan.py --write      # and to megatron_fc/planning/calibration.json, docs/images/plan.svg
 
 benchmarks/published-throughput.csv has the rows: pretraining runs of NVIDIA Megatron-Bridge's performance summary and
-its archive (docs/performance-summary.md and -archive.md), releases 25.11 to 26.08; benchmarks/published.py has the
-models' public shapes and the recipes behind the rows.
+its archive, releases 25.11 to 26.08; benchmarks/published.py has the models' public shapes and the recipes behind them.
 
 The error of a row is the logarithm of planned by published speed. The sum of all rows' from release 26.04 on is least,
 squares that grow linearly beyond SCALE, with squares that hold each constant near what was taken for it before: runs on

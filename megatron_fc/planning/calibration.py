@@ -1,4 +1,4 @@
-"""What training reaches of a data sheet: constants of each family of GPUs, fitted to published runs, and their errors.
+"""Shares of a data sheet that training reaches: constants of each family of GPUs, fitted to published runs, and errors.
 
 `calibration.json` is written by `benchmarks/fit_plan.py`, which has the rows, the fit and what it leaves unexplained.
 """

@@ -21,7 +21,8 @@ class PassWork:
     """Of one pass of a micro-batch, all added up.
 
     Attributes:
-        linear: FLOPs, wasted ones included, of products in the precision of the run's linear layers; other: those in the model's dtype.
+        linear: FLOPs, wasted ones included, of products in the precision of the run's linear layers.
+        other: those in the model's dtype.
         exponentials: of softmaxes.
         bytes: of device memory.
         kernels: that the host launches one by one.

@@ -62,6 +62,8 @@ class _Derived:
 class _Name:
     """A name of torch's: an attribute has attributes, a decorator returns what it decorates."""
 
+    _path: str
+
     def __init__(self, path: str) -> None:
         module, _, name = path.rpartition(".")
         self.__dict__.update(_path=path, __name__=name, __qualname__=name, __module__=module, __doc__=None)

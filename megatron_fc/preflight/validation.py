@@ -20,6 +20,8 @@ from megatron_fc.training.setup import parse
 
 # Speed alone; Megatron refuses them where it finds no Transformer Engine, before it checks the rest.
 _TE_FUSIONS = ("apply_rope_fusion", "moe_permute_fusion")
+# Of a machine's environment: Megatron wants 1 of it under tensor parallelism, and anything else with FSDP.
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _NAMES_TE = re.compile(r"\bTE\b|(?i:transformer[- _]engine)")
 
 
@@ -74,6 +76,8 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
         if recipe.connection is not None:
             # A run that says so is one for the CPU lane.
             refuse_with_connection(args, recipe.connection, on_gpu=args.distributed_backend != "gloo")
+        if args.use_megatron_fsdp or args.use_torch_fsdp2:
+            os.environ.pop(_CONNECTIONS, None)
         layouts.append(layout_of(args, nodes, gpus_per_node))
         refuse_impossible(args, layouts[0])
 
@@ -87,7 +91,7 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
 @contextmanager
 def _world_of(size: int) -> Iterator[None]:
     """Let Megatron take this process for the first rank of a world."""
-    names = {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+    names = {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0", _CONNECTIONS: "1"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
@@ -95,7 +99,7 @@ def _world_of(size: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 

@@ -630,6 +630,22 @@ def test_overrides_of_any_base_are_accepted_and_train_the_same_model(base: list[
         assert training_of(accepted).recompute == tried.training.recompute, words
 
 
+def test_fsdp_divides_everything() -> None:
+    """What a rank holds for good is a 64th; it sends weights for both passes of each micro-batch, and gradients."""
+    words = ["use_megatron_fsdp=true", "ckpt_format=fsdp_dtensor", "connection=residual"]
+    words += ["data_parallel_sharding_strategy=optim_grads_params"]
+    whole, divided = (
+        plan_of(CONFIGS / "olmo2_1b.yaml", [*HERE, *more], 8, device("h100"))
+        for more in (["connection=residual"], words)
+    )
+    for name in ("weights", "gradients"):
+        assert getattr(divided.memory, name) == pytest.approx(getattr(whole.memory, name) / 64, rel=1e-6)
+    assert divided.memory.optimizer == whole.memory.optimizer
+    gathered = divided.layout.accumulation_steps * 63 / 64 * divided.parameters.total
+    bytes_each = 2 + 2 + divided.training.gradient_bytes
+    assert divided.step.network_bytes == pytest.approx(gathered * bytes_each, rel=1e-6)
+
+
 def test_selective_recompute_without_modules_is_that_of_attention() -> None:
     """So Megatron's TransformerConfig has it."""
     selective = ["attention_backend=unfused", "recompute_granularity=selective"]
