@@ -24,6 +24,8 @@ _ANSWERS: dict[str, Any] = {
     "torch.cuda.is_available": False,
     "torch.cuda.device_count": 1,
     "torch.cuda.get_device_capability": (8, 0),
+    "torch.cuda.get_device_properties": types.SimpleNamespace(name="cpu", major=8, minor=0),
+    "torch.device": "cpu",
     "torch.is_grad_enabled": True,
     "torch.distributed.is_initialized": False,
     "torch.distributed.is_available": True,
