@@ -23,9 +23,9 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from laboratory.simulator import sass
 from megatron_fc import FracConfig, HyperConfig
-from megatron_fc.connections.kernels import launch
+from megatron_fc.connections.kernels import cuts, launch
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
-from megatron_fc.connections.kernels.gluon import choice
+from megatron_fc.connections.kernels.gluon import cuts as main_cuts
 from megatron_fc.connections.kernels.sums import Partial
 from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
@@ -87,10 +87,9 @@ KERNELS = {
     ),
     **{name + GENERAL: kernel for name, kernel in _WIDTH_KERNELS.items()},
 }
-# What is recorded: of Frac-Connections all but what manifolds need; of wider streams, which have no main kernels, all
-# but bias and dropout.
+# What is recorded: of Frac-Connections all but what manifolds need; of wider streams all but bias and dropout.
 FRAC = tuple(name for name in KERNELS if not name.startswith("given"))
-HYPER = tuple(name for name in KERNELS if not name.endswith(("b+d", GENERAL)))
+HYPER = tuple(name for name in KERNELS if not name.endswith("b+d"))
 # Shared memory that a program may have, by architecture.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
@@ -114,8 +113,8 @@ def shapes(
 
 
 def recorded(arch: int) -> list[Shape]:
-    """What the table of an architecture holds: of wider streams one width, on sm_90."""
-    return shapes(None, WIDTHS, None, None) + (shapes(None, WIDTHS[:1], None, SLOTS) if arch == 90 else [])
+    """What the table of an architecture holds: of wider streams the widths that are predicted."""
+    return shapes(None, WIDTHS, None, None) + shapes(None, WIDTHS[:2], None, SLOTS)
 
 
 @dataclass(frozen=True)
@@ -156,14 +155,14 @@ class Launch(NamedTuple):
 
     kernel: Any
     site: Site
-    cut: launch.Cut
+    cut: cuts.Cut
 
 
 def binary_of(shape: Shape, arch: int) -> tuple[Any, Launch]:
     """What Triton made of a kernel, with its texts in `asm`, and how it is launched."""
     found = launched_as(shape, arch)
     source = _source(found.kernel, KERNELS[shape.kernel][1], found.site)
-    options = launch.options(found.site, found.cut)
+    options = cuts.options(found.site, found.cut)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options), found
 
 
@@ -177,15 +176,18 @@ def launched_as(shape: Shape, arch: int) -> Launch:
         p = PerSlotParameters(**{name: torch.empty(s) for name, s in config.parameter_shapes(width).items()})
     norm = NormWeights("rmsnorm", stream[0]) if "norm" in arguments else None
     operands = Operands.of(p, config) if arguments.get("p") is _P else None
-    direction: choice.Direction = "backward" if "backward" in name else "forward"
-    cut = launch.DEPTH
+    direction: main_cuts.Direction = "backward" if "backward" in name else "forward"
+    cut = cuts.DEPTH
     if name not in _DEPTH_KERNELS:
-        cut = launch.cut_for(launch.WIDTH_BACKWARD if direction == "backward" else launch.WIDTH, width // m)
-    site = launch.site_of(cut, stream, n, m, operands, norm)
+        cut = cuts.cut_for(cuts.WIDTH_BACKWARD if direction == "backward" else cuts.WIDTH, width // m)
+    site = cuts.site_of(cut, stream, n, m, operands, norm)
+    main: main_cuts.Main | str | None = None
     if name in _WIDTH_KERNELS:
-        main = choice.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch])
-        if isinstance(main, choice.Main):
-            return Launch(main.kernel, main.site, launch.cut_of(main))
+        main = main_cuts.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch])
+    elif name == "depth forward":
+        main = main_cuts.planned_depth(site, SHARED_MEMORY[arch])
+    if isinstance(main, main_cuts.Main):
+        return Launch(main.kernel, main.site, launch.cut_of(main))
     return Launch(kernel, site, cut)
 
 

@@ -86,12 +86,14 @@ def launched(shape: Shape) -> Launched:
     rows = rows_moved(shape)
     binary, found = binary_of(shape, 90)
     site = found.site
+    is_general = found.kernel is KERNELS[name][0]
 
     def role(pointer: str) -> Role:
         if pointer in STREAMS:
             return Stream(site.R * site.C * BYTES)
         if pointer in OF_SUB_LAYERS:
-            return Stream(site.R * site.C * BYTES * m // n, m / n)
+            # A tile of a general kernel has rows for all slots, of which the fractions' alone are read or written.
+            return Stream(site.R * site.C * BYTES * m // n, m / n if is_general else 1.0)
         if pointer in TOKEN_VALUES or pointer.partition(".")[0] in TOKEN_VALUES:
             return Token()
         if pointer.startswith("partial."):
@@ -110,7 +112,7 @@ def launched(shape: Shape) -> Launched:
         site.W,
         binary.metadata.shared,
         # Every loop inside of the tile's goes over chunks: a main kernel's only where values are not finite.
-        trips=site.CHUNKS if found.kernel is KERNELS[name][0] else 0,
+        trips=site.CHUNKS if is_general else 0,
     )
     tokens = site.R // n
     return Launched(shape, kernel, found.cut.programs, tokens, int(tokens * rows * width) * BYTES)

@@ -7,6 +7,7 @@ figure is what a second layer adds to a first one, so that what two layers share
 and dtypes are what they are on one, but for the attention, whose unfused torch form stands for all connections alike.
 """
 
+import argparse
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,5 +132,6 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with one_rank():
         print(table())

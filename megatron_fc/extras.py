@@ -1,4 +1,4 @@
-"""The packages that commands import beyond what the plugin does, as pyproject.toml lists them in its extra `train`."""
+"""The packages that commands import beyond what the plugin does, as pyproject.toml lists them in its extras."""
 
 # Name of the import -> name of the package.
 TRAIN = {
@@ -13,6 +13,8 @@ TRAIN = {
     "transformers": "transformers",
     "yaml": "pyyaml",
 }
+# The harness brings datasets, and imports it.
+EVAL = {"lm_eval": "lm-eval", "datasets": "datasets"}
 _BASE = {"torch": "torch", "megatron": "megatron-core", "packaging": "packaging"}
 
 
@@ -21,6 +23,8 @@ def remedy(error: ModuleNotFoundError) -> str | None:
     name = error.name or ""
     if name in TRAIN:
         return f"{TRAIN[name]}, which is not installed: pip install 'megatron_fc[train]'"
+    if name in EVAL:
+        return f"{EVAL[name]}, which is not installed: pip install 'megatron_fc[eval]'"
     if name in _BASE:
         return f"{_BASE[name]}, which is not installed: pip install megatron_fc"
     return None

@@ -25,6 +25,7 @@ ROOMS = (
     "preflight",
     "profiling",
     "compress",
+    "evaluate",
     "convert",
     "data",
     "demo",

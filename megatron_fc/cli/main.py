@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code, 2 for input that the user can correct."""
     words = list(sys.argv[1:] if argv is None else argv)
     words, extra = _split_at_dashes(words)
-    parser = _parser()
+    parser, names = _parser()
+    words = _joined(words, names)
     # argparse takes the overrides in one piece only; those behind an option are handed back.
     args, behind = parser.parse_known_args(words)
     if any(word.startswith("-") for word in behind) or (behind and "overrides" not in args):
@@ -54,6 +55,12 @@ def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
+def _joined(words: list[str], names: Container[str]) -> list[str]:
+    """`evaluate fetch` is a command of its own, whose name is two words."""
+    two = " ".join(words[:2])
+    return [two, *words[2:]] if two in names else words
+
+
 def _at_home(value: Any) -> Any:
     """A path completed where it begins with ~, which a shell leaves alone behind the = of an option."""
     if isinstance(value, list):
@@ -61,14 +68,15 @@ def _at_home(value: Any) -> Any:
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Container[str]]:
+    """The parser, and the names of the commands."""
     parser = argparse.ArgumentParser(
         prog="megatron-fc", description="Frac-Connections (arXiv 2503.14125) for Megatron-LM.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
-    return parser
+    return parser, commands.choices
 
 
 def _quieten() -> None:

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from megatron_fc.checkpoints.errors import checkpoint_errors_named
-from megatron_fc.checkpoints.integrity import refuse_corrupt, step_of
 from megatron_fc.checkpoints.modelopt_state import refuse_virtual_stages
-from megatron_fc.checkpoints.structure import refuse_other_connection
 from megatron_fc.errors import UserError
 from megatron_fc.training import cpu_lane
+from megatron_fc.training.loaded import load_model
 from megatron_fc.training.recipe import Recipe
-from megatron_fc.training.setup import build, join_world, parse, silence
+from megatron_fc.training.setup import silence
 
 
 class Session:
@@ -124,9 +123,6 @@ def session(recipe: Recipe, checkpoint: Path, check: Callable[[Namespace], None]
     Raises:
         UserError: the checkpoint is corrupt or not that of the recipe, or the recipe cannot be run so.
     """
-    from megatron.training import training
-    from megatron.training.checkpointing import load_checkpoint
-    from megatron.training.global_vars import set_global_variables
 
     def settle(args: Namespace) -> None:
         if args.full_validation or args.multiple_validation_sets:
@@ -135,31 +131,13 @@ def session(recipe: Recipe, checkpoint: Path, check: Callable[[Namespace], None]
             raise UserError(
                 f"eval_iters={args.eval_iters}: the losses need at least one validation iteration, set eval_iters=8"
             )
-        if args.ckpt_step is not None:
-            raise UserError(
-                f"ckpt_step={args.ckpt_step}: drop it, and give the checkpoint itself in place of its folder, "
-                f"{checkpoint.parent}/iter_{args.ckpt_step:07d}"
-            )
         check(args)
-        args.load = str(checkpoint.parent)
-        if checkpoint.name != "release":
-            args.ckpt_step = step_of(checkpoint)
-        args.no_load_optim = args.no_load_rng = args.no_save_optim = args.no_save_rng = True
         # Cyclic data go on where the last pass over them ended, and the losses are to be of the same batches.
         args.dataloader_type = "single"
-        args.skip_train, args.async_save, args.tensorboard_dir, args.wandb_project = True, False, None, ""
 
-    join_world()
-    args = parse(recipe, settle)
-    refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
+    if cpu_lane.needed():
+        cpu_lane.fork_checkpoint_helper()
     with silence():
-        set_global_variables(args)
-        if cpu_lane.needed():
-            cpu_lane.fork_checkpoint_helper()
-        training.initialize_megatron()
-        refuse_corrupt(checkpoint)
-        chunks = build(args, recipe)
+        args, chunks, operations = load_model(recipe, checkpoint, settle)
         refuse_virtual_stages(chunks)
-        with checkpoint_errors_named(args):
-            args.iteration, operations = load_checkpoint(chunks, None, None)
         yield Session(args, chunks, operations)

@@ -45,9 +45,9 @@ def recipe_on_one_rank(config: Path, overrides: Sequence[str], fp32: bool = Fals
 @contextmanager
 def one_rank(recipe: Recipe) -> Iterator[Namespace]:
     """Make a world of this process, which Megatron's functions for checkpoints ask for; gives the parsed arguments."""
-    join_world()
-    args = parse(recipe)
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
     with silence():
+        join_world()
+        args = parse(recipe)
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
         yield args

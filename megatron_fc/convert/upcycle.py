@@ -34,11 +34,11 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
     refuse_state(checkpoint, _QUANTIZE_LAST)
     refuse_connected(checkpoint)
     refuse_existing(target)
-    join_world()
-    args = parse(recipe)
-    args.tensorboard_dir = None
-    args.wandb_project = ""
     with silence():
+        join_world()
+        args = parse(recipe)
+        args.tensorboard_dir = None
+        args.wandb_project = ""
         set_global_variables(args)
         training.initialize_megatron()
         refuse_corrupt(checkpoint)
@@ -56,9 +56,9 @@ def residual_checkpoint(source: Path, target: Path) -> str:
     checkpoint = find_checkpoint(source)
     refuse_state(checkpoint, _QUANTIZE_LAST)
     refuse_existing(target)
-    join_world()
-    # The files are Megatron's, for which a world has to exist; its tensors stay on the CPU.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
     with silence():
+        join_world()
+        # The files are Megatron's, for which a world has to exist; its tensors stay on the CPU.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
         refuse_corrupt(checkpoint)
         return to_residual(checkpoint, target)

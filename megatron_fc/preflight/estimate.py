@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.kernels.availability import without_kernels
+from megatron_fc.connections.config import HyperConfig
+from megatron_fc.connections.kernels.availability import has_main_kernels, without_kernels
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norm_options import norms_from_args
 from megatron_fc.planning.calibration import assumptions
@@ -206,11 +207,20 @@ def _of_connections(shape: Shape, training: Training) -> Iterator[str]:
         return
     if not training.fused_connections:
         yield f"{shape.connection.label} is planned as its torch operations run, without fused kernels"
-    elif shape.is_wide:
+    elif shape.is_wide and not _runs_on_main_kernels(shape.connection):
         yield (
             f"the kernels of {shape.connection.label} are planned at the speed of memory; they are predicted to miss "
-            f"it, in backward by a factor of four (docs/kernels.md)"
+            f"it, in backward by a factor of three (docs/kernels.md)"
         )
+
+
+def _runs_on_main_kernels(connection: ConnectionConfig) -> bool:
+    """Those predict what is per slot, every coefficient of it."""
+    return (
+        isinstance(connection, HyperConfig)
+        and connection.dynamic
+        and has_main_kernels(connection.slots, connection.fractions)
+    )
 
 
 def _recompute(args: Namespace, connection: ConnectionConfig | None) -> Recompute:

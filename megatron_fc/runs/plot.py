@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_fc.runs.metrics import Series, read_metrics
 
 # Colour-blind safe (Okabe-Ito), the baseline in grey.
-_COLOURS = ("#666666", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
+COLOURS = ("#666666", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 
 
 def smoothed(series: Series, decay: float) -> Series:
@@ -37,7 +37,7 @@ def plot_losses(runs: Sequence[tuple[str, Path]], out: Path, decay: float = 0.9)
     )
     base = smoothed(curves[0][1], decay)
     for number, (label, losses) in enumerate(curves):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         smooth = smoothed(losses, decay)
         top.plot(losses.keys(), losses.values(), color=colour, alpha=0.25, linewidth=0.8)
         last = list(smooth.values())[-1]

@@ -2,6 +2,7 @@
 
 * `config_file`, `megatron_arguments`, `recipe`: the config, checked, as Megatron's command line
 * `setup`: Megatron's validated arguments and the model
+* `loaded`: the model of a checkpoint
 * `counts`, `unused_options`, `rehearsal`, `refusal`: what is refused before the first step
 * `loop`: `train`
 * `steps`: the bounds of steps, told to callbacks (`megatron_fc.callbacks`)

@@ -140,11 +140,27 @@ def _hybrid_stack(args: Namespace, norms: NormOptions, connection: ConnectionCon
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     """Keep Megatron's report of its arguments and steps off the terminal, and end its world."""
+    with ended_world(), quiet():
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Megatron's report of its arguments and steps off the terminal."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         logging.disable(logging.WARNING)
         try:
             yield
         finally:
             logging.disable(logging.NOTSET)
-            if torch.distributed.is_initialized():
-                torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def ended_world() -> Iterator[None]:
+    """End the world of ranks that is joined in the body, should one be, when that ends."""
+    is_older = torch.distributed.is_initialized()
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized() and not is_older:
+            torch.distributed.destroy_process_group()

@@ -124,6 +124,7 @@ def test_without_a_site_file_a_dry_run_shows_placeholders(tmp_path: Path) -> Non
         ["dense1b.sh", "--dry-run"],
         ["moe1b3.sh", "dfc_x4", "--dry-run"],
         ["profile.sh", "configs/olmoe_7b.yaml", "--dry-run"],
+        ["evaluate.sh", "configs/olmoe_7b.yaml", "of=/runs/moe7b", "tasks=configs/eval/olmoe.yaml", "--dry-run"],
         ["chain.sh", "1", "launch/moe7b.sh", "--dry-run"],
         ["mpi.sh", "mpirun", "-n", "2", "--", "configs/olmoe_7b.yaml", "--dry-run"],
     ):

@@ -91,7 +91,7 @@ def test_doctor_prints_a_table_and_ends_with_0(base: Installed, tmp_path: Path) 
     [at] = [number for number, row in enumerate(rows) if row.startswith("megatron_fc[train]")]
     assert "missing" in rows[at]
     assert "megatron-fc train and all other commands" in rows[at]
-    assert "no matplotlib, psutil, rich, " in rows[at + 1]
+    assert "no huggingface-hub, matplotlib, psutil, rich, safetensors," in rows[at + 1]
     assert "To correct" not in done.stdout
 
 

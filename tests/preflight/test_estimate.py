@@ -580,7 +580,10 @@ def test_a_report_of_a_wider_stream(capsys: pytest.CaptureFixture[str]) -> None:
         "stages exchange 8,192 values per token, 4 x hidden_size; a rank of the slowest sends 0.27 GB a step",
     ):
         assert part in printed
-    assert "note: the kernels of dhc_x4 are planned at the speed of memory" in printed
+    assert "planned at the speed of memory" not in printed
+    assert ask("connection=mhc", *words[1:]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "note: the kernels of mhc_x4 are planned at the speed of memory" in printed
     assert ask("connection=dhc", "rate=3", "backend=triton") == 2
     assert "backend=triton cannot run: the kernels are for slots 1, 2, 4, 8, 16, not 3" in capsys.readouterr().err
     assert ask(*words, "backend=torch") == 0

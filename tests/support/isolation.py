@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 
-from megatron_fc import FracConnection
 from megatron_fc.connections.norm import HandsOutWeights
 from support.kernel_reference import Case
 
@@ -20,13 +19,12 @@ class LayerNorm(HandsOutWeights, torch.nn.LayerNorm): ...
 
 def stays_alone(case: Case, bad: float, backend: str) -> None:
     """`reaches_its_own_token` of a site under autograd, as a user calls it."""
-    width = case.o.shape[1]
-    site = FracConnection(width, replace(case.config, backend=backend))
+    site = replace(case.config, backend=backend).build(case.o.shape[1])
     with torch.no_grad():
         for parameter, values in zip(site.parameters(), filter(None.__ne__, case.p), strict=True):
             parameter.copy_(values)
     kind = None if case.norm is None else {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[case.norm.kind]
-    norm = None if kind is None else kind(width, eps=1e-5, dtype=case.h.dtype)
+    norm = None if kind is None else kind(case.o.shape[1], eps=1e-5, dtype=case.h.dtype)
 
     def run(given: Streams) -> Streams:
         h, o = given["h"].requires_grad_(), given["o"].requires_grad_()

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -32,6 +33,21 @@ CONFIGS = [
 
 def name(config: FracConfig | HyperConfig) -> str:
     return f"{config.label}-{config.norm}-{'tanh' if config.tanh else 'linear'}-{'s' if config.scale else '1'}"
+
+
+def wide(
+    config: FracConfig | HyperConfig,
+    width: int,
+    tokens: int,
+    dtype: torch.dtype,
+    kind: str | None,
+    one_plus: bool = False,
+) -> kernel_reference.Case:
+    """With a projection that leaves tanh its slope at these widths; gradients of the scales cancel otherwise."""
+    case = kernel_reference.make(config, width, tokens, dtype, kind, one_plus)
+    assert case.p.dynamic_weight is not None
+    narrow = case.p.dynamic_weight * (width / config.fractions / 16) ** -0.5
+    return replace(case, p=case.p._replace(dynamic_weight=narrow))
 
 
 def check(case: kernel_reference.Case, tolerance: float) -> None:

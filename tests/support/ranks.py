@@ -45,6 +45,7 @@ with warnings.catch_warnings():
     from megatron_fc.connections import reference
     from megatron_fc.connections.kinds import is_connection_key
     from megatron_fc.errors import UserError
+    from megatron_fc.evaluate.scoring import token_scores
     from megatron_fc.megatron.slots import NormSlot
     from megatron_fc.megatron.stream import widen
     from megatron_fc.planning.counts import NetworkCounts
@@ -212,6 +213,13 @@ def refusal_of(checkpoint: Path) -> str:
     except UserError as error:
         return str(error)
     return ""
+
+
+def scores_of_shares(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `token_scores` says of logits over a vocabulary that all ranks share out."""
+    world = torch.distributed.get_world_size()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    return token_scores(logits.chunk(world, dim=1)[torch.distributed.get_rank()], tokens)
 
 
 def write_start(model: Model, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import megatron.core
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import is_connection_argument
+from megatron_fc.megatron.norm_options import NormOptions
 from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.unused_options import NEVER_READ, OTHER_GROUPS, OTHER_LOOPS, refuse_unused_options
 
@@ -41,6 +43,7 @@ def test_no_other_option_of_megatrons_is_read_by_nobody() -> None:
         for name in dests - read - groups - READ_HERE - READ_BY_LOOP
         if not name.startswith((*OF_INFERENCE, "muon_", "fault_injector_", "inprocess_"))
         and not is_connection_argument(name)
+        and name not in {field.name for field in fields(NormOptions)}
         and name not in ("moe_deepep_num_sms", "moe_hybridep_num_sms", "mask_prob", "short_seq_prob")
     }
     assert never - set(OTHER_LOOPS) == set(NEVER_READ) - groups

@@ -4,17 +4,27 @@ Streams are [tokens, n*c] for n slots, a sub-layer's input and output [tokens, d
 contiguous. No function looks at a tensor's values or waits for the device.
 """
 
-import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_fc.connections.kernels.cuts import (
+    DEPTH,
+    INTERPRETED,
+    WIDTH,
+    WIDTH_BACKWARD,
+    Cut,
+    cut_for,
+    options,
+    programs,
+    site_of,
+)
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
-from megatron_fc.connections.kernels.gluon.choice import Main, main_backward, main_forward
+from megatron_fc.connections.kernels.gluon.choice import main_backward, main_depth, main_forward
+from megatron_fc.connections.kernels.gluon.cuts import Main
 from megatron_fc.connections.kernels.sums import Gradients, Partial, reduce_kernel
 from megatron_fc.connections.kernels.tables import Given
 from megatron_fc.connections.kernels.tiles import Site
@@ -23,32 +33,9 @@ from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands, refuse_double, refuse_low_precision
 from megatron_fc.connections.per_slot import PerSlotParameters
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 _NO_PARAMETERS: Any = PerSlotParameters(*[None] * 7)  # type: ignore[arg-type]
-_ROWS = 16  # of a tile: what a tensor core's product needs
 
 
-class Cut(NamedTuple):
-    """How a kernel's work is cut: warps of a program, columns of a warp in a chunk, programs per processor of a GPU."""
-
-    warps: int
-    columns: int
-    programs: int
-
-    @property
-    def registers(self) -> int:
-        """Of a thread, so that as many programs fit."""
-        return min(255, 65536 // (self.programs * self.warps * 32))
-
-
-# As many warps as registers leave room for, and by what was predicted (benchmarks/results/predicted-h200.md). Programs
-# of one warp meet no barriers and are predicted within 10 points of these, but twice as many share the cache that holds
-# their tiles, whose second reads predictions take for hits: hence also fewer for wide slots (docs/kernels.md). A depth
-# connection has few registers and many loads.
-WIDTH, WIDTH_BACKWARD, DEPTH = Cut(2, 64, 8), Cut(2, 32, 4), Cut(4, 32, 6)
-_WIDE = 1024  # columns of a slot
-if INTERPRETED:  # where time goes by operations, not by what they work on
-    WIDTH, WIDTH_BACKWARD, DEPTH = Cut(8, 32, 1), Cut(8, 16, 1), Cut(8, 32, 1)
 # Of the launch that adds up what programs have summed: columns of the projection and of vectors [d], programs at once.
 _REDUCED_COLUMNS, _REDUCED_WIDE, _REDUCED_PROGRAMS, _REDUCED_WARPS = 8, 32, 128, 8
 
@@ -152,7 +139,10 @@ def depth_forward(depth: DepthInputs) -> Tensor:
     assert depth.h is not None
     assert depth.beta is not None
     out = torch.empty_like(depth.h)
-    _launch(depth_forward_kernel, _depth_site(out, depth), DEPTH, out, depth, out)
+    kernel, site, cut = depth_forward_kernel, _depth_site(out, depth), DEPTH
+    if (main := main_depth(site, out, depth)) is not None:
+        kernel, site, cut = main.kernel, main.site, cut_of(main)
+    _launch(kernel, site, cut, out, depth, out)
     return out
 
 
@@ -300,49 +290,6 @@ def cut_of(main: Main) -> Cut:
     return Cut(main.site.W, main.site.K, main.programs)
 
 
-def cut_for(cut: Cut, c: int) -> Cut:
-    """The cut of a width connection's kernel for slots of c columns, whose tiles are as wide."""
-    while c > _WIDE and cut.warps < 8:
-        cut, c = Cut(2 * cut.warps, cut.columns, cut.programs // 2), -(-c // 2)
-    return cut
-
-
-def site_of(
-    cut: Cut, h: Tensor, slots: int, fractions: int, p: Operands | None = None, norm: NormWeights | None = None
-) -> Site:
-    """What the kernels are compiled for, from a stream [..., n*c] and the options; a depth connection has none."""
-    c = h.shape[-1] // slots
-    covered = max(16, triton.next_power_of_2(c))
-    warps = min(cut.warps, covered // 16)
-    values = 1 + fractions + slots
-    padded = max(_ROWS, triton.next_power_of_2(values))
-    columns = min(cut.columns, 1024 // padded, covered // warps)  # longer tables leave registers for fewer
-    predicted = 0 if p is None or p.dynamic_weight is None else p.dynamic_weight.shape[0]
-    first = int(predicted == values - 1)  # beta is static
-    return Site(
-        N=slots,
-        M=fractions,
-        C=c,
-        R=_ROWS,
-        W=warps,
-        K=columns,
-        # Lanes move 16 bytes each.
-        L=min(_ROWS, 32 * 16 // (2 * columns)),
-        CHUNKS=-(-c // (warps * columns)),
-        KP=padded,
-        FROM=first,
-        TO=first + predicted,
-        NORM=p.norm if p is not None and predicted else "none",
-        EPS=p.norm_eps if p is not None else 1.0,
-        TANH=p is not None and p.tanh,
-        SUB_NORM=norm.kind if norm is not None else "none",
-        SUB_EPS=norm.eps if norm is not None else 1.0,
-        ONE_PLUS=norm.one_plus if norm is not None else False,
-        # The interpreter's products are wrong in bf16.
-        EXACT=h.dtype == torch.float32 or (INTERPRETED and h.dtype == torch.bfloat16),
-    )
-
-
 def _tokens(stream: Tensor) -> int:
     return stream.numel() // stream.shape[-1]
 
@@ -356,11 +303,6 @@ def _launch(kernel: Any, site: Site, cut: Cut, stream: Tensor, *arguments: Any) 
         kernel[grid](*arguments, count, S=_constant(site), **options(site, cut))
 
 
-def options(site: Site, cut: Cut) -> dict[str, int]:
-    """Of the compiler."""
-    return {"num_warps": site.W, "num_stages": 1, "maxnreg": cut.registers}
-
-
 def _constant(site: Site) -> Site:
     """Loops are unrolled over what the compiler knows to be constant; the interpreter wants plain values."""
     return site if INTERPRETED else Site(*map(tl.constexpr, site))
@@ -369,13 +311,3 @@ def _constant(site: Site) -> Site:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whichever has the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def programs(count: int, device: torch.device, cut: Cut) -> int:
-    """Programs for so many rows: they go on to the next tile until none is left."""
-    return min(-(-count // _ROWS), cut.programs * _processors(device))
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

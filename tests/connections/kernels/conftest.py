@@ -39,6 +39,6 @@ def emulator() -> Iterator[Emulator]:
 @pytest.fixture
 def general_kernels(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No main kernels, until it is undone."""
-    for name in ("main_forward", "main_backward"):
+    for name in ("main_forward", "main_backward", "main_depth"):
         monkeypatch.setattr(launch, name, lambda *arguments: None)
     return monkeypatch

@@ -12,7 +12,7 @@ import torch
 from laboratory.emulator import Options, RaceError
 from laboratory.emulator.driver import Emulator
 from megatron_fc import FracConfig
-from megatron_fc.connections.kernels import launch
+from megatron_fc.connections.kernels import cuts, launch
 from support import kernel_cases, kernel_reference
 from support.kernel_cases import HALF
 
@@ -88,7 +88,7 @@ def test_dropped_barriers_are_noticed(emulator: Emulator, monkeypatch: pytest.Mo
 
     Where a program has more warps than it is launched with.
     """
-    monkeypatch.setattr(launch, "WIDTH", launch.Cut(8, 32, 2))
+    monkeypatch.setattr(launch, "WIDTH", cuts.Cut(8, 32, 2))
     noticed = changed = 0
     for n in range(8):
         drop = nth(r"bar\.sync\s+0;", n, lambda match: "")

@@ -7,7 +7,7 @@ import torch
 
 from laboratory.emulator.driver import Emulator
 from megatron_fc import FracConfig, HyperConfig
-from megatron_fc.connections.kernels import launch
+from megatron_fc.connections.kernels import cuts, launch
 from support import kernel_reference
 from support.kernel_traffic import counted, of
 
@@ -58,7 +58,7 @@ def test_width(emulator: Emulator, case: kernel_reference.Case) -> None:
     c, k = d // m, 1 + m + n
     parameters, sums = 4 * k * c + 4 * c + 2 * d, 4 * k * c + 4 * d
     small = 4096 + 16 * 4 * 32  # static parameters and tables of coefficients
-    programs = launch.programs(TILES * 16, case.h.device, launch.WIDTH_BACKWARD)
+    programs = cuts.programs(TILES * 16, case.h.device, cuts.WIDTH_BACKWARD)
     assert rest <= programs * (parameters + 2 * sums + small) + 2 * parameters + small
 
 

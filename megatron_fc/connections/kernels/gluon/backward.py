@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from megatron_fc.connections.kernels.gluon import layouts
+from megatron_fc.connections.kernels.gluon.gradients import coefficient_gradients, no_table_sums, store_table_sums
 from megatron_fc.connections.kernels.gluon.rows import (
     by_rows,
     copy_chunk,
@@ -31,21 +32,18 @@ from megatron_fc.connections.kernels.gluon.rows import (
     weighted,
 )
 from megatron_fc.connections.kernels.gluon.tables import (
-    bounded,
+    beside,
     coefficient,
-    fraction,
     from_tokens,
     in_token,
-    input_deviation,
     is_finite,
-    predictions,
     some_row,
     static_coefficients,
     store_columns,
     store_matrix,
-    to_column,
+    table_row,
     to_tokens,
-    token_sum,
+    total_of_warps,
     with_transposed,
 )
 
@@ -78,94 +76,31 @@ def no_sums(S: gl.constexpr):
 
 
 @gluon.jit
-def no_table_sums(S: gl.constexpr):
-    """Of a program: for gamma, alpha and beta, and for their scales."""
-    table = gl.zeros([S.R, S.M], gl.float32, layouts.table(S.M, S.W, S.R))
-    column = gl.zeros([S.R, 1], gl.float32, layouts.column(S.M, S.W, S.R))
-    return table, table, column, table, table, column
-
-
-@gluon.jit
 def table_gradients(z_s, products_s, d_beta_s, matrices, flags_s, fixed, sums, S: gl.constexpr):
     """All algebra between the passes: it leaves matrices for the second one in memory. Returns the sums.
 
     products_s: products of rows of h with those of h, of u = g_x times the sub-layer norm's weight, and of g_mixed.
     """
     G_s, A_s, H_s, Z_s = matrices
-    s_gamma, s_alpha, _, scale_alpha, scale_beta = fixed
-    of_table: gl.constexpr = layouts.over_warps(S.M, S.W, S.R, S.M)
-    gram = gl.sum(products_s.index(0).load(of_table), axis=0)
-    with_u = gl.sum(products_s.index(1).load(of_table), axis=0)
-    d_alpha = gl.sum(products_s.index(2).load(of_table), axis=0)
-    z_gamma, z_alpha, z_beta, deviation, spoilt = predictions(z_s, gram, S)
+    gram = total_of_warps(products_s.index(0), 0, S.N, S)
+    with_u = total_of_warps(products_s.index(1), 0, S.M, S)
+    d_alpha = total_of_warps(products_s.index(2), 0, S.N, S)
+    found, sums = coefficient_gradients(z_s, gram, with_u, d_alpha, d_beta_s, fixed, sums, S)
+    into_x, alpha, along, slope, dz, spoilt = found
     touched = gl.sum(gl.abs(with_u) + gl.abs(d_alpha), axis=1) + spoilt
     flags_s.store(gl.where(is_finite(touched), 0, 1))
-    t_gamma, t_alpha, t_beta = bounded(z_gamma, S), bounded(z_alpha, S), bounded(z_beta, S)
-    gamma = s_gamma + scale_alpha * t_gamma + spoilt[:, None]
-    alpha = s_alpha + scale_alpha * t_alpha + spoilt[:, None]
-
-    gamma3 = to_tokens(gamma, S)
+    own = gl.zeros_like(alpha)
     if S.SUB_NORM == "rmsnorm":
-        sub, with_x = input_deviation(gamma3, to_tokens(gram, S), S)
-        with_u3 = to_tokens(with_u, S)
-        along = token_sum(gamma3 * with_u3) / (S.M * S.C) * sub
-        d_gamma = from_tokens(sub * (with_u3 - along * sub * with_x), S)
-        own = from_tokens(-along * sub * sub * with_transposed(gamma3, S), S)
-        into_x = from_tokens(sub * gamma3, S)
-    else:
-        d_gamma, own, into_x = with_u, gl.zeros_like(gamma), gamma
-    d_beta = d_beta_s.load(gl.SliceLayout(1, layouts.column(S.M, S.W, S.R)))[:, None]
-    dz_gamma, dz_alpha, dz_beta = d_gamma * scale_alpha, d_alpha * scale_alpha, d_beta * scale_beta
-    if S.TANH:
-        dz_gamma *= 1.0 - t_gamma * t_gamma
-        dz_alpha *= 1.0 - t_alpha * t_alpha
-        dz_beta *= 1.0 - t_beta * t_beta
+        own = from_tokens(-along * with_transposed(to_tokens(into_x, S), S), S)
     if S.NORM == "rmsnorm":
-        slope = gl.sum(dz_gamma * z_gamma + dz_alpha * z_alpha, axis=1)
-        slope += gl.convert_layout(gl.sum(dz_beta * z_beta, axis=1), slope.type.layout)
-        slope *= deviation * deviation / S.C
-        own -= gl.where(fraction(S) == coefficient(S), slope[:, None], 0.0)
+        own -= gl.where(table_row(S.N, S) % S.N == coefficient(S.N, S), beside(slope, S.N, S), 0.0)
     store_matrix(G_s, into_x, S)
     store_matrix(A_s, alpha, S)
     store_matrix(H_s, own, S)
-    store_columns(Z_s, dz_gamma * deviation[:, None], 0, S.M)
-    store_columns(Z_s, dz_alpha * deviation[:, None], S.M, S.M)
-    store_columns(Z_s, dz_beta * to_column(deviation, S), 2 * S.M, 1)
-    return (
-        sums[0] + d_gamma,
-        sums[1] + d_alpha,
-        sums[2] + d_beta,
-        sums[3] + d_gamma * t_gamma,
-        sums[4] + d_alpha * t_alpha,
-        sums[5] + d_beta * t_beta,
-    )
-
-
-@gluon.jit
-def over_tokens(table, S: gl.constexpr):
-    """[R, columns] summed to [M, columns]."""
-    return gl.sum(gl.reshape(table, [S.R // S.M, S.M, table.shape[1]]), axis=0)
-
-
-@gluon.jit
-def store_table_part(partial, table, scaled, FIRST: gl.constexpr, S: gl.constexpr):
-    """A program's sums for the columns of its table from FIRST on, and for their scales."""
-    program = gl.program_id(0)
-    table = over_tokens(table, S)
-    i = gl.arange(0, S.M, layout=gl.SliceLayout(1, table.type.layout))[:, None]
-    k = gl.arange(0, table.shape[1], layout=gl.SliceLayout(0, table.type.layout))[None, :]
-    gl.store(partial.table + (program * S.M + i) * S.KP + FIRST + k, table)
-    scaled = gl.sum(scaled, axis=0)
-    k = gl.arange(0, scaled.shape[0], layout=scaled.type.layout)
-    gl.store(partial.scaled + program * S.KP + FIRST + k, scaled)
-
-
-@gluon.jit
-def store_table_sums(partial, sums, S: gl.constexpr):
-    """A program's sums for the coefficients and their scales; the padding of both stays as it is."""
-    store_table_part(partial, sums[0], sums[3], 1, S)
-    store_table_part(partial, sums[1], sums[4], 1 + S.M, S)
-    store_table_part(partial, sums[2], sums[5], 0, S)
+    store_columns(Z_s, dz[0], S.N, S.M)
+    store_columns(Z_s, dz[1], 0, S.N)
+    store_columns(Z_s, dz[2], S.M + S.N, 1)
+    return sums
 
 
 @gluon.jit
@@ -180,8 +115,8 @@ def store_sums(partial, d_projection, d_weight, S: gl.constexpr):
     column += gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
     for n in gl.static_range(2 * CHUNKS):
         at = n // 2 * (S.W * S.K) + n % 2 * 32 + column
-        row = program * (2 * S.M + 1) + row_of_projection(k, S)
-        mask = inside(k, n % 2 * 32 + column, n // 2, 2 * S.M + 1, S)
+        row = program * (1 + S.M + S.N) + row_of_projection(k, S)
+        mask = inside(k, n % 2 * 32 + column, n // 2, 1 + S.M + S.N, S)
         gl.store(partial.projection + row * S.C + at, gl.convert_layout(d_projection[n], L), mask=mask)
         if partial.weight is not None:
             total = gl.sum(gl.reshape(d_weight[n], [S.W, 8 // S.M, S.M, 32]), axis=1)

@@ -3,28 +3,18 @@
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from megatron_fc.connections.kernels.gluon.cuts import Direction, Main, first_of, planned, planned_depth
 from megatron_fc.connections.kernels.tiles import Site
 from megatron_fc.connections.norm import NormWeights
 from megatron_fc.connections.operands import Operands
 
 VERIFIED = "3.6."  # of Triton, whose Gluon is experimental
-_COLUMNS = 64  # of a warp in a chunk
-_REGISTERS = 65536 // 32  # of a processor, by the lanes of a warp
-Direction = Literal["forward", "backward"]
-
-
-class Main(NamedTuple):
-    """A main kernel as it is launched: what it is compiled for, and programs per processor of a GPU."""
-
-    kernel: Any
-    site: Site
-    programs: int
 
 
 class Call(NamedTuple):
@@ -60,6 +50,22 @@ def main_backward(
     return _main("backward", site, [h, *streams, *before[:1]], [g_beta, *before[1:]], depth, p, norm)
 
 
+def main_depth(site: Site, out: Tensor, depth: Any) -> Main | None:
+    """The main kernel for a depth connection alone that the general one would run as `site`, None if it cannot."""
+    call = _call((out, depth.o, depth.h), (depth.beta, depth.alpha), depth)
+    return _chosen_for_depth(site, call, out.device, triton.__version__)
+
+
+@functools.cache
+def _chosen_for_depth(site: Site, call: Call, device: torch.device, version: str) -> Main | None:
+    """That the main kernel runs is said once; why it does not, boundaries say."""
+    if not version.startswith(VERIFIED) or _obstacle(call) or _obstacle_on(device):
+        return None
+    if (main := planned_depth(site, _room(device))) is not None:
+        logging.getLogger("megatron_fc").info("Depth connections of %s run forward on the main kernel", _shape(site))
+    return main
+
+
 def _main(
     direction: Direction,
     site: Site,
@@ -70,16 +76,25 @@ def _main(
     norm: NormWeights | None,
 ) -> Main | None:
     """rows: of d elements per token; values: in fp32, few per token."""
+    call = _call(rows, values, depth)
+    weights = norm[1:3] if norm is not None else ()
+    call = call._replace(
+        rows=call.rows | {t.dtype for t in weights if t is not None},
+        values=call.values | {t.dtype for t in p.parameters if t is not None},
+    )
+    device = next(t.device for t in rows if t is not None)
+    return _chosen(direction, site, depth.o is not None, call, device, triton.__version__)
+
+
+def _call(rows: Sequence[Tensor | None], values: Sequence[Tensor | None], depth: Any) -> Call:
     there = [t for t in rows if t is not None]
-    dtypes = [t.dtype for t in (*there, *(norm[1:3] if norm is not None else ())) if t is not None]
-    call = Call(
-        rows=frozenset(dtypes),
-        values=frozenset(t.dtype for t in (*values, *p.parameters) if t is not None),
+    return Call(
+        rows=frozenset(t.dtype for t in there),
+        values=frozenset(t.dtype for t in values if t is not None),
         all_there=not any(t is None for t in (*rows, *values)),
         aligned=all(t.data_ptr() % 16 == 0 for t in there),
         plain=depth.bias is None and depth.seed is None,
     )
-    return _chosen(direction, site, depth.o is not None, call, there[0].device, triton.__version__)
 
 
 @functools.cache
@@ -92,7 +107,7 @@ def _chosen(
         found = _obstacle(call) or _obstacle_on(device) or planned(direction, site, boundary, _room(device))
     else:
         found = f"the main one was verified with Triton {VERIFIED}*, not with {version}"
-    what = f"{'Boundaries' if boundary else 'Width connections'} of d = {site.M * site.C}, m = {site.M}, n = {site.N}"
+    what = f"{'Boundaries' if boundary else 'Width connections'} of {_shape(site)}"
     logger = logging.getLogger("megatron_fc")
     if isinstance(found, Main):
         logger.info("%s run %s on the main kernel", what, direction)
@@ -101,9 +116,13 @@ def _chosen(
     return None
 
 
+def _shape(site: Site) -> str:
+    return f"d = {site.M * site.C}, m = {site.M}, n = {site.N}"
+
+
 def _obstacle(call: Call) -> str | None:
     """What of a call the main kernels do not do."""
-    return _first(
+    return first_of(
         {
             f"streams in {', '.join(sorted(map(str, call.rows)))}": call.rows
             not in ({torch.bfloat16}, {torch.float16}),
@@ -115,10 +134,6 @@ def _obstacle(call: Call) -> str | None:
     )
 
 
-def _first(obstacles: dict[str, bool]) -> str | None:
-    return next((f"the main one does not do {what}" for what, is_so in obstacles.items() if is_so), None)
-
-
 def _obstacle_on(device: torch.device) -> str | None:
     if triton.knobs.runtime.interpret:
         return "Triton's interpreter does not run Gluon"
@@ -126,65 +141,6 @@ def _obstacle_on(device: torch.device) -> str | None:
     if target.backend != "cuda" or target.arch < 80:
         return f"the main one is for sm_80 and later, {device} is {target.backend} {target.arch}"
     return None
-
-
-def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main | str:
-    """The main kernel for what the general one would run as `site`, or why there is none.
-
-    room: bytes of shared memory that a program may have.
-    """
-    cut = _cut(site)
-    covered = cut.W * cut.K * cut.CHUNKS
-    chunks = 4 if direction == "forward" else 32 // site.KP  # sums of more columns do not fit into registers
-    obstacle = _first(
-        {
-            f"{site.N} slots with {site.M} fractions": site.N != site.M,
-            f"rate {site.M}": site.M not in (2, 4, 8),
-            "static coefficients": site.TO - site.FROM != 1 + site.M + site.N,
-            "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
-            f"{site.C} columns of a fraction": site.C % 16 != 0 or chunks < cut.CHUNKS or covered > 2 * site.C,
-        }
-    )
-    if obstacle:
-        return obstacle
-    by_memory = (room + 1024) // (shared_bytes(direction, cut, boundary) + 1024)
-    if not by_memory:
-        return f"{site.C} columns of a fraction do not fit into shared memory"
-    by_registers = _REGISTERS // (registers(direction, cut, boundary) * cut.W)
-    return Main(_kernel(direction), cut, min(by_memory, by_registers))
-
-
-def _kernel(direction: Direction) -> Any:
-    """Loads Gluon, which another Triton may not have."""
-    from megatron_fc.connections.kernels.gluon import backward, forward
-
-    return forward.main_forward_kernel if direction == "forward" else backward.main_backward_kernel
-
-
-def _cut(site: Site) -> Site:
-    """The site with the work cut as the main kernels do."""
-    warps = 4 if site.C * (site.KP // 16) <= 512 else 8
-    return site._replace(W=warps, K=_COLUMNS, CHUNKS=-(-site.C // (warps * _COLUMNS)))
-
-
-def registers(direction: Direction, site: Site, boundary: bool) -> int:
-    """Of a thread, as compiled for sm_90, or a few more: weights and sums of every chunk stay there."""
-    if direction == "backward" or site.CHUNKS > 2:
-        return 256
-    if site.CHUNKS == 2:
-        return 256 if boundary else 168
-    return 184 if boundary else 128
-
-
-def shared_bytes(direction: Direction, site: Site, boundary: bool) -> int:
-    """Shared memory of a program, or a little more."""
-    if direction == "forward":
-        tiles, products, matrices = 1 + boundary, 1, 2 * site.R
-    else:
-        tiles, products, matrices = 3 + boundary + (site.SUB_NORM != "none"), 3, 3 * site.R + site.KP
-    rows = (tiles * site.R + site.KP) * site.W * site.K * site.CHUNKS * 2
-    tables = site.W * site.R * (site.KP + products * site.M) * 4
-    return rows + tables + 2 * site.R * matrices * 2 + 1024 * site.W
 
 
 @functools.cache

@@ -28,9 +28,8 @@ from megatron_fc.connections.kernels.gluon.rows import (
     weighted,
 )
 from megatron_fc.connections.kernels.gluon.tables import (
+    beside,
     bounded,
-    coefficient,
-    column_row,
     from_tokens,
     in_token,
     input_deviation,
@@ -39,9 +38,9 @@ from megatron_fc.connections.kernels.gluon.tables import (
     some_row,
     static_coefficients,
     store_matrix,
-    table_row,
-    to_column,
+    store_table,
     to_tokens,
+    total_of_warps,
 )
 
 
@@ -58,7 +57,7 @@ def copy_before(o_s, beta_s, alpha_s, pre, n: gl.constexpr, first, count, S: gl.
 def store_alpha(memory, alpha_s, flags_s, h_s, S: gl.constexpr):
     """alpha of the depth connection as a matrix in memory. It is not finite where its token of h is not."""
     CHUNKS: gl.constexpr = S.CHUNKS
-    alpha = alpha_s.reshape([S.R, S.M]).load(layouts.table(S.M, S.W, S.R))
+    alpha = alpha_s.reshape([S.R, S.N]).load(layouts.table(S.N, S.W, S.R, S.N))
     store_matrix(memory, alpha, S)
     flags_s.store(gl.where(is_finite(gl.sum(gl.abs(alpha), axis=1)), 0, 1))
     for n in range(0, some_row(flags_s, S) * CHUNKS):
@@ -69,15 +68,12 @@ def store_alpha(memory, alpha_s, flags_s, h_s, S: gl.constexpr):
 def store_coefficients(z_s, gram_s, G_s, flags_s, fixed, beta, alpha, first, count, S: gl.constexpr):
     """All algebra between the passes: coefficients for the depth connection, and those of x as a matrix in memory."""
     s_gamma, s_alpha, s_beta, scale_alpha, scale_beta = fixed
-    gram = gl.sum(gram_s.load(layouts.over_warps(S.M, S.W, S.R, S.M)), axis=0)
+    gram = total_of_warps(gram_s, 0, S.N, S)
     z_gamma, z_alpha, z_beta, _, spoilt = predictions(z_s, gram, S)
     flags_s.store(gl.where(is_finite(spoilt), 0, 1))
-    row = first + table_row(S)
-    at = row * S.M + coefficient(S)
-    gl.store(alpha + at, s_alpha + scale_alpha * bounded(z_alpha, S) + spoilt[:, None], mask=at < count * S.M)
-    row = first + column_row(S)
-    gl.store(beta + row, s_beta + scale_beta * bounded(z_beta, S) + to_column(spoilt, S), mask=row < count)
-    gamma = s_gamma + scale_alpha * bounded(z_gamma, S) + spoilt[:, None]
+    store_table(alpha, s_alpha + scale_alpha * bounded(z_alpha, S) + beside(spoilt, S.N, S), first, count, S)
+    store_table(beta, s_beta + scale_beta * bounded(z_beta, S) + beside(spoilt, 1, S), first, count, S)
+    gamma = s_gamma + scale_alpha * bounded(z_gamma, S) + beside(spoilt, S.M, S)
     if S.SUB_NORM == "rmsnorm":
         gamma3 = to_tokens(gamma, S)
         deviation, _ = input_deviation(gamma3, to_tokens(gram, S), S)

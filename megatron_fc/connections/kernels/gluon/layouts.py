@@ -42,10 +42,31 @@ def quads(W):
 
 
 @gluon.constexpr_function
+def columns(W, rows):
+    """[W, rows, 64]: a lane has two columns of every row."""
+    return mixing(W, [rows])
+
+
+@gluon.constexpr_function
+def mixing(W, shape):
+    """[W, *shape, 64] with two columns in each lane, and there all that `shape` counts."""
+    rank = len(shape) + 2
+
+    def unit(axis, size):
+        return [size if a == axis else 0 for a in range(rank)]
+
+    rows = [(axis + 1, 1 << b) for axis in reversed(range(len(shape))) for b in range(log2(shape[axis]))]
+    registers = [unit(rank - 1, 1), *(unit(axis, size) for axis, size in rows)]
+    lanes = [unit(rank - 1, 2 << b) for b in range(5)]
+    warps = [unit(0, 1 << b) for b in range(log2(W))]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [W, *shape, 64])
+
+
+@gluon.constexpr_function
 def tables(shape, lanes, warps, W):
     """A layout of `shape`. `lanes`, `warps`: (axis, first bit, bits) of indices, given out in order to lanes and warps.
 
-    What finds no lane or warp is in registers; what is left of lanes or warps holds copies.
+    What finds no lane or warp is in registers; what is left of lanes or warps, and those of axis -1, hold copies.
     """
     rank = len(shape)
 
@@ -68,36 +89,41 @@ def tables(shape, lanes, warps, W):
 
 
 @gluon.constexpr_function
-def over_warps(M, W, R, columns):
+def of_columns(axis, N, columns):
+    """Lanes for the columns of a table along an axis: N, of which some hold copies, so that slots always come next."""
+    n, k = log2(N), log2(columns)
+    return [(axis, 0, min(n, k)), (-1, 0, max(0, n - k))]
+
+
+@gluon.constexpr_function
+def over_warps(N, W, R, columns):
     """[W, R, columns]: tables of all warps, read by one warp per token (or few); the sum over W is in registers."""
-    m, t = log2(M), log2(R) - log2(M)
-    return tables([W, R, columns], [(2, 0, min(m, log2(columns))), (1, 0, m)], [(1, m, t)], W)
+    n, t = log2(N), log2(R) - log2(N)
+    return tables([W, R, columns], [*of_columns(2, N, columns), (1, 0, n)], [(1, n, t)], W)
 
 
 @gluon.constexpr_function
-def table(M, W, R):
-    """[R, M]: a token per warp, a coefficient per lane."""
-    return gl.SliceLayout(0, over_warps(M, W, R, M))
+def table(N, W, R, columns):
+    """[R, columns]: a token per warp, a coefficient per lane."""
+    return gl.SliceLayout(0, over_warps(N, W, R, columns))
 
 
 @gluon.constexpr_function
-def column(M, W, R):
-    """[R, 1] of the same rows."""
-    return gl.SliceLayout(0, over_warps(M, W, R, 1))
+def by_token(N, W, R, columns):
+    """[R / N, N, columns]: a table with an axis for tokens."""
+    n = log2(N)
+    return tables([R // N, N, columns], [*of_columns(2, N, columns), (1, 0, n)], [(0, 0, log2(R) - n)], W)
 
 
 @gluon.constexpr_function
-def by_token(M, W, R):
-    """[R / M, M, M]: a table with an axis for tokens."""
-    m = log2(M)
-    return tables([R // M, M, M], [(2, 0, m), (1, 0, m)], [(0, 0, log2(R) - m)], W)
-
-
-@gluon.constexpr_function
-def summed(M, W, R, axis):
-    """[R / M, M, M, M] with `axis`, over which a product of tables sums, in registers."""
-    m = log2(M)
-    return tables([R // M, M, M, M], [(5 - axis, 0, m), (1, 0, m)], [(0, 0, log2(R) - m)], W)
+def summed(N, W, R, columns, axis):
+    """[R / N, N, N, columns] with `axis`, over which a product of tables sums, in registers; [R / N, N, N, N] where
+    that is the last one.
+    """
+    n = log2(N)
+    last = columns if axis == 2 else N
+    shape = [R // N, N, N, last]
+    return tables(shape, [*of_columns(5 - axis, N, last), (1, 0, n)], [(0, 0, log2(R) - n)], W)
 
 
 @gluon.constexpr_function
@@ -111,6 +137,14 @@ def blocks(M, W, R):
 def everywhere(W, R):
     """[R] in the registers of every thread."""
     return gl.DistributedLinearLayout([[1 << b] for b in range(log2(R))], [[0]] * 5, [[0]] * log2(W), [], [R])
+
+
+@gluon.constexpr_function
+def row_everywhere(W, R):
+    """[1, R] in the same way."""
+    return gl.DistributedLinearLayout(
+        [[0, 1 << b] for b in range(log2(R))], [[0, 0]] * 5, [[0, 0]] * log2(W), [], [1, R]
+    )
 
 
 @gluon.constexpr_function

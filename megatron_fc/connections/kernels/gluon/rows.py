@@ -30,8 +30,8 @@ def inside(row, column, n, count, S: gl.constexpr):
 
 @gluon.jit
 def copy_chunk(memory, pointer, n: gl.constexpr, first, count, S: gl.constexpr):
-    """Ask for chunk n of the rows from `first` on; what lies outside becomes zero."""
-    row, column = places(S.R, layouts.copies(S.W), S)
+    """Ask for chunk n of as many rows from `first` on as `memory` has; what lies outside becomes zero."""
+    row, column = places(memory.shape[1], layouts.copies(S.W), S)
     pointer += first.to(gl.int64) * S.C + n * (S.W * S.K)
     mask = inside(row, column, n, count - first, S)
     async_copy.async_copy_global_to_shared(memory, pointer + row * S.C + column, mask=mask)
@@ -46,18 +46,21 @@ def copy_values(memory, pointer, first, count, SIZE: gl.constexpr, S: gl.constex
 
 @gluon.jit
 def row_of_projection(k, S: gl.constexpr):
-    """The row of the projection that column k of a table belongs to: here beta, which has one, comes last."""
-    return gl.where(k == 2 * S.M, 0, k + 1)
+    """The row of the projection that column k of a product with it belongs to.
+
+    Here alpha comes first, then gamma and beta: parts of shared memory begin at multiples of their size.
+    """
+    return gl.where(k < S.N, 1 + S.M + k, gl.where(k < S.M + S.N, 1 - S.N + k, 0))
 
 
 @gluon.jit
 def keep_projection(memory, p, S: gl.constexpr):
-    """The projection with the fraction norm's weight folded in, [CHUNKS, W, KP, 64] in 16 bits, once per program."""
+    """The projection with the slot norm's weight folded in, [CHUNKS, W, rows, 64] in 16 bits, once per program."""
     CHUNKS: gl.constexpr = S.CHUNKS
-    k, column = places(S.KP, layouts.copies(S.W), S)
+    k, column = places(memory.shape[2], layouts.copies(S.W), S)
     for n in gl.static_range(CHUNKS):
         at = n * (S.W * S.K) + column
-        mask = inside(k, column, n, 2 * S.M + 1, S)
+        mask = inside(k, column, n, 1 + S.M + S.N, S)
         weight = gl.load(p.dynamic_weight + row_of_projection(k, S) * S.C + at, mask=mask, other=0.0)
         if p.norm_weight is not None:
             weight *= gl.load(p.norm_weight + at, mask=inside(0, column, n, 1, S), other=0.0)

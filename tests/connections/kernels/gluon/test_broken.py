@@ -12,7 +12,7 @@ import torch
 from laboratory.emulator import Options
 from laboratory.emulator.driver import Emulator, emulated
 from laboratory.emulator.errors import AccessError, Hang, RaceError
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig
 from megatron_fc.connections.kernels import launch
 from support import kernel_cases, kernel_reference
 
@@ -56,9 +56,9 @@ def with_another_lane(match: re.Match[str]) -> str:
 class Boundary:
     """A boundary in the emulator: results of either direction, as they are and with a changed kernel."""
 
-    def __init__(self, emulator: Emulator) -> None:
+    def __init__(self, emulator: Emulator, config: FracConfig | HyperConfig) -> None:
         self.emulator = emulator
-        self.case = kernel_reference.make(FracConfig(rate=4), 1024, 18, torch.bfloat16, "rmsnorm")
+        self.case = kernel_reference.make(config, 1024, 18, torch.bfloat16, "rmsnorm")
         self.depth = kernel_cases.depth_inputs(self.case, dropout=False)
         self.site = (self.case.operands, self.case.norm)
         emulator.options = RANDOM
@@ -76,7 +76,7 @@ class Boundary:
         """Whether a kernel fails, gives other results or has a race with the n-th match of a pattern changed."""
 
         def edit(name: str, text: str) -> str:
-            if not name.startswith("main"):
+            if not name.startswith(("main", "wide")):
                 return text
             match = list(re.finditer(pattern, text))[n]
             return text[: match.start()] + change(match) + text[match.end() :]
@@ -100,7 +100,13 @@ class Boundary:
 @pytest.fixture(scope="module")
 def boundary() -> Iterator[Boundary]:
     with emulated(90) as emulator:
-        yield Boundary(emulator)
+        yield Boundary(emulator, FracConfig(rate=4))
+
+
+@pytest.fixture(scope="module")
+def wide_boundary() -> Iterator[Boundary]:
+    with emulated(90) as emulator:
+        yield Boundary(emulator, HyperConfig(slots=4))
 
 
 BROKEN: list[Broken] = [
@@ -130,7 +136,7 @@ BROKEN: list[Broken] = [
     ("backward", LOWER, 13, by_one_too_many),
     ("backward", TRANSPOSED, 7, not_transposed),
     ("backward", AS_IT_LIES, 14, transposed),
-    ("backward", EXCHANGE, 27, with_another_lane),
+    ("backward", EXCHANGE, 30, with_another_lane),
 ]
 
 
@@ -142,6 +148,33 @@ def named(broken: Broken) -> str:
 @pytest.mark.parametrize("broken", BROKEN, ids=named)
 def test_a_broken_kernel_is_noticed(boundary: Boundary, broken: Broken) -> None:
     assert boundary.notices(*broken)
+
+
+WIDE: list[Broken] = [
+    ("forward", BARRIER, 1, left_out),
+    ("forward", BARRIER, 6, left_out),
+    ("forward", WAIT, 0, left_out),
+    ("forward", COMMIT, 1, left_out),
+    ("forward", PRODUCT, 12, swapped),
+    ("forward", LOWER, 7, by_one_too_many),
+    ("forward", AS_IT_LIES, 39, transposed),
+    ("forward", EXCHANGE, 4, with_another_lane),
+    ("backward", BARRIER, 4, left_out),
+    ("backward", BARRIER, 30, left_out),
+    ("backward", WAIT, 1, left_out),
+    ("backward", COMMIT, 1, left_out),
+    ("backward", PRODUCT, 0, swapped),
+    ("backward", PRODUCT, 63, swapped),
+    ("backward", LOWER, 12, by_one_too_many),
+    ("backward", TRANSPOSED, 6, not_transposed),
+    ("backward", AS_IT_LIES, 40, transposed),
+    ("backward", EXCHANGE, 5, with_another_lane),
+]
+
+
+@pytest.mark.parametrize("broken", WIDE, ids=named)
+def test_a_broken_kernel_of_wide_slots_is_noticed(wide_boundary: Boundary, broken: Broken) -> None:
+    assert wide_boundary.notices(*broken)
 
 
 HARMLESS: list[Broken] = [

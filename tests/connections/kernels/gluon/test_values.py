@@ -14,10 +14,10 @@ import torch
 from laboratory.emulator import Options
 from laboratory.emulator.driver import Emulator
 from megatron_fc import FracConfig, FracConnection
-from megatron_fc.connections.kernels import launch
+from megatron_fc.connections.kernels import cuts, launch
 from support import kernel_cases, kernel_reference
 from support.isolation import stays_alone
-from support.kernel_cases import HALF, check
+from support.kernel_cases import HALF, check, wide
 from support.kernel_traffic import counted, of
 
 pytestmark = pytest.mark.slow
@@ -28,16 +28,6 @@ CASES = [
     (FracConfig(rate=4), 4096, 5, torch.bfloat16, "rmsnorm", False),
     (FracConfig(rate=2, norm="none", tanh=False, scale=False), 1024, 9, torch.float16, None, False),
 ]
-
-
-def make(
-    config: FracConfig, width: int, tokens: int, dtype: torch.dtype, kind: str | None, one_plus: bool = False
-) -> kernel_reference.Case:
-    """With a projection that leaves tanh its slope at these widths; gradients of the scales cancel otherwise."""
-    case = kernel_reference.make(config, width, tokens, dtype, kind, one_plus)
-    assert case.p.dynamic_weight is not None
-    narrow = case.p.dynamic_weight * (width / config.rate / 16) ** -0.5
-    return replace(case, p=case.p._replace(dynamic_weight=narrow))
 
 
 def only_main(emulator: Emulator) -> bool:
@@ -56,7 +46,7 @@ def test_against_float64(
     one_plus: bool,
 ) -> None:
     """A width connection, and a boundary against its parts: streams to the bit, sums over columns to their rounding."""
-    case = make(config, width, tokens, dtype, kind, one_plus)
+    case = wide(config, width, tokens, dtype, kind, one_plus)
     check(case, HALF[dtype])
     found, parts = kernel_cases.boundary_and_parts(case, kernel_cases.depth_inputs(case, dropout=False))
     for name, expected in parts.items():
@@ -72,7 +62,7 @@ def test_low_halves_of_coefficients_count(emulator: Emulator) -> None:
 
     With coefficients of 16 bits, half of all values would be another.
     """
-    case = make(FracConfig(rate=2, norm="none", tanh=False, scale=False), 1024, 9, torch.float16, None)
+    case = wide(FracConfig(rate=2, norm="none", tanh=False, scale=False), 1024, 9, torch.float16, None)
     assert case.p.dynamic_weight is not None
     case = replace(case, p=case.p._replace(dynamic_weight=case.p.dynamic_weight.half().float()))
     (x, _, _), (g_h, *_) = kernel_reference.width_and_gradients(case)
@@ -86,7 +76,7 @@ def test_low_halves_of_coefficients_count(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 6, 35])
 def test_token_counts(emulator: Emulator, tokens: int) -> None:
-    check(make(FracConfig(rate=4), 1024, tokens, torch.bfloat16, "rmsnorm"), HALF[torch.bfloat16])
+    check(wide(FracConfig(rate=4), 1024, tokens, torch.bfloat16, "rmsnorm"), HALF[torch.bfloat16])
     assert only_main(emulator)
 
 
@@ -133,7 +123,7 @@ def test_bytes_of_memory(emulator: Emulator) -> None:
     with counted(emulator) as moved:
         g_h, _ = launch.width_backward(*incoming, case.h, *site)
     assert of(moved, case.g_x, case.g_mixed, case.h, g_h) == 4 * row
-    sums = launch.programs(32 * 4, case.h.device, launch.Cut(4, 64, 2)) * 4 * (9 * 256 + 1024 + 16 * 5)
+    sums = cuts.programs(32 * 4, case.h.device, cuts.Cut(4, 64, 2)) * 4 * (9 * 256 + 1024 + 16 * 5)
     parameters = 4 * (9 * 256 + 256) + 2 * 1024 + 4096
     rest = moved.total() - 4 * row - of(moved, case.g_beta)
     assert rest <= 2 * sums + 6 * parameters

@@ -1,0 +1,101 @@
+"""`megatron-fc evaluate`: checkpoints on tasks of the lm-evaluation-harness."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.cli.parsing import Commands
+
+
+def add(commands: Commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="evaluate checkpoints on tasks of the lm-evaluation-harness",
+        allow_abbrev=False,
+        usage="megatron-fc evaluate CHECKPOINTS CONFIG.yaml [key=value ...] --tasks TASK ... [--out FOLDER]\n"
+        "       [--every N] [--limit N] [--data FOLDER] [--include FOLDER ...] [--batch-size N]",
+    )
+    add_source(evaluate)
+    add_tasks(evaluate)
+    evaluate.add_argument("--limit", type=int, metavar="N", help="documents of each task (default: all)")
+    evaluate.add_argument("--data", type=Path, metavar="FOLDER", help="data of the tasks, by `evaluate fetch`: offline")
+    evaluate.set_defaults(run=run)
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Words of commands that run checkpoints and write results."""
+    parser.add_argument("source", type=Path, metavar="CHECKPOINTS", help="folder of checkpoints, or one of them")
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of the run that wrote them")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train; the layout is free")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="of results (default: run_dir=..., else runs/CONFIG-evaluation)"
+    )
+    parser.add_argument(
+        "--every", type=int, metavar="N", help="checkpoints at multiples of iteration N (default: the newest)"
+    )
+    help = "sequences of full length that a replica runs at once (default: the run's micro-batch)"
+    parser.add_argument("--batch-size", type=int, metavar="N", help=help)
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Words of commands that know the harness's tasks."""
+    help = "names, or lists such as configs/eval/olmoe.yaml"
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help=help)
+    parser.add_argument(
+        "--include", nargs="+", type=Path, default=[], metavar="FOLDER", help="of tasks in the harness's YAML format"
+    )
+
+
+def out_of(args: argparse.Namespace) -> Path:
+    """The folder of results."""
+    given = [word.partition("=")[2] for word in args.overrides if word.startswith("run_dir=")]
+    return args.out or Path(given[-1] if given else f"runs/{args.config.stem}-evaluation")
+
+
+def check_numbers(args: argparse.Namespace, *names: str) -> None:
+    """Check that numbers which count something are at least one."""
+    from megatron_fc.errors import UserError
+
+    for name in names:
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a number from 1 on")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_numbers(args, "every", "limit", "batch_size")
+    from megatron_fc.training import cpu_lane
+
+    cpu_lane.install()
+    quieten_harness()
+    from megatron_fc.evaluate.evaluate import evaluate
+    from megatron_fc.evaluate.task_list import read_task_list
+
+    wanted = read_task_list(args.tasks, args.include)
+
+    def report(results: dict[str, Any]) -> None:
+        print(f"{results['connection']}  iteration {results['iteration']}  {results['tokens']:,} tokens")
+        for name in wanted.tasks:
+            found = results["tasks"][name]
+            print(f"  {name}  {found['metric']} {found['value']:.4f}  {found['documents']:,} documents", flush=True)
+
+    out = out_of(args)
+    evaluate(
+        args.config,
+        args.overrides,
+        args.source,
+        wanted,
+        out,
+        every=args.every,
+        limit=args.limit,
+        data=args.data,
+        batch_size=args.batch_size,
+        report=report,
+    )
+    return 0
+
+
+def quieten_harness() -> None:
+    """Keep the harness's hints to writers of tasks and its bars off the terminal."""
+    import logging
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

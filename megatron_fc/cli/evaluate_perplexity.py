@@ -1,0 +1,76 @@
+"""`megatron-fc evaluate perplexity`: losses on validation sets."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.cli.evaluate import add_source, check_numbers, out_of
+from megatron_fc.cli.parsing import Commands
+
+
+def add(commands: Commands) -> None:
+    perplexity = commands.add_parser(
+        "evaluate perplexity",
+        help="losses of checkpoints on validation sets, by document or by chunk, per token and per byte",
+        allow_abbrev=False,
+        usage="megatron-fc evaluate perplexity CHECKPOINTS CONFIG.yaml [key=value ...] --sets NAME=FILE ...\n"
+        "       [--by document|chunk] [--data FOLDER] [--out FOLDER] [--every N] [--limit N] [--batch-size N]",
+    )
+    add_source(perplexity)
+    help = "Megatron's indexed files or lines of JSON with a text each; or a list such as configs/eval/olmoe.yaml"
+    perplexity.add_argument("--sets", nargs="+", required=True, metavar="NAME=FILE", help=help)
+    perplexity.add_argument("--data", type=Path, default=Path(), metavar="FOLDER", help="of the sets that a list names")
+    perplexity.add_argument(
+        "--by",
+        choices=("document", "chunk"),
+        default="document",
+        help="what is scored by itself (default: %(default)s)",
+    )
+    perplexity.add_argument("--limit", type=int, metavar="N", help="documents or chunks of each set (default: all)")
+    perplexity.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_numbers(args, "every", "limit", "batch_size")
+    sets = _sets(args.sets, args.data)
+    from megatron_fc.training import cpu_lane
+
+    cpu_lane.install()
+    from megatron_fc.evaluate.perplexity import perplexity
+
+    def report(results: dict[str, Any]) -> None:
+        print(f"{results['connection']}  iteration {results['iteration']}  {results['tokens']:,} tokens")
+        for name in sets:
+            found = results["perplexity"][name]
+            numbers = f"loss {found['value']:.4f}  perplexity {found['perplexity']:.2f}"
+            print(f"  {name}  {numbers}  {found['bits_per_byte']:.4f} bits per byte  {found['tokens']:,} tokens")
+
+    perplexity(
+        args.config,
+        args.overrides,
+        args.source,
+        sets,
+        out_of(args),
+        by=args.by,
+        every=args.every,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        report=report,
+    )
+    return 0
+
+
+def _sets(words: list[str], data: Path) -> dict[str, Path]:
+    from megatron_fc.errors import UserError
+    from megatron_fc.evaluate.task_list import read_task_list
+
+    found: dict[str, Path] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if equals:
+            found[name] = Path(path).expanduser()
+        elif word.endswith((".yaml", ".yml")):
+            found |= {name: data / name for name in read_task_list([word]).perplexity}
+        else:
+            raise UserError(f"--sets {word}: write NAME=FILE, or the path of a list")
+    return found

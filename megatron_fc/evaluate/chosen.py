@@ -1,0 +1,122 @@
+"""Checkpoints of a run, evaluated one after the other, also while it writes more and deletes old ones."""
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.checkpoints.changes import stored_args
+from megatron_fc.checkpoints.integrity import INDEX, intact_checkpoints, step_of
+from megatron_fc.checkpoints.location import find_checkpoint
+from megatron_fc.errors import UserError
+from megatron_fc.evaluate.answers import Answers
+from megatron_fc.evaluate.engine import Engine, NothingToDo, open_engine
+from megatron_fc.evaluate.questions import Questions
+from megatron_fc.evaluate.recipes import recipe_without_data
+from megatron_fc.evaluate.results import add_results, read_results, results_file
+
+
+def evaluate_each(
+    config: Path,
+    overrides: Sequence[str],
+    source: Path,
+    out: Path,
+    section: str,
+    prepare: Callable[[], None],
+    missing: Callable[[dict[str, Any]], list[str]],
+    ask: Callable[[Questions, list[str]], dict[str, Any]],
+    every: int | None,
+    batch_size: int | None,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Ask checkpoints what their results lack, and add it to these; every rank calls it.
+
+    Args:
+        config: file of the run that wrote the checkpoints.
+        overrides: as for training it.
+        source: folder of checkpoints, or one of them.
+        out: folder of the results.
+        section: of the results.
+        prepare: called on the first rank before anything is built.
+        missing: given a checkpoint's results, the names that it lacks.
+        ask: given what asks a checkpoint's model, and names, what it finds for each.
+        every: evaluate the checkpoints of all multiples of this iteration, None for the newest.
+        batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
+        report: told the results of a checkpoint, on the first rank.
+
+    Raises:
+        UserError: what `prepare` refuses, or the checkpoints cannot be evaluated by this config.
+    """
+    recipe = recipe_without_data(config, overrides)
+    left: list[Path] = []
+
+    def lacks(checkpoint: Path) -> list[str]:
+        return missing(read_results(results_file(out, checkpoint)))
+
+    def choose() -> Path | None:
+        prepare()
+        left.extend(path for path in chosen_checkpoints(source, every) if lacks(path))
+        return left[0] if left else None
+
+    try:
+        with open_engine(recipe, find_checkpoint(source), batch_size, choose) as engine:
+            if not engine.leads:
+                engine.follow()
+                return
+            for number, checkpoint in enumerate(left):
+                if number:
+                    engine.load(checkpoint)
+                answers = _answers(engine, checkpoint, out)
+                try:
+                    found = ask(Questions(engine, answers), lacks(checkpoint))
+                finally:
+                    answers.close()
+                facts = _facts(engine, checkpoint, recipe.label)
+                report(add_results(results_file(out, checkpoint), facts, section, found))
+    except NothingToDo:
+        return
+
+
+def chosen_checkpoints(source: Path, every: int | None) -> list[Path]:
+    """Return the checkpoint that `source` stands for, or all of its complete ones at multiples of an iteration.
+
+    Args:
+        source: folder of checkpoints, or one of them.
+        every: the iterations' divisor, None for the newest checkpoint alone.
+
+    Raises:
+        UserError: there is none.
+    """
+    if every is None:
+        return [find_checkpoint(source)]
+    found = [path for path in reversed(intact_checkpoints(source)) if step_of(path) % every == 0]
+    if not found:
+        raise UserError(f"{source} has no complete checkpoint at a multiple of iteration {every}: lower --every")
+    return found
+
+
+def _answers(engine: Engine, checkpoint: Path, out: Path) -> Answers:
+    """What the checkpoint has answered already."""
+    args = engine.args
+    model = {
+        "checkpoint": str(checkpoint.resolve()),
+        "written": (checkpoint / INDEX).stat().st_mtime_ns,
+        "precision": str(args.params_dtype),
+        "seq_length": args.seq_length,
+        "tokenizer": args.tokenizer_digest,
+    }
+    return Answers(out / "answers" / f"{checkpoint.name}.jsonl", model)
+
+
+def _facts(engine: Engine, checkpoint: Path, label: str) -> dict[str, Any]:
+    """What the results are of."""
+    args, stored = engine.args, stored_args(checkpoint)
+    return {
+        "checkpoint": str(checkpoint),
+        "connection": label,
+        "iteration": args.iteration,
+        # The sequences may be shorter in the evaluation.
+        "tokens": args.consumed_train_samples * getattr(stored, "seq_length", args.seq_length),
+        "precision": str(args.params_dtype).removeprefix("torch."),
+        "lm_eval": version("lm_eval"),
+    }

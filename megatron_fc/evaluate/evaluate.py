@@ -1,0 +1,125 @@
+"""`megatron-fc evaluate`: checkpoints of a run on tasks of the harness."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+
+from megatron_fc.evaluate.chosen import evaluate_each
+from megatron_fc.evaluate.harness import HarnessModel
+from megatron_fc.evaluate.questions import Questions
+from megatron_fc.evaluate.results import lacking
+from megatron_fc.evaluate.task_list import TaskList, Wanted
+from megatron_fc.evaluate.tasks import Tasks
+from megatron_fc.training.setup import quiet
+
+# Standard errors of means are exact; of other metrics they are drawn, by as many samples.
+_BOOTSTRAP = 100
+
+
+def evaluate(
+    config: Path,
+    overrides: Sequence[str],
+    source: Path,
+    wanted: TaskList,
+    out: Path,
+    *,
+    every: int | None = None,
+    limit: int | None = None,
+    data: Path | None = None,
+    batch_size: int | None = None,
+    report: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> None:
+    """Evaluate checkpoints and write `out/iter_*.json`; every rank calls it. What is there already is not run again.
+
+    Args:
+        config: file of the run that wrote the checkpoints.
+        overrides: as for training it, of the layout say.
+        source: folder of checkpoints, or one of them.
+        wanted: the tasks.
+        out: folder of the results.
+        every: evaluate the checkpoints of all multiples of this iteration, None for the newest.
+        limit: documents of each task, None for all.
+        data: folder of `tasks.fetch`.
+        batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
+        report: told the results of a checkpoint, on the first rank.
+
+    Raises:
+        UserError: a task is unknown, its data are missing, or the checkpoints cannot be evaluated by this config.
+    """
+    tasks: list[Tasks] = []
+
+    def missing(results: dict[str, Any]) -> list[str]:
+        return [name for name, one in wanted.tasks.items() if lacking(results, [name], "tasks", _settings(one, limit))]
+
+    evaluate_each(
+        config,
+        overrides,
+        source,
+        out,
+        "tasks",
+        lambda: tasks.append(Tasks(wanted, data)),
+        missing,
+        lambda questions, names: _evaluated(questions, names, tasks[0], wanted, limit),
+        every,
+        batch_size,
+        report,
+    )
+
+
+def _settings(wanted: Wanted, limit: int | None) -> dict[str, Any]:
+    given = {key: value for key, value in asdict(wanted).items() if value is not None}
+    return {**given, "limit": limit}
+
+
+def _evaluated(
+    questions: Questions, names: list[str], tasks: Tasks, wanted: TaskList, limit: int | None
+) -> dict[str, Any]:
+    with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its many bars and hints
+        found: Any = lm_eval.simple_evaluate(
+            model=HarnessModel(questions),
+            tasks=[item for name in names for item in tasks.built[name]],
+            limit=limit,
+            bootstrap_iters=_BOOTSTRAP,
+            log_samples=False,
+            task_manager=tasks.manager,
+        )
+    return {name: _result(found, name, tasks, wanted.tasks[name], limit) for name in names}
+
+
+def _result(found: Any, name: str, tasks: Tasks, wanted: Wanted, limit: int | None) -> dict[str, Any]:
+    """A task's value and all that the harness says of it; of a tag or a group without one the mean of its tasks."""
+    leaves = [task.task_name for task in tasks.leaves(name)]
+    of_name = found["results"].get(name) or {}
+    metrics = _mean([_metrics(found["results"][leaf]) for leaf in leaves]) | _metrics(of_name)
+    metric = wanted.metric or next(iter(metrics))
+    error = of_name.get(f"{metric}_stderr,none")
+    shots = {found["n-shot"][leaf] for leaf in leaves}
+    return {
+        "metric": metric,
+        "value": metrics[metric],
+        "stderr": error if isinstance(error, float) else None,  # the harness writes "N/A"
+        "shots": shots.pop() if len(shots) == 1 else None,
+        "documents": sum(found["n-samples"][leaf]["effective"] for leaf in leaves),
+        "limit": limit,
+        "metrics": metrics,
+    }
+
+
+def _metrics(results: dict[str, Any]) -> dict[str, float]:
+    """Values by metric, of the first filter that a task has."""
+    values: dict[str, float] = {}
+    for key, value in results.items():
+        metric, comma, _ = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            values.setdefault(metric, float(value))
+    return values
+
+
+def _mean(of_tasks: list[dict[str, float]]) -> dict[str, float]:
+    shared = [metric for metric in of_tasks[0] if all(metric in metrics for metrics in of_tasks)]
+    return {metric: sum(metrics[metric] for metrics in of_tasks) / len(of_tasks) for metric in shared}

@@ -1,0 +1,166 @@
+"""Results of runs side by side: a Markdown table beside published numbers, and grids of curves over tokens."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.errors import UserError
+from megatron_fc.evaluate.results import results_of, values_of
+from megatron_fc.evaluate.task_list import TaskList
+from megatron_fc.runs.metrics import Series
+from megatron_fc.runs.plot import COLOURS, smoothed
+
+_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A run.
+
+    Attributes:
+        label: its connection, and its folder where several have the same.
+        results: of its checkpoints, in the order of their tokens.
+    """
+
+    label: str
+    results: list[dict[str, Any]]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Evaluated]:
+    """Read the results of runs.
+
+    Raises:
+        UserError: a folder has none.
+    """
+    found = [results_of(folder) for folder in folders]
+    labels = [results[-1]["connection"] for results in found]
+    return [
+        Evaluated(label if labels.count(label) == 1 else f"{label} ({folder.name})", results)
+        for label, folder, results in zip(labels, folders, found, strict=True)
+    ]
+
+
+def write_report(folders: Sequence[Path], wanted: TaskList, to: Path, decay: float) -> list[Path]:
+    """Write the table and the curves of runs, of which the first is the baseline.
+
+    Args:
+        folders: of the runs' results.
+        wanted: averages and published numbers; its tasks come first.
+        to: folder of results.md, accuracy.png and loss.png.
+        decay: of the curves' moving average over checkpoints, 0 for none.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: a folder has no results.
+    """
+    if not 0 <= decay < 1:
+        raise UserError(f"--decay {decay}: give a number from 0 on, below 1")
+    runs = read_runs(folders)
+    to.mkdir(parents=True, exist_ok=True)
+    written = [to / "results.md"]
+    written[0].write_text(markdown(runs, wanted))
+    grids: tuple[tuple[str, Callable[[dict[str, Any]], dict[str, float]]], ...] = (
+        ("accuracy", lambda results: values_of(results, wanted)),
+        ("loss", losses_of),
+    )
+    for name, values in grids:
+        if any(values(results) for run in runs for results in run.results):
+            written.append(plot_grid(runs, values, list(wanted.tasks), to / f"{name}.png", decay))
+    return written
+
+
+def losses_of(results: dict[str, Any]) -> dict[str, float]:
+    """Losses by validation set, in nats per token."""
+    return {name: float(found["value"]) for name, found in results.get("perplexity", {}).items()}
+
+
+def markdown(runs: Sequence[Evaluated], wanted: TaskList) -> str:
+    """Return the table of the newest checkpoints: tasks, their averages, losses; published numbers first."""
+    newest = [run.results[-1] for run in runs]
+    values = [values_of(results, wanted) for results in newest]
+    heads = [f"paper: {name}" for name in wanted.paper]
+    heads += [f"{run.label}, {results['tokens']:,} tokens" for run, results in zip(runs, newest, strict=True)]
+    lines = [_row("", "metric", "shots", *heads), _row(*("---" for _ in range(3 + len(heads))))]
+    for name in _names([values, list(wanted.paper.values())], list(wanted.tasks)):
+        of_task = (results["tasks"][name] for results in newest if name in results.get("tasks", {}))
+        task: dict[str, Any] = next(of_task, {})
+        metric = task.get("metric", "average" if name in wanted.averages else "")
+        cells = [_percent(column.get(name)) for column in (*wanted.paper.values(), *values)]
+        lines.append(_row(name, metric, str(task.get("shots", "")), *cells))
+    losses = [losses_of(results) for results in newest]
+    for name in _names([losses], []):
+        cells = ["" for _ in wanted.paper] + [f"{column[name]:.4f}" if name in column else "" for column in losses]
+        lines.append(_row(name, "loss", "", *cells))
+    limited = sorted({name for results in newest for name, task in results.get("tasks", {}).items() if task["limit"]})
+    note = f"\nA part of the documents only: {', '.join(limited)}.\n" if limited else ""
+    return "\n".join(lines) + "\n" + note
+
+
+def plot_grid(
+    runs: Sequence[Evaluated],
+    values: Callable[[dict[str, Any]], dict[str, float]],
+    first: Sequence[str],
+    out: Path,
+    decay: float,
+) -> Path:
+    """Draw a curve over tokens for each value and run: the points, and their moving average, corrected for its start.
+
+    Args:
+        runs: the first is the baseline, in grey.
+        values: of a checkpoint's results, by name.
+        first: names that come first.
+        out: the PNG.
+        decay: of the moving average.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = _names([[values(results) for run in runs for results in run.results]], first)
+    columns = min(_COLUMNS, len(names))
+    rows = math.ceil(len(names) / columns)
+    size = (3.1 * columns, 2.4 * rows + 0.4)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes, name in zip(grid.flat, names, strict=False):
+        for number, run in enumerate(runs):
+            curve: Series = {
+                results["tokens"]: found[name] for results in run.results if name in (found := values(results))
+            }
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(curve.keys(), curve.values(), ".", color=colour, alpha=0.35, markersize=4)
+            smooth = smoothed(curve, decay)
+            axes.plot(smooth.keys(), smooth.values(), color=colour, linewidth=1.6, label=run.label)
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens")
+    grid.flat[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"EMA {decay:g}" if decay else "", fontsize=9)
+    figure.savefig(out, dpi=140)
+    plt.close(figure)
+    return out
+
+
+def _names(groups: Sequence[Sequence[dict[str, float]]], first: Sequence[str]) -> list[str]:
+    """All names, each once, those that come first before the others."""
+    there = dict.fromkeys(name for columns in groups for column in columns for name in column)
+    return [name for name in first if name in there] + [name for name in there if name not in first]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(value: float | None) -> str:
+    """Accuracies in percent; what is more than one is another kind of number."""
+    if value is None:
+        return ""
+    return f"{100 * value:.2f} %" if 0 <= value <= 1 else f"{value:.4g}"

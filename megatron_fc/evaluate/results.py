@@ -1,0 +1,76 @@
+"""Results of evaluations: a JSON file per checkpoint, to which later evaluations add."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.errors import UserError
+from megatron_fc.evaluate.task_list import TaskList, average
+
+_SCHEMA = 1
+_NAME = "iter_*.json"
+
+
+def results_file(out: Path, checkpoint: Path) -> Path:
+    """Where the results of a checkpoint lie below the folder of a run's results."""
+    return out / f"{checkpoint.name}.json"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's results, {} before there are some."""
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text())
+    if content.get("schema") != _SCHEMA:
+        raise UserError(f"{path} has schema {content.get('schema')}, this version reads {_SCHEMA}: give another --out")
+    return content
+
+
+def add_results(path: Path, facts: dict[str, Any], section: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Put results into a checkpoint's file, in place of older ones of the same names; returns all.
+
+    Args:
+        path: the file.
+        facts: of the checkpoint: iteration, tokens, connection.
+        section: tasks or perplexity.
+        found: by name.
+    """
+    content = {"schema": _SCHEMA, **read_results(path), **facts}
+    content[section] = content.get(section, {}) | found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+    return content
+
+
+def results_of(out: Path) -> list[dict[str, Any]]:
+    """Return the results of a run's checkpoints, in the order of their tokens.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = [read_results(path) for path in out.glob(_NAME)]
+    if not found:
+        raise UserError(f"{out} has no results: give the --out of megatron-fc evaluate")
+    return sorted(found, key=lambda results: results["tokens"])
+
+
+def lacking(results: dict[str, Any], names: Iterable[str], section: str, settings: dict[str, Any]) -> list[str]:
+    """The names without a result of the same settings (limit and the like)."""
+    there = results.get(section, {})
+    return [
+        name
+        for name in names
+        if name not in there or any(there[name].get(key) != value for key, value in settings.items())
+    ]
+
+
+def values_of(results: dict[str, Any], wanted: TaskList) -> dict[str, float]:
+    """Return the values of tasks and of those averages whose tasks all have one."""
+    values = {name: float(found["value"]) for name, found in results.get("tasks", {}).items()}
+    for name, weights in wanted.averages.items():
+        if weights.keys() <= values.keys():
+            values[name] = average(values, weights)
+    return values

@@ -1,0 +1,176 @@
+"""The harness's tasks and their data, which lie in a folder that `megatron-fc evaluate fetch` fills."""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+
+from megatron_fc.errors import UserError
+from megatron_fc.evaluate.task_list import TaskList, Wanted
+
+
+class Tasks:
+    """The tasks of a list, loaded with their data.
+
+    Args:
+        wanted: the list.
+        data: folder of `fetch`, None to let the harness look for data as it does, in its cache and on the network.
+
+    Attributes:
+        built: tasks and groups by name; of a tag its tasks.
+        manager: the harness's.
+
+    Raises:
+        UserError: a task is unknown or its data are missing.
+    """
+
+    def __init__(self, wanted: TaskList, data: Path | None) -> None:
+        own = [str(folder) for folder in wanted.folders] or None
+        self.manager = TaskManager(include_path=own, include_defaults=False)
+        if not wanted.tasks.keys() <= self.manager.task_index.keys():  # the harness's own are 14,000 files to read
+            self.manager = TaskManager(include_path=own)
+        _refuse_unknown(wanted, self.manager)
+        self.built: dict[str, list[Task | Group]] = {}
+        missing: dict[str, str] = {}
+        with _read_from(data) if data else contextlib.nullcontext():
+            for name in wanted.tasks:
+                try:
+                    built = self.manager._load_spec(name)
+                except Exception as error:  # of data, files, the network, each library's own
+                    missing[name] = shorten(f"{type(error).__name__}: {error}", 160)
+                else:
+                    self.built[name] = built if isinstance(built, list) else [built]
+        if missing:
+            _refuse_missing(missing, data)
+        for name, one in wanted.tasks.items():
+            self._settle(name, one)
+        _refuse_twice({name: [task.task_name for task in self.leaves(name)] for name in wanted.tasks})
+
+    def leaves(self, name: str) -> list[Task]:
+        """The tasks that a name stands for."""
+        return [
+            task for item in self.built[name] for task in (item.get_all_tasks() if isinstance(item, Group) else [item])
+        ]
+
+    def _settle(self, name: str, wanted: Wanted) -> None:
+        for task in self.leaves(name):
+            if wanted.shots is not None:
+                task.set_config(key="num_fewshot", value=wanted.shots)
+            if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+                raise UserError(
+                    f"the task {name} runs code that the model writes, or shows pictures: leave it out; `megatron-fc "
+                    f"lm-eval` runs such code if --confirm_run_unsafe_code is given"
+                )
+            known = getattr(task, "_metric_fn_list", {})
+            if wanted.metric is not None and known and wanted.metric not in known:
+                raise UserError(f"the task {name} has no metric {wanted.metric}: give one of {', '.join(known)}")
+
+
+def fetch(wanted: TaskList, folder: Path, report: Callable[[str], None]) -> None:
+    """Put the data of tasks into a folder, from where the harness finds them.
+
+    Args:
+        wanted: the tasks.
+        folder: made where it is missing; what it has already stays.
+        report: told a line per task.
+
+    Raises:
+        UserError: a task is unknown, or its data cannot be had.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _stored_in(folder):
+        tasks = Tasks(wanted, None)
+    for name in wanted.tasks:
+        count = sum(len(task.eval_docs) for task in tasks.leaves(name))
+        report(f"{name}: {count:,} documents")
+
+
+def _refuse_unknown(wanted: TaskList, manager: TaskManager) -> None:
+    for name in wanted.tasks:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else "give --include FOLDER if it is a task of your own"
+            raise UserError(f"unknown task {name!r}: {remedy}")
+
+
+def _refuse_twice(leaves: dict[str, list[str]]) -> None:
+    """The harness would mix up what a task has in two groups."""
+    owners: dict[str, str] = {}
+    for name, tasks in leaves.items():
+        for task in tasks:
+            if task in owners:
+                raise UserError(f"the task {task} is part of {owners[task]} and of {name}: leave one of them out")
+            owners[task] = name
+
+
+def _refuse_missing(missing: dict[str, str], data: Path | None) -> None:
+    if data is not None:
+        raise UserError(
+            f"the data of {', '.join(missing)} are not in {data}: where there is internet, run `megatron-fc evaluate "
+            f"fetch --to {data}` with the same --tasks"
+        )
+    name, reason = next(iter(missing.items()))
+    raise UserError(
+        f"no data of {', '.join(missing)}, {name}: {reason}; where there is internet, `megatron-fc evaluate fetch --to "
+        f"FOLDER` with the same --tasks stores them for --data FOLDER"
+    )
+
+
+@contextlib.contextmanager
+def _downloading(download: Callable[..., None]) -> Iterator[Callable[..., None]]:
+    """Let tasks get their data by another function than the harness's, which is yielded."""
+    original = ConfigurableTask.download
+    ConfigurableTask.download = download
+    try:
+        yield original
+    finally:
+        ConfigurableTask.download = original
+
+
+@contextlib.contextmanager
+def _read_from(folder: Path) -> Iterator[None]:
+    def download(task: Any, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+        from datasets import load_from_disk
+
+        task.dataset = load_from_disk(str(folder / _name_of(task, dataset_kwargs)))
+
+    with _downloading(download):
+        yield
+
+
+@contextlib.contextmanager
+def _stored_in(folder: Path) -> Iterator[None]:
+    original: list[Callable[..., None]] = []
+
+    def download(task: Any, dataset_kwargs: dict[str, Any] | None = None, **others: Any) -> None:
+        from datasets import DatasetDict, load_from_disk
+
+        target = folder / _name_of(task, dataset_kwargs)
+        if not target.exists():
+            original[0](task, dataset_kwargs, **others)
+            staging = folder / f".{target.name}.incomplete"
+            DatasetDict(task.dataset).save_to_disk(str(staging))
+            staging.rename(target)
+        task.dataset = load_from_disk(str(target))
+
+    with _downloading(download) as harness:
+        original.append(harness)
+        yield
+
+
+def _name_of(task: Any, dataset_kwargs: dict[str, Any] | None) -> str:
+    """The folder of a task's data: tasks of the same data share it."""
+    made = task.config.task if callable(task.config.custom_dataset) else None
+    kwargs = {key: value for key, value in (dataset_kwargs or {}).items() if key != "trust_remote_code"}
+    asked = [task.DATASET_PATH, task.DATASET_NAME, kwargs, made]
+    readable = re.sub(r"[^\w.-]+", "_", "-".join(str(word) for word in (asked[0], asked[1], made) if word))
+    return f"{readable}-{hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:8]}"

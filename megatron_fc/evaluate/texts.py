@@ -1,0 +1,129 @@
+"""Validation sets as rows to score: Megatron's indexed files, or texts as lines of JSON."""
+
+import gzip
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.errors import UserError
+from megatron_fc.evaluate.scoring import Row
+
+_TEXTS = (".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """Rows of a validation set.
+
+    Attributes:
+        rows: to score; every scored token counts once.
+        size: bytes of the text that is scored, in UTF-8.
+    """
+
+    rows: list[Row]
+    size: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.scored for row in self.rows)
+
+
+def find_set(path: Path) -> Path:
+    """Return the file that a path stands for: an index of Megatron's, or lines of JSON with a `text` each.
+
+    Args:
+        path: of the file, or without its ending.
+
+    Raises:
+        UserError: there is none.
+    """
+    for found in (path, *(path.with_name(path.name + ending) for ending in (".idx", *_TEXTS))):
+        if found.is_file() and found.name.endswith((".idx", *_TEXTS)):
+            return found
+    raise UserError(f"no validation set {path}: give a file {path}.idx with its .bin, {path}.jsonl or {path}.jsonl.gz")
+
+
+def documents(file: Path, tokenizer: Any, vocabulary: int) -> Iterator[list[int]]:
+    """Yield the tokens of every document, without the token that ends it.
+
+    Args:
+        file: of `find_set`.
+        tokenizer: Megatron's.
+        vocabulary: entries of the model's.
+
+    Raises:
+        UserError: a line is no JSON with a text, or a token is not of the vocabulary.
+    """
+    if file.suffix == ".idx":
+        yield from _indexed_documents(file, tokenizer.eod, vocabulary)
+        return
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise UserError(f'line {number} of {file} is no JSON object with a "text": correct it') from None
+            yield [int(token) for token in tokenizer.tokenize(text)]
+
+
+def by_document(
+    file: Path, tokenizer: Any, vocabulary: int, windows: Callable[[Sequence[int]], Sequence[Row]], limit: int | None
+) -> TextSet:
+    """Every document by itself, in windows; its first token is predicted, too.
+
+    Args:
+        windows: of a document's tokens.
+        limit: documents, None for all.
+    """
+    rows: list[Row] = []
+    size = 0
+    for number, tokens in enumerate(documents(file, tokenizer, vocabulary)):
+        if number == limit:
+            break
+        rows += windows(tokens)
+        size += _bytes(tokenizer, tokens)
+    return TextSet(rows, size)
+
+
+def by_chunk(file: Path, tokenizer: Any, vocabulary: int, length: int, limit: int | None) -> TextSet:
+    """All documents in a row, each with the token that ends it, cut into chunks of the model's length.
+
+    The first token of a chunk is not predicted, and what is left at the end is dropped, as OLMo does in training. A
+    character that is cut by a border counts as the bytes of its replacement.
+
+    Args:
+        length: of a chunk.
+        limit: chunks, None for all.
+    """
+    rows: list[Row] = []
+    size = 0
+    left: list[int] = []
+    for tokens in documents(file, tokenizer, vocabulary):
+        left += [*tokens, tokenizer.eod]
+        while len(left) >= length and len(rows) != limit:
+            rows.append(Row(tuple(left[:length]), length - 1))
+            size += _bytes(tokenizer, [token for token in left[1:length] if token != tokenizer.eod])
+            left = left[length:]
+        if len(rows) == limit:
+            break
+    return TextSet(rows, size)
+
+
+def _indexed_documents(file: Path, eod: int, vocabulary: int) -> Iterator[list[int]]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    stored = IndexedDataset(str(file.with_suffix("")))
+    for first, last in itertools.pairwise(stored.document_indices):
+        tokens = [int(token) for number in range(first, last) for token in stored[number]]
+        if tokens and max(tokens) >= vocabulary:
+            raise UserError(
+                f"{file} has a token {max(tokens)}, and the model a vocabulary of {vocabulary}: another set?"
+            )
+        yield tokens[:-1] if tokens and tokens[-1] == eod else tokens
+
+
+def _bytes(tokenizer: Any, tokens: list[int]) -> int:
+    return len(tokenizer.detokenize(tokens).encode()) if tokens else 0

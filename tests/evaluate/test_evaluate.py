@@ -1,0 +1,282 @@
+"""`megatron-fc evaluate` on tasks from local files: the same answers from every layout, and by hand; every refusal."""
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from megatron_fc.data.indexed import write_indexed
+from support import fork_server
+from support import training_runs as runs
+from support.compress_commands import run
+from support.evaluations import answers, config, evaluate, tasks, train, write_tasks  # noqa: F401  (fixtures)
+
+# fp32 in another order of sums.
+CLOSE = 1e-4
+TP2 = ["tensor_model_parallel_size=2", "sequence_parallel=true"]
+LAYOUTS = {
+    "tp2": TP2,
+    "pp2": ["pipeline_model_parallel_size=2"],
+    "ep2": ["expert_model_parallel_size=2"],
+    "dp2": [],
+    "tp2_ep2": [*TP2, "expert_model_parallel_size=2", "expert_tensor_parallel_size=1"],
+}
+MORE = [("dfc_x4", "pp2"), ("dfc_x4", "dp2"), ("mhc_x4", "tp2"), ("residual", "ep2"), ("dhc_x4", "tp2_ep2")]
+CONNECTIONS = {
+    "dfc_x4": [],
+    "residual": ["connection=residual"],
+    "dhc_x4": ["connection=dhc"],
+    "mhc_x4": ["connection=mhc"],
+}
+
+
+class Made(dict[str, Path]):
+    """Folders by connection, made when they are asked for."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        self._make = make
+
+    def __missing__(self, connection: str) -> Path:
+        self[connection] = self._make(connection)
+        return self[connection]
+
+
+@pytest.fixture(scope="module")
+def trained(config: Path) -> Made:  # noqa: F811
+    """Checkpoints of a run."""
+    return Made(lambda connection: train(config, connection, *CONNECTIONS[connection]))
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(config: Path, trained: Made, tasks: Path) -> Made:  # noqa: F811
+    """Results of one rank."""
+
+    def results(connection: str) -> Path:
+        out = config.parent / f"{connection}-evaluation"
+        done = evaluate(config, trained[connection], tasks, out, *CONNECTIONS[connection])
+        assert done.code == 0, done.printed
+        return out
+
+    return Made(results)
+
+
+@pytest.mark.parametrize(
+    ("connection", "layout"),
+    [
+        ("dfc_x4", "tp2"),
+        ("dhc_x4", "pp2"),
+        ("dfc_x4", "ep2"),
+        ("mhc_x4", "dp2"),
+        *(pytest.param(*pair, marks=pytest.mark.soak) for pair in MORE),
+    ],
+)
+def test_every_request_has_the_answer_of_one_rank(
+    connection: str,
+    layout: str,
+    config: Path,  # noqa: F811
+    trained: Made,
+    tasks: Path,  # noqa: F811
+    on_one_rank: Made,
+    tmp_path: Path,
+) -> None:
+    words = [*CONNECTIONS[connection], *LAYOUTS[layout]]
+    done = evaluate(config, trained[connection], tasks, tmp_path / "out", *words, ranks=2)
+    assert done.code == 0, done.printed
+    expected, found = answers(on_one_rank[connection]), answers(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    texts = 0
+    for key, answer in expected.items():
+        if isinstance(answer, str):
+            assert found[key] == answer
+            texts += 1
+        else:
+            assert found[key][0] == pytest.approx(answer[0], abs=CLOSE)
+            assert found[key][1] == answer[1]
+    assert texts == 5
+    # Another model's answers differ by more.
+    other = answers(on_one_rank["dfc_x4" if connection != "dfc_x4" else "dhc_x4"])
+    assert max(abs(other[key][0] - answer[0]) for key, answer in expected.items() if isinstance(answer, list)) > 0.01
+
+
+@pytest.fixture(scope="module")
+def direct(config: Path, trained: Made, tasks: Path) -> dict[str, Any]:  # noqa: F811
+    """Each request of dhc_x4 alone: tokens by the tokenizer's own library, Megatron's logits, softmax by hand."""
+    script = Path(__file__).parents[1] / "support" / "direct_scores.py"
+    words = [fork_server.python(), str(script), str(config), str(trained["dhc_x4"]), str(tasks), "connection=dhc"]
+    done = subprocess.run(words, env=runs.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_results_are_those_of_a_direct_computation(direct: dict[str, Any], on_one_rank: Made) -> None:
+    found = json.loads((on_one_rank["dhc_x4"] / "iter_0000006.json").read_text())["tasks"]
+    assert found["local_choice"]["metrics"] == pytest.approx(direct["local_choice"])
+    assert math.log(found["local_cloze"]["value"]) == pytest.approx(-direct["local_cloze"], abs=CLOSE)
+    assert found["local_text"]["value"] == pytest.approx(direct["local_text"], abs=CLOSE)
+    scores = [answer[0] for answer in answers(on_one_rank["dhc_x4"]).values() if isinstance(answer, list)]
+    for logprob in direct["scores"]:
+        assert min(abs(logprob - score) for score in scores) < CLOSE
+
+
+def test_perplexity_of_texts_and_of_indexed_files(
+    direct: dict[str, Any],
+    config: Path,  # noqa: F811
+    trained: Made,
+    tasks: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """By document the bits per byte of the harness, by chunk the loss by hand, on two ranks; one file of each kind."""
+    tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["data"]["tokenizer_model"])
+    texts = [json.loads(line)["text"] for line in (tasks / "texts.jsonl").read_text().splitlines()]
+    write_indexed(
+        tmp_path / "indexed", [tokenizer(text).input_ids for text in texts], len(tokenizer), eod=tokenizer.eos_token_id
+    )
+    words = ["evaluate", "perplexity", trained["dhc_x4"], config, "connection=dhc", "--out", tmp_path / "out"]
+    words += ["--sets", f"lines={tasks / 'texts'}", f"indexed={tmp_path / 'indexed'}", "--by"]
+    for by, ranks in (("document", 1), ("chunk", 2)):
+        done = run(tmp_path, *words, by, ranks=ranks)
+        assert done.code == 0, done.printed
+        found = json.loads((tmp_path / "out" / "iter_0000006.json").read_text())["perplexity"]
+        assert found["lines"] == pytest.approx(found["indexed"], abs=1e-9)
+        if by == "document":
+            assert found["lines"]["bits_per_byte"] == pytest.approx(direct["local_text"], abs=CLOSE)
+            assert found["lines"]["bytes"] == sum(len(text.encode()) for text in texts)
+        else:
+            assert found["lines"]["value"] == pytest.approx(direct["chunk_loss"], abs=CLOSE)
+            assert found["lines"]["tokens"] == direct["chunk_tokens"]
+            assert found["lines"]["perplexity"] == pytest.approx(math.exp(direct["chunk_loss"]), rel=CLOSE)
+    for given, said in (("c4=/nowhere/c4", "no validation set /nowhere/c4"), ("c4", "--sets c4: write NAME=FILE")):
+        done = run(tmp_path, *words[:-3], given, "--by", "chunk")
+        assert done.code == 2
+        assert said in done.printed
+
+
+def test_no_request_is_run_twice_after_a_kill(
+    config: Path,  # noqa: F811
+    trained: Made,
+    tasks: Path,  # noqa: F811
+    on_one_rank: Made,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    script = Path(__file__).parents[1] / "support" / "killed_evaluation.py"
+    words = ["evaluate", trained["dfc_x4"], config, "--tasks", "local_choice", "local_text", "--include", tasks]
+    words += ["--out", out, "--batch-size", "1"]
+    command = [fork_server.python(), str(script), str(tmp_path / "rows"), *map(str, words)]
+    codes = []
+    for limit in ("3", "1000"):
+        killed = subprocess.run([*command[:3], limit, *command[3:]], env=runs.environment(), capture_output=True)
+        codes.append(killed.returncode)
+    assert codes == [-9, 0]
+    rows = (tmp_path / "rows").read_text().splitlines()
+    written = answers(out)
+    # The round in which the process died was not answered; every other row was scored once.
+    assert len(rows) - len(set(rows)) == int((tmp_path / "rows.lost").read_text())
+    assert len(set(rows)) == len(written)
+    expected = answers(on_one_rank["dfc_x4"])
+    assert all(written[key][0] == pytest.approx(expected[key][0], abs=CLOSE) for key in written)
+    results = json.loads((out / "iter_0000006.json").read_text())["tasks"]
+    whole = json.loads((on_one_rank["dfc_x4"] / "iter_0000006.json").read_text())["tasks"]
+    assert results["local_choice"]["metrics"] == whole["local_choice"]["metrics"]
+
+
+def test_a_second_call_adds_what_is_missing(
+    config: Path,  # noqa: F811
+    trained: Made,
+    tasks: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Several checkpoints, a limit, and data from a folder after their source is gone."""
+    folder = write_tasks(tmp_path)
+    words = ["--tasks", "local_choice", "local_text", "--include", folder, "--to", tmp_path / "data"]
+    fetched = run(tmp_path, "evaluate", "fetch", *words)
+    assert fetched.code == 0, fetched.printed
+    assert "local_choice: 5 documents" in fetched.printed
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
+    out, offline = tmp_path / "out", ["--data", tmp_path / "data", "--every", 3, "--limit", 2]
+    done = evaluate(config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", *offline)
+    assert done.code == 0, done.printed
+    assert [path.name for path in sorted(out.glob("*.json"))] == ["iter_0000003.json", "iter_0000006.json"]
+    done = evaluate(config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", "local_text", *offline)
+    assert done.code == 0, done.printed
+    results = json.loads((out / "iter_0000003.json").read_text())
+    assert results["tokens"] == 3 * 4 * 32
+    assert {name: task["documents"] for name, task in results["tasks"].items()} == {"local_choice": 2, "local_text": 2}
+    again = evaluate(config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", "local_text", *offline)
+    assert again.code == 0
+    assert "iteration" not in again.printed
+    missing = evaluate(
+        config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", "local_cloze", "--data", tmp_path
+    )
+    assert missing.code == 2
+    assert "the data of local_choice, local_cloze are not in" in missing.printed
+    assert f"run `megatron-fc evaluate fetch --to {tmp_path}` with the same --tasks" in missing.printed
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_the_harness_s_own_command_line(
+    ranks: int,
+    config: Path,  # noqa: F811
+    trained: Made,
+    tasks: Path,  # noqa: F811
+    on_one_rank: Made,
+    tmp_path: Path,
+) -> None:
+    words = ["run", "--model", "megatron_fc", "--tasks", "local_choice,local_text", "--include_path", tasks]
+    words += ["--model_args", f"checkpoint={trained['dfc_x4']}", f"config={config}"]
+    words += ["--batch_size", "2", "--output_path", tmp_path / "results.json", "--use_cache", tmp_path / "cache"]
+    done = run(tmp_path, "lm-eval", *words, ranks=ranks)
+    assert done.code == 0, done.printed
+    found = json.loads(next(tmp_path.glob("results*.json")).read_text())["results"]
+    expected = json.loads((on_one_rank["dfc_x4"] / "iter_0000006.json").read_text())["tasks"]
+    assert found["local_choice"]["acc_norm,none"] == expected["local_choice"]["metrics"]["acc_norm"]
+    assert found["local_text"]["bits_per_byte,none"] == pytest.approx(expected["local_text"]["value"], abs=CLOSE)
+    assert (tmp_path / "cache_rank0.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["context_parallel_size=2", "--tasks", "local_choice"], "context_parallel_size=2: evaluation keeps sequences"),
+        (["moe_expert_capacity_factor=1.0", "--tasks", "local_choice"], "set moe_expert_capacity_factor=null"),
+        (["padded_vocab_size=256", "--tasks", "local_choice"], "padded_vocab_size=256, but"),
+        (["expert_model_parallel_size=2"], "Megatron refuses the layout: world_size"),
+        (["--limit", "0"], "--limit 0: give a number from 1 on"),
+        (["--every", "5"], "no complete checkpoint at a multiple of iteration 5: lower --every"),
+    ],
+)
+def test_refusals(
+    words: list[str],
+    said: str,
+    config: Path,  # noqa: F811
+    trained: Made,
+    tasks: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    done = evaluate(config, trained["dfc_x4"], tasks, tmp_path / "out", *words)
+    assert done.code == 2, done.printed
+    assert said in done.printed
+    assert "Traceback" not in done.printed
+
+
+def test_a_larger_tokenizer_is_refused(
+    config: Path,  # noqa: F811
+    trained: Made,
+    tasks: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["data"]["tokenizer_model"])
+    tokenizer.add_tokens([f"word{number}" for number in range(200)])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    words = [f"tokenizer_model={tmp_path / 'larger'}", "--tasks", "local_choice"]
+    done = evaluate(config, trained["dfc_x4"], tasks, tmp_path / "out", *words)
+    assert done.code == 2, done.printed
+    assert "tokens, and the model's vocabulary 384: give the tokenizer that the model was trained with" in done.printed

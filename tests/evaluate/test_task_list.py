@@ -1,0 +1,79 @@
+"""Lists of tasks: their form, the paper's, and that the harness knows what they name."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fc import UserError
+from megatron_fc.evaluate.task_list import TaskList, Wanted, average, read_task_list
+from megatron_fc.evaluate.tasks import Tasks
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
+LISTS = [str(CONFIGS / name) for name in ("olmoe.yaml", "olmo2.yaml")]
+
+
+@pytest.mark.parametrize("path", LISTS)
+def test_the_paper_s_mean_is_that_of_seven(path: str) -> None:
+    wanted = read_task_list([path])
+    assert len(wanted.perplexity) == 11
+    assert sum(wanted.averages["mmlu_var"].values()) == pytest.approx(1)
+    for values in wanted.paper.values():
+        assert average(values, wanted.averages["mean_of_seven"]) == pytest.approx(values["mean_of_seven"], abs=7e-4)
+
+
+@pytest.mark.slow
+def test_every_task_of_the_lists_is_known() -> None:
+    """An unknown name is refused before any data are looked for, so the only one here is the first that is refused."""
+    wanted = read_task_list(LISTS)
+    wanted.tasks["hellaswagg"] = Wanted()
+    with pytest.raises(UserError, match=r"unknown task 'hellaswagg': did you mean 'hellaswag'\?"):
+        Tasks(wanted, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tasks: {a: {metrik: acc}}", "unknown key of the task a in .* 'metrik': did you mean 'metric'?"),
+        ("tasks: {a: {shots: -1}}", "shots of the task a in .* is -1: give a number, 0 for none"),
+        ("task: {a: {}}", "must hold `tasks:`"),
+        ("tasks: {a: {}}\naverage: {}", "unknown section in .*: 'average': did you mean 'averages'?"),
+        ("tasks: {a: {}}\naverages: {b: {c: 1}}", "averages: b is made of c, which is no task of the list"),
+        ("tasks: {a: {}}\nfolder: nowhere", "nowhere is no folder"),
+        ("tasks: [", "is not valid YAML"),
+    ],
+)
+def test_refusals(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_task_list([str(path)])
+
+
+def test_a_list_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"cannot read the task list nowhere\.yaml"):
+        read_task_list(["nowhere.yaml"])
+
+
+def test_variants_of_mmlu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(CONFIGS / "tasks")])
+    import mmlu_var
+
+    choices = ["one", "two", "three", "four"]
+    rows: list[dict[str, Any]] = [{"question": f" Q{n} ", "choices": choices, "answer": n % 4} for n in range(7)]
+    found = mmlu_var.variants(rows[5:], rows[:5], "high_school_physics")
+    assert len(found) == 2 * 7
+    assert found[0]["query"] == "Question: Q5\nAnswer:"
+    instruction = "The following are multiple choice questions (with answers) about high school physics:\n\n"
+    assert found[1]["query"] == f"{instruction}Question: Q5\nAnswer:"
+    assert found[3]["query"] == (
+        f"{instruction}Question: Q0\nAnswer: one\n\nQuestion: Q1\nAnswer: two\n\nQuestion: Q5\nAnswer:"
+    )
+    assert found[6]["query"].count("Answer: ") == 5
+    assert [row["answer"] for row in found] == [1] * 7 + [2] * 7
+    assert len({name for names in mmlu_var.SUBJECTS.values() for name in names.split()}) == 57
+
+
+def test_names() -> None:
+    assert read_task_list(["piqa"]) == TaskList({"piqa": Wanted()})
