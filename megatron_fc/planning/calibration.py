@@ -17,7 +17,7 @@ from megatron_fc.planning.shape import Products
 
 DATA = Path(__file__).with_suffix(".json")
 # Of the speed that other operations reach in memory, kernels of connections, at worst: docs/kernels.md predicts it.
-SLOWEST = {"narrow": 0.7, "wide": 0.3, "torch": 0.7}
+SLOWEST = {"main": 0.6, "general": 0.3, "torch": 0.7}
 
 
 @dataclass(frozen=True)

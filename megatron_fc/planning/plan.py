@@ -128,13 +128,14 @@ class Plan:
         """
         if self.shape.connection is None:
             return 0.0, 0.0
-        kind = "torch" if not self.training.fused_connections else "wide" if self.shape.is_wide else "narrow"
+        kernels = "main" if self.training.main_kernels else "general"
+        slowest = calibration.SLOWEST[kernels if self.training.fused_connections else "torch"]
         constants = [self.assumed] + [
             calibration.assumptions(self.gpu, self.training.products, without=model)
             for model in calibration.left_out_models()
         ]
         found = []
-        for assumed, launch, share in product(constants, (1, 0), (1.0, calibration.SLOWEST[kind])):
+        for assumed, launch, share in product(constants, (1, 0), (1.0, slowest)):
             same = replace(assumed, launch=launch * assumed.launch)
             found.append(self._total(replace(same, connections=share)) / self.residual._total(same) - 1)
         return min(found), max(found)

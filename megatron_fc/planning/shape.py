@@ -220,8 +220,9 @@ class Training:
         sends_once: the experts' dispatcher sends a token once to each rank, and once to each other node, that has some
             of its experts (DeepEP, HybridEP); else once for each expert.
         offloaded: layers of a chunk whose activations wait in the host's memory.
-        fused_connections: connections run as fused kernels, which apply the norms apart in the same pass;
-            fused_residual: plain residuals use Megatron's `fused_residual_rmsnorm`.
+        fused_connections: connections run as fused kernels, which apply the norms apart in the same pass.
+        main_kernels: of these their own ones, not the general.
+        fused_residual: plain residuals use Megatron's `fused_residual_rmsnorm`.
         overlap_grad_reduce, overlap_param_gather, overlap_tensor, overlap_experts: which communication Megatron lets
             run beside computation: data-parallel, tensor-parallel, the experts' all-to-all.
         captured: modules whose launches CUDA graphs hold, in Megatron's words; `all` for those of a whole step.
@@ -249,6 +250,7 @@ class Training:
     sends_once: bool = False
     offloaded: int = 0
     fused_connections: bool = True
+    main_kernels: bool = True
     fused_residual: bool = False
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True

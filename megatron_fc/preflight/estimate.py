@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.config import HyperConfig
+from megatron_fc.connections.config import FracConfig, HyperConfig
 from megatron_fc.connections.kernels.availability import has_main_kernels, without_kernels
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norm_options import norms_from_args
@@ -123,6 +123,7 @@ def training_of(run: Validated) -> Training:
         # What may be left to Transformer Engine's projections are the norms before attention and a dense MLP.
         norms_apart=(apart, apart, True),
         fused_connections=connection is not None and _is_fused(connection),
+        main_kernels=isinstance(connection, FracConfig) or _runs_on_main_kernels(connection),
         fused_residual=args.fused_residual_rmsnorm,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
@@ -214,7 +215,7 @@ def _of_connections(shape: Shape, training: Training) -> Iterator[str]:
         )
 
 
-def _runs_on_main_kernels(connection: ConnectionConfig) -> bool:
+def _runs_on_main_kernels(connection: ConnectionConfig | None) -> bool:
     """Those predict what is per slot, every coefficient of it."""
     return (
         isinstance(connection, HyperConfig)
