@@ -102,6 +102,8 @@ class Layout:
         problem = self.problem()
         if problem is None:
             return
+        if self.split.stages and problem == self._problem_of_stages():
+            raise UserError(problem)  # no other size suits a string that does not fit the model
         nodes = [str(n) for n in _NODES_TRIED if replace(self, nodes=n).problem() is None]
         others = [str(layout) for layout in self._others()]
         raise UserError(
@@ -112,6 +114,9 @@ class Layout:
     def problem(self) -> str | None:
         """The first rule that is broken, as the field, its value and why; None if the layout is possible."""
         return next(self._broken_rules(), None)
+
+    def _problem_of_stages(self) -> str | None:
+        return None if self.layers is None else self.split.problem(self.layers, self.pipeline, self.virtual_pipeline)
 
     def _refuse_sizes_below_one(self) -> None:
         for name, size in (
@@ -131,9 +136,7 @@ class Layout:
     def _broken_rules(self) -> Iterator[str]:
         if self.heads % self.tensor:
             yield f"tensor_model_parallel_size={self.tensor} does not divide num_attention_heads={self.heads}"
-        if self.layers is not None and (
-            problem := self.split.problem(self.layers, self.pipeline, self.virtual_pipeline)
-        ):
+        if problem := self._problem_of_stages():
             yield problem
         if self.expert > 1 and not self.experts:
             yield f"expert_model_parallel_size={self.expert} needs experts, and num_experts is not set"

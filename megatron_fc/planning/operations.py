@@ -6,8 +6,6 @@ Every operation reads its inputs and writes its outputs once. What connects sub-
 
 from collections.abc import Iterable
 from dataclasses import replace
-from math import ceil
-from typing import NamedTuple
 
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import ManifoldConfig
@@ -25,52 +23,15 @@ from megatron_fc.connections.costs.traffic import (
     residual,
     width_norm,
 )
-from megatron_fc.planning.activations import OPERAND_BYTES
 from megatron_fc.planning.layout import Layout
+from megatron_fc.planning.products import Operation, Pass, product
 from megatron_fc.planning.shape import Kind, Latent, Shape, Training
 
 ATTENTION, CONNECTIONS = "attention", "connections and norms"  # names of two operations
 _FP32 = 4
 _EAGER_KERNELS = 40  # of a site's torch operations
-_TILE, _TILE_OF_KEYS = 256, 128  # of a product's result on Hopper and Blackwell; of flash attention
+_TILE_OF_KEYS = 128  # of flash attention
 _ROUTING_KERNELS = 20  # counted in Megatron's router and dispatcher, unfused
-
-
-class Pass(NamedTuple):
-    """One pass of an operation.
-
-    Attributes:
-        flops: of it.
-        bytes: read and written.
-        wasted: FLOPs on what tiles have beyond the sides of a product, or beyond what a token attends to.
-    """
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    wasted: float = 0.0
-
-
-class Operation(NamedTuple):
-    """An operation of a layer on one rank and micro-batch.
-
-    Attributes:
-        name: of it.
-        forward, backward: its passes.
-        is_linear: its products run in FP8 or FP4 where the model's do.
-        exponentials: of the forward pass; backward has as many.
-        again_with: modules of selective recompute that run its forward pass again.
-        kernels: that the host launches for the forward pass; backward has twice as many.
-        module: of Megatron's CUDA graphs, which captures these launches.
-    """
-
-    name: str
-    forward: Pass
-    backward: Pass
-    is_linear: bool = False
-    again_with: tuple[str, ...] = ()
-    kernels: int = 1
-    module: str = ""
-    exponentials: float = 0.0
 
 
 def layer(shape: Shape, training: Training, layout: Layout, kind: Kind, in_a_row: float = 1) -> list[Operation]:
@@ -90,7 +51,7 @@ def prediction(shape: Shape, training: Training, layout: Layout) -> list[Operati
     """Of a layer of multi-token prediction: the product that joins stream and embedding, a layer, an output."""
     tokens = layout.micro_batch * shape.sequence // layout.context
     return [
-        _product("join of prediction", tokens, 2 * shape.width, shape.width // layout.tensor, training),
+        product("join of prediction", tokens, 2 * shape.width, shape.width // layout.tensor, training),
         *layer(shape, training, layout, shape.kind(shape.layers - 1)),
         *head(shape, training, layout),
     ]
@@ -107,7 +68,7 @@ def head(shape: Shape, training: Training, layout: Layout) -> list[Operation]:
     forward = 3 * e if training.fused_loss else e + _FP32 * (1 + 1 + 2 + 2 + 1 + 2)
     backward = 2 * e if training.fused_loss else 3 * _FP32 + e
     products = training.products if training.fp8_output else "half"
-    output = _product("output layer", tokens, shape.width, columns, replace(training, products=products))
+    output = product("output layer", tokens, shape.width, columns, replace(training, products=products))
     return [
         output._replace(is_linear=training.fp8_output),
         Operation("loss", Pass(0, forward * tokens * columns), Pass(0, backward * tokens * columns), kernels=6),
@@ -132,46 +93,6 @@ def again(operations: Iterable[Operation], training: Training) -> list[Operation
     return [operation for operation in operations if set(operation.again_with).intersection(training.recompute.freed)]
 
 
-def _product(
-    name: str,
-    rows: float,
-    inner: float,
-    outer: float,
-    training: Training,
-    matrices: int = 1,
-    again_with: tuple[str, ...] = (),
-) -> Operation:
-    """rows x inner times inner x outer, the rows dealt out to `matrices` of them.
-
-    Backward reads the gradient twice, input and weight once each, writes the input's gradient and adds to the weight's.
-    """
-    e, weight = training.element_bytes, inner * outer * matrices
-    operand = OPERAND_BYTES.get(training.products, e)
-    flops = 2 * rows * inner * outer
-    forward = operand * (rows * inner + weight) + e * rows * outer
-    backward = operand * (rows * inner + weight + 2 * rows * outer) + e * rows * inner
-    backward += 2 * training.gradient_bytes * weight
-    kernels = matrices
-    if training.products != "half":
-        # What comes in is read and written by rows and by columns: at once, or the columns from the rows. One scale for
-        # a whole tensor needs its largest value first.
-        quantised = e * (1 + training.tensor_scales) + (3 if training.transposes else 2) * operand
-        forward += quantised * rows * inner
-        backward += quantised * rows * outer
-        kernels += 1 + training.tensor_scales + training.transposes
-    # Forward's result has sides of rows and outer, the input's gradient of rows and inner, the weight's of both others.
-    by_rows, by_inner, by_outer = _tiled(rows / matrices), _tiled(inner), _tiled(outer)
-    wasted = flops * (by_rows * by_outer - 1), flops * (by_rows * by_inner + by_inner * by_outer - 2)
-    return Operation(
-        name, Pass(flops, forward, wasted[0]), Pass(2 * flops, backward, wasted[1]), True, again_with, kernels
-    )
-
-
-def _tiled(side: float) -> float:
-    """A side in whole tiles, over the side."""
-    return ceil(side / _TILE) * _TILE / side
-
-
 def _attention(shape: Shape, training: Training, layout: Layout, tokens: float, windowed: bool) -> list[Operation]:
     """Flash attention keeps no scores, and so multiplies queries and keys once more in backward: 5 products for 2."""
     e, t = training.element_bytes, layout.tensor
@@ -188,7 +109,7 @@ def _attention(shape: Shape, training: Training, layout: Layout, tokens: float, 
     before = (
         _latent(shape, shape.latent, training, layout, tokens)
         if shape.latent
-        else [_product("attention's projections", tokens, shape.width, queries + 2 * keys, training)]
+        else [product("attention's projections", tokens, shape.width, queries + 2 * keys, training)]
     )
     return [
         *before,
@@ -200,7 +121,7 @@ def _attention(shape: Shape, training: Training, layout: Layout, tokens: float, 
             again_with=("core_attn",),
             exponentials=tokens * (1 + beyond) * attended * shape.heads // t,
         ),
-        _product("attention's projections", tokens, output, shape.width, training),
+        product("attention's projections", tokens, output, shape.width, training),
     ]
 
 
@@ -214,10 +135,10 @@ def _latent(shape: Shape, latent: Latent, training: Training, layout: Layout, to
     narrow = [latent.keys + latent.position] + ([latent.queries] if latent.queries else [])
     norms = e * own * sum(narrow)
     return [
-        *(_product(name, own, shape.width, width, training) for width in narrow),
+        *(product(name, own, shape.width, width, training) for width in narrow),
         Operation("norms of what is narrow", Pass(0, 2 * norms), Pass(0, 3 * norms)),
-        _product(name, tokens, latent.keys, wide, training, again_with=again),
-        _product(
+        product(name, tokens, latent.keys, wide, training, again_with=again),
+        product(
             name,
             tokens,
             latent.queries or shape.width,
@@ -243,9 +164,9 @@ def _mlp(
         again_with=(*again_with, "moe_act") if "moe" in again_with else again_with,
     )
     return [
-        _product(name, rows, shape.width, wide, training, matrices, again_with),
+        product(name, rows, shape.width, wide, training, matrices, again_with),
         act,
-        _product(name, rows, ffn, shape.width, training, matrices, again_with),
+        product(name, rows, ffn, shape.width, training, matrices, again_with),
     ]
 
 

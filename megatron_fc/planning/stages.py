@@ -89,17 +89,20 @@ class Split:
     def _broken_rules_of_a_string(self, layers: int, pipeline: int) -> Iterator[str]:
         name, letters = f"pipeline_model_parallel_layout={'|'.join(self.stages)}", "".join(self.stages)
         if len(self.stages) % pipeline:
-            yield f"{name} has {len(self.stages)} stages, no multiple of pipeline_model_parallel_size={pipeline}"
+            yield (
+                f"{name} has {len(self.stages)} stages, no multiple of pipeline_model_parallel_size={pipeline}: write "
+                f"as many for every rank; a stage may be empty"
+            )
         if not letters.startswith("E") or not letters.endswith("L") or letters.count("E") + letters.count("L") != 2:
             yield f"{name} must begin with its only E and end with its only L"
         if letters.count("t") != layers:
-            yield f"{name} has {letters.count('t')} layers, and num_layers={layers}"
+            yield f"{name} has {letters.count('t')} layers, and num_layers={layers}: write a t for each"
         if "t" in letters.partition("m")[2]:
-            yield f"{name} has layers behind the multi-token prediction"
+            yield f"{name} has layers behind the multi-token prediction: move m behind the last t"
         if sum("m" in stage for stage in self.stages) > 1:
             yield f"{name} has multi-token prediction in several stages: put all of it into one"
         if any("m" in stage for stage in self.stages[:-pipeline]):
-            yield f"{name} has multi-token prediction before the last virtual stage of its rank"
+            yield f"{name} has multi-token prediction before the last virtual stage of its rank: move m there"
 
 
 EVENLY = Split()

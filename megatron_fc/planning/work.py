@@ -11,8 +11,8 @@ from megatron_fc.planning import links, memory, operations, parameters
 from megatron_fc.planning.counts import NetworkCounts
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.layout import Layout
-from megatron_fc.planning.operations import Operation
 from megatron_fc.planning.parameters import Parameters
+from megatron_fc.planning.products import Operation
 from megatron_fc.planning.shape import Shape, Training
 
 

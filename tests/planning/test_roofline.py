@@ -13,9 +13,9 @@ from megatron_fc.planning import flops, operations, work
 from megatron_fc.planning.calibration import Assumptions
 from megatron_fc.planning.devices import DEVICES
 from megatron_fc.planning.layout import Layout
-from megatron_fc.planning.operations import Operation
 from megatron_fc.planning.overlap import Computed, Network, beside_computation
 from megatron_fc.planning.parameters import model
+from megatron_fc.planning.products import Operation
 from megatron_fc.planning.roofline import StepTime, step_time
 from megatron_fc.planning.shape import Kind, Recompute, Shape, Training
 

@@ -725,7 +725,7 @@ def test_network_bytes_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["pipeline_model_parallel_size=4", "pipeline_model_parallel_layout=Et*5|t*5|t*5|L"],
             {},
-            "pipeline_model_parallel_layout=Ettttt|ttttt|ttttt|L has 15 layers, and num_layers=16",
+            "Ettttt|ttttt|ttttt|L has 15 layers, and num_layers=16: write a t for each\n",
         ),
         (
             ["pipeline_model_parallel_size=4", "pipeline_model_parallel_layout=Et*5|t*5|x|L"],
