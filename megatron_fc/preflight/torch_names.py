@@ -49,6 +49,8 @@ def with_names(run: Callable[[], int], *, is_process: bool) -> int:
     sys.meta_path.insert(0, _Finder())
     try:
         return run()
+    except BrokenPipeError:
+        raise
     except Exception:
         words = [sys.executable, "-m", "megatron_fc", *sys.argv[1:]]
         os.execve(sys.executable, words, {**os.environ, _ASKED_FOR: "1"})
