@@ -102,7 +102,8 @@ def _of_stage(shape: Shape, training: Training, layout: Layout, domains: Layout,
 
     for chunk in layout.chunks(stage):
         recomputed = {index for span in training.recompute.spans(chunk.layers) for index in span}
-        by_kind = {kind: operations.layer(shape, training, layout, kind, len(chunk.layers)) for kind in shape.kinds}
+        kinds = {shape.kind(index) for index in chunk.layers}
+        by_kind = {kind: operations.layer(shape, training, layout, kind, len(chunk.layers)) for kind in kinds}
         for index in chunk.layers:
             listed = by_kind[shape.kind(index)]
             run(listed, listed if index in recomputed else operations.again(listed, training))

@@ -18,6 +18,7 @@ from megatron_fc.planning.parameters import model
 from megatron_fc.planning.products import Operation
 from megatron_fc.planning.roofline import StepTime, step_time
 from megatron_fc.planning.shape import Kind, Recompute, Shape, Training
+from megatron_fc.planning.stages import Split, parsed
 
 # 16 tokens of width 8, half as many keys as queries; 4 experts of 6, 2 of them for a token.
 SMALL = Shape((False, True), 8, 2, 1, 4, 12, 32, 16, experts=4, top_k=2, expert_ffn=6)
@@ -195,6 +196,18 @@ def step(layout: Layout = LAYOUT, training: Training = LATE, **assumed: float) -
     h100 = DEVICES["h100"]
     stages = work.of_stages(SHAPE, training, layout, h100)
     return step_time(stages, training, layout, h100, 50, replace(ASSUMED, **assumed))
+
+
+@pytest.mark.parametrize(
+    "connection", [None, FracConfig(rate=4), HyperConfig(slots=4), ManifoldConfig(slots=4)], ids=str
+)
+def test_a_stage_without_layers_has_the_loss_alone(connection: ConnectionConfig | None) -> None:
+    shape = replace(SHAPE, connection=connection)
+    layout = replace(LAYOUT, nodes=3, pipeline=3, split=Split(stages=parsed("Et*4|t*4|L")))
+    first, _, last = work.of_stages(shape, LATE, layout, DEVICES["h100"])
+    head = operations.head(shape, LATE, layout)
+    assert last.forward.bytes == sum(one.forward.bytes for one in head)
+    assert first.forward.bytes > 4 * STREAM
 
 
 def test_computation_is_the_sum_of_its_operations() -> None:
