@@ -91,7 +91,7 @@ def _latent(args: Namespace) -> Latent:
 
 
 def _windowed(args: Namespace) -> tuple[bool, ...]:
-    """As `is_layer_window_attention` of Megatron: every so manieth layer has none, or a list says which have one."""
+    """As `is_layer_window_attention` of Megatron: every n-th layer has none, or a list says which have one."""
     if not args.window_size:
         return ()
     skip = args.window_attn_skip_freq
