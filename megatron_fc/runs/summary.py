@@ -58,8 +58,8 @@ def comparison_table(summaries: Sequence[dict[str, Any]]) -> Table:
         (f"training loss, mean of last {_LAST}", "mean_last_loss", "loss"),
         ("validation loss", "validation_loss", "loss"),
         ("test loss", "test_loss", "loss"),
-        ("loss spikes", "loss_spikes", "count"),
-        ("largest gradient norm", "largest_gradient_norm", "norm"),
+        ("loss spikes", "loss_spikes", "spikes"),
+        ("spikes of the gradient norm", "gradient_spikes", "spikes"),
         ("largest residual gain, first", "first_residual_gain", "norm"),
         ("largest residual gain, last", "last_residual_gain", "norm"),
         ("tokens/s", "tokens_per_second", "speed"),
@@ -69,7 +69,9 @@ def comparison_table(summaries: Sequence[dict[str, Any]]) -> Table:
         ("peak memory", "peak_memory_bytes", "bytes"),
         ("iterations", "iterations", "count"),
     ):
-        if any(summary.get(key) is not None for summary in summaries):
+        values = [summary.get(key) for summary in summaries]
+        # A run without spikes is nothing to tell.
+        if any(values if form == "spikes" else (value is not None for value in values)):
             table.add_row(title, *(_cell(summary, base, key, form) for summary in summaries))
     return table
 

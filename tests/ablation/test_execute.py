@@ -123,6 +123,19 @@ def whole(suite: Path) -> int:
     return int((tokens - 1) // 32 // 4)
 
 
+def test_a_run_that_diverges_has_a_record(suite: Path) -> None:
+    folders = ["--results", suite.parent / "diverged", "--out", suite.parent / "diverging"]
+    words = [*folders, "lr=1e30", "lr_warmup_iters=0", "--variants", "residual", "--seeds", 11]
+    assert "residual-seed11 diverged after iteration" in ablate(suite, *words)
+    record = json.loads((suite.parent / "diverged" / "residual-seed11.json").read_text())
+    assert record["diverged"]
+    assert record["validation_loss"] is None
+    assert record["iterations"] < 15
+    again = ablate(suite, *words)
+    assert "begins" not in again
+    assert "| residual | 0, 1 diverged |" in again
+
+
 def test_runs_that_fail_are_named(suite: Path) -> None:
     words = ["hidden_dropout=2.0", "--variants", "residual", "--seeds", 11]
     printed = ablate(suite, *words, "--results", suite.parent / "other", "--out", suite.parent / "failing", code=1)
