@@ -58,9 +58,13 @@ VARIANTS = SUITE["variants"]
 @pytest.mark.parametrize(
     ("changes", "words", "said"),
     [
-        ({}, ["--variants", "dfc_x3"], "unknown variant of {file}: 'dfc_x3': did you mean 'dfc_x2'?"),
+        ({}, ["--variants", "dfc_x3"], "unknown variant of {file}: 'dfc_x3': did you mean 'dfc_x4'?"),
         ({}, ["--seeds", "4"], "seed 4 is none of {file}: it has 3, 5, 8"),
-        ({}, ["--baseline", "dfc_x2"], "dfc_x4 has seed 5, which its baseline dfc_x2 lacks: give the baseline as many"),
+        (
+            {},
+            ["--baseline", "dfc_x2"],
+            "residual has seed 5, which its baseline dfc_x2 lacks: give the baseline as many",
+        ),
         ({}, ["--baseline", "plain"], "unknown baseline of residual in {file}: 'plain'"),
         ({}, ["rate=8"], "rate=8 is what dfc_x4 of {file} sets itself: drop it, or change the file"),
         ({}, ["seed=8"], "seed=8 is the suite's own to set: drop it"),
