@@ -84,6 +84,9 @@ def test_a_killed_suite_goes_on_and_runs_nothing_twice(suite: Path) -> None:
     # Within a seed the same data and weights: at the start the connections are identities.
     losses = {name: record["first_loss"] for name, record in records.items()}
     assert losses["residual-seed11"] == losses["dfc_x4-seed11"] != losses["dfc_x4-seed12"] == losses["residual-seed12"]
+    # A copy of h and one of o per sub-layer more than plain residuals: two rows of 32 values per layer and some.
+    assert records["residual-seed11"]["saved_bytes"] == 0
+    assert 2 * 32 * 4 <= records["dfc_x4-seed11"]["saved_bytes"] < 3 * 32 * 4
     # A copy is the same run but for its rounding.
     apart = abs(losses["residual-seed11"] - losses["residual-seed11-copy1"])
     assert apart < 1e-5
