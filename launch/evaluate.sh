@@ -19,7 +19,7 @@
 #   launch/evaluate.sh CONFIG.yaml of=RUN_DIR tasks=LIST [sets=LIST] [every=N] [data=FOLDER] [again=MINUTES] [--nodes=1 ...]
 #
 # Evaluated are the checkpoints at multiples of iteration N (1); sets=LIST names validation sets, by=document or by=chunk
-# cuts them; limit=N takes so many documents. Results and answers lie in run_dir, by default evaluate-CONFIG in RUNS. What is
+# cuts them; limit=N takes so many documents. Results and answers lie in run_dir, by default evaluate-RUN in RUNS. What is
 # there is not run again: a job that is killed or reaches its time limit goes on. With again=MINUTES the job starts
 # once more when it is through, until the run is done.
 
@@ -27,7 +27,6 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 [[ -e launch/common.sh ]] || { echo "launch: submit from the repository's folder, not from $PWD" >&2; exit 2; }
 
 CONFIG=${1:-}
-NAME=evaluate-$(basename "$CONFIG" .yaml)
 source launch/common.sh
 OVERRIDES=()
 [[ -e $CONFIG ]] || fail "'$CONFIG' is no file: launch/evaluate.sh CONFIG.yaml of=RUN_DIR tasks=LIST [key=value ...]"
@@ -47,6 +46,7 @@ for word in "${@:2}"; do
   VARIANT+=("$word")
 done
 [[ $OF ]] || fail "of=RUN_DIR is missing: give the folder of the run whose checkpoints are evaluated"
+NAME=evaluate-$(basename "$OF")
 [[ $TASKS || $SETS ]] || fail "nothing to evaluate: give tasks=LIST, sets=LIST, or both"
 [[ $AGAIN =~ ^([1-9][0-9]*)?$ ]] || fail "again=$AGAIN: give a number of minutes"
 

@@ -1,6 +1,7 @@
 """`megatron-fc evaluate`: checkpoints on tasks of the lm-evaluation-harness."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="of the run that wrote them")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for train; the layout is free")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="of results (default: run_dir=..., else runs/CONFIG-evaluation)"
+        "--out", type=Path, metavar="FOLDER", help="of results (default: run_dir=..., else runs/RUN-evaluation)"
     )
     parser.add_argument(
         "--every", type=int, metavar="N", help="checkpoints at multiples of iteration N (default: the newest)"
@@ -47,9 +48,14 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def out_of(args: argparse.Namespace) -> Path:
-    """The folder of results."""
+    """The folder of results: of a run, whose folder holds that of checkpoints."""
     given = [word.partition("=")[2] for word in args.overrides if word.startswith("run_dir=")]
-    return args.out or Path(given[-1] if given else f"runs/{args.config.stem}-evaluation")
+    if args.out or given:
+        return args.out or Path(given[-1])
+    source = args.source.resolve()
+    names = (folder.name for folder in (source, *source.parents))
+    run = next(name for name in names if not re.fullmatch(r"checkpoints|iter_\d+|release", name))
+    return Path(f"runs/{run}-evaluation")
 
 
 def check_numbers(args: argparse.Namespace, *names: str) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of a run, evaluated one after the other, also while it writes more and deletes old ones."""
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -9,11 +10,13 @@ from megatron_fc.checkpoints.changes import stored_args
 from megatron_fc.checkpoints.integrity import INDEX, intact_checkpoints, step_of
 from megatron_fc.checkpoints.location import find_checkpoint
 from megatron_fc.errors import UserError
-from megatron_fc.evaluate.answers import Answers
+from megatron_fc.evaluate.answers import Answers, refuse_other
 from megatron_fc.evaluate.engine import Engine, NothingToDo, open_engine
 from megatron_fc.evaluate.questions import Questions
 from megatron_fc.evaluate.recipes import recipe_without_data
 from megatron_fc.evaluate.results import add_results, read_results, results_file
+
+_NUMBERS = ("fp8", "fp4", "moe_router_dtype", "moe_router_load_balancing_type")  # settings of how a model computes
 
 
 def evaluate_each(
@@ -50,12 +53,16 @@ def evaluate_each(
     recipe = recipe_without_data(config, overrides)
     left: list[Path] = []
 
-    def lacks(checkpoint: Path) -> list[str]:
-        return missing(read_results(results_file(out, checkpoint)))
+    def lacks(args: Namespace, checkpoint: Path) -> list[str]:
+        file = results_file(out, checkpoint)
+        results = read_results(file)
+        if results:
+            refuse_other(file, results.get("model", {}), _model(args, checkpoint))
+        return missing(results)
 
-    def choose() -> Path | None:
+    def choose(args: Namespace) -> Path | None:
         prepare()
-        left.extend(path for path in chosen_checkpoints(source, every) if lacks(path))
+        left.extend(path for path in chosen_checkpoints(source, every) if lacks(args, path))
         return left[0] if left else None
 
     try:
@@ -66,12 +73,13 @@ def evaluate_each(
             for number, checkpoint in enumerate(left):
                 if number:
                     engine.load(checkpoint)
-                answers = _answers(engine, checkpoint, out)
+                model = _model(engine.args, checkpoint)
+                answers = Answers(out / "answers" / f"{checkpoint.name}.jsonl", model)
                 try:
-                    found = ask(Questions(engine, answers), lacks(checkpoint))
+                    found = ask(Questions(engine, answers), lacks(engine.args, checkpoint))
                 finally:
                     answers.close()
-                facts = _facts(engine, checkpoint, recipe.label)
+                facts = _facts(engine, checkpoint, recipe.label) | {"model": model}
                 report(add_results(results_file(out, checkpoint), facts, section, found))
     except NothingToDo:
         return
@@ -95,17 +103,16 @@ def chosen_checkpoints(source: Path, every: int | None) -> list[Path]:
     return found
 
 
-def _answers(engine: Engine, checkpoint: Path, out: Path) -> Answers:
-    """What the checkpoint has answered already."""
-    args = engine.args
-    model = {
+def _model(args: Namespace, checkpoint: Path) -> dict[str, Any]:
+    """What answers and results depend on; the settings that make another model are the checkpoint's (`load_model`)."""
+    return {
         "checkpoint": str(checkpoint.resolve()),
         "written": (checkpoint / INDEX).stat().st_mtime_ns,
         "precision": str(args.params_dtype),
         "seq_length": args.seq_length,
         "tokenizer": args.tokenizer_digest,
+        **{name: getattr(args, name) for name in _NUMBERS},
     }
-    return Answers(out / "answers" / f"{checkpoint.name}.jsonl", model)
 
 
 def _facts(engine: Engine, checkpoint: Path, label: str) -> dict[str, Any]:

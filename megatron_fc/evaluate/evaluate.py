@@ -17,6 +17,9 @@ from megatron_fc.evaluate.task_list import TaskList, Wanted
 from megatron_fc.evaluate.tasks import Tasks
 from megatron_fc.training.setup import quiet
 
+# Outside a repository it would say so on the terminal, and no result has it.
+lm_eval.evaluator.get_git_commit_hash = lambda: None
+
 # Standard errors of means are exact; of other metrics they are drawn, by as many samples.
 _BOOTSTRAP = 100
 
@@ -54,7 +57,7 @@ def evaluate(
     tasks: list[Tasks] = []
 
     def missing(results: dict[str, Any]) -> list[str]:
-        return [name for name, one in wanted.tasks.items() if lacking(results, [name], "tasks", _settings(one, limit))]
+        return lacking(results, "tasks", {name: _settings(one, limit) for name, one in wanted.tasks.items()})
 
     evaluate_each(
         config,

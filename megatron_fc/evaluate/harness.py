@@ -67,8 +67,8 @@ class HarnessModel(TemplateLM):
         words = dict(arg_dict)
         checkpoint, config = (_path(words, name) for name in ("checkpoint", "config"))
         size = (additional_config or {}).get("batch_size")
-        if not (size is None or size == "auto" or str(size).isdecimal()):
-            raise UserError(f"--batch_size {size}: give a number of sequences, or auto for the run's micro-batch")
+        if not (size is None or size == "auto" or (str(size).isdecimal() and int(size) > 0)):
+            raise UserError(f"--batch_size {size}: give a number from 1 on, or auto for the run's micro-batch")
         recipe = recipe_without_data(config, [f"{name}={_yaml(value)}" for name, value in words.items()])
         with contextlib.ExitStack() as stack:
             batch_size = None if size in (None, "auto") else int(size)
@@ -115,23 +115,28 @@ class HarnessModel(TemplateLM):
         return [(score.logprob, score.is_greedy) for score in self._questions.scores(rows, "loglikelihood", keep)]
 
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
-        """As much context as the model can read before the last token of the continuation."""
+        """As much context as the model can read before the last token of the continuation.
+
+        The harness moves blanks at the end of a context to the continuation, which may leave none of it.
+        """
         if len(continuation) > self.max_length:
             raise UserError(
                 f"a continuation of {len(continuation)} tokens does not fit into seq_length={self.max_length}: leave "
                 f"its task out"
             )
-        return Row((*context, *continuation)[-(self.max_length + 1) :], len(continuation))
+        return Row((*(context or [self.prefix_token_id]), *continuation)[-(self.max_length + 1) :], len(continuation))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihoods of whole texts, in windows as the harness cuts them: each token is predicted once."""
         rows: list[Row] = []
         owners: list[int] = []
+        left: list[int] = []
         for number, request in enumerate(requests):
-            for row in windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length):
-                rows.append(row)
-                owners.append(number)
-        sums, left = [0.0] * len(requests), [owners.count(number) for number in range(len(requests))]
+            cut = windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length)
+            rows += cut
+            owners += [number] * len(cut)
+            left.append(len(cut))
+        sums = [0.0] * len(requests)
 
         def keep(place: int, answer: Any) -> None:
             number = owners[place]
@@ -161,6 +166,7 @@ class HarnessModel(TemplateLM):
                 f"generation_kwargs {', '.join(unknown)}: Megatron's static engine knows {', '.join(sorted(_SAMPLING))}"
             )
         until = words.get("until") or []
+        stops = [until] if isinstance(until, str) else until
         tokens = int(words.get("max_gen_toks", words.get("max_tokens", _MAX_TOKENS)))
         if tokens >= self.max_length:
             raise UserError(
@@ -169,9 +175,7 @@ class HarnessModel(TemplateLM):
             )
         temperature = float(words.get("temperature", 1.0)) if words.get("do_sample") else 0.0
         top_k, top_p = int(words.get("top_k", 0)), float(words.get("top_p", 0.0))
-        return Sampling(
-            tokens, tuple([until] if isinstance(until, str) else until), temperature, top_k, top_p if top_p < 1 else 0.0
-        )
+        return Sampling(tokens, tuple(stop for stop in stops if stop), temperature, top_k, top_p if top_p < 1 else 0.0)
 
 
 _OPEN: list[HarnessModel] = []  # what the harness has made of words; it closes nothing

@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_fc.errors import UserError
 from megatron_fc.evaluate.chosen import evaluate_each
 from megatron_fc.evaluate.engine import Engine
 from megatron_fc.evaluate.questions import Questions
 from megatron_fc.evaluate.results import lacking
-from megatron_fc.evaluate.texts import TextSet, by_chunk, by_document, find_set
+from megatron_fc.evaluate.texts import TextSet, by_chunk, by_document, find_set, written
 from megatron_fc.evaluate.windows import windows
 
 
@@ -44,22 +45,23 @@ def perplexity(
     Raises:
         UserError: a set is missing or of another tokenizer, or the checkpoints cannot be evaluated by this config.
     """
-    settings = {"by": by, "limit": limit}
+    settings: dict[str, dict[str, Any]] = {}
     read: dict[str, TextSet] = {}
 
     def prepare() -> None:
-        for path in sets.values():
-            find_set(path)
+        for name, path in sets.items():
+            file = find_set(path)
+            settings[name] = {"by": by, "limit": limit, "file": str(file.resolve()), "written": written(file)}
 
     def missing(results: dict[str, Any]) -> list[str]:
-        return lacking(results, sets, "perplexity", settings)
+        return lacking(results, "perplexity", settings)
 
     def ask(questions: Questions, names: Sequence[str]) -> dict[str, Any]:
         found = {}
         for name in names:
             if name not in read:
                 read[name] = _read(questions.engine, sets[name], by, limit)
-            found[name] = _loss(questions, read[name], name) | settings
+            found[name] = _loss(questions, read[name], name) | settings[name]
         return found
 
     evaluate_each(config, overrides, source, out, "perplexity", prepare, missing, ask, every, batch_size, report)
@@ -68,13 +70,18 @@ def perplexity(
 def _read(engine: Engine, path: Path, by: str, limit: int | None) -> TextSet:
     common = (find_set(path), engine.tokenizer, engine.args.padded_vocab_size)
     if by == "chunk":
-        return by_chunk(*common, engine.max_length, limit)
-    return by_document(*common, partial(windows, first=engine.first_token, length=engine.max_length), limit)
+        found = by_chunk(*common, engine.max_length, limit)
+    else:
+        found = by_document(*common, partial(windows, first=engine.first_token, length=engine.max_length), limit)
+    if not found.tokens:
+        chunk = f", not one chunk of seq_length={engine.max_length}: give --by document" if by == "chunk" else ""
+        raise UserError(f"{common[0]} has no token to score{chunk or ': give another set'}")
+    return found
 
 
 def _loss(questions: Questions, texts: TextSet, name: str) -> dict[str, Any]:
     nats = -math.fsum(score.logprob for score in questions.scores(texts.rows, name))
-    loss = nats / texts.tokens if texts.tokens else math.nan
+    loss = nats / texts.tokens
     return {
         "value": loss,
         "perplexity": math.exp(loss),

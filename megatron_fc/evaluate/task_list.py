@@ -78,6 +78,8 @@ def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskLi
         if folder := content.get("folder"):
             found.folders.append(path.parent / folder)
     for folder in found.folders:
+        if not folder.is_dir() and "=" in folder.name:
+            raise UserError(f"--include {folder}: overrides such as {folder} stand before --include, behind the config")
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give that of the tasks' YAML files")
     known = set(found.tasks)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_fc.checkpoints.changes import refuse_other_model
 from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.integrity import refuse_corrupt, step_of
 from megatron_fc.checkpoints.structure import refuse_other_connection
@@ -53,6 +54,7 @@ def load_model(
     join_world()
     args = parse(recipe, settle)
     refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
+    refuse_other_model(checkpoint, args)
     set_global_variables(args)
     with refusals_named("the layout"):
         training.initialize_megatron()

@@ -140,11 +140,14 @@ def test_perplexity_of_texts_and_of_indexed_files(
     )
     words = ["evaluate", "perplexity", trained["dhc_x4"], config, "connection=dhc", "--out", tmp_path / "out"]
     words += ["--sets", f"lines={tasks / 'texts'}", f"indexed={tmp_path / 'indexed'}", "--by"]
+    out = words.index("--out") + 1
     for by, ranks in (("document", 1), ("chunk", 2)):
+        words[out] = tmp_path / by
         done = run(tmp_path, *words, by, ranks=ranks)
         assert done.code == 0, done.printed
-        found = json.loads((tmp_path / "out" / "iter_0000006.json").read_text())["perplexity"]
-        assert found["lines"] == pytest.approx(found["indexed"], abs=1e-9)
+        found = json.loads((tmp_path / by / "iter_0000006.json").read_text())["perplexity"]
+        for key in ("value", "perplexity", "bits_per_byte", "tokens", "bytes"):
+            assert found["lines"][key] == pytest.approx(found["indexed"][key], abs=1e-9)
         if by == "document":
             assert found["lines"]["bits_per_byte"] == pytest.approx(direct["local_text"], abs=CLOSE)
             assert found["lines"]["bytes"] == sum(len(text.encode()) for text in texts)
@@ -152,7 +155,14 @@ def test_perplexity_of_texts_and_of_indexed_files(
             assert found["lines"]["value"] == pytest.approx(direct["chunk_loss"], abs=CLOSE)
             assert found["lines"]["tokens"] == direct["chunk_tokens"]
             assert found["lines"]["perplexity"] == pytest.approx(math.exp(direct["chunk_loss"]), rel=CLOSE)
-    for given, said in (("c4=/nowhere/c4", "no validation set /nowhere/c4"), ("c4", "--sets c4: write NAME=FILE")):
+    (tmp_path / "other.jsonl").write_text('{"text": "another text"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    for given, said in (
+        ("c4=/nowhere/c4", "no validation set /nowhere/c4"),
+        ("c4", "--sets c4: write NAME=FILE"),
+        (f"lines={tmp_path / 'other'}", "has a result already, with file="),
+        (f"empty={tmp_path / 'empty'}", "has no token to score, not one chunk of seq_length=32: give --by document"),
+    ):
         done = run(tmp_path, *words[:-3], given, "--by", "chunk")
         assert done.code == 2
         assert said in done.printed
@@ -213,6 +223,19 @@ def test_a_second_call_adds_what_is_missing(
     again = evaluate(config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", "local_text", *offline)
     assert again.code == 0
     assert "iteration" not in again.printed
+    for words, said in (
+        (["--data", tmp_path / "data", "--limit", 1], "has a result already, with limit=2, and not 1: give another"),
+        ([*offline, "bf16=true"], "is of another model, precision: torch.float32 there, torch.bfloat16 here"),
+        ([*offline, "seq_length=16"], "is of another model, seq_length: 32 there, 16 here: give another --out"),
+    ):
+        refused = evaluate(config, trained["dfc_x4"], folder, out, *words, "--tasks", "local_choice")
+        assert refused.code == 2, refused.printed
+        assert said in refused.printed
+    other = evaluate(
+        config, trained["residual"], folder, out, "connection=residual", *offline, "--tasks", "local_choice"
+    )
+    assert other.code == 2, other.printed
+    assert "is of another model, checkpoint: " in other.printed
     missing = evaluate(
         config, trained["dfc_x4"], folder, out, "--tasks", "local_choice", "local_cloze", "--data", tmp_path
     )
@@ -248,6 +271,10 @@ def test_the_harness_s_own_command_line(
         (["context_parallel_size=2", "--tasks", "local_choice"], "context_parallel_size=2: evaluation keeps sequences"),
         (["moe_expert_capacity_factor=1.0", "--tasks", "local_choice"], "set moe_expert_capacity_factor=null"),
         (["padded_vocab_size=256", "--tasks", "local_choice"], "padded_vocab_size=256, but"),
+        (["norm_epsilon=0.5", "--tasks", "local_choice"], "norm_epsilon"),
+        (["moe_router_topk=1", "--tasks", "local_choice"], "moe_router_topk: 2 in "),
+        (["moe_input_jitter_eps=0.1", "--tasks", "local_choice"], "set moe_input_jitter_eps=null"),
+        (["moe_router_force_load_balancing=true", "--tasks", "local_choice"], "route at random, in evaluation too"),
         (["expert_model_parallel_size=2"], "Megatron refuses the layout: world_size"),
         (["--limit", "0"], "--limit 0: give a number from 1 on"),
         (["--every", "5"], "no complete checkpoint at a multiple of iteration 5: lower --every"),
