@@ -96,6 +96,12 @@ def unavailable() -> str | None:
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
 
+def free_subnet(first: int) -> int:
+    """A number from `first` on that no cluster has, nor the bridge of one that was killed with its process."""
+    numbers = [(first + offset) % 250 for offset in range(250)]
+    return next(number for number in numbers if not Path(f"/sys/class/net/slurm{number}").exists())
+
+
 class Cluster:
     """A context in which SLURM runs; nothing of it is left behind.
 
@@ -108,7 +114,7 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int, gpus: int, are_real: bool = False) -> None:
         self.folder, self.nodes, self._gpus, self._are_real = folder, nodes, gpus, are_real
-        self._subnet = os.getpid() % 250  # several clusters may run at once, one per process
+        self._subnet = free_subnet(os.getpid() % 250)  # several clusters may run at once, one per process
         self._net, self._bridge = f"10.77.{self._subnet}", f"slurm{self._subnet}"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {"SLURM_CONF": str(folder / "etc" / "slurm.conf"), "PATH": _PATH}

@@ -23,6 +23,8 @@ _TESTS = _HERE.parents[1]
 PATHS = [str(_TESTS.parent), str(_TESTS), str(_TESTS.parent / "benchmarks")]
 # What torch, Triton and Megatron read when they are imported: the same for all processes of a server.
 READ_ON_IMPORT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "0"}
+# pyarrow, which datasets and thereby ModelOpt import, would start a thread, and what has threads must not fork.
+_WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 _FOLDER, _OWNER = "FORK_SERVER_FOLDER", "FORK_SERVER_OWNER"
 
 
@@ -74,7 +76,7 @@ def _start(folder: Path, values: dict[str, str]) -> None:
         listening.listen(64)
         subprocess.Popen(
             [sys.executable, _HERE / "server.py", str(listening.fileno()), os.environ[_OWNER], folder],
-            env={**os.environ, **values, "PYTHONPATH": path},
+            env={**os.environ, **values, **_WITHOUT_THREADS, "PYTHONPATH": path},
             pass_fds=[listening.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -24,6 +24,17 @@ def main(python: str, server: str, values: dict[str, str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    try:
+        status = _run(connection, server, signals)
+    except ConnectionError:
+        status = b""
+    if not status:
+        sys.exit(f"fork server: it has ended, see {os.path.dirname(server)}/log")
+    return os.waitstatus_to_exitcode(int(status))
+
+
+def _run(connection: socket.socket, server: str, signals: set[signal.Signals]) -> bytes:
+    """Ask for the process and hand signals on; returns how it has ended, nothing where the server ended first."""
     connection.connect(server)
     request = {
         "argv": sys.argv,
@@ -36,10 +47,7 @@ def main(python: str, server: str, values: dict[str, str]) -> int:
     for number in signals:
         signal.signal(number, lambda number, _: connection.send(bytes([number])))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    status = connection.recv(16)
-    if not status:
-        sys.exit(f"fork server: it has ended, see {os.path.dirname(server)}/log")
-    return os.waitstatus_to_exitcode(int(status))
+    return connection.recv(16)
 
 
 def end(code: int) -> None:

@@ -41,7 +41,7 @@ MODELS = [
     (FOUR, 4096, 9, FP16, "rmsnorm"),
     (TWO, 4096, 9, FP16, "rmsnorm"),
     (FracConfig(rate=2), 4096, 9, BF16, "rmsnorm"),
-    (FracConfig(rate=2), 7168, 5, FP16, "rmsnorm"),
+    (FracConfig(rate=2), 5120, 5, FP16, "rmsnorm"),
 ]
 
 
