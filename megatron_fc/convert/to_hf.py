@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_fc.checkpoints.changes import refuse_other_model
 from megatron_fc.checkpoints.integrity import refuse_corrupt
 from megatron_fc.checkpoints.location import find_checkpoint, refuse_existing
 from megatron_fc.checkpoints.modelopt_state import refuse_state
@@ -24,6 +25,8 @@ from megatron_fc.convert.one_rank import one_rank, recipe_on_one_rank
 from megatron_fc.errors import UserError
 
 _CODE = "megatron_fc.convert.remote_code"
+_EMBEDDING = "embedding.word_embeddings.weight"
+_REMEDY = "give the config of the run that wrote it"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -47,11 +50,13 @@ def to_hf(config: Path, overrides: Sequence[str], source: Path, target: Path, sh
     with one_rank(recipe) as args:
         architecture = architecture_of(args, recipe)
         refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
+        refuse_other_model(checkpoint, args)
         refuse_corrupt(checkpoint)
     stored = StoredTensors(checkpoint)
-    found = _found(checkpoint, stored, parts(architecture, args, recipe.connection))
-    embedding = "embedding.word_embeddings.weight"
-    rows, dtype = stored.shape(embedding)[0], stored.dtype(embedding)
+    if not stored.keys() >= {_EMBEDDING}:
+        raise UserError(f"the checkpoint {checkpoint} lacks {_EMBEDDING}: {_REMEDY}")
+    rows, dtype = stored.shape(_EMBEDDING)[0], stored.dtype(_EMBEDDING)
+    found = _found(checkpoint, stored, parts(architecture, args, recipe.connection, rows))
     described = huggingface_config(architecture, args, recipe.connection, rows, str(dtype).removeprefix("torch."))
     staging = target.parent / f".{target.name}.incomplete"
     shutil.rmtree(staging, ignore_errors=True)
@@ -73,22 +78,28 @@ def _files(count: int) -> str:
 
 
 def _found(checkpoint: Path, stored: StoredTensors, wanted: list[Part]) -> list[tuple[Part, str, tuple[int, ...]]]:
-    """Where each part lies; none may be missing, and no other tensor may be there."""
-    keys, found, used = stored.keys(), [], set()
-    remedy = "give the config of the run that wrote it"
+    """Where each part lies, all of a shape that the model has; no other tensor may be there."""
+    keys, found = stored.keys(), []
+    held: dict[str, set[tuple[int, ...]]] = {}
     for part in wanted:
         place = next(((key, at) for key, at in part.places() if key in keys), None)
         if place is None:
-            raise UserError(f"the checkpoint {checkpoint} lacks {next(part.places())[0]}: {remedy}")
-        used.add(place[0])
+            raise UserError(f"the checkpoint {checkpoint} lacks {next(part.places())[0]}: {_REMEDY}")
         found.append((part, *place))
-    if unexpected := sorted(keys - used):
-        raise UserError(f"the checkpoint {checkpoint} has {unexpected[0]}, unknown to this model: {remedy}")
-    layers = {
-        stored.shape(key)[0] for _, key, at in found if key.startswith("decoder.layers.") and at and _stacked(key)
-    }
+        held.setdefault(place[0], set()).add(place[1])
+    if unexpected := sorted(keys - held.keys()):
+        raise UserError(f"the checkpoint {checkpoint} has {unexpected[0]}, unknown to this model: {_REMEDY}")
+    layers = {stored.shape(key)[0] for part, key, at in found if part.layer is not None and at and _stacked(key)}
     if layers - {count := 1 + max(part.layer for part in wanted if part.layer is not None)}:
-        raise UserError(f"the checkpoint {checkpoint} has {max(layers)} layers, and num_layers={count}: {remedy}")
+        raise UserError(f"the checkpoint {checkpoint} has {max(layers)} layers, and num_layers={count}: {_REMEDY}")
+    for part, key, _ in found:
+        # Layers and experts that lie in one tensor are counted by the places in it.
+        shape = tuple(1 + max(places) for places in zip(*held[key], strict=True)) + part.shape
+        if stored.shape(key) != shape:
+            raise UserError(
+                f"{key} is {list(stored.shape(key))} in the checkpoint {checkpoint} and {list(shape)} in this model: "
+                f"{_REMEDY}"
+            )
     return found
 
 

@@ -6,9 +6,11 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 import rank
 from megatron_fc.cli.main import main
+from megatron_fc.training.tokenizer_digest import tokenizer_digest
 from support import harness, olmo, tiny
 from support.decoding import generate
 from support.prompts import NEW, PROMPTS
@@ -37,8 +40,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{architecture}-{connection}": olmo.model(architecture, connection) for architecture, connection in CASES
     }
     models["olmo2-bf16"] = replace(olmo.model("olmo2", "dfc_x4"), bf16=True)
-    harness.run("save_random", olmo.TP2_PP2_EP2.world, folder / "ranks", olmo.TP2_PP2_EP2, models, folder)
+    settings = {"rotary_base": 10000, "tokenizer_digest": digest(folder / "tokenizer")}
+    harness.run("save_random", olmo.TP2_PP2_EP2.world, folder / "ranks", olmo.TP2_PP2_EP2, models, folder, settings)
     return folder
+
+
+def digest(folder: Path) -> str | None:
+    """Of the tokenizer there, as training keeps it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    seen = SimpleNamespace(vocab_size=len(tokenizer), tokenize=tokenizer.encode)
+    return tokenizer_digest(Namespace(tokenizer_type="HuggingFaceTokenizer"), seen)
 
 
 @pytest.fixture
@@ -306,6 +319,27 @@ def test_files_hold_the_same_in_parts(folder: Path, tmp_path: Path, capsys: pyte
         ("olmoe", "dfc_x4", ["family=hybrid"], "family=hybrid has no Hugging Face class"),
         ("olmo2", "dfc_x4", ["kv_channels=8"], "kv_channels=8: OLMo2 has heads that are together as wide as the model"),
         ("olmo2", "dfc_x4", ["connection=dhc"], "has dfc_x4 connections, this run has dhc_x4 connections"),
+        (
+            "olmo2",
+            "plain",
+            ["rotary_base=100"],
+            "iter_0000001, 100 here, which makes another model: give what it was written with",
+        ),
+        (
+            "olmo2",
+            "dfc_x4",
+            ["num_attention_heads=8"],
+            "decoder.layers.self_attention.linear_qkv.weight is [2, 128, 64] in",
+        ),
+        ("olmo2", "dfc_x4", ["ffn_hidden_size=64"], "decoder.layers.mlp.linear_fc1.weight is [2, 256, 64] in"),
+        ("olmoe", "plain", ["num_experts=2"], "decoder.layers.mlp.router.weight is [2, 4, 64] in"),
+        (
+            "olmoe",
+            "plain",
+            ["moe_ffn_hidden_size=32"],
+            "linear_fc1.weight is [2, 4, 128, 64] in",
+        ),
+        ("olmoe", "dfc_x4", ["moe_ffn_hidden_size=32"], "[2, 4, 64, 64] in this model: give the config of the run"),
         ("olmo2", "dfc_x4", ["num_layers=1"], "has 2 layers, and num_layers=1: give the config of the run"),
         ("olmo2", "dfc_x4", ["num_layers=3"], "has 2 layers, and num_layers=3: give the config of the run"),
         (
