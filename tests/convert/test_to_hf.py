@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import rank
 from megatron_fc.cli.main import main
+from megatron_fc.convert import to_hf
 from megatron_fc.training.tokenizer_digest import tokenizer_digest
 from support import harness, olmo, tiny
 from support.decoding import generate
@@ -40,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{architecture}-{connection}": olmo.model(architecture, connection) for architecture, connection in CASES
     }
     models["olmo2-bf16"] = replace(olmo.model("olmo2", "dfc_x4"), bf16=True)
-    settings = {"rotary_base": 10000, "tokenizer_digest": digest(folder / "tokenizer")}
+    settings: dict[str, Any] = {"rotary_base": 10000, "tokenizer_digest": digest(folder / "tokenizer")}
+    settings["tokenizer_model"] = str(folder / "tokenizer")
     harness.run("save_random", olmo.TP2_PP2_EP2.world, folder / "ranks", olmo.TP2_PP2_EP2, models, folder, settings)
     return folder
 
@@ -349,6 +351,15 @@ def test_files_hold_the_same_in_parts(folder: Path, tmp_path: Path, capsys: pyte
             "has output_layer.weight, unknown to this model: give the config of the run",
         ),
         (
+            "olmoe",
+            "plain",
+            ["moe_router_load_balancing_type=sinkhorn", "moe_aux_loss_coeff=0"],
+            "moe_router_load_balancing_type=sinkhorn chooses other experts than OLMoE",
+        ),
+        ("olmoe", "plain", ["moe_router_force_load_balancing=true"], "moe_router_force_load_balancing=True is not"),
+        ("olmo2", "plain", ["--shard-gb", "nan"], "--shard-gb nan is no size of a file"),
+        ("olmo2", "plain", ["--shard-gb", "0"], "--shard-gb 0 is no size of a file"),
+        (
             "olmo2",
             "dfc_x4",
             ["tokenizer_type=NullTokenizer"],
@@ -395,3 +406,40 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     assert export(folder, "olmo2", "plain", tmp_path / "out", more) == 2
     assert f"the embedding has 128 rows and the tokenizer {tmp_path / 'larger'} 129 tokens" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["larger"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_tokenizer_with_other_tokens_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers of 13 and 0, which the digest's text has as words or unknown ones, are exchanged."""
+    shutil.copytree(folder / "tokenizer", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    words["0"], words["13"] = words["13"], words["0"]
+    file.write_text(json.dumps(content))
+    assert export(folder, "olmo2", "plain", tmp_path / "out", f"tokenizer_model={tmp_path / 'other'}") == 2
+    assert "makes other tokens of a text than the one that" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_two_exports_into_one_folder_do_not_mix(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one begins and ends while the first one writes."""
+    target, write = tmp_path / "out", to_hf._write_code
+    codes = []
+
+    def meanwhile(*words: Any) -> None:
+        monkeypatch.setattr(to_hf, "_write_code", write)
+        codes.append(export(folder, "olmo2", "dfc_x4", target))
+        write(*words)
+
+    monkeypatch.setattr(to_hf, "_write_code", meanwhile)
+    assert export(folder, "olmo2", "plain", target) == 2
+    assert codes == [0]
+    assert "exists and is never overwritten" in capsys.readouterr().err
+    assert json.loads((target / "config.json").read_text())["architectures"] == ["ConnectedOlmo2ForCausalLM"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
