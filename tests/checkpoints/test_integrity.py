@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from megatron_fc.checkpoints.changes import stored_args
 from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.integrity import intact_checkpoints, refuse_corrupt, refuse_damaged
 from megatron_fc.checkpoints.location import TRACKER, find_checkpoint
+from megatron_fc.checkpoints.stored_tensors import is_weight
 from megatron_fc.cli.main import main
 from megatron_fc.errors import UserError
 
@@ -124,6 +126,23 @@ def test_a_flipped_bit_is_found_wherever_it_is(folder: Path) -> None:
     assert all(f"{shard} is corrupt at " in text for text in found)
     assert len(found) > 25, "the rest is padding between records"
     refuse_corrupt(shard.parent)
+
+
+def test_a_corrupt_optimizer_is_no_matter_where_weights_are_read(folder: Path) -> None:
+    """Of each kind the middle of one tensor is flipped."""
+    checkpoint = folder / "iter_0000008"
+    places = FileSystemReader(checkpoint).read_metadata().storage_data
+    for kind, found in (("optimizer.", ""), ("decoder.", " is corrupt at decoder.")):
+        place = next(info for key, info in places.items() if key.fqn.startswith(kind))
+        shard, middle = checkpoint / place.relative_path, place.offset + place.length // 2
+        at = next(at for at in range(middle, middle + 64) if refusal(shard, at))
+        flip(shard, at)
+        if found:
+            with pytest.raises(UserError, match=found):
+                refuse_corrupt(checkpoint, of=is_weight)
+        else:
+            refuse_corrupt(checkpoint, of=is_weight)
+        flip(shard, at)
 
 
 def test_what_megatron_cannot_load_is_named(config: Path, folder: Path) -> None:
