@@ -174,8 +174,8 @@ def refuse_other_vocabulary(checkpoint: Path, args: Namespace) -> None:
     if None not in digests and digests[0] != digests[1]:
         raise UserError(
             f"tokenizer_model={args.tokenizer_model} makes other tokens of a text than the one that {checkpoint} was "
-            f"trained with, {stored.tokenizer_model}: give that one, or begin a run of its own, finetune=true "
-            f"load={checkpoint.parent} and another run_dir"
+            f"trained with, {getattr(stored, 'tokenizer_model', None)}: give that one, or begin a run of its own, "
+            f"finetune=true load={checkpoint.parent} and another run_dir"
         )
 
 

@@ -55,7 +55,7 @@ class HuggingFaceFiles:
         Raises:
             UserError: a file is damaged, or lacks a tensor that the index says is in it.
         """
-        found = {}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
         for file in sorted(set(self._files.values())):
             with _opened(self.folder / file) as opened:
                 held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # no mapping

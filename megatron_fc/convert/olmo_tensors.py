@@ -5,7 +5,7 @@ Face tensors that hold the same numbers.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +104,10 @@ def _layer(
     architecture: Architecture, args: Namespace, connection: ConnectionConfig | None, layer: int
 ) -> Iterator[Part]:
     def part(
-        keys: str | tuple[str, ...], theirs: dict[str, Shape], expert: int | None = None, **maps: Callable[..., object]
+        keys: str | tuple[str, ...],
+        theirs: Mapping[str, Shape],
+        expert: int | None = None,
+        **maps: Callable[..., object],
     ) -> Part:
         keys = (keys,) if isinstance(keys, str) else keys
         named = {f"model.layers.{layer}.{name}.weight": shape for name, shape in theirs.items()}

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lm_eval
+from lm_eval import evaluator
 
 from megatron_fc.evaluate.chosen import evaluate_each
 from megatron_fc.evaluate.harness import HarnessModel
@@ -18,7 +18,7 @@ from megatron_fc.evaluate.tasks import Tasks
 from megatron_fc.training.setup import quiet
 
 # Outside a repository it would say so on the terminal, and no result has it.
-lm_eval.evaluator.get_git_commit_hash = lambda: None
+evaluator.get_git_commit_hash = lambda: None
 
 # Standard errors of means are exact; of other metrics they are drawn, by as many samples.
 _BOOTSTRAP = 100
@@ -83,7 +83,7 @@ def _evaluated(
     questions: Questions, names: list[str], tasks: Tasks, wanted: TaskList, limit: int | None
 ) -> dict[str, Any]:
     with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its many bars and hints
-        found: Any = lm_eval.simple_evaluate(
+        found: Any = evaluator.simple_evaluate(
             model=HarnessModel(questions),
             tasks=[item for name in names for item in tasks.built[name]],
             limit=limit,
