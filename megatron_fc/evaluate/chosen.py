@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,38 +20,51 @@ from megatron_fc.evaluate.results import add_results, read_results, results_file
 _NUMBERS = ("fp8", "fp4", "moe_router_dtype", "moe_router_load_balancing_type")  # settings of how a model computes
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """Which checkpoints are evaluated, how, and where the results go.
+
+    Attributes:
+        config: file of the run that wrote the checkpoints.
+        overrides: as for training it, of the layout say.
+        source: folder of checkpoints, or one of them.
+        out: folder of the results.
+        every: evaluate the checkpoints of all multiples of this iteration, None for the newest.
+        limit: documents of each task, documents or chunks of each set, None for all.
+        batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
+        report: told the results of a checkpoint, on the first rank.
+    """
+
+    config: Path
+    overrides: Sequence[str]
+    source: Path
+    out: Path
+    every: int | None
+    limit: int | None
+    batch_size: int | None
+    report: Callable[[dict[str, Any]], None]
+
+
 def evaluate_each(
-    config: Path,
-    overrides: Sequence[str],
-    source: Path,
-    out: Path,
+    asked: Evaluation,
     section: str,
     prepare: Callable[[], None],
     missing: Callable[[dict[str, Any]], list[str]],
     ask: Callable[[Questions, list[str]], dict[str, Any]],
-    every: int | None,
-    batch_size: int | None,
-    report: Callable[[dict[str, Any]], None],
 ) -> None:
     """Ask checkpoints what their results lack, and add it to these; every rank calls it.
 
     Args:
-        config: file of the run that wrote the checkpoints.
-        overrides: as for training it.
-        source: folder of checkpoints, or one of them.
-        out: folder of the results.
+        asked: the checkpoints.
         section: of the results.
         prepare: called on the first rank before anything is built.
         missing: given a checkpoint's results, the names that it lacks.
         ask: given what asks a checkpoint's model, and names, what it finds for each.
-        every: evaluate the checkpoints of all multiples of this iteration, None for the newest.
-        batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
-        report: told the results of a checkpoint, on the first rank.
 
     Raises:
         UserError: what `prepare` refuses, or the checkpoints cannot be evaluated by this config.
     """
-    recipe = recipe_without_data(config, overrides)
+    recipe, out = recipe_without_data(asked.config, asked.overrides), asked.out
     left: list[Path] = []
 
     def lacks(args: Namespace, checkpoint: Path) -> list[str]:
@@ -62,11 +76,11 @@ def evaluate_each(
 
     def choose(args: Namespace) -> Path | None:
         prepare()
-        left.extend(path for path in chosen_checkpoints(source, every) if lacks(args, path))
+        left.extend(path for path in chosen_checkpoints(asked.source, asked.every) if lacks(args, path))
         return left[0] if left else None
 
     try:
-        with open_engine(recipe, find_checkpoint(source), batch_size, choose) as engine:
+        with open_engine(recipe, find_checkpoint(asked.source), asked.batch_size, choose) as engine:
             if not engine.leads:
                 engine.follow()
                 return
@@ -80,7 +94,7 @@ def evaluate_each(
                 finally:
                     answers.close()
                 facts = _facts(engine, checkpoint, recipe.label) | {"model": model}
-                report(add_results(results_file(out, checkpoint), facts, section, found))
+                asked.report(add_results(results_file(out, checkpoint), facts, section, found))
     except NothingToDo:
         return
 

@@ -47,6 +47,13 @@ class HarnessModel(TemplateLM):
         """Tokens as in training data; those that Megatron's tokenizer adds by itself are among them."""
         return [int(token) for token in self._engine.tokenizer.tokenize(string)]
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Which one is used; the harness asks where `--apply_chat_template` is given."""
+        raise UserError(
+            "--apply_chat_template: Megatron's tokenizers have no template, leave it out; `megatron-fc convert to-hf` "
+            "exports the checkpoint for --model hf, whose tokenizer may have one"
+        )
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
 

@@ -1,13 +1,13 @@
 """`megatron-fc evaluate perplexity`: losses of checkpoints on validation sets, per token and per byte."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_fc.errors import UserError
-from megatron_fc.evaluate.chosen import evaluate_each
+from megatron_fc.evaluate.chosen import Evaluation, evaluate_each
 from megatron_fc.evaluate.engine import Engine
 from megatron_fc.evaluate.questions import Questions
 from megatron_fc.evaluate.results import lacking
@@ -15,36 +15,18 @@ from megatron_fc.evaluate.texts import TextSet, by_chunk, by_document, find_set,
 from megatron_fc.evaluate.windows import windows
 
 
-def perplexity(
-    config: Path,
-    overrides: Sequence[str],
-    source: Path,
-    sets: Mapping[str, Path],
-    out: Path,
-    *,
-    by: str,
-    every: int | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    report: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> None:
-    """Evaluate checkpoints on validation sets and add to `out/iter_*.json`; every rank calls it.
+def perplexity(asked: Evaluation, sets: Mapping[str, Path], by: str) -> None:
+    """Evaluate checkpoints on validation sets and add to `iter_*.json`; every rank calls it.
 
     Args:
-        config: file of the run that wrote the checkpoints.
-        overrides: as for training it, of the layout say.
-        source: folder of checkpoints, or one of them.
+        asked: the checkpoints.
         sets: by name, a file as in `texts.find_set`.
-        out: folder of the results.
         by: document or chunk.
-        every: evaluate the checkpoints of all multiples of this iteration, None for the newest.
-        limit: documents or chunks of each set, None for all.
-        batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
-        report: told the results of a checkpoint, on the first rank.
 
     Raises:
         UserError: a set is missing or of another tokenizer, or the checkpoints cannot be evaluated by this config.
     """
+    limit = asked.limit
     settings: dict[str, dict[str, Any]] = {}
     read: dict[str, TextSet] = {}
 
@@ -64,7 +46,7 @@ def perplexity(
             found[name] = _loss(questions, read[name], name) | settings[name]
         return found
 
-    evaluate_each(config, overrides, source, out, "perplexity", prepare, missing, ask, every, batch_size, report)
+    evaluate_each(asked, "perplexity", prepare, missing, ask)
 
 
 def _read(engine: Engine, path: Path, by: str, limit: int | None) -> TextSet:

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_fc.checkpoints.changes import refuse_other_model
 from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.integrity import refuse_corrupt, step_of
+from megatron_fc.checkpoints.stored_tensors import is_weight
 from megatron_fc.checkpoints.structure import refuse_other_connection
 from megatron_fc.errors import UserError
 from megatron_fc.training.recipe import Recipe
@@ -79,7 +80,7 @@ def load_weights(args: Namespace, chunks: list[Any], checkpoint: Path) -> float:
     """
     from megatron.training.checkpointing import load_checkpoint
 
-    refuse_corrupt(checkpoint)
+    refuse_corrupt(checkpoint, of=is_weight)
     _point_at(args, checkpoint)
     # Megatron expects a run that has seen nothing yet.
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = 0
