@@ -89,9 +89,11 @@ def asked_of(args: argparse.Namespace, lines: Callable[[dict[str, Any]], Iterabl
         for line in lines(results):
             print(f"  {line}", flush=True)
 
-    return Evaluation(
-        args.config, args.overrides, args.source, out_of(args), args.every, args.limit, args.batch_size, report
-    )
+    def idle() -> None:
+        print(f"nothing to do: {out} has all of these results")
+
+    out, limits = out_of(args), (args.every, args.limit, args.batch_size)
+    return Evaluation(args.config, args.overrides, args.source, out, *limits, report, idle)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ class Evaluation:
         limit: documents of each task, documents or chunks of each set, None for all.
         batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
         report: told the results of a checkpoint, on the first rank.
+        idle: told there that all results are there already.
     """
 
     config: Path
@@ -43,6 +44,7 @@ class Evaluation:
     limit: int | None
     batch_size: int | None
     report: Callable[[dict[str, Any]], None]
+    idle: Callable[[], None]
 
 
 def evaluate_each(
@@ -66,6 +68,7 @@ def evaluate_each(
     """
     recipe, out = recipe_without_data(asked.config, asked.overrides), asked.out
     left: list[Path] = []
+    asks = False  # this is the first rank
 
     def lacks(args: Namespace, checkpoint: Path) -> list[str]:
         file = results_file(out, checkpoint)
@@ -75,6 +78,8 @@ def evaluate_each(
         return missing(results)
 
     def choose(args: Namespace) -> Path | None:
+        nonlocal asks
+        asks = True
         prepare()
         left.extend(path for path in chosen_checkpoints(asked.source, asked.every) if lacks(args, path))
         return left[0] if left else None
@@ -96,7 +101,8 @@ def evaluate_each(
                 facts = _facts(engine, checkpoint, recipe.label) | {"model": model}
                 asked.report(add_results(results_file(out, checkpoint), facts, section, found))
     except NothingToDo:
-        return
+        if asks:
+            asked.idle()
 
 
 def chosen_checkpoints(source: Path, every: int | None) -> list[Path]:
