@@ -19,6 +19,7 @@ import yaml
 
 from support import fork_server
 from support.documented import ROOT, chunks, commands, snippets
+from support.documents import write_documents
 from support.site_files import TINY
 from support.training_runs import environment
 
@@ -90,13 +91,16 @@ def test_the_tests_that_run_the_others_exist() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder `data` of all clones, and the text that it is made of."""
+    """The folders `data` and `src`, documents, of all clones, and the text that they are made of."""
     folder = tmp_path_factory.mktemp("documented")
     (folder / "text").mkdir()
     (folder / "sitecustomize.py").write_text(HERE)
     lines = [line for module in (argparse, inspect, typing) for line in inspect.getsource(module).splitlines()]
     for start in range(0, len(lines), 50):
         (folder / "text" / f"{start}.py").write_text("\n".join(lines[start : start + 50]))
+    texts = [path.read_text() for path in sorted((folder / "text").iterdir())]
+    for half in range(2):
+        write_documents(folder / "src" / f"{half}.jsonl", texts[half::2])
     environ = environment() | {"PYTHONPATH": f"{folder}:{ROOT}"}
     subprocess.run([fork_server.python(), "-m", "megatron_fc", "data", "demo"], cwd=folder, env=environ, check=True)
     return folder
@@ -109,7 +113,8 @@ def clone(data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / path).symlink_to(ROOT / path)
     for path in ("configs", "launch"):
         shutil.copytree(ROOT / path, tmp_path / path, ignore=shutil.ignore_patterns("site.sh"))
-    (tmp_path / "data").symlink_to(data / "data")
+    for path in ("data", "src"):
+        (tmp_path / path).symlink_to(data / path)
     shrink(tmp_path / "configs" / "demo.yaml", TO_PRUNE if name == "docs/modelopt.md" else {})
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
