@@ -7,6 +7,7 @@ clone of its own, in which its commands run from the top to the bottom.
 import argparse
 import ast
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -197,3 +198,14 @@ def test_a_training_with_a_callback(name: str, clone: Path) -> None:
     run("python train.py", clone, {})
     said = re.findall("^new: (.*)", (clone / "runs/announced/logs/rank0.log").read_text(), re.MULTILINE)
     assert said == [f"runs/announced/checkpoints/iter_000000{iteration}" for iteration in (3, 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["docs/plan.md"])
+def test_a_script_of_plans(name: str, clone: Path) -> None:
+    (script,) = snippets()[name]
+    (clone / "plans.py").write_text(script)
+    rows = re.findall(r"^(\d+) ([\d.]+) ", run("python plans.py", clone, {}), re.MULTILINE)
+    assert [nodes for nodes, _ in rows] == ["8", "16", "32"]
+    asked = "megatron-fc plan configs/olmoe_7b.yaml micro_batch_size=1 --nodes 32 --gpu h100 --json"
+    assert float(rows[-1][1]) == json.loads(run(asked, clone, {}))["tokens_per_second"]
