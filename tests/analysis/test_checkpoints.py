@@ -11,7 +11,7 @@ import pytest
 from support import fork_server
 from support import training_runs as runs
 from support.compress_commands import run
-from support.evaluations import config, train  # noqa: F401  (a fixture)
+from support.evaluations import train
 
 pytestmark = pytest.mark.slow
 SAMPLES = 4
@@ -28,7 +28,7 @@ CLOSE = {"rel": 2e-4, "abs": 2e-5}  # fp32 in another order of sums
 
 
 @pytest.fixture(scope="module")
-def trained(config: Path) -> Callable[[str], Path]:  # noqa: F811
+def trained(config: Path) -> Callable[[str], Path]:
     """Runs whose learning rate takes the connections far from where they start, by connection."""
     made: dict[str, Path] = {}
 
@@ -47,7 +47,7 @@ def analyze(what: str, run_dir: Path, out: Path, *words: object, ranks: int = 1)
     return found
 
 
-def by_hand(config: Path, run_dir: Path, connection: str) -> dict[str, Any]:  # noqa: F811
+def by_hand(config: Path, run_dir: Path, connection: str) -> dict[str, Any]:
     script = Path(__file__).parents[1] / "support" / "direct_analysis.py"
     words = [fork_server.python(), str(script), str(config), str(run_dir / "checkpoints"), str(SAMPLES)]
     done = subprocess.run(
@@ -72,7 +72,7 @@ def same(found: Any, expected: Any) -> None:
 )
 def test_measures_are_those_by_hand(
     connection: str,
-    config: Path,  # noqa: F811
+    config: Path,
     trained: Callable[[str], Path],
     tmp_path: Path,
 ) -> None:
