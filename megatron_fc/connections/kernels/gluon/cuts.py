@@ -8,6 +8,7 @@ from megatron_fc.connections.kernels.tiles import Site
 _COLUMNS = 64  # of a warp in a chunk
 _REGISTERS = 65536 // 32  # of a processor, by the lanes of a warp
 _DEPTH_REGISTERS = 64
+_WIDE_FRACTIONS = 2  # with which the kernels of wide slots know how to do
 Direction = Literal["forward", "backward"]
 
 
@@ -26,22 +27,29 @@ class Needs(NamedTuple):
     registers: int
 
 
-def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main | str:
+def planned(direction: Direction, site: Site, boundary: bool, room: int, given: bool = False) -> Main | str:
     """The main kernel for what the general one would run as `site`, or why there is none.
 
-    room: bytes of shared memory that a program may have.
+    Args:
+        direction: of the pass.
+        site: of the general kernel.
+        boundary: a depth connection comes first.
+        room: bytes of shared memory that a program may have.
+        given: its coefficients come from elsewhere.
     """
     obstacle = first_of(
         {
             f"{site.N} slots with {site.M} fractions": not has_main_kernels(site.N, site.M),
-            "static coefficients": site.TO - site.FROM != 1 + site.M + site.N,
+            "static coefficients": not given and site.TO - site.FROM != 1 + site.M + site.N,
+            f"coefficients given for {site.M} fractions": given and site.M > _WIDE_FRACTIONS,
             "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
             _columns(site): site.C % 16 != 0,
         }
     )
     if obstacle:
         return obstacle
-    ways = [(cut, _needs(direction, cut, boundary), False) for cut in _narrow(direction, site)]
+    narrow = [] if given else _narrow(direction, site)
+    ways = [(cut, _needs(direction, cut, boundary), False) for cut in narrow]
     ways += [(cut, _wide_needs(direction, cut, boundary), True) for cut in _wide(site)]
     for cut, needs, wide in ways:
         by_memory = (room + 1024) // (needs.shared + 1024)
@@ -94,7 +102,7 @@ def _narrow(direction: Direction, site: Site) -> list[Site]:
 
 def _wide(site: Site) -> list[Site]:
     """For the kernels of wide slots: tiles of as many rows as fit into shared memory, or half of these."""
-    return _cuts(site, 4 if site.C <= 512 else 8, (16, 8), 8, 8) if site.M <= 2 else []
+    return _cuts(site, 4 if site.C <= 512 else 8, (16, 8), 8, 8) if site.M <= _WIDE_FRACTIONS else []
 
 
 def _kernel(direction: Direction, wide: bool) -> Any:
