@@ -50,7 +50,7 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int, given: 
         return obstacle
     narrow = [] if given else _narrow(direction, site)
     ways = [(cut, _needs(direction, cut, boundary), False) for cut in narrow]
-    ways += [(cut, _wide_needs(direction, cut, boundary), True) for cut in _wide(site)]
+    ways += [(cut, _wide_needs(direction, cut, given), True) for cut in _wide(site)]
     for cut, needs, wide in ways:
         by_memory = (room + 1024) // (needs.shared + 1024)
         if by_memory:
@@ -130,7 +130,7 @@ def _needs(direction: Direction, site: Site, boundary: bool) -> Needs:
     return Needs(rows + tables + 2 * site.R * matrices * 2 + 1024 * site.W, registers)
 
 
-def _wide_needs(direction: Direction, site: Site, boundary: bool) -> Needs:
+def _wide_needs(direction: Direction, site: Site, given: bool) -> Needs:
     """Of the kernels of wide slots."""
     tokens = site.R // site.N
     rows, products = site.R + (4 if site.M + site.N < 4 else 8), site.KP + site.N
@@ -138,4 +138,4 @@ def _wide_needs(direction: Direction, site: Site, boundary: bool) -> Needs:
         rows, products = rows + site.R + (tokens + 1) * site.M, products + site.M + site.N
     tables = site.R * (2 * site.N + 2 * site.M + 3 * site.KP + 4)
     shared = rows * site.W * site.K * site.CHUNKS * 2 + (site.W * 16 * products + tables) * 4 + 1024
-    return Needs(shared, 256)
+    return Needs(shared, 128 if given and direction == "forward" and site.CHUNKS <= 4 else 256)
