@@ -8,7 +8,6 @@ from megatron_fc.connections.kernels.tiles import Site
 _COLUMNS = 64  # of a warp in a chunk
 _REGISTERS = 65536 // 32  # of a processor, by the lanes of a warp
 _DEPTH_REGISTERS = 64
-_WIDE_FRACTIONS = 2  # with which the kernels of wide slots know how to do
 Direction = Literal["forward", "backward"]
 
 
@@ -39,9 +38,8 @@ def planned(direction: Direction, site: Site, boundary: bool, room: int, given: 
     """
     obstacle = first_of(
         {
-            f"{site.N} slots with {site.M} fractions": not has_main_kernels(site.N, site.M),
+            f"{site.N} slots with {site.M} fractions": not has_main_kernels(site.N, site.M, given),
             "static coefficients": not given and site.TO - site.FROM != 1 + site.M + site.N,
-            f"coefficients given for {site.M} fractions": given and site.M > _WIDE_FRACTIONS,
             "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
             _columns(site): site.C % 16 != 0,
         }
@@ -102,7 +100,7 @@ def _narrow(direction: Direction, site: Site) -> list[Site]:
 
 def _wide(site: Site) -> list[Site]:
     """For the kernels of wide slots: tiles of as many rows as fit into shared memory, or half of these."""
-    return _cuts(site, 4 if site.C <= 512 else 8, (16, 8), 8, 8) if site.M <= _WIDE_FRACTIONS else []
+    return _cuts(site, 4 if site.C <= 512 else 8, (16, 8), 8, 8) if site.M <= 2 else []
 
 
 def _kernel(direction: Direction, wide: bool) -> Any:
