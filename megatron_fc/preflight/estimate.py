@@ -208,7 +208,7 @@ def _of_connections(shape: Shape, training: Training) -> Iterator[str]:
         return
     if not training.fused_connections:
         yield f"{shape.connection.label} is planned as its torch operations run, without fused kernels"
-    elif shape.is_wide and not _runs_on_main_kernels(shape.connection):
+    elif not training.main_kernels:
         yield (
             f"the kernels of {shape.connection.label} are planned at the speed of memory; they are predicted to miss "
             f"it, in backward by a factor of three (docs/kernels.md)"
