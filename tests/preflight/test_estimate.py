@@ -617,6 +617,8 @@ def test_json_says_the_same_and_the_sweep_is_sound(capsys: pytest.CaptureFixture
         planned = memory.worst_stage(shape_of(accepted), training, accepted.layout)
         assert planned.total == pytest.approx(tried["memory_bytes"], rel=1e-9), tried["overrides"]
     assert found["sweep"]["impossible"]["expert_model_parallel_size"] > 0
+    stages = {word for tried in fitting for word in tried["overrides"] if word.startswith("pipeline_model_parallel")}
+    assert stages == {f"pipeline_model_parallel_size={size}" for size in (2, 4, 8, 16)}
 
 
 @pytest.mark.slow
