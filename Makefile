@@ -38,8 +38,8 @@ PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m
 test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distillation with NVIDIA ModelOpt
 	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) -n 3 -m modelopt $(ARGS)
 
-test-bridge: .bridge/.installed  ## run the test of a provider of NVIDIA Megatron-Bridge
-	@PYTHONPATH="$(CURDIR)/.bridge" $(PYTEST) -n 1 tests/megatron/test_bridge.py $(ARGS)
+test-bridge: .bridge/.installed  ## run the tests of a provider of NVIDIA Megatron-Bridge
+	@PYTHONPATH="$(CURDIR)/.bridge" $(PYTEST) -n 1 -k bridge tests/megatron/test_bridge.py tests/examples $(ARGS)
 
 # Its own dependencies would replace torch and ask for Transformer Engine.
 .bridge/.installed: .venv/.installed
@@ -75,7 +75,7 @@ compat: .venv/.installed  ## run the quick tests with every supported megatron-c
 lint: .venv/.installed  ## check style and formatting
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/shellcheck -x launch/*.sh .ci/run $(filter-out %.py %__pycache__,$(wildcard scripts/*))
+	.venv/bin/shellcheck -x launch/*.sh examples/*.sh .ci/run $(filter-out %.py %__pycache__,$(wildcard scripts/*))
 	.venv/bin/hadolint docker/Dockerfile*
 
 types: .venv/.installed  ## check types

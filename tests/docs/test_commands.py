@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from support import fork_server
-from support.documented import ROOT, chunks, commands, snippets
+from support.documented import ROOT, chunks, commands, first_missing, snippets
 from support.site_files import TINY
 from support.training_runs import environment
 
@@ -147,21 +147,6 @@ def run(command: str, folder: Path, how: dict[str, Any]) -> str:
     done = subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == how.get("code", 0), f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout + done.stderr
-
-
-def first_missing(shown: list[str], printed: str) -> str | None:
-    """The first of the lines that was not printed behind the one before it.
-
-    Others may be between them, lines may break elsewhere, and `...` stands for anything.
-    """
-    text, place = " ".join(printed.split()), 0
-    for line in shown:
-        parts = re.split(r"\.\.\.(?: \(as above\))?", " ".join(line.split()))
-        found = re.compile(rf"(?<!\S){'.*?'.join(map(re.escape, parts))}(?!\S)").search(text, place)
-        if found is None:
-            return line
-        place = found.end()
-    return None
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TEXTS])

@@ -50,3 +50,18 @@ def snippets() -> dict[str, list[str]]:
     found = {_name(path): _FENCED.findall(path.read_text()) for path in _PROSE}
     assert all(language == "python" for blocks in found.values() for language, _ in blocks), "what is it?"
     return {name: [code for _, code in blocks] for name, blocks in found.items() if blocks}
+
+
+def first_missing(shown: list[str], printed: str) -> str | None:
+    """The first of the lines that was not printed behind the one before it.
+
+    Others may be between them, lines may break elsewhere, and `...` stands for anything.
+    """
+    text, place = " ".join(printed.split()), 0
+    for line in shown:
+        parts = re.split(r"\.\.\.(?: \(as above\))?", " ".join(line.split()))
+        found = re.compile(rf"(?<!\S){'.*?'.join(map(re.escape, parts))}(?!\S)").search(text, place)
+        if found is None:
+            return line
+        place = found.end()
+    return None
