@@ -1,11 +1,12 @@
 # Every target sets up what it needs by itself; only the first call takes time. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: demo demo-first test test-quick soak mutate test-modelopt test-bridge test-te gpu-check compat lint types format lock clean help
+.PHONY: demo demo-first test test-quick soak mutate test-modelopt test-bridge test-te gpu-check compat lint types docs \
+	format lock release clean help
 
 # Where it is set, hundreds of Python processes compile the same sources.
 unexport PYTHONDONTWRITEBYTECODE
 
-# ARGS reaches the command behind demo, the tests and gpu-check: make test ARGS="-k doctor"
+# ARGS reaches the command behind demo, the tests, gpu-check and release: make test ARGS="-k doctor"
 ARGS :=
 # gpu-check installs nothing, so that it runs where there is no network: make gpu-check PYTHON=/path/to/python
 PYTHON = $(or $(wildcard .venv/bin/python),python3)
@@ -81,12 +82,18 @@ lint: .venv/.installed  ## check style and formatting
 types: .venv/.installed  ## check types
 	.venv/bin/mypy megatron_fc
 
+docs: .venv/.installed  ## build the site of docs/ into build/site; a broken link or a missing object fails
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict  # with --quiet it would not be strict
+
 format: .venv/.installed  ## correct what lint would complain about
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
 lock: .venv/.installed  ## resolve every dependency anew and write constraints.txt
 	.venv/bin/python scripts/lock.py
+
+release: .venv/.installed  ## build wheel and sdist, check them in a new environment, print the release notes
+	@.venv/bin/python scripts/release.py $(ARGS)
 
 clean:  ## remove the environment, builds and caches; runs/ stays
 	rm -rf .venv .venv-te .modelopt build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -43,7 +43,7 @@ SAMPLES = ["train_samples=8", "lr_decay_samples=8", "lr_warmup_samples=4", "save
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.soak if name in SOAK else pytest.mark.slow]
+    return [pytest.mark.soak if name in SOAK or "troubleshooting" in name else pytest.mark.slow]
 
 
 VARIABLES = {

@@ -1,6 +1,6 @@
 """What the texts for readers print in blocks: commands, their output, Python.
 
-The texts are README.md, docs/*.md, and the comments at the top of configs/*.yaml and launch/*.sh. A chunk is the lines
+The texts are README.md, those of docs/, and the comments at the top of configs/*.yaml and launch/*.sh. A chunk is the lines
 of an indented block up to an empty one.
 """
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _COMMENTED = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "launch").glob("*.sh"))]
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
