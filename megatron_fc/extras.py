@@ -13,6 +13,13 @@ TRAIN = {
     "transformers": "transformers",
     "yaml": "pyyaml",
 }
+# What `megatron-fc data tokenize` needs besides, in the extra `data`. datatrove asks for none of what it reads with.
+DATA = {
+    "datatrove": "datatrove",
+    "fsspec": "fsspec",
+    "orjson": "orjson",
+    "pyarrow": "pyarrow",
+}
 # The harness brings datasets, and imports it.
 EVAL = {"lm_eval": "lm-eval", "datasets": "datasets"}
 _BASE = {"torch": "torch", "megatron": "megatron-core", "packaging": "packaging"}
@@ -23,6 +30,8 @@ def remedy(error: ModuleNotFoundError) -> str | None:
     name = error.name or ""
     if name in TRAIN:
         return f"{TRAIN[name]}, which is not installed: pip install 'megatron_fc[train]'"
+    if name in DATA:
+        return f"{DATA[name]}, which is not installed: pip install 'megatron_fc[data]'"
     if name in EVAL:
         return f"{EVAL[name]}, which is not installed: pip install 'megatron_fc[eval]'"
     if name in _BASE:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A release: builds wheel and sdist, checks them in a new environment, prints the release notes. `make release`.
 
-What it builds lies in dist/ of the repository. It uploads nothing and tags nothing. `--demo` takes overrides for the demo,
-which is whole without them: `make release ARGS="--demo train_iters=20 lr_decay_iters=20"`.
+What it builds lies in dist/ of the repository. It uploads nothing and tags nothing. `--demo` takes overrides for the
+demo, which is whole without them: `make release ARGS="--demo train_iters=20 lr_decay_iters=20"`.
 """
 
 import argparse
@@ -16,10 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.wheel import build_wheel, install  # noqa: E402
-
 import megatron_fc  # noqa: E402
 from megatron_fc.errors import UserError  # noqa: E402
+from support.wheel import build_wheel, install  # noqa: E402
 
 
 def notes(version: str) -> str:

@@ -1,6 +1,6 @@
 """Links of docs/ that lead to files elsewhere in the repository: the site names the file by its path instead.
 
-mkdocs calls `on_page_markdown` for every page (`hooks` in mkdocs.yml). On the site, what lies beside docs/ does not exist;
+mkdocs calls `on_page_markdown` for every page (`hooks` in mkdocs.yml). What lies beside docs/ is not on the site;
 where the text is read in the repository the link works.
 """
 

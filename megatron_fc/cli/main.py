@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("only `train` takes Megatron flags after --")
     if behind:
         args.overrides += behind
-    args.command_line, args.megatron_flags = words, extra
+    args.command_line, args.megatron_flags, args.is_process = words, extra, argv is None
     for name, value in vars(args).items():
         setattr(args, name, _at_home(value))
     _quieten()

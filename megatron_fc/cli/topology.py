@@ -32,9 +32,12 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megatron_fc.training import cpu_lane
+    from megatron_fc.preflight.torch_names import with_names
 
-    cpu_lane.install()
+    return with_names(lambda: _print(args), is_process=args.is_process)
+
+
+def _print(args: argparse.Namespace) -> int:
     from megatron_fc.preflight.topology import Throughput, topology
 
     throughput = Throughput(args.tokens_per_second_per_gpu, args.mfu, args.peak_tflops)

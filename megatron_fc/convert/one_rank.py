@@ -14,9 +14,9 @@ from megatron_fc.training.recipe import Recipe, load_recipe
 from megatron_fc.training.setup import join_world, parse, silence
 
 _SIZES = ("tensor_model", "pipeline_model", "expert_model", "expert_tensor", "context")
-_ONE_RANK = [f"{kind}_parallel_size=1" for kind in _SIZES]
-_ONE_RANK += ["sequence_parallel=false", "num_layers_per_virtual_pipeline_stage=null"]
-_ONE_RANK += ["num_virtual_stages_per_pipeline_rank=null", "pipeline_model_parallel_layout=null"]
+ON_ONE_RANK = [f"{kind}_parallel_size=1" for kind in _SIZES]
+ON_ONE_RANK += ["sequence_parallel=false", "num_layers_per_virtual_pipeline_stage=null"]
+ON_ONE_RANK += ["num_virtual_stages_per_pipeline_rank=null", "pipeline_model_parallel_layout=null"]
 _WITHOUT_DATA = [
     "mock_data=true",
     "data_path=null",
@@ -39,7 +39,7 @@ def recipe_on_one_rank(config: Path, overrides: Sequence[str], fp32: bool = Fals
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         raise UserError(f"convert runs in one process, and a launcher started {ranks}: start it by itself")
-    return load_recipe(config, [*overrides, *_ONE_RANK, *_WITHOUT_DATA, *(_FP32 if fp32 else [])])
+    return load_recipe(config, [*overrides, *ON_ONE_RANK, *_WITHOUT_DATA, *(_FP32 if fp32 else [])])
 
 
 @contextmanager

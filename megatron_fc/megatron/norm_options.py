@@ -58,6 +58,13 @@ def _refuse(options: NormOptions, args: Namespace) -> None:
     def value(name: str) -> Any:
         return getattr(args, name, None)
 
+    if value("mtp_num_layers") and not value("hybrid_layer_pattern"):
+        # Megatron's GPT builder makes these layers of a spec of its own, whatever that of the decoder is.
+        for name in (name for name, is_set in vars(options).items() if is_set):
+            raise UserError(
+                f"{name} would not reach the multi-token-prediction layers of a GPTModel: set {name}=false, or "
+                f"model.family=hybrid with a pattern like '*E*E/*E', whose MTP layers have it too"
+            )
     if options.qk_layernorm_over_heads:
         if not value("qk_layernorm"):
             raise UserError("qk_layernorm_over_heads says how queries and keys are normed: set qk_layernorm too")

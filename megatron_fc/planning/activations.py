@@ -4,7 +4,8 @@ Every function lists what Megatron's layers keep with flash attention, fused Swi
 one micro-batch on one rank. The lists were read off `torch.autograd.graph.saved_tensors_hooks` on real layers, and
 `tests/preflight/test_estimate.py` holds them to it. Symbols: T tokens of a rank, d width, t tensor-parallel size,
 e bytes of an element; a row is T*d*e bytes, divided by t under sequence parallelism, and the stream between sub-layers
-r rows, one but for a connection that widens it. A norm keeps 4 bytes of statistics per row, in fp32.
+r rows, one but for a connection that widens it. A norm keeps 4 bytes of statistics per row, in fp32. What a product in
+FP8 or FP4 keeps of its input is in that precision, with its scales.
 """
 
 from collections.abc import Iterable
@@ -17,6 +18,8 @@ from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Shape, Training
 
 Part = Literal["attention", "mlp", "connections", "head"]
+# Of an element that a product in FP8 or FP4 keeps, scales of blocks of 32 or 16 included; else that of the dtype.
+OPERAND_BYTES = {"fp8": 1 + 1 / 32, "fp4": 1 / 2 + 1 / 16}
 _INDEX = 8  # bytes of an int64
 _FP32 = 4
 
@@ -29,12 +32,14 @@ class Kept(NamedTuple):
         part: of the model.
         bytes: on one rank, of one micro-batch.
         freed_by: selective recompute modules that drop it.
+        is_operand: a product keeps it, in its own precision.
     """
 
     what: str
     part: Part
     bytes: float
     freed_by: tuple[str, ...] = ()
+    is_operand: bool = False
 
 
 class _Sizes(NamedTuple):
@@ -59,10 +64,12 @@ def _sizes(shape: Shape, training: Training, layout: Layout) -> _Sizes:
 
 
 def layer(shape: Shape, training: Training, layout: Layout, moe: bool) -> list[Kept]:
-    """Kept by one layer, recompute apart."""
+    """Kept by one layer, recompute apart; a window of its attention changes nothing."""
     sizes = _sizes(shape, training, layout)
     mlp = _moe(shape, training, layout, sizes) if moe else _dense(shape, training, layout, sizes)
-    return [*_attention(shape, training, layout, sizes), *mlp, *_connections(shape, training, sizes, moe)]
+    kept = [*_attention(shape, training, layout, sizes), *mlp, *_connections(shape, training, sizes, moe)]
+    share = OPERAND_BYTES.get(training.products, training.element_bytes) / training.element_bytes
+    return [one._replace(bytes=share * one.bytes) if one.is_operand else one for one in kept]
 
 
 def stream(shape: Shape, training: Training, layout: Layout, is_embedding: bool = False) -> float:
@@ -86,8 +93,27 @@ def last(shape: Shape, training: Training, layout: Layout) -> list[Kept]:
     return [
         *_leave(shape, sizes),
         *_norm("last norm", "head", sizes, ()),
-        Kept("softmax of the logits", "head", _FP32 * sizes.tokens * shape.vocabulary / layout.tensor),
+        Kept(
+            "gradient of the logits" if training.fused_loss else "softmax of the logits",
+            "head",
+            (training.element_bytes if training.fused_loss else _FP32)
+            * sizes.tokens
+            * shape.vocabulary
+            / layout.tensor,
+        ),
         Kept("targets and their mask", "head", (_INDEX + 1) * sizes.tokens),
+    ]
+
+
+def prediction(shape: Shape, training: Training, layout: Layout) -> list[Kept]:
+    """Kept by a layer of multi-token prediction: two norms and the product that joins them, a layer, an output."""
+    sizes = _sizes(shape, training, layout)
+    return [
+        *_norm("norm of the stream to join", "head", sizes, ()),
+        *_norm("norm of the embedding to join", "head", sizes, ()),
+        Kept("joined", "head", 2 * sizes.row),
+        *layer(shape, training, layout, shape.moe_layers[-1]),
+        *last(shape, training, layout),
     ]
 
 
@@ -125,7 +151,7 @@ def _norm(name: str, part: Part, sizes: _Sizes, freed_by: tuple[str, ...]) -> li
     return [
         Kept(f"stream before {name}", part, sizes.row, () if part == "head" else ("stream",)),
         Kept(f"statistics of {name}", part, _FP32 * sizes.own_tokens, freed_by),
-        Kept(f"output of {name}", part, sizes.row, freed_by),
+        Kept(f"output of {name}", part, sizes.row, freed_by, is_operand=name != "norm of the experts"),
     ]
 
 
@@ -145,19 +171,23 @@ def _around(name: str, part: Part, shape: Shape, sizes: _Sizes, freed_by: tuple[
 
 def _attention(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> list[Kept]:
     tokens, e = sizes.tokens / layout.tensor, training.element_bytes
-    queries, keys = shape.query_width, shape.key_width
+    queries, keys, latent = shape.query_width, shape.key_width, shape.latent
+    expanded = ("mla_up_proj",) if latent else ()
     kept = [
         # Megatron recomputes the norms that are modules; what Transformer Engine's product has made stays.
         *_around("attention", "attention", shape, sizes, ("layernorm",) if training.norms_of(False)[0] else ()),
         # The values are a view of it.
-        Kept("queries, keys, values", "attention", e * tokens * (queries + 2 * keys)),
-        Kept("attention's output", "attention", e * tokens * queries),
+        Kept("queries, keys, values", "attention", e * tokens * (queries + keys + shape.value_width), expanded),
+        Kept("attention's output", "attention", e * tokens * shape.output_width, is_operand=True),
     ]
-    if shape.qk_norm:
+    if latent:  # before and behind the norms of what is narrow, whole on every rank
+        narrow = latent.keys + (latent.queries or 0)
+        kept.append(Kept("narrow queries and keys", "attention", e * sizes.own_tokens * (2 * narrow + latent.position)))
+    elif shape.qk_norm:
         # Norms over all heads have the same root on every rank.
         rows = 2 * sizes.tokens if shape.over_heads else tokens * (shape.heads + shape.groups)
         kept.append(Kept("statistics of query and key norm", "attention", _FP32 * rows))
-    if shape.rotary:
+    if shape.rotary and not latent:  # a latent head is rotated in place
         kept.append(Kept("rotated queries and keys", "attention", e * tokens * (queries + keys)))
     if training.flash:
         scores = Kept("log-sum-exp of scores", "attention", _FP32 * tokens * shape.heads, ("core_attn",))
@@ -185,6 +215,7 @@ def _gate(elements: float, name: str, shape: Shape, training: Training, freed_by
             "mlp",
             e * elements,
             (*freed_by, "moe_act") if "moe" in freed_by else freed_by,
+            is_operand=True,
         ),
     ]
 
@@ -200,7 +231,7 @@ def _moe(shape: Shape, training: Training, layout: Layout, sizes: _Sizes) -> lis
         # Softmax, and what the two losses of the router need; which experts, and how rows are ordered.
         Kept("routing", "mlp", sizes.own_tokens * routing, ("moe",)),
         Kept("order of rows", "mlp", sizes.own_tokens * order, ("moe",)),
-        Kept("rows of the experts", "mlp", e * rows * shape.width, ("moe",)),
+        Kept("rows of the experts", "mlp", e * rows * shape.width, ("moe",), is_operand=True),
         Kept("probabilities of rows", "mlp", _FP32 * rows, ("moe",)),
         *_gate(rows * shape.expert_ffn / layout.expert_tensor, "the experts", shape, training, ("moe",)),
     ]

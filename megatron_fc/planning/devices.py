@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_fc.errors import UserError
+from megatron_fc.planning.shape import Products
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,11 @@ class Device:
 
     Attributes:
         name: as people say it.
-        bf16_tflops, fp8_tflops: dense peaks, 1e12 FLOP/s; data sheets print twice as much, with sparsity. None: no FP8.
+        family: of GPUs that reach like shares of their peaks; names constants in `calibration`.
+        bf16_tflops, fp8_tflops, fp4_tflops: dense peaks, 1e12 FLOP/s; data sheets print twice as much, with sparsity,
+            where they do not say dense. None: the GPU cannot.
+        exponentials: 1e12 per second, of the special function units: 16 per clock and multiprocessor, 32 of Blackwell
+            Ultra; a softmax waits for them where heads are narrow.
         hbm_gib: memory. Data sheets write GB for what CUDA reports, within two per cent, in GiB.
         hbm_gb_per_second: of that memory, 1e9 bytes per second.
         nvlink_gb_per_second: that one GPU sends; data sheets add what it receives and print twice as much.
@@ -23,8 +28,11 @@ class Device:
     """
 
     name: str
+    family: str
     bf16_tflops: float
     fp8_tflops: float | None
+    fp4_tflops: float | None
+    exponentials: float
     hbm_gib: float
     hbm_gb_per_second: float
     nvlink_gb_per_second: float
@@ -38,40 +46,48 @@ class Device:
     def hbm_bytes(self) -> float:
         return self.hbm_gib * 2**30
 
-    def tflops(self, fp8: bool) -> float:
+    def tflops(self, products: Products) -> float:
         """Dense peak of matrix products.
 
         Raises:
-            UserError: FP8 on a GPU without it.
+            UserError: a precision that the GPU does not have.
         """
-        if not fp8:
-            return self.bf16_tflops
-        if self.fp8_tflops is None:
-            raise UserError(f"fp8_format is set and {self.name} has no FP8: drop it, or choose another GPU")
-        return self.fp8_tflops
+        peak = {"half": self.bf16_tflops, "fp8": self.fp8_tflops, "fp4": self.fp4_tflops}[products]
+        if peak is None:
+            name = products.upper()
+            raise UserError(f"{products}_format is set and {self.name} has no {name}: drop it, or choose another GPU")
+        return peak
 
 
-# One adapter of 200 Gb/s per GPU in DGX A100, of 400 Gb/s in the others.
+# One adapter of 200 Gb/s per GPU in DGX A100, of 800 Gb/s with B300 and GB300, of 400 Gb/s in the others.
 DEVICES = {
     "a100": Device(
-        "A100 80GB SXM", 312, None, 80, 2039, 300, 8, 25, 8, (8, 0),
+        "A100 80GB SXM", "hopper", 312, None, None, 2.4, 80, 2039, 300, 8, 25, 8, (8, 0),
         "NVIDIA A100 Tensor Core GPU data sheet; DGX A100 data sheet",
     ),
     "h100": Device(
-        "H100 SXM", 989.5, 1979, 80, 3350, 450, 8, 50, 8, (9, 0),
+        "H100 SXM", "hopper", 989.5, 1979, None, 3.9, 80, 3350, 450, 8, 50, 8, (9, 0),
         "NVIDIA H100 Tensor Core GPU data sheet; DGX H100 data sheet",
     ),
     "h200": Device(
-        "H200 SXM", 989.5, 1979, 141, 4800, 450, 8, 50, 8, (9, 0),
+        "H200 SXM", "hopper", 989.5, 1979, None, 3.9, 141, 4800, 450, 8, 50, 8, (9, 0),
         "NVIDIA H200 Tensor Core GPU data sheet; DGX H200 data sheet",
     ),
     "b200": Device(
-        "B200", 2250, 4500, 180, 8000, 900, 8, 50, 8, (10, 0),
+        "B200", "blackwell", 2250, 4500, 9000, 4.4, 180, 8000, 900, 8, 50, 8, (10, 0),
         "NVIDIA Blackwell architecture technical brief (HGX B200); DGX B200 data sheet",
     ),
     "gb200": Device(
-        "GB200 NVL72", 2500, 5000, 186, 8000, 900, 72, 50, 4, (10, 0),
+        "GB200 NVL72", "blackwell", 2500, 5000, 10000, 4.7, 186, 8000, 900, 72, 50, 4, (10, 0),
         "NVIDIA GB200 NVL72 data sheet",
+    ),
+    "b300": Device(
+        "B300", "blackwell ultra", 2250, 4500, 13500, 8.8, 268, 8000, 900, 8, 100, 8, (10, 3),
+        "NVIDIA Blackwell Ultra data sheet (HGX B300); DGX B300 data sheet",
+    ),
+    "gb300": Device(
+        "GB300 NVL72", "blackwell ultra", 2500, 5000, 15000, 9.4, 277, 8000, 900, 72, 100, 4, (10, 3),
+        "NVIDIA GB300 NVL72 data sheet",
     ),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_fc.errors import UserError
+from megatron_fc.planning.stages import EVENLY, Chunk, Split, chunks
 
 _NODES_TRIED = range(1, 129)
 _LISTED = 8
@@ -30,8 +31,9 @@ class Layout:
         micro_batch: sequences per rank and pass.
         global_batch: sequences per step.
         heads: attention heads.
-        layers: divided evenly among the stages; None where the config says how.
+        layers: of the decoder; None for a hybrid model, whose pattern has other rules.
         experts: per MoE layer, 0 for a dense model.
+        split: of the layers among the stages.
     """
 
     nodes: int
@@ -47,6 +49,7 @@ class Layout:
     heads: int
     layers: int | None
     experts: int = 0
+    split: Split = EVENLY
 
     @property
     def world(self) -> int:
@@ -68,6 +71,19 @@ class Layout:
         """Micro-batches per rank and step."""
         return self.global_batch // (self.micro_batch * self.data)
 
+    def chunks(self, stage: int) -> tuple[Chunk, ...]:
+        """What a pipeline rank holds, by its model chunks."""
+        assert self.layers is not None
+        return chunks(self.layers, self.pipeline, self.virtual_pipeline, self.split)[stage]
+
+    @property
+    def layers_of_stages(self) -> list[int]:
+        """Layers of every pipeline stage, in the order in which tokens pass them; empty for a hybrid model."""
+        if self.layers is None:
+            return []
+        ranks = [self.chunks(stage) for stage in range(self.pipeline)]
+        return [len(rank[chunk].layers) for chunk in range(self.virtual_pipeline) for rank in ranks]
+
     def __str__(self) -> str:
         sizes = [f"TP{self.tensor}", f"PP{self.pipeline}"]
         if self.context > 1:
@@ -86,6 +102,8 @@ class Layout:
         problem = self.problem()
         if problem is None:
             return
+        if self.split.stages and problem == self._problem_of_stages():
+            raise UserError(problem)  # no other size suits a string that does not fit the model
         nodes = [str(n) for n in _NODES_TRIED if replace(self, nodes=n).problem() is None]
         others = [str(layout) for layout in self._others()]
         raise UserError(
@@ -96,6 +114,9 @@ class Layout:
     def problem(self) -> str | None:
         """The first rule that is broken, as the field, its value and why; None if the layout is possible."""
         return next(self._broken_rules(), None)
+
+    def _problem_of_stages(self) -> str | None:
+        return None if self.layers is None else self.split.problem(self.layers, self.pipeline, self.virtual_pipeline)
 
     def _refuse_sizes_below_one(self) -> None:
         for name, size in (
@@ -115,12 +136,8 @@ class Layout:
     def _broken_rules(self) -> Iterator[str]:
         if self.heads % self.tensor:
             yield f"tensor_model_parallel_size={self.tensor} does not divide num_attention_heads={self.heads}"
-        stages = self.pipeline * self.virtual_pipeline
-        if self.layers is not None and self.layers % stages:
-            yield (
-                f"pipeline_model_parallel_size={self.pipeline} with {self.virtual_pipeline} stages per rank does not "
-                f"divide num_layers={self.layers}"
-            )
+        if problem := self._problem_of_stages():
+            yield problem
         if self.expert > 1 and not self.experts:
             yield f"expert_model_parallel_size={self.expert} needs experts, and num_experts is not set"
         if self.experts % self.expert:

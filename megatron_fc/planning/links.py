@@ -34,19 +34,22 @@ def sent(shape: Shape, training: Training, domains: Layout, stage: int) -> Netwo
     return network_bytes(shape, domains, training, rank)
 
 
-def seconds(
-    counts: NetworkCounts, domains: Layout, gpu: Device, network_gb_per_second: float
-) -> dict[tuple[str, str], float]:
-    """Time of a step's collectives by phase and group, at the links' full speed."""
+def seconds(counts: NetworkCounts, domains: Layout, nvlink: float, network: float) -> dict[tuple[str, str], float]:
+    """Time of a step's collectives by phase and group.
+
+    Args:
+        counts: what is sent.
+        domains: the world, with NVLink domains for nodes.
+        nvlink, network: 1e9 bytes per second that a GPU sends inside its domain and to others.
+    """
     times: dict[tuple[str, str], float] = defaultdict(float)
     for key, count in counts.items():
-        times[key.phase, key.group] += _seconds(key, count, domains, gpu, network_gb_per_second)
+        times[key.phase, key.group] += _seconds(key, count, domains, nvlink, network)
     return times
 
 
-def _seconds(key: NetworkKey, count: NetworkCount, domains: Layout, gpu: Device, network: float) -> float:
+def _seconds(key: NetworkKey, count: NetworkCount, domains: Layout, nvlink: float, network: float) -> float:
     """A ring runs on as many rings as it has ranks in a domain, each over its own adapter; others send beside."""
-    nvlink = gpu.nvlink_gb_per_second
     if key.collective in _POINT_TO_POINT or key.group == "embedding":
         return max(count.intra_node_bytes / nvlink, count.inter_node_bytes / network) / 1e9
     inside, size = _ranks_in_a_domain(key.group, domains)

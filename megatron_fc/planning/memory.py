@@ -9,6 +9,7 @@ from megatron_fc.planning.activations import Kept, Part
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.parameters import Parameters
 from megatron_fc.planning.shape import Recompute, Shape, Training
+from megatron_fc.planning.stages import Chunk
 
 _FP32 = 4
 
@@ -50,17 +51,35 @@ def of_stage(shape: Shape, training: Training, layout: Layout, stage: int) -> Me
     held = Parameters()
     for chunk in parameters.share_of_stage(shape, layout, stage):
         held += chunk
+    shard = _shard(held, layout)
     held_back = _activations(shape, training, layout, stage)
     plain = held_back if shape.connection is None else _activations(*_residual(shape, training), layout, stage)
     return Memory(
         stage=stage,
-        weights=weight_bytes(held, training),
-        gradients=gradient_bytes(held, training),
+        weights=weight_bytes(held, training) if not training.shard_weights else weight_bytes(shard, training),
+        gradients=gradient_bytes(held, training) if not training.shard_gradients else gradient_bytes(shard, training),
         optimizer=optimizer_bytes(held, training, layout),
         activations=held_back.kept,
         connection_activations=held_back.kept - plain.kept,
-        temporary=held_back.temporary,
+        temporary=held_back.temporary + gathered_bytes(shape, training, layout),
     )
+
+
+def gathered_bytes(shape: Shape, training: Training, layout: Layout) -> float:
+    """What FSDP gathers and sums for a moment: of the largest unit, a layer or an end, and of the next one.
+
+    Weights are there in the model's dtype, gradients before their sum.
+    """
+    units = [parameters.layer(shape, kind.moe) for kind in shape.kinds] + [parameters.embedding(shape)]
+    largest = max((unit.on_a_rank(layout) for unit in units), key=lambda unit: unit.total)
+    weights = weight_bytes(largest, training) if training.shard_weights else 0.0
+    return 2 * (weights + (gradient_bytes(largest, training) if training.shard_gradients else 0.0))
+
+
+def _shard(held: Parameters, layout: Layout) -> Parameters:
+    """One rank's part of parameters that data-parallel ranks divide among them."""
+    dense, experts = layout.data * layout.context, layout.expert_data
+    return Parameters(held.split // dense, held.whole // dense, held.experts // experts, held.connections // dense)
 
 
 def weight_bytes(held: Parameters, training: Training) -> float:
@@ -97,13 +116,14 @@ def in_flight(training: Training, layout: Layout, stage: int) -> list[int]:
     """Micro-batches whose activations a stage keeps at its peak, by model chunk.
 
     Megatron's 1F1B: as many forward passes as there are stages behind it, and one; interleaved: twice as many, and a
-    group of micro-batches for every chunk but the last; where the experts' communication overlaps, one more
-    (`get_pp_rank_microbatches` and `get_schedule_table` of `schedules.py`, `combined_1f1b.py`).
+    group of micro-batches for every chunk but the last (`get_pp_rank_microbatches` and `get_schedule_table` of
+    `schedules.py`). Where the experts' communication overlaps, a layer's forward pass runs beside another micro-batch's
+    backward pass, which frees as much as the former keeps (`combined_1f1b.py`).
     """
     chunks, micro_batches = layout.virtual_pipeline, layout.accumulation_steps
-    behind, ahead = layout.pipeline - stage - 1, 1 + training.overlap_experts
+    behind = layout.pipeline - stage - 1
     if chunks == 1:
-        return [min(behind + ahead, micro_batches)]
+        return [min(behind + 1, micro_batches)]
     group = training.group or layout.pipeline
     order = [
         chunk
@@ -111,7 +131,7 @@ def in_flight(training: Training, layout: Layout, stage: int) -> list[int]:
         for chunk in range(chunks)
         for _ in range(first, min(first + group, micro_batches))
     ]
-    passes = Counter(order[: 2 * behind + (chunks - 1) * group + ahead])
+    passes = Counter(order[: 2 * behind + (chunks - 1) * group + 1])
     return [passes[chunk] for chunk in range(chunks)]
 
 
@@ -131,18 +151,15 @@ def _residual(shape: Shape, training: Training) -> tuple[Shape, Training]:
 def _activations(shape: Shape, training: Training, layout: Layout, stage: int) -> _Held:
     """Of all micro-batches in flight on a rank of a stage."""
     kept = temporary = 0.0
-    chunks = parameters.chunk_layers(shape.layers, layout, stage)
-    for number, (layers, copies) in enumerate(zip(chunks, in_flight(training, layout, stage), strict=True)):
-        is_first = stage == number == 0
-        is_last = stage == layout.pipeline - 1 and number == layout.virtual_pipeline - 1
-        held = _of_chunk(shape, training, layout, layers, is_first, is_last)
+    for chunk, copies in zip(layout.chunks(stage), in_flight(training, layout, stage), strict=True):
+        held = _of_chunk(shape, training, layout, chunk)
         kept += copies * held.kept
         temporary = max(temporary, held.temporary)
     return _Held(kept, temporary + _received(shape, training, layout, stage))
 
 
-def _of_chunk(shape: Shape, training: Training, layout: Layout, layers: range, is_first: bool, is_last: bool) -> _Held:
-    recompute = training.recompute
+def _of_chunk(shape: Shape, training: Training, layout: Layout, chunk: Chunk) -> _Held:
+    recompute, layers = training.recompute, chunk.layers
     tensors = {moe: activations.layer(shape, training, layout, moe) for moe in set(shape.moe_layers)}
     spans = recompute.spans(layers)
     again = {index for span in spans for index in span}
@@ -150,9 +167,9 @@ def _of_chunk(shape: Shape, training: Training, layout: Layout, layers: range, i
     kept = len(groups) * stream
     kept += sum(activations.stream(shape, training, layout, is_embedding=span.start == 0) for span in spans)
     temporary = activations.connection_backward(shape, training, layout)
-    for index in layers:
+    for number, index in enumerate(layers):
         of_layer = tensors[shape.moe_layers[index]]
-        if index not in again:
+        if index not in again and number >= training.offloaded:
             kept += activations.total(of_layer, recompute.freed)
         in_backward = (_in_backward(of_layer, part, recompute) for part in ("attention", "mlp"))
         # Beside a sub-layer that runs backward waits the gradient of the stream around it.
@@ -161,9 +178,11 @@ def _of_chunk(shape: Shape, training: Training, layout: Layout, layers: range, i
     # A group's streams come back, with the input of every norm that no kernel applies.
     row = 0.0 if training.fused_connections else activations.stream(shape, training, layout, is_embedding=True)
     temporary += max(((2 * len(group) - 1) * stream + 2 * len(group) * row for group in groups), default=0)
-    if is_first:
+    if chunk.prediction:
+        kept += shape.predicted * activations.total(activations.prediction(shape, training, layout), recompute.freed)
+    if chunk.embedding:
         kept += activations.total(activations.first(shape, training, layout))
-    if is_last:
+    if chunk.loss:
         kept += activations.total(activations.last(shape, training, layout))
         temporary = max(temporary, activations.logits(shape, training, layout))
     return _Held(kept, temporary)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from megatron_fc.errors import UserError
 from megatron_fc.planning.counts import NetworkCount, NetworkCounts, NetworkKey, Phase
 from megatron_fc.planning.layout import Layout
-from megatron_fc.planning.parameters import Parameters, chunk_layers, embedding, share_of_stage
+from megatron_fc.planning.parameters import Parameters, embedding, share_of_stage
 from megatron_fc.planning.placement import Placement
 from megatron_fc.planning.ring import ring_all_gather_bytes, ring_all_reduce_bytes, ring_reduce_scatter_bytes
-from megatron_fc.planning.shape import Shape, Training
+from megatron_fc.planning.shape import Kind, Shape, Training
 
 _RING = {
     "all_gather": ring_all_gather_bytes,
@@ -68,18 +68,12 @@ def network_bytes(
         balance_loss: the router has a loss that counts tokens over tensor- and context-parallel ranks.
 
     Raises:
-        UserError: experts under tensor parallelism without sequence parallelism, or layers that are spread unevenly.
+        UserError: experts under tensor parallelism without sequence parallelism.
     """
     if layout.tensor > 1 and any(shape.moe_layers) and not training.sequence_parallel:
         raise UserError(
             f"tensor_model_parallel_size={layout.tensor} with experts needs sequence_parallel: Megatron trains no "
             f"experts without it, set it to true"
-        )
-    stages = layout.pipeline * layout.virtual_pipeline
-    if shape.layers % stages:
-        raise UserError(
-            f"num_layers={shape.layers} is no multiple of {stages} pipeline stages: the model of network bytes knows "
-            f"even stages only"
         )
     step = _Step(shape, layout, training, rank)
     step.pipeline()
@@ -91,19 +85,26 @@ def network_bytes(
         step.embedding()
     if is_last:
         step.output_and_loss()
-    for layers in chunk_layers(shape.layers, layout, step.at.stage):
-        again = {layer for span in training.recompute.spans(layers) for layer in span}
-        for layer in layers:
-            is_moe, modules = shape.moe_layers[layer], training.recompute.freed
-            step.attention(layer in again)
-            step.context_parallel(layer in again or "core_attn" in modules)
-            if not is_moe:
-                step.mlp(layer in again or "mlp" in modules)
-                continue
-            if shape.shared_ffn:
-                step.mlp(layer in again or "moe" in modules or "shared_experts" in modules)
-            rows = (routing or {}).get(layer) or step.balanced()
-            step.experts(rows, layer in again or "moe" in modules, router_bytes, balance_loss)
+    modules = training.recompute.freed
+
+    def layer_of(kind: Kind, again: bool, rows: Routing | None) -> None:
+        step.attention(again)
+        step.context_parallel(again or "core_attn" in modules)
+        if not kind.moe:
+            step.mlp(again or "mlp" in modules)
+            return
+        if shape.shared_ffn:
+            step.mlp(again or "moe" in modules or "shared_experts" in modules)
+        step.experts(rows or step.balanced(), again or "moe" in modules, router_bytes, balance_loss)
+
+    for chunk in layout.chunks(step.at.stage):
+        recomputed = {layer for span in training.recompute.spans(chunk.layers) for layer in span}
+        for layer in chunk.layers:
+            layer_of(shape.kind(layer), layer in recomputed, (routing or {}).get(layer))
+        for _ in range(shape.predicted * chunk.prediction):
+            step.join()
+            layer_of(shape.kind(shape.layers - 1), False, None)
+            step.output_and_loss()
     return step.counts
 
 
@@ -144,6 +145,20 @@ class _Step:
             for phase in (*_forward_phases(again), "backward"):
                 self._ring(phase, "tp", "all_reduce", self.tokens * _FP32_BYTES, 2 * self.micro_batches)
 
+    def join(self) -> None:
+        """Multi-token prediction embeds its tokens and joins them with the stream, a ColumnParallelLinear.
+
+        Its input has twice the width; its output is gathered and, under sequence parallelism, divided again.
+        """
+        self.embedding()
+        if self.is_divided:
+            self._ring("forward", "tp", "all_gather", 2 * self.activation_bytes, self.micro_batches)
+            self._ring("backward", "tp", "reduce_scatter", 2 * self.activation_bytes, self.micro_batches)
+            self._ring("backward", "tp", "all_gather", self.activation_bytes, self.micro_batches)
+        else:
+            self._ring("backward", "tp", "all_reduce", 2 * self.activation_bytes, self.micro_batches)
+        self._ring("forward", "tp", "all_gather", self.activation_bytes, self.micro_batches)
+
     def mlp(self, again: bool) -> None:
         """Two linear layers, linear_fc1 and linear_fc2, of a dense layer or of shared experts: see `_linear_pair`."""
         self._linear_pair(again)
@@ -174,7 +189,8 @@ class _Step:
         Transformer Engine's AttnFuncWithCPAndKVP2P: CP - 1 sends of this rank's keys and values in forward; in
         backward as many of them, and as many of their gradients.
         """
-        heads_bytes = 2 * self.shape.key_width // self.layout.tensor * self.training.element_bytes
+        heads = self.shape.key_width + self.shape.value_width
+        heads_bytes = heads // self.layout.tensor * self.training.element_bytes
         hops = (self.layout.context - 1) * self.micro_batches
         for phase in _forward_phases(again):
             self._send(phase, "cp", self.tokens * heads_bytes, hops)
@@ -269,8 +285,18 @@ class _Step:
         forward: Phase = "forward" if training.overlap_param_gather else "optimizer"
         gradient_bytes = parameters * training.gradient_bytes
         if training.distributed_optimizer:
-            self._ring(backward, kinds, "reduce_scatter", gradient_bytes)
-            self._ring(forward, kinds, "all_gather", parameters * weight_bytes)
+            # Sharded weights are gathered for either pass of every micro-batch, sharded gradients summed after each.
+            gathers = self.micro_batches if training.shard_weights else 1
+            self._ring(
+                backward,
+                kinds,
+                "reduce_scatter",
+                gradient_bytes,
+                self.micro_batches if training.shard_gradients else 1,
+            )
+            self._ring(forward, kinds, "all_gather", parameters * weight_bytes, gathers)
+            if training.shard_weights:
+                self._ring("backward", kinds, "all_gather", parameters * weight_bytes, gathers)
         else:
             self._ring(backward, kinds, "all_reduce", gradient_bytes)
 
@@ -284,7 +310,7 @@ class _Step:
         if self.is_divided:
             replicated = own.whole + own.connections
         else:
-            layers = sum(len(layers) for layers in chunk_layers(self.shape.layers, self.layout, self.at.stage))
+            layers = sum(len(chunk.layers) for chunk in self.layout.chunks(self.at.stage))
             replicated = self.shape.norm_vectors * self.shape.qk_norm_weights * layers
         self._ring("optimizer", "tp", "all_reduce", replicated * training.gradient_bytes)
 
@@ -312,13 +338,32 @@ class _Step:
     def _exchange(self, phase: Phase, rows: Sequence[float], row_bytes: int, calls: int) -> None:
         own = self.at.coordinate("ep")
         sent = {self.at.peer("ep", to): round(count * row_bytes) for to, count in enumerate(rows) if to != own}
-        if sent:
-            self._add(NetworkKey(phase, "ep", "all_to_all"), calls, sum(sent.values()), sent)
+        if not sent:
+            return
+        if self.training.sends_once:
+            sent = self._once(sent)
+        self._add(NetworkKey(phase, "ep", "all_to_all"), calls, sum(sent.values()), sent)
+
+    def _once(self, sent: Mapping[int, int]) -> dict[int, int]:
+        """Of a balanced exchange, what is left where a token goes once to each node, and there once to each rank.
+
+        Of R ranks a token's k experts are on R (1 - (1 - 1/R)^k). What comes from other nodes goes on inside of this
+        one: as much as its ranks send out.
+        """
+        ranks, choices = self.layout.expert, self.shape.top_k
+        nodes = max(ranks // (sum(self.at.is_on_this_node(to) for to in sent) + 1), 1)
+        inside, outside = nodes * _distinct(ranks, choices) / choices, _distinct(nodes, choices) / choices
+        return {to: round(size * (inside if self.at.is_on_this_node(to) else outside)) for to, size in sent.items()}
 
     def _add(self, key: NetworkKey, calls: int, payload_bytes: int, sent_bytes: Mapping[int, int]) -> None:
         count = self.counts.setdefault(key, NetworkCount())
         intra_node = sum(sent for to, sent in sent_bytes.items() if self.at.is_on_this_node(to))
         count.add(NetworkCount(calls, payload_bytes, intra_node, sum(sent_bytes.values()) - intra_node))
+
+
+def _distinct(places: int, choices: int) -> float:
+    """Places that at least one of some even choices falls on."""
+    return places * (1 - (1 - 1 / places) ** choices)
 
 
 def _forward_phases(again: bool) -> Iterable[Phase]:

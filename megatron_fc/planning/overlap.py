@@ -1,9 +1,10 @@
 """Overlap of collectives with computation, as Megatron's options arrange it.
 
 Data-parallel sums run beside the last micro-batch's backward pass and gathers beside the first one's forward pass
-(`overlap_grad_reduce`, `overlap_param_gather`); the context-parallel ring beside attention; sends between stages beside
-computation with virtual stages; tensor-parallel and expert collectives only with `tp_comm_overlap` and
-`overlap_moe_expert_parallel_comm`. All else waits, and a second of computation hides a second of one collective.
+(`overlap_grad_reduce`, `overlap_param_gather`), with FSDP beside those of every micro-batch; the context-parallel ring
+beside attention; sends between stages beside computation with virtual stages; tensor-parallel and expert collectives
+only with `tp_comm_overlap` and `overlap_moe_expert_parallel_comm`. All else waits, and a second of computation hides a
+second of one collective.
 """
 
 from collections import defaultdict
@@ -59,6 +60,13 @@ def beside_computation(
     return Network(sum(waiting.values()), repeated, hidden)
 
 
+def _alone(training: Training, layout: Layout) -> float:
+    """Share of a pass that no other micro-batch's pass runs beside: a pipeline's warm-up, and the very first one."""
+    chunks, group = layout.virtual_pipeline, training.group or layout.pipeline
+    warm_up = (layout.pipeline - 1) * (1 + (chunks > 1)) + (chunks - 1) * group + 1
+    return min(warm_up / (layout.accumulation_steps * chunks), 1.0)
+
+
 def _by_pass_and_kind(times: Mapping[tuple[str, str], float]) -> defaultdict[tuple[str, str], float]:
     """Groups of data parallelism are of one kind, say dp-cp and expert_dp: they share computation to hide beside."""
     sums: defaultdict[tuple[str, str], float] = defaultdict(float)
@@ -75,10 +83,11 @@ def _rooms(one: str, computed: Computed, training: Training, layout: Layout) -> 
     """Seconds of computation that a kind may run beside, those with the least choice first."""
     everything = layout.accumulation_steps * computed.total
     overlaps = training.overlap_param_gather if one == "forward" else training.overlap_grad_reduce
+    beside = everything if training.shard_weights or training.shard_gradients else computed.total
     return {
         "cp": layout.accumulation_steps * computed.attention,
-        "dp": computed.total if overlaps else 0.0,
+        "dp": beside if overlaps else 0.0,
         "tp": everything if training.overlap_tensor else 0.0,
-        "ep": everything if training.overlap_experts else 0.0,
+        "ep": everything * (1 - _alone(training, layout)) if training.overlap_experts else 0.0,
         "pp": everything if layout.virtual_pipeline > 1 else 0.0,
     }

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_fc.planning.layout import Layout
-from megatron_fc.planning.shape import Shape
+from megatron_fc.planning.shape import Latent, Shape
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Parameters:
 def layer(shape: Shape, moe: bool) -> Parameters:
     """Of one layer: attention, an MLP or its experts, two norms, two connections."""
     d, first, gates = shape.width, shape.query_width + 2 * shape.key_width, shape.matrices - 1
-    split = d * (first + shape.query_width)
-    whole = shape.norm_vectors * (2 * d + shape.qk_norm_weights)
-    if shape.linear_bias or shape.qkv_bias:
+    split, whole = _latent(shape, shape.latent) if shape.latent else (d * first, 0)
+    split += shape.output_width * d
+    whole += shape.norm_vectors * (2 * d + shape.qk_norm_weights)
+    if (shape.linear_bias or shape.qkv_bias) and not shape.latent:
         split += first
     if shape.linear_bias:
         whole += d  # of attention's second projection
@@ -60,6 +61,26 @@ def layer(shape: Shape, moe: bool) -> Parameters:
         experts = shape.experts * shape.matrices * d * shape.expert_ffn
     connections = 2 * shape.connection.parameter_count(d) if shape.connection else 0
     return Parameters(split, whole, experts, connections)
+
+
+def _latent(shape: Shape, latent: Latent) -> tuple[int, int]:
+    """Products before multi-latent attention: divided among tensor-parallel ranks, and the narrow ones, which are not.
+
+    The norms of what is narrow are there with those of queries and keys.
+    """
+    expanded = shape.heads * (shape.head_size - latent.position + latent.values)
+    split = latent.keys * expanded + (latent.queries or shape.width) * shape.query_width
+    whole = shape.width * (latent.keys + latent.position + (latent.queries or 0))
+    if shape.qk_norm:
+        whole += shape.norm_vectors * (latent.keys + (latent.queries or 0))
+    return split, whole
+
+
+def prediction(shape: Shape) -> Parameters:
+    """Of the layers of multi-token prediction: three norms, a product that joins stream and embedding, and a layer."""
+    d = shape.width
+    one = layer(shape, shape.moe_layers[-1]) + Parameters(split=2 * d * d, whole=3 * shape.norm_vectors * d)
+    return Parameters(*(shape.predicted * count for count in vars(one).values()))
 
 
 def embedding(shape: Shape) -> Parameters:
@@ -83,7 +104,7 @@ def model(shape: Shape) -> Parameters:
     total = embedding(shape) + head(shape, has_embedding=True)
     for moe in shape.moe_layers:
         total += layer(shape, moe)
-    return total
+    return total + prediction(shape)
 
 
 def active(shape: Shape) -> int:
@@ -102,21 +123,21 @@ def share_of_stage(shape: Shape, layout: Layout, stage: int) -> list[Parameters]
         stage: rank in the pipeline.
     """
     chunks = []
-    for number, layers in enumerate(chunk_layers(shape.layers, layout, stage)):
+    for chunk in layout.chunks(stage):
         total = Parameters()
-        is_first = stage == 0 and number == 0
-        if is_first:
+        predicts = chunk.prediction and shape.predicted > 0
+        if chunk.embedding or predicts:  # prediction embeds the tokens behind its own, with a copy
             total += embedding(shape)
-        for index in layers:
+        for index in chunk.layers:
             total += layer(shape, shape.moe_layers[index])
-        if stage == layout.pipeline - 1 and number == layout.virtual_pipeline - 1:
-            total += head(shape, has_embedding=is_first)
+        if predicts:
+            total += prediction(shape)
+        if chunk.loss:
+            total += head(shape, has_embedding=chunk.embedding or predicts)
+        # Prediction starts behind the last norm, which is then where the last layer is.
+        if shape.predicted and shape.layers - 1 in chunk.layers and not chunk.loss:
+            total += Parameters(whole=shape.norm_vectors * shape.width)
+        elif shape.predicted and chunk.loss and shape.layers - 1 not in chunk.layers:
+            total += Parameters(whole=-shape.norm_vectors * shape.width)
         chunks.append(total.on_a_rank(layout))
     return chunks
-
-
-def chunk_layers(layers: int, layout: Layout, stage: int) -> list[range]:
-    """Layers of a pipeline rank's model chunks: Megatron deals them out stage by stage, then chunk by chunk."""
-    per_chunk = layers // (layout.pipeline * layout.virtual_pipeline)
-    starts = [(chunk * layout.pipeline + stage) * per_chunk for chunk in range(layout.virtual_pipeline)]
-    return [range(start, start + per_chunk) for start in starts]

@@ -1,17 +1,20 @@
 """A run before it is run: parameters, FLOPs, memory, bytes, time, checkpoints."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
-from megatron_fc.planning import flops, memory, parameters, roofline
+from megatron_fc.planning import calibration, flops, memory, parameters, work
+from megatron_fc.planning.calibration import Assumptions, Nearest
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.flops import Flops
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.memory import Memory
 from megatron_fc.planning.parameters import Parameters
-from megatron_fc.planning.roofline import Assumptions, StepTime
+from megatron_fc.planning.roofline import StepTime, step_time
 from megatron_fc.planning.shape import Shape, Training
+from megatron_fc.planning.work import Work
 
 SECONDS_PER_DAY = 86_400
 
@@ -51,7 +54,24 @@ class Plan:
 
     @cached_property
     def step(self) -> StepTime:
-        return roofline.step_time(self.shape, self.training, self.layout, self.gpu, self.network, self.assumed)
+        return step_time(self.work, self.training, self.layout, self.gpu, self.network, self.assumed)
+
+    @cached_property
+    def work(self) -> list[Work]:
+        """Of the pipeline stages, one of each kind."""
+        return work.of_stages(self.shape, self.training, self.layout, self.gpu)
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """By which a run is like another one, on the same GPU."""
+        layout, shape = self.layout, self.shape
+        return {
+            "GPUs": layout.world,
+            "hidden_size": shape.width,
+            "active parameters": parameters.active(shape),
+            "tokens per micro-batch": layout.micro_batch * shape.sequence / layout.context,
+            "experts": max(shape.experts, 1),
+        }
 
     @property
     def usable_bytes(self) -> float:
@@ -72,6 +92,58 @@ class Plan:
         return self.tokens_per_step / self.step.total
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether published runs on this GPU have fitted the constants, and these are in use."""
+        return calibration.runs_of(self.gpu) > 0 and self.assumed == calibration.assumptions(
+            self.gpu, self.training.products, reserve=self.assumed.reserve
+        )
+
+    @property
+    def speed_range(self) -> tuple[float, float] | None:
+        """Tokens per second between which four of five runs were, by published ones; None where nothing says so."""
+        if not self.is_calibrated:
+            return None
+        low, high = calibration.error_range(any(self.shape.moe_layers))
+        return low * self.tokens_per_second, high * self.tokens_per_second
+
+    @property
+    def nearest(self) -> Nearest:
+        """The published run that is most like this one."""
+        return calibration.nearest(self.gpu, self.sizes)
+
+    @cached_property
+    def residual(self) -> "Plan":
+        """The same run with plain residuals."""
+        recompute = replace(self.training.recompute, connections=False, stream_layers=0)
+        return replace(
+            self, shape=replace(self.shape, connection=None), training=replace(self.training, recompute=recompute)
+        )
+
+    @cached_property
+    def slowdown_range(self) -> tuple[float, float]:
+        """Time of a step over that with plain residuals, less 1: the least and the most.
+
+        What both have in common is as fast in both. The range is that of all constants, those fitted without one of the
+        models included, of the speed of the connections' kernels, and of a host that the device waits for or does not.
+        """
+        if self.shape.connection is None:
+            return 0.0, 0.0
+        kernels = "main" if self.training.main_kernels else "general"
+        slowest = calibration.SLOWEST[kernels if self.training.fused_connections else "torch"]
+        constants = [self.assumed] + [
+            calibration.assumptions(self.gpu, self.training.products, without=model)
+            for model in calibration.left_out_models()
+        ]
+        found = []
+        for assumed, launch, share in product(constants, (1, 0), (1.0, slowest)):
+            same = replace(assumed, launch=launch * assumed.launch)
+            found.append(self._total(replace(same, connections=share)) / self.residual._total(same) - 1)
+        return min(found), max(found)
+
+    def _total(self, assumed: Assumptions) -> float:
+        return step_time(self.work, self.training, self.layout, self.gpu, self.network, assumed).total
+
+    @property
     def days(self) -> float:
         """To the target of tokens."""
         return self.training.target_tokens / self.tokens_per_second / SECONDS_PER_DAY
@@ -84,8 +156,7 @@ class Plan:
     @cached_property
     def recomputed(self) -> Flops:
         """Of a token, in backward once more."""
-        chunk = self.shape.layers // (self.layout.pipeline * self.layout.virtual_pipeline)
-        return flops.recomputed(self.shape, self.training, chunk)
+        return flops.recomputed(self.shape, self.training, self.layout)
 
     @property
     def mfu(self) -> float:
@@ -121,6 +192,13 @@ class Plan:
             "step_bytes": {"hbm": moved, "network": sent, "pipeline": staged},
             "stream_width": self.shape.stream_width,
             "tokens_per_second": self.tokens_per_second,
+            "tokens_per_second_range": self.speed_range,
+            "slower_than_residual": self.slowdown_range,
+            "calibration": {
+                "runs": calibration.all_runs(),
+                "runs_on_this_gpu": calibration.runs_of(self.gpu),
+                "nearest_run": asdict(self.nearest) if calibration.runs_of(self.gpu) else None,
+            },
             "mfu": self.mfu,
             "target_tokens": self.training.target_tokens,
             "days": self.days,

@@ -1,51 +1,29 @@
-"""Time of a step by a roofline: every operation takes as long as its FLOPs or its bytes, whichever takes longer.
+"""Time of a step: every operation takes as long as its FLOPs and its bytes, at the shares of peaks that are reached.
 
-What its collectives add to that says `megatron_fc.planning.overlap`.
+Bytes count beside FLOPs, not under them: a product of small sides reaches less of the peak, as its operands travel
+longer than they multiply. A pass takes at least as long as the host needs to launch its kernels. What collectives add
+says `megatron_fc.planning.overlap`; the shares are those of `megatron_fc.planning.calibration`.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from megatron_fc.errors import UserError
-from megatron_fc.planning import links, memory, operations, parameters
-from megatron_fc.planning.counts import NetworkCounts
+from megatron_fc.planning import links
+from megatron_fc.planning.calibration import Assumptions
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.layout import Layout
-from megatron_fc.planning.operations import Operation, Pass
 from megatron_fc.planning.overlap import Computed, beside_computation
-from megatron_fc.planning.parameters import Parameters
-from megatron_fc.planning.shape import Shape, Training
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """Shares of data-sheet peaks that are taken to be reached. Assumed; no run has measured them.
-
-    Attributes:
-        compute: of the dense peak, by products of matrices.
-        memory: of the memory's bandwidth.
-        network: of NVLink's and the network's.
-        reserve: of the memory, for CUDA, NCCL, workspaces and fragmentation.
-    """
-
-    compute: float = 0.6
-    memory: float = 0.8
-    network: float = 0.7
-    reserve: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not 0 < value <= 1:
-                raise UserError(f"{name}={value} must be greater than 0 and at most 1: it is a share")
+from megatron_fc.planning.shape import Training
+from megatron_fc.planning.work import PassWork, Work
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step on the slowest pipeline stage, by what limits them.
+    """Seconds of a step on the slowest pipeline stage, by what they are for.
 
     Attributes:
-        compute: operations that take as long as their FLOPs.
-        memory: operations that take as long as their bytes.
+        compute, memory: FLOPs and bytes of operations.
+        launches: the device waits for the host.
         network: collectives that wait.
         bubble: of the pipeline, without what waits once a step.
         optimizer: the update.
@@ -55,6 +33,7 @@ class StepTime:
 
     compute: float
     memory: float
+    launches: float
     network: float
     bubble: float
     optimizer: float
@@ -65,129 +44,70 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return self.compute + self.memory + self.network + self.bubble + self.optimizer
+        return self.compute + self.memory + self.launches + self.network + self.bubble + self.optimizer
 
 
 def step_time(
-    shape: Shape, training: Training, layout: Layout, gpu: Device, network: float, assumed: Assumptions
+    stages: Iterable[Work], training: Training, layout: Layout, gpu: Device, network: float, assumed: Assumptions
 ) -> StepTime:
     """Estimate a step, that of the slowest stage.
 
     Args:
-        shape, training, layout: the run.
+        stages: what each of them does.
+        training, layout: the run.
         gpu: its data sheet.
         network: 1e9 bytes per second that a GPU sends to other NVLink domains.
-        assumed: shares of the peaks.
+        assumed: what is reached of it.
     """
-    domains = links.on_domains(layout, gpu)
     rates = _Rates(gpu, training, network, assumed)
-    by_kind = {moe: operations.layer(shape, training, layout, moe) for moe in set(shape.moe_layers)}
-    steps = (
-        _of_stage(shape, training, layout, domains, stage, by_kind, rates) for stage in _distinct_stages(shape, layout)
-    )
-    return max(steps, key=lambda step: step.total)
-
-
-def _distinct_stages(shape: Shape, layout: Layout) -> list[int]:
-    """One pipeline stage of each kind: those between the first and the last differ in their kinds of layers alone."""
-    kinds: dict[tuple[object, ...], int] = {}
-    for stage in range(layout.pipeline):
-        layers = [index for chunk in parameters.chunk_layers(shape.layers, layout, stage) for index in chunk]
-        moe = tuple(shape.moe_layers[index] for index in layers)
-        kinds.setdefault((moe, stage == 0, stage == layout.pipeline - 1), stage)
-    return list(kinds.values())
+    return max((_of_stage(work, training, layout, rates) for work in stages), key=lambda step: step.total)
 
 
 class _Rates:
-    """FLOPs and bytes to seconds."""
+    """FLOPs, bytes and launches to seconds."""
 
     def __init__(self, gpu: Device, training: Training, network: float, assumed: Assumptions) -> None:
-        self.gpu, self.network = gpu, network
-        self.linear = assumed.compute * gpu.tflops(training.fp8) * 1e12
-        self.other = assumed.compute * gpu.tflops(False) * 1e12
+        self.linear = assumed.compute * gpu.tflops(training.products) * 1e12
+        self.other = assumed.compute_half * gpu.tflops("half") * 1e12
+        self.exponentials = gpu.exponentials * 1e12
+        self.connections = assumed.connections
         self.memory = assumed.memory * gpu.hbm_gb_per_second * 1e9
-        self.share = assumed.network
+        self.nvlink = assumed.nvlink * gpu.nvlink_gb_per_second
+        self.network = assumed.network * network
+        self.launch = assumed.launch * 1e-6
 
-    def limits(self, one: Pass, is_linear: bool) -> tuple[float, float]:
-        """Seconds by what limits them: FLOPs, bytes; one of the two is 0."""
-        by_flops, by_bytes = one.flops / (self.linear if is_linear else self.other), one.bytes / self.memory
-        return (by_flops, 0.0) if by_flops > by_bytes else (0.0, by_bytes)
+    def compute(self, one: PassWork) -> float:
+        return one.linear / self.linear + one.other / self.other + one.exponentials / self.exponentials
 
-
-class _Sum:
-    """Passes of a micro-batch, added up."""
-
-    def __init__(self, rates: _Rates) -> None:
-        self._rates = rates
-        self.compute = self.memory = self.attention = self.bytes = 0.0
-
-    def add(self, passes: Iterable[tuple[Operation, Pass]]) -> None:
-        for operation, one in passes:
-            by_flops, by_bytes = self._rates.limits(one, operation.is_linear)
-            self.compute += by_flops
-            self.memory += by_bytes
-            self.bytes += one.bytes
-            if operation.name == "attention":
-                self.attention += by_flops + by_bytes
-
-    @property
-    def seconds(self) -> float:
-        return self.compute + self.memory
+    def pass_of(self, one: PassWork) -> tuple[float, float, float]:
+        """Seconds of FLOPs, of bytes, and for which the device waits for the host."""
+        slower = (1 / self.connections - 1) * one.connection_bytes
+        compute, memory = self.compute(one), (one.bytes + slower) / self.memory
+        return compute, memory, max(one.kernels * self.launch - compute - memory, 0.0)
 
 
-def _of_stage(
-    shape: Shape,
-    training: Training,
-    layout: Layout,
-    domains: Layout,
-    stage: int,
-    by_kind: dict[bool, list[Operation]],
-    rates: _Rates,
-) -> StepTime:
-    forward, backward = _Sum(rates), _Sum(rates)
-    for layers in parameters.chunk_layers(shape.layers, layout, stage):
-        recomputed = {index for span in training.recompute.spans(layers) for index in span}
-        for index in layers:
-            listed = by_kind[shape.moe_layers[index]]
-            again = listed if index in recomputed else operations.again(listed, training)
-            forward.add((operation, operation.forward) for operation in listed)
-            backward.add((operation, operation.backward) for operation in listed)
-            backward.add((operation, operation.forward) for operation in again)
-    if stage == layout.pipeline - 1:
-        listed = operations.head(shape, training, layout)
-        forward.add((operation, operation.forward) for operation in listed)
-        backward.add((operation, operation.backward) for operation in listed)
-
-    counts = links.sent(shape, training, domains, stage)
-    at_full_speed = links.seconds(counts, domains, rates.gpu, rates.network)
+def _of_stage(work: Work, training: Training, layout: Layout, rates: _Rates) -> StepTime:
+    passes = [rates.pass_of(work.forward), rates.pass_of(work.backward)]
+    attention = [sum(rates.pass_of(one)[:2]) for one in (work.attention_forward, work.attention_backward)]
     network = beside_computation(
-        {key: seconds / rates.share for key, seconds in at_full_speed.items()},
-        Computed(forward.seconds, forward.attention),
-        Computed(backward.seconds, backward.attention),
+        links.seconds(work.counts, work.domains, rates.nvlink, rates.network),
+        Computed(sum(passes[0]), attention[0]),
+        Computed(sum(passes[1]), attention[1]),
         training,
         layout,
     )
-    micro_batches, update = layout.accumulation_steps, _update_bytes(shape, training, layout, stage)
-    per_micro_batch = forward.seconds + backward.seconds + network.repeated / micro_batches
+    micro_batches = layout.accumulation_steps
+    compute, memory, launches = (micro_batches * sum(parts) for parts in zip(*passes, strict=True))
+    per_micro_batch = (compute + memory + launches + network.repeated) / micro_batches
     return StepTime(
-        compute=micro_batches * (forward.compute + backward.compute),
-        memory=micro_batches * (forward.memory + backward.memory),
+        compute=compute,
+        memory=memory,
+        launches=launches,
         network=network.waits,
         bubble=(layout.pipeline - 1) / layout.virtual_pipeline * per_micro_batch,
-        optimizer=update / rates.memory,
+        optimizer=work.update / rates.memory,
         hidden_network=network.hidden,
-        hbm_bytes=micro_batches * (forward.bytes + backward.bytes) + update,
-        network_bytes=_sent(counts),
-        pipeline_bytes=_sent({key: count for key, count in counts.items() if key.group == "pp"}),
+        hbm_bytes=micro_batches * (work.forward.bytes + work.backward.bytes) + work.update,
+        network_bytes=work.sent(),
+        pipeline_bytes=work.sent("pp"),
     )
-
-
-def _sent(counts: NetworkCounts) -> float:
-    return sum(count.intra_node_bytes + count.inter_node_bytes for count in counts.values())
-
-
-def _update_bytes(shape: Shape, training: Training, layout: Layout, stage: int) -> float:
-    held = sum(parameters.share_of_stage(shape, layout, stage), start=Parameters())
-    states = memory.optimizer_bytes(held, training, layout)
-    per_parameter = training.moment_bytes + (training.master_bytes if training.element_bytes < 4 else 0)
-    return operations.optimizer_bytes(held.total, states / per_parameter, states, training)

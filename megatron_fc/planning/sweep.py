@@ -8,9 +8,10 @@ from typing import Any
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.shape import Recompute, Shape, Training
+from megatron_fc.planning.stages import EVENLY, Split
 
 _MICRO_BATCHES = (1, 2, 4, 8)
-_VIRTUAL = (1, 2, 4)
+_VIRTUAL = (1, 2, 4, 8)
 _TOKENS_PER_CONTEXT_RANK = 4096  # fewer are not tried: sequences are short enough then
 
 
@@ -99,6 +100,9 @@ def overrides(plan: Plan, base: Plan) -> list[str]:
         settings["padded_vocab_size"] = plan.shape.vocabulary, None
         if new.experts:
             settings["expert_tensor_parallel_size"] = new.expert_tensor, None
+    if new.split != old.split:
+        settings["account_for_embedding_in_pipeline_split"] = new.split.with_embedding, old.split.with_embedding
+        settings["account_for_loss_in_pipeline_split"] = new.split.with_loss, old.split.with_loss
     if base.pipeline_settings and new != old:
         settings["num_virtual_stages_per_pipeline_rank"] = new.virtual_pipeline, None
     words = [f"{name}={str(mine).lower()}" for name, (mine, theirs) in settings.items() if mine != theirs]
@@ -140,16 +144,24 @@ def _recomputes(plan: Plan) -> list[Recompute]:
 def _layouts(plan: Plan) -> Iterator[Layout]:
     layout, shape = plan.layout, plan.shape
     tensors = _powers_of_two(layout.gpus_per_node)
-    pipelines = [size for size in range(1, shape.layers + 1) if shape.layers % size == 0]
+    virtuals = sorted({*_VIRTUAL, layout.virtual_pipeline})
+    # Of the layers, or with embedding and loss counted as layers.
+    most, counts = min(shape.layers, layout.world), range(shape.layers, shape.layers + 3)
+    pipelines = [
+        size for size in range(1, most + 1) if size == layout.pipeline or any(layers % size == 0 for layers in counts)
+    ]
     contexts = _powers_of_two(max(shape.sequence // _TOKENS_PER_CONTEXT_RANK, 1))
     experts = _powers_of_two(shape.experts) if shape.experts else [1]
     for tensor, pipeline, virtual, context, expert, micro_batch in product(
-        tensors, pipelines, _VIRTUAL, contexts, experts, _MICRO_BATCHES
+        tensors, pipelines, virtuals, contexts, experts, _MICRO_BATCHES
     ):
         if virtual > 1 and pipeline == 1:
             continue
         yield replace(
             layout,
+            split=layout.split
+            if (pipeline, virtual) == (layout.pipeline, layout.virtual_pipeline)
+            else _split(shape.layers, pipeline * virtual),
             tensor=tensor,
             pipeline=pipeline,
             virtual_pipeline=virtual,
@@ -158,6 +170,14 @@ def _layouts(plan: Plan) -> Iterator[Layout]:
             expert_tensor=layout.expert_tensor if shape.experts else tensor,
             micro_batch=micro_batch,
         )
+
+
+def _split(layers: int, stages: int) -> Split:
+    """Even, or with the loss, or embedding and loss, counted as layers; even where none of them fits."""
+    for counted in (EVENLY, Split(with_loss=True), Split(with_embedding=True, with_loss=True)):
+        if (layers + counted.with_embedding + counted.with_loss) % stages == 0:
+            return counted
+    return EVENLY
 
 
 def _powers_of_two(limit: int) -> list[int]:

@@ -4,7 +4,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_fc.planning import parameters
+from megatron_fc.planning import calibration, parameters
 from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.sweep import Sweep, overrides
 
@@ -89,7 +89,12 @@ def _pipeline(plan: Plan) -> str:
     width, ratio = plan.shape.stream_width, plan.shape.stream_width // plan.shape.width
     times = f"{ratio} x hidden_size" if ratio > 1 else "hidden_size"
     sent = plan.step.pipeline_bytes / _GB
-    return f"stages exchange {width:,} values per token, {times}; a rank of the slowest sends {sent:,.2f} GB a step"
+    stages = plan.layout.layers_of_stages
+    of_layers = f"{' '.join(map(str, stages))} layers; " if len(set(stages)) > 1 else ""
+    return (
+        f"{of_layers}stages exchange {width:,} values per token, {times}; a rank of the slowest sends {sent:,.2f} GB a "
+        f"step"
+    )
 
 
 def _flops(plan: Plan) -> str:
@@ -130,8 +135,9 @@ def _memory(plan: Plan) -> Table:
 def _step(plan: Plan) -> Table:
     step = plan.step
     rows = {
-        "bound by FLOPs": step.compute,
-        "bound by memory": step.memory,
+        "FLOPs": step.compute,
+        "memory": step.memory,
+        "launches": step.launches,
         "network": step.network,
         "pipeline bubble": step.bubble,
         "optimizer": step.optimizer,
@@ -148,20 +154,42 @@ def _step(plan: Plan) -> Table:
         f"{plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.0%}; network beside it "
         f"{1e3 * step.hidden_network:,.0f} ms",
     )
-    days = f"{plan.days:,.1f} days to {plan.training.target_tokens:,} tokens"
-    table.add_row("run", "", f"[bold]{days}[/bold]")
+    target = f"to {plan.training.target_tokens:,} tokens"
+    table.add_row("run", "", f"[bold]{plan.days:,.1f} days {target}[/bold]")
+    if plan.speed_range:
+        low, high = plan.speed_range
+        slow, fast = (plan.days * plan.tokens_per_second / speed for speed in (low, high))
+        table.add_row("four in five", "", f"{low:,.0f} to {high:,.0f} tokens/s, {fast:,.1f} to {slow:,.1f} days")
+    if plan.shape.connection is not None:
+        least, most = plan.slowdown_range
+        table.add_row("connections", "", f"a step takes {least:.1%} to {most:.1%} longer than with plain residuals")
     return table
 
 
 def _assumptions(plan: Plan) -> Text:
     assumed, gpu = plan.assumed, plan.gpu
     notes = "".join(f"\nnote: {note}" for note in plan.notes)
-    peak = gpu.tflops(plan.training.fp8)
+    peak = gpu.tflops(plan.training.products)
     return Text(
-        f"assumed, not measured: {assumed.compute:.0%} of {peak:,.0f} TFLOP/s, {assumed.memory:.0%} of "
-        f"{gpu.hbm_gb_per_second:,.0f} GB/s of memory, {assumed.network:.0%} of {gpu.nvlink_gb_per_second:,.0f} GB/s "
-        f"NVLink and {plan.network:,.0f} GB/s network; experts get equal shares (docs/plan.md){notes}",
+        f"{_calibration(plan)}: {assumed.compute:.0%} of {peak:,.0f} TFLOP/s, {assumed.memory:.0%} of "
+        f"{gpu.hbm_gb_per_second:,.0f} GB/s of memory, {assumed.nvlink:.0%} of {gpu.nvlink_gb_per_second:,.0f} GB/s "
+        f"NVLink, {assumed.network:.0%} of {plan.network:,.0f} GB/s network, {assumed.launch:.0f} us for a launch; "
+        f"experts get equal shares (docs/plan.md){notes}",
         style="dim",
+    )
+
+
+def _calibration(plan: Plan) -> str:
+    """What the constants rest on, and how far this run is from that."""
+    runs, here = calibration.all_runs(), calibration.runs_of(plan.gpu)
+    if not here:
+        return f"not calibrated: none of {runs} public runs was on {plan.gpu.name}; assumed are {plan.gpu.family}'s"
+    if not plan.is_calibrated:
+        return "not calibrated, but as given"
+    near = plan.nearest
+    return (
+        f"calibrated on {runs} public runs, {here} on {plan.gpu.name}; the nearest, {near.name}, differs most in "
+        f"{near.size}, {near.times:.1f} times"
     )
 
 

@@ -1,31 +1,28 @@
 """A config as planning sees it: what Megatron's validated arguments say, in plain numbers."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.config import HyperConfig
+from megatron_fc.connections.config import FracConfig, HyperConfig
 from megatron_fc.connections.kernels.availability import has_main_kernels, without_kernels
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norm_options import norms_from_args
+from megatron_fc.planning.calibration import assumptions
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.plan import Plan
-from megatron_fc.planning.roofline import Assumptions
-from megatron_fc.planning.shape import Recompute, Shape, Training
+from megatron_fc.planning.shape import Latent, Recompute, Shape, Training
 from megatron_fc.preflight.validation import Validated, validate
 from megatron_fc.training.precision import refuse_on_device
 
 # Change memory, bytes or time, and are refused while nobody has counted how.
 _LEFT_OUT = (
-    "multi_latent_attention",
-    "mtp_num_layers",
     "experimental_attention_variant",
     "moe_latent_size",
     "moe_pad_expert_input_to_capacity",
     "attention_output_gate",
-    "use_megatron_fsdp",
     "use_torch_fsdp2",
     "fp32_residual_connection",
     "fine_grained_activation_offloading",
@@ -33,12 +30,14 @@ _LEFT_OUT = (
     "distribute_saved_activations",
     "moe_layer_recompute",
     "first_last_layers_bf16",
-    "fp8_param_gather",
-    "fp4",
+    "mtp_use_repeated_layer",
 )
 # Options that suit one pipeline alone, and Megatron's names of them among its arguments.
 _OF_A_PIPELINE = {
     "num_layers_per_virtual_pipeline_stage": "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout": "pipeline_model_parallel_layout",
+    "decoder_first_pipeline_num_layers": "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers": "decoder_last_pipeline_num_layers",
     "microbatch_group_size_per_virtual_pipeline_stage": "microbatch_group_size_per_vp_stage",
 }
 _COUNTED_ONLY = {"hidden_dropout": (0.0,), "num_distributed_optimizer_instances": (1,)}
@@ -59,7 +58,7 @@ def shape_of(run: Validated) -> Shape:
         width=args.hidden_size,
         heads=args.num_attention_heads,
         groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
-        head_size=args.kv_channels,
+        head_size=args.qk_head_dim + args.qk_pos_emb_head_dim if args.multi_latent_attention else args.kv_channels,
         ffn=args.ffn_hidden_size,
         vocabulary=args.padded_vocab_size,
         sequence=args.seq_length,
@@ -69,6 +68,7 @@ def shape_of(run: Validated) -> Shape:
         shared_ffn=args.moe_shared_expert_intermediate_size or 0,
         shared_gate=bool(args.moe_shared_expert_intermediate_size and args.moe_shared_expert_gate),
         gated=args.swiglu,
+        clamped=args.activation_func_clamp_value is not None,
         tied=not args.untie_embeddings_and_output_weights,
         norm_vectors=1 if args.normalization == "RMSNorm" else 2,
         qk_norm=args.qk_layernorm,
@@ -79,7 +79,27 @@ def shape_of(run: Validated) -> Shape:
         linear_bias=args.add_bias_linear,
         qkv_bias=args.add_qkv_bias,
         connection=run.recipe.connection,
+        latent=_latent(args) if args.multi_latent_attention else None,
+        window=args.window_size[0] + 1 if args.window_size else 0,
+        windowed=_windowed(args),
+        predicted=args.mtp_num_layers or 0,
     )
+
+
+def _latent(args: Namespace) -> Latent:
+    return Latent(args.q_lora_rank, args.kv_lora_rank, args.qk_pos_emb_head_dim, args.v_head_dim)
+
+
+def _windowed(args: Namespace) -> tuple[bool, ...]:
+    """As `is_layer_window_attention` of Megatron: every n-th layer has none, or a list says which have one."""
+    if not args.window_size:
+        return ()
+    skip = args.window_attn_skip_freq
+    if skip is None:
+        return (True,) * args.num_layers
+    if isinstance(skip, int):
+        return tuple((index + 1) % skip != 0 for index in range(args.num_layers))
+    return tuple(bool(one) for one in skip)
 
 
 def training_of(run: Validated) -> Training:
@@ -93,21 +113,38 @@ def training_of(run: Validated) -> Training:
         master_bytes=_bytes(args, "main_params_dtype"),
         moment_bytes=_bytes(args, "exp_avg_dtype") + _bytes(args, "exp_avg_sq_dtype"),
         distributed_optimizer=args.use_distributed_optimizer,
+        shard_gradients=args.use_megatron_fsdp and "grads" in args.data_parallel_sharding_strategy,
+        shard_weights=args.use_megatron_fsdp and "params" in args.data_parallel_sharding_strategy,
         sequence_parallel=args.sequence_parallel,
         recompute=_recompute(args, connection),
-        fp8=bool(args.fp8),
+        tensor_scales=args.fp8_recipe == "tensorwise",
+        products="fp4" if args.fp4 else "fp8" if args.fp8 else "half",
         flash=_is_flash(args),
         # What may be left to Transformer Engine's projections are the norms before attention and a dense MLP.
         norms_apart=(apart, apart, True),
         fused_connections=connection is not None and _is_fused(connection),
+        main_kernels=isinstance(connection, FracConfig) or _runs_on_main_kernels(connection),
         fused_residual=args.fused_residual_rmsnorm,
         overlap_grad_reduce=args.overlap_grad_reduce,
         overlap_param_gather=args.overlap_param_gather,
         overlap_tensor=args.tp_comm_overlap,
         overlap_experts=args.overlap_moe_expert_parallel_comm,
+        captured=_captured(args),
+        fused_loss=args.cross_entropy_loss_fusion and args.cross_entropy_fusion_impl == "te",
+        fp8_output=bool(getattr(args, "fp8_output_proj", False)),
+        fused_experts=bool(args.use_transformer_engine_op_fuser),
+        sends_once=args.moe_token_dispatcher_type == "flex",
         group=args.microbatch_group_size_per_vp_stage,
         target_tokens=run.target_tokens,
     )
+
+
+def _captured(args: Namespace) -> tuple[str, ...]:
+    """Modules in CUDA graphs; a graph of whole layers captures all but the experts' dynamic shapes, and they too."""
+    if args.cuda_graph_impl == "none":
+        return ()
+    modules = tuple(getattr(module, "name", str(module)) for module in args.cuda_graph_modules or ())
+    return modules or ("all",)
 
 
 def _not_counted(run: Validated) -> Iterator[str]:
@@ -131,10 +168,6 @@ def _not_counted(run: Validated) -> Iterator[str]:
         )
     if args.context_parallel_size > 1 and set(args.cp_comm_type) != {"p2p"}:
         yield f"cp_comm_type={args.cp_comm_type} is not counted by plan, which knows the ring: set it to [p2p]"
-    if args.num_experts and args.add_bias_linear:
-        yield "add_bias_linear with experts is not counted by plan: set disable_bias_linear to plan without biases"
-    if run.layout.layers is None:
-        yield "plan divides layers evenly among pipeline stages: drop the options that do otherwise"
 
 
 def _moe_layers(args: Namespace) -> tuple[bool, ...]:
@@ -182,7 +215,7 @@ def _of_connections(shape: Shape, training: Training) -> Iterator[str]:
         )
 
 
-def _runs_on_main_kernels(connection: ConnectionConfig) -> bool:
+def _runs_on_main_kernels(connection: ConnectionConfig | None) -> bool:
     """Those predict what is per slot, every coefficient of it."""
     return (
         isinstance(connection, HyperConfig)
@@ -212,7 +245,7 @@ def plan_of(
     gpus_per_node: int | None = None,
     network: float | None = None,
     nvlink: float | None = None,
-    assumed: Assumptions | None = None,
+    assumed: Mapping[str, float] | None = None,
 ) -> Plan:
     """Plan a config for a number of nodes; needs no GPU.
 
@@ -222,7 +255,7 @@ def plan_of(
         gpus_per_node: None for as many as its usual machine has.
         network: 1e9 bytes per second that a GPU sends to other NVLink domains, None for its usual machine's.
         nvlink: 1e9 bytes per second that a GPU sends inside its NVLink domain, None for its data sheet's.
-        assumed: shares of the peaks, None for the defaults.
+        assumed: constants by the names of `Assumptions`, in place of those fitted to published runs.
 
     Raises:
         UserError: as `validate`, or planning does not count something in the config.
@@ -233,7 +266,7 @@ def plan_of(
         if not speed > 0:
             raise UserError(f"{name}={speed} must be greater than 0")
     run = validate(config, overrides, nodes, gpu.gpus_per_node if gpus_per_node is None else gpus_per_node)
-    shape, training = shape_of(run), training_of(run)
+    shape, training = shape_of(run), replace(training_of(run), transposes=gpu.capability < (10, 0))
     refuse_on_device(run.args, gpu.capability)
     return Plan(
         name=f"{config.stem} {run.recipe.label}",
@@ -242,7 +275,7 @@ def plan_of(
         layout=run.layout,
         gpu=replace(gpu, nvlink_gb_per_second=nvlink),
         network=network,
-        assumed=assumed or Assumptions(),
+        assumed=replace(assumptions(gpu, training.products), **assumed or {}),
         notes=(*run.unchecked, *_of_connections(shape, training)),
         pipeline_settings=tuple(option for option, name in _OF_A_PIPELINE.items() if getattr(run.args, name)),
     )

@@ -96,6 +96,7 @@ class Topology:
             "tensor_model_parallel_size": layout.tensor,
             "pipeline_model_parallel_size": layout.pipeline,
             "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,
+            "layers_of_stages": layout.layers_of_stages,
             "context_parallel_size": layout.context,
             "expert_model_parallel_size": layout.expert,
             "expert_tensor_parallel_size": layout.expert_tensor,
@@ -123,6 +124,8 @@ class Topology:
             f"ranks      {layout.world} = nodes {layout.nodes} x GPUs {layout.gpus_per_node}",
             f"layout     DP{layout.data} TP{layout.tensor} PP{layout.pipeline}{stages} CP{layout.context}",
         ]
+        if len(set(layout.layers_of_stages)) > 1:
+            lines.append(f"stages     {' '.join(map(str, layout.layers_of_stages))} layers")
         if layout.experts:
             lines.append(f"experts    EP{layout.expert} ETP{layout.expert_tensor}, expert-DP{layout.expert_data}")
         lines += [

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.refusals import refuse_with_connection
 from megatron_fc.planning.layout import Layout
+from megatron_fc.planning.stages import Split, parsed
 from megatron_fc.preflight.batch_schedule import batch_sizes, steps_and_samples
 from megatron_fc.training.machine import has_transformer_engine
 from megatron_fc.training.recipe import Recipe, load_recipe
@@ -19,6 +20,8 @@ from megatron_fc.training.setup import parse
 
 # Speed alone; Megatron refuses them where it finds no Transformer Engine, before it checks the rest.
 _TE_FUSIONS = ("apply_rope_fusion", "moe_permute_fusion")
+# Of a machine's environment: Megatron wants 1 of it under tensor parallelism, and anything else with FSDP.
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _NAMES_TE = re.compile(r"\bTE\b|(?i:transformer[- _]engine)")
 
 
@@ -73,6 +76,8 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
         if recipe.connection is not None:
             # A run that says so is one for the CPU lane.
             refuse_with_connection(args, recipe.connection, on_gpu=args.distributed_backend != "gloo")
+        if args.use_megatron_fsdp or args.use_torch_fsdp2:
+            os.environ.pop(_CONNECTIONS, None)
         layouts.append(layout_of(args, nodes, gpus_per_node))
         refuse_impossible(args, layouts[0])
 
@@ -86,7 +91,7 @@ def validate(config: Path, overrides: Sequence[str], nodes: int, gpus_per_node: 
 @contextmanager
 def _world_of(size: int) -> Iterator[None]:
     """Let Megatron take this process for the first rank of a world."""
-    names = {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+    names = {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0", _CONNECTIONS: "1"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
     try:
@@ -94,7 +99,7 @@ def _world_of(size: int) -> Iterator[None]:
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 
@@ -113,17 +118,11 @@ def layout_of(args: Namespace, nodes: int, gpus_per_node: int) -> Layout:
     per_stage = args.num_layers_per_virtual_pipeline_stage
     stages = args.num_virtual_stages_per_pipeline_rank or 1
     if per_stage and args.num_layers:
-        stages = max(args.num_layers // (per_stage * args.pipeline_model_parallel_size), 1)
-    is_uneven = any(
-        (
-            args.hybrid_layer_pattern,
-            args.pipeline_model_parallel_layout,
-            args.decoder_first_pipeline_num_layers,
-            args.decoder_last_pipeline_num_layers,
-            args.account_for_embedding_in_pipeline_split,
-            args.account_for_loss_in_pipeline_split,
-        )
-    )
+        counted = args.account_for_embedding_in_pipeline_split + args.account_for_loss_in_pipeline_split
+        stages = max((args.num_layers + counted) // (per_stage * args.pipeline_model_parallel_size), 1)
+    split = split_of(args)
+    if split.stages and len(split.stages) % args.pipeline_model_parallel_size == 0:
+        stages = len(split.stages) // args.pipeline_model_parallel_size
     return Layout(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
@@ -136,8 +135,29 @@ def layout_of(args: Namespace, nodes: int, gpus_per_node: int) -> Layout:
         micro_batch=args.micro_batch_size,
         global_batch=batch_sizes(args)[-1][1],
         heads=args.num_attention_heads,
-        layers=None if is_uneven else args.num_layers,
+        layers=None if args.hybrid_layer_pattern else args.num_layers,
         experts=args.num_experts or 0,
+        split=split,
+    )
+
+
+def split_of(args: Namespace) -> Split:
+    """How arguments divide the layers among stages.
+
+    Raises:
+        UserError: a string has letters that Megatron does not know.
+    """
+    text = args.pipeline_model_parallel_layout
+    try:
+        stages = parsed(str(text)) if text else ()
+    except ValueError as error:
+        raise UserError(f"pipeline_model_parallel_layout={text} {error}") from None
+    return Split(
+        with_embedding=bool(args.account_for_embedding_in_pipeline_split),
+        with_loss=bool(args.account_for_loss_in_pipeline_split),
+        first=args.decoder_first_pipeline_num_layers,
+        last=args.decoder_last_pipeline_num_layers,
+        stages=stages,
     )
 
 

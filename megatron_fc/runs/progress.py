@@ -29,7 +29,7 @@ class ProgressDisplay:
         """Show one iteration record (`megatron_fc.runs.log_lines`)."""
         done, total, step_ms = record["iteration"], record["iterations"], record.get("step_ms", 0.0)
         loss, rate = record.get("loss", float("nan")), self._tokens / max(step_ms, 1e-9) * 1e3
-        left = _clock((total - done) * step_ms / 1e3)
+        left = clock((total - done) * step_ms / 1e3)
         if self._console.is_terminal:
             self._show_bar(done, total, f"loss {loss:.4f}  {rate:,.0f} tokens/s  {left} left")
             return
@@ -69,7 +69,8 @@ class ProgressDisplay:
         self._bar.update(self._task, completed=done, text=text)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return e.g. 2:05, or 1:02:05 with hours."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,5 +1,6 @@
 """Data sets, batches and the loss for Megatron's training loop: plain next-token pretraining on indexed data."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from megatron_fc.training.prepared_index import refuse_without_index, trusts_index
 from megatron_fc.training.token_data import TokenDataConfig, TokenDataset, versions
 
 _KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -25,10 +27,23 @@ _SPIKE = 10.0  # times the largest of the first losses, as in Megatron's pretrai
 def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
     """Build Megatron's train, validation and test sets (its `train_valid_test_dataset_provider`)."""
     args = get_args()
+    config, built_here = data_config(args), partial(_needs_data, vp_stage)
+    if trusts_index(args):
+        refuse_without_index(args, config, sample_counts, built_here)
+    dataset = MockGPTDataset if args.mock_data else TokenDataset
+    return BlendedMegatronDatasetBuilder(dataset, sample_counts, built_here, config).build()
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, Megatron asks by this mark
+
+
+def data_config(args: Namespace) -> TokenDataConfig:
+    """Return the configuration of a run's data sets; all ranks call it."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = TokenDataConfig(
+    return TokenDataConfig(
         vocabulary=args.padded_vocab_size or args.vocab_size,
         versions={} if args.mock_data else versions(args),
+        mask_repetitions=args.mask_repetitions,
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -46,16 +61,12 @@ def datasets(sample_counts: Any, vp_stage: int | None = None) -> Any:
         create_attention_mask=args.create_attention_mask_in_dataloader,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
     )
-    dataset = MockGPTDataset if args.mock_data else TokenDataset
-    built_here = partial(_needs_data, vp_stage)
-    return BlendedMegatronDatasetBuilder(dataset, sample_counts, built_here, config).build()
-
-
-datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank calls it, Megatron asks by this mark
 
 
 def next_token_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -12,12 +12,15 @@ from pathlib import Path
 
 from megatron_fc.errors import UserError
 from megatron_fc.training.indexed_files import IndexedFiles
+from megatron_fc.training.manifests import listed, manifest_of, refuse_other_sizes, tokenizer_hash
 from megatron_fc.training.refusal import refusals_named
 
 _SPLITS = ("train", "valid", "test")
 _DATA_KEYS = ("data_path", *(f"{split}_data_path" for split in _SPLITS))
 _DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
 _REMEDY = "`megatron-fc data demo` makes the demo's data"
+# Options of Megatron's that take for granted what `megatron-fc data index` makes.
+OF_A_PREPARED_INDEX = ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ def blends(args: argparse.Namespace) -> list[Blend]:
     one, per_split = (words["data_path"] or args.data_args_path), [f"{split}_data_path" for split in _SPLITS]
     if one and (args.per_split_data_args_path or any(words[name] for name in per_split)):
         raise UserError(f"data_path is for all splits, and Megatron would not read {', '.join(per_split)}: keep one")
+    if args.per_split_data_args_path and (paths := [name for name in per_split if words[name]]):
+        raise UserError(
+            f"per_split_data_args_path names all data, and Megatron would not read {' and '.join(paths)}: keep one, "
+            f"e.g. with {paths[0]}=null"
+        )
     if args.data_args_path:
         words = {"data_args_path": _text(args.data_args_path, "data_args_path").split()}
     elif args.per_split_data_args_path:
@@ -81,8 +89,9 @@ def refuse_missing_files(args: argparse.Namespace) -> None:
     """Check that a run's data and tokenizer are here, at a cost that does not grow with the data.
 
     Raises:
-        UserError: a file is missing or cut, a blend is none, or no data are named.
+        UserError: a file is missing or cut, a blend is none, no data are named, or a prepared index has no place.
     """
+    _refuse_index_without_place(args)
     for file, setting in data_files(args).items():
         if not file.exists():
             raise UserError(f"{setting}: {file} does not exist; {_REMEDY}")
@@ -91,6 +100,20 @@ def refuse_missing_files(args: argparse.Namespace) -> None:
             _refuse_empty_split(files, args.split)
     if not args.mock_data and not blends(args):
         raise UserError("no data: set data_path, or train_data_path and valid_data_path")
+
+
+def _refuse_index_without_place(args: argparse.Namespace) -> None:
+    for name in OF_A_PREPARED_INDEX:
+        if getattr(args, name) and (args.mock_data or args.data_cache_path is None):
+            raise UserError(
+                f"{name} reads what `megatron-fc data index` has made: "
+                + ("drop it with mock_data" if args.mock_data else "set data_cache_path to its folder")
+            )
+    if args.dataloader_fast_cache_load and (args.data_path or args.data_args_path):
+        raise UserError(
+            "dataloader_fast_cache_load does not divide data_path into splits: set train_data_path and "
+            "valid_data_path, or per_split_data_args_path"
+        )
 
 
 def refuse_damaged_files(args: argparse.Namespace, *, remember: bool = False) -> None:
@@ -104,6 +127,7 @@ def refuse_damaged_files(args: argparse.Namespace, *, remember: bool = False) ->
         UserError: an index is damaged, or tokens are not of the model's vocabulary.
     """
     vocabulary = _vocabulary(args)
+    _refuse_other_manifests(args, vocabulary)
     for files in indexed_files(args):
         note = index_folder(args, files.prefix) / f"{files.fingerprint(vocabulary)}.checked"
         if not note.exists():
@@ -112,6 +136,38 @@ def refuse_damaged_files(args: argparse.Namespace, *, remember: bool = False) ->
                 with suppress(OSError):
                     note.parent.mkdir(parents=True, exist_ok=True)
                     note.touch()
+
+
+def _refuse_other_manifests(args: argparse.Namespace, vocabulary: int | None) -> None:
+    """Compare the manifests beside a run's data with its files, its tokenizer and its model."""
+    hashed: dict[str, str] = {}
+    for blend in blends(args):
+        for prefix in blend.prefixes:
+            if (manifest := manifest_of(prefix)) is None:
+                continue
+            setting, made = f"{blend.setting}={prefix}", manifest["tokenizer"]
+            refuse_other_sizes(prefix, listed(manifest, Path(prefix).name) or {})
+            if vocabulary is not None and made["vocabulary"] > vocabulary:
+                raise UserError(
+                    f"{setting}: its tokenizer {made['name']} has {made['vocabulary']:,} tokens, and the model's "
+                    f"vocabulary {vocabulary:,}: give the tokenizer that made these data"
+                )
+            if args.tokenizer_type == "HuggingFaceTokenizer":
+                name = args.tokenizer_model
+                if name not in hashed:
+                    hashed[name] = _tokenizer_hash(name)
+                if hashed[name] != made["sha256"]:
+                    raise UserError(
+                        f"{setting}: the tokenizer {made['name']} made these data, and tokenizer_model={name} is "
+                        f"another one: give {Path(prefix).parent / 'tokenizer'}"
+                    )
+
+
+def _tokenizer_hash(name: str) -> str:
+    from transformers import AutoTokenizer
+
+    with refusals_named(f"tokenizer_model={name}"):
+        return tokenizer_hash(AutoTokenizer.from_pretrained(name))
 
 
 def index_folder(args: argparse.Namespace, prefix: str) -> Path:

@@ -75,7 +75,7 @@ class IndexedFiles:
         files = cls(prefix, setting, dtype, sequences, ends, tokens, f"{size}-{stat.st_mtime_ns}")
         if not sequences or not tokens:
             raise _damaged(setting, f"{idx} and {bin_} hold no token")
-        end = int(files._pointers[-1]) + int(files._lengths[-1]) * dtype.itemsize
+        end = int(files._pointers[-1]) + int(files.lengths[-1]) * dtype.itemsize
         if rest or end != tokens * dtype.itemsize:
             raise _damaged(setting, f"{bin_} has {bin_.stat().st_size:,} bytes, and {end:,} by {idx.name}")
         if ends < 1 or files._document_ends[0] != 0 or files._document_ends[-1] != sequences:
@@ -90,7 +90,7 @@ class IndexedFiles:
 
     def is_empty(self, begin: int, end: int) -> bool:
         """Whether these sequences have no token."""
-        return not self._lengths[begin:end].any()
+        return not self.lengths[begin:end].any()
 
     def refuse_damage(self, vocabulary: int | None) -> None:
         """Read the whole index and some of the tokens, all of small data, 16 MiB of others.
@@ -103,7 +103,7 @@ class IndexedFiles:
         """
         place = 0
         for start in range(0, self.sequences, _CHUNK):
-            lengths = self._lengths[start : start + _CHUNK].astype(np.int64)
+            lengths = self.lengths[start : start + _CHUNK].astype(np.int64)
             wanted = place + np.concatenate(([0], np.cumsum(lengths))) * self.dtype.itemsize
             wrong = (lengths < 0) | (self._pointers[start : start + _CHUNK] != wanted[:-1])
             if wrong.any():
@@ -136,8 +136,14 @@ class IndexedFiles:
         for start in np.linspace(0, len(ids) - size, count).astype(int):
             yield int(start), ids[start : start + size]
 
+    def sequence(self, number: int) -> np.ndarray[Any, Any]:
+        """Return the tokens of one sequence."""
+        place, count = int(self._pointers[number]), int(self.lengths[number])
+        return np.fromfile(f"{self.prefix}.bin", self.dtype, count=count, offset=place)
+
     @property
-    def _lengths(self) -> np.ndarray[Any, Any]:
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """Tokens of each sequence, [n] int32, mapped."""
         return self._entries(np.int32, self.sequences, _HEADER.size)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import add_connection_args, is_connection_argument
+from megatron_fc.training.repetitions import add_repetition_args
 
 
 class _Parser(argparse.ArgumentParser):
@@ -22,7 +23,7 @@ class MegatronArguments:
         from megatron.training.arguments import add_megatron_arguments
 
         # Abbreviations would let a typo through as another argument.
-        self._parser = add_connection_args(add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False)))
+        self._parser = add_run_args(add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False)))
         self._actions = {
             option.removeprefix("--").replace("-", "_"): (option, action)
             for action in self._parser._actions
@@ -103,6 +104,11 @@ class MegatronArguments:
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r} among the Megatron flags")
         return args
+
+
+def add_run_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags that a run has beside Megatron's: those of connections and norms, and of repetitions."""
+    return add_repetition_args(add_connection_args(parser))
 
 
 @cache

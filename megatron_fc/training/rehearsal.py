@@ -11,8 +11,6 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from megatron_fc.errors import UserError
 from megatron_fc.training.precision import has_dense_mlp
 from megatron_fc.training.recipe import Recipe
@@ -89,12 +87,15 @@ def rehearse_model(args: Namespace, recipe: Recipe, *, elsewhere: bool = False) 
 
 
 def _refuse_as_adam_does(config: Any) -> None:
-    """torch's optimizer checks its numbers."""
-    if config.optimizer == "adam":
-        betas = (config.adam_beta1, config.adam_beta2)
-        torch.optim.AdamW(
-            [torch.zeros(1)], config.lr, betas=betas, eps=config.adam_eps, weight_decay=config.weight_decay
-        )
+    """torch's optimizer checks its numbers when it is built."""
+    if config.optimizer != "adam":
+        return
+    for name, value in (("lr", config.lr), ("adam_eps", config.adam_eps), ("weight_decay", config.weight_decay)):
+        if not value >= 0:
+            raise UserError(f"{name}={value} must be at least 0")
+    for name, value in (("adam_beta1", config.adam_beta1), ("adam_beta2", config.adam_beta2)):
+        if not 0 <= value < 1:
+            raise UserError(f"{name}={value} must be at least 0 and below 1")
 
 
 def _refuse_long_warmup(args: Namespace) -> None:

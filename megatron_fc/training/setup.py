@@ -15,10 +15,11 @@ import torch
 
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.flags import add_connection_args, connection_from_args
+from megatron_fc.megatron.flags import connection_from_args
 from megatron_fc.megatron.model_config import prepare
 from megatron_fc.megatron.norm_options import MEGATRON_NORMS, NormOptions, norms_from_args
 from megatron_fc.training.counts import refuse_small_counts
+from megatron_fc.training.megatron_arguments import add_run_args
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
 from megatron_fc.training.unused_options import refuse_unused_options
@@ -49,7 +50,7 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
     program, sys.argv = sys.argv, ["megatron-fc", *recipe.argv]
     try:
         with refusals_named("the arguments"), contextlib.redirect_stdout(io.StringIO()) as said:
-            args = parse_args(extra_args_provider=add_connection_args)
+            args = parse_args(extra_args_provider=add_run_args)
             args.connection_parameters_first = True  # `model_config` arranges it
             refuse_unused_options(args)
             refuse_small_counts(args)

@@ -10,6 +10,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_fc.callbacks import Callback
 from megatron_fc.errors import UserError
 from megatron_fc.training.data_files import indexed_files, refuse_damaged_files
+from megatron_fc.training.repetitions import repeats
 
 
 @dataclass
@@ -19,9 +20,11 @@ class TokenDataConfig(GPTDatasetConfig):
     Attributes:
         vocabulary: rows of the model's embedding.
         versions: of the index of each prefix, the same on all ranks.
+        mask_repetitions: leave samples that repeat themselves out of the loss.
     """
 
     vocabulary: int = 0
+    mask_repetitions: bool = False
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -52,6 +55,9 @@ class TokenDataset(GPTDataset):
                     f"model's vocabulary has {self.config.vocabulary:,}: give the tokenizer that made these data, or "
                     f"make them again"
                 )
+        if self.config.mask_repetitions and repeats(torch.cat((sample["tokens"], sample["labels"][-1:])).numpy()):
+            # A new one: Megatron may hand out the same mask again.
+            sample["loss_mask"] = torch.zeros_like(sample["loss_mask"])
         return sample
 
 

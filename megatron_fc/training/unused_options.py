@@ -24,8 +24,6 @@ OTHER_LOOPS = {
     "yaml_cfg": "write its settings into the config",
     "use_checkpoint_args": "write them into the config",
     "per_dataset_sequences_path": _ENTRY,
-    "dataloader_fast_cache_load": _ENTRY,
-    "dataloader_defer_npy_index_mmap": _ENTRY,
     "object_storage_cache_path": "copy the data to a file system",
 }
 

@@ -7,6 +7,7 @@ clone of its own, in which its commands run from the top to the bottom.
 import argparse
 import ast
 import inspect
+import json
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import yaml
 
 from support import fork_server
 from support.documented import ROOT, chunks, commands, first_missing, snippets
+from support.documents import write_documents
 from support.site_files import TINY
 from support.training_runs import environment
 
@@ -90,13 +92,16 @@ def test_the_tests_that_run_the_others_exist() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder `data` of all clones, and the text that it is made of."""
+    """The folders `data` and `src`, documents, of all clones, and the text that they are made of."""
     folder = tmp_path_factory.mktemp("documented")
     (folder / "text").mkdir()
     (folder / "sitecustomize.py").write_text(HERE)
     lines = [line for module in (argparse, inspect, typing) for line in inspect.getsource(module).splitlines()]
     for start in range(0, len(lines), 50):
         (folder / "text" / f"{start}.py").write_text("\n".join(lines[start : start + 50]))
+    texts = [path.read_text() for path in sorted((folder / "text").iterdir())]
+    for half in range(2):
+        write_documents(folder / "src" / f"{half}.jsonl", texts[half::2])
     environ = environment() | {"PYTHONPATH": f"{folder}:{ROOT}"}
     subprocess.run([fork_server.python(), "-m", "megatron_fc", "data", "demo"], cwd=folder, env=environ, check=True)
     return folder
@@ -109,7 +114,8 @@ def clone(data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / path).symlink_to(ROOT / path)
     for path in ("configs", "launch"):
         shutil.copytree(ROOT / path, tmp_path / path, ignore=shutil.ignore_patterns("site.sh"))
-    (tmp_path / "data").symlink_to(data / "data")
+    for path in ("data", "src"):
+        (tmp_path / path).symlink_to(data / path)
     shrink(tmp_path / "configs" / "demo.yaml", TO_PRUNE if name == "docs/modelopt.md" else {})
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
@@ -177,3 +183,14 @@ def test_a_training_with_a_callback(name: str, clone: Path) -> None:
     run("python train.py", clone, {})
     said = re.findall("^new: (.*)", (clone / "runs/announced/logs/rank0.log").read_text(), re.MULTILINE)
     assert said == [f"runs/announced/checkpoints/iter_000000{iteration}" for iteration in (3, 6)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["docs/plan.md"])
+def test_a_script_of_plans(name: str, clone: Path) -> None:
+    (script,) = snippets()[name]
+    (clone / "plans.py").write_text(script)
+    rows = re.findall(r"^(\d+) ([\d.]+) ", run("python plans.py", clone, {}), re.MULTILINE)
+    assert [nodes for nodes, _ in rows] == ["8", "16", "32"]
+    asked = "megatron-fc plan configs/olmoe_7b.yaml micro_batch_size=1 --nodes 32 --gpu h100 --json"
+    assert float(rows[-1][1]) == json.loads(run(asked, clone, {}))["tokens_per_second"]

@@ -9,7 +9,6 @@ from support.documented import ROOT
 
 EVIDENCE = (ROOT / "docs" / "evidence.md").read_text()
 README = (ROOT / "README.md").read_text()
-# Whole words behind a line's `: shown by`, and what follows `recorded:`.
 ROWS = [row.split(" | ") for row in re.findall(r"^\| (.+) \|$", EVIDENCE, re.MULTILINE)]
 CLAIMS = {row[0]: row[1] for row in ROWS if row[0] != "claim"}
 
@@ -42,7 +41,7 @@ def test_each_claim_names_a_command_or_a_file() -> None:
 
 def test_each_test_that_the_readme_names_is_here() -> None:
     tests = {path.rstrip("/") for path in re.findall(r"`(tests/[\w/.]+)`", README)}
-    tests |= {path for path in re.findall(r"ARGS=(tests/[\w/.]+)`", README)}
+    tests |= set(re.findall(r"ARGS=(tests/[\w/.]+)`", README))
     here = {word.removeprefix("ARGS=") for text in CLAIMS.values() for word in " ".join(named(text)).split()}
     assert not {test for test in tests if not any(test == word or word.startswith(f"{test}/") for word in here)}
 

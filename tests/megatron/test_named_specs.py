@@ -23,6 +23,7 @@ from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.site import Site
 from megatron_fc.megatron import specs
 from megatron_fc.megatron.flags import add_connection_args, connection_flags, connection_from_args, stored_connection
+from megatron_fc.megatron.norm_over_heads import NormOverHeads
 from megatron_fc.megatron.parameter_order import connection_parameters_first
 from megatron_fc.megatron.refusals import refuse_unsupported_args
 from support import tiny
@@ -339,6 +340,16 @@ def test_multi_token_prediction_of_a_hybrid_model(monkeypatch: pytest.MonkeyPatc
     tiny.seed_dropout(1)
     model(*tiny.inputs(t), labels=t[:, 1:]).mean().backward()
     assert all(site.dynamic_weight.grad.any() for site in sites(model.mtp))
+
+
+def test_norms_reach_the_multi_token_prediction_of_a_hybrid_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a GPTModel is refused: `test_norms.py`."""
+    norms = "--qk-layernorm --qk-layernorm-over-heads --norm-after"
+    words = f"{MOE} --hybrid-layer-pattern *-*E/*E {norms} --frac-rate 4 {SPEC} hybrid_from_args"
+    model = build_hybrid(parse(monkeypatch, words, add_connection_args))
+    names = [name for name, _ in model.mtp.named_parameters()]
+    assert sum(".norm_after." in name for name in names) == 2
+    assert sum(isinstance(module, NormOverHeads) for module in model.mtp.modules()) == 2
 
 
 def write(folder: Path, name: str, frac: ConnectionConfig | None, **stamped: Any) -> None:

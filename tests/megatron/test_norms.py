@@ -146,6 +146,11 @@ def test_an_evaluation_keeps_no_graph(connection: ConnectionConfig | None) -> No
             "does not go with multi_latent_attention",
         ),
         ({"norm_after": True, "hybrid_layer_pattern": "M*-"}, "hybrid_layer_pattern has M: drop one"),
+        ({"norm_after": True, "mtp_num_layers": 1}, "norm_after would not reach the multi-token-prediction layers"),
+        (
+            {"qk_layernorm_over_heads": True, "qk_layernorm": True, "mtp_num_layers": 1},
+            "set qk_layernorm_over_heads=false, or model.family=hybrid",
+        ),
         ({"norm_after": True, "fused_residual_rmsnorm": True}, "which fused_residual_rmsnorm bypasses"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from megatron_fc.extras import TRAIN, remedy
+from megatron_fc.extras import DATA, TRAIN, remedy
 
 REPOSITORY = Path(__file__).parents[2]
 PACKAGE = REPOSITORY / "megatron_fc"
@@ -52,10 +52,11 @@ def test_the_base_is_what_the_plugin_and_the_operators_import() -> None:
 def test_train_is_what_the_rest_imports() -> None:
     optional = {"modelopt": "modelopt", "mpi4py": "mpi", "lm-eval": "eval", "datasets": "eval"}
     used = imported_packages(PACKAGE) - names(PROJECT["dependencies"]) - WITH_TORCH - set(optional)
-    assert EXTRAS["train"] == used | FOR_MEGATRON
-    assert set(TRAIN.values()) == EXTRAS["train"]
+    assert EXTRAS["train"] == (used | FOR_MEGATRON) - EXTRAS["data"]
+    assert EXTRAS["data"] <= used
+    assert (set(TRAIN.values()), set(DATA.values())) == (EXTRAS["train"], EXTRAS["data"])
     assert all(extra in EXTRAS for extra in optional.values())
-    assert "megatron_fc[train,eval,mpi,muon,docs]" in PROJECT["optional-dependencies"]["dev"]
+    assert "megatron_fc[train,data,eval,mpi,muon,docs]" in PROJECT["optional-dependencies"]["dev"]
 
 
 def test_every_extra_that_a_text_names_exists() -> None:

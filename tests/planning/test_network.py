@@ -205,8 +205,3 @@ def test_experts_want_sequence_parallelism() -> None:
     layout = replace(EIGHT_NODES, tensor=2)
     with pytest.raises(UserError, match="tensor_model_parallel_size=2 with experts needs sequence_parallel"):
         step(OLMOE, layout, training=Training(sequence_parallel=False))
-
-
-def test_uneven_stages_are_refused() -> None:
-    with pytest.raises(UserError, match="num_layers=16 is no multiple of 3 pipeline stages"):
-        step(OLMOE, replace(EIGHT_NODES, nodes=3, pipeline=3, layers=None))

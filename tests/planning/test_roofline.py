@@ -9,14 +9,16 @@ from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.costs.eager_traffic import torch_backend
 from megatron_fc.connections.costs.traffic import Stream, norm
-from megatron_fc.planning import flops, operations
+from megatron_fc.planning import flops, operations, work
+from megatron_fc.planning.calibration import Assumptions
 from megatron_fc.planning.devices import DEVICES
 from megatron_fc.planning.layout import Layout
-from megatron_fc.planning.operations import Operation
 from megatron_fc.planning.overlap import Computed, Network, beside_computation
 from megatron_fc.planning.parameters import model
-from megatron_fc.planning.roofline import Assumptions, StepTime, step_time
-from megatron_fc.planning.shape import Recompute, Shape, Training
+from megatron_fc.planning.products import Operation
+from megatron_fc.planning.roofline import StepTime, step_time
+from megatron_fc.planning.shape import Kind, Recompute, Shape, Training
+from megatron_fc.planning.stages import Split, parsed
 
 # 16 tokens of width 8, half as many keys as queries; 4 experts of 6, 2 of them for a token.
 SMALL = Shape((False, True), 8, 2, 1, 4, 12, 32, 16, experts=4, top_k=2, expert_ffn=6)
@@ -37,8 +39,8 @@ def moved(listed: list[Operation]) -> dict[str, list[tuple[float, float]]]:
 def test_operations_do_the_models_flops(moe: bool, tensor: int, flash: bool) -> None:
     shape = replace(SMALL, shared_ffn=4 * moe)
     layout = replace(ONE, gpus_per_node=tensor, tensor=tensor, expert_tensor=1)
-    once = flops.layer(shape, moe)
-    listed = operations.layer(shape, Training(flash=flash), layout, moe)
+    once = flops.layer(shape, Kind(moe))
+    listed = operations.layer(shape, Training(flash=flash), layout, Kind(moe))
     forward = 16 * (once.attention + once.scores + once.mlp) / tensor
     assert sum(operation.forward.flops for operation in listed) == forward
     # Flash attention multiplies queries and keys once more: half of the scores' two products.
@@ -50,7 +52,7 @@ def test_operations_do_the_models_flops(moe: bool, tensor: int, flash: bool) -> 
 
 
 def test_bytes_of_attention() -> None:
-    bytes_of = moved(operations.layer(SMALL, Training(), ONE, False))
+    bytes_of = moved(operations.layer(SMALL, Training(), ONE, Kind(False)))
     # 16 rows of 8, a weight of 8 x 16, 16 rows of 16; then 16 rows of 8, a weight of 8 x 8, 16 rows of 8; all of 2
     # bytes. Backward: gradient twice, input, weight, the input's gradient; the weight's is read and written in 4 bytes.
     first = 2 * (128 + 128 + 256), 2 * (2 * 128 + 128 + 2 * 256) + 2 * 4 * 128
@@ -60,13 +62,15 @@ def test_bytes_of_attention() -> None:
     assert bytes_of["rotation, norms of queries and keys"] == [(768, 1152)]
     # Queries, keys, values, output: 8 + 4 + 4 + 8 numbers of a token.
     assert bytes_of["attention"] == [(16 * 24 * 2, 2 * 16 * 24 * 2)]
-    unfused = moved(operations.layer(SMALL, Training(flash=False), ONE, False))
+    unfused = moved(operations.layer(SMALL, Training(flash=False), ONE, Kind(False)))
     scores = 16 * 16 * 2  # of two heads, written and read in 2 and in 4 bytes
     assert unfused["attention"] == [(768 + scores * 12, 2 * (768 + scores * 12))]
 
 
 def test_bytes_of_experts() -> None:
-    bytes_of = moved(operations.layer(SMALL, Training(), ONE, True))
+    bytes_of = moved(operations.layer(SMALL, Training(), ONE, Kind(True)))
+    # Norm's output of 16 rows of 8, and 8 fp32 numbers of each of 4 experts.
+    assert bytes_of["routing"] == [(16 * (2 * 8 + 8 * 4 * 4),) * 2]
     # 32 rows of 8, weights of 4 x 8 x 12 and 4 x 6 x 8.
     first = 2 * (256 + 384 + 384), 2 * (2 * 256 + 384 + 2 * 384) + 2 * 4 * 384
     last = 2 * (192 + 192 + 256), 2 * (2 * 192 + 192 + 2 * 256) + 2 * 4 * 192
@@ -74,7 +78,50 @@ def test_bytes_of_experts() -> None:
     assert bytes_of["order of the experts' rows"] == [(4 * 2 * 256 * 2, 4 * 2 * 256 * 2)]
     assert bytes_of["activation of experts"] == [(2 * 32 * (12 + 6), 2 * 32 * (12 + 12 + 6))]
     divided = replace(ONE, gpus_per_node=2, expert=2)  # as many rows on half of the experts
-    assert moved(operations.layer(SMALL, Training(), divided, True))["experts"][0][0] == 2 * (256 + 192 + 384)
+    assert moved(operations.layer(SMALL, Training(), divided, Kind(True)))["experts"][0][0] == 2 * (256 + 192 + 384)
+
+
+def test_products_compute_whole_tiles() -> None:
+    """Of 300 rows by 300 x 600, 512 by 512 x 768; the weights' gradient has 600 x 300 for a result."""
+    shape = replace(SMALL, width=300, ffn=300, sequence=300)
+    first = next(one for one in operations.layer(shape, Training(), ONE, Kind(False)) if one.name == "MLP")
+    rows, inner, outer = 512 / 300, 512 / 300, 768 / 600
+    assert first.forward.wasted == pytest.approx(first.forward.flops * (rows * outer - 1))
+    assert first.backward.wasted == pytest.approx(first.forward.flops * (rows * inner + inner * outer - 2))
+    even = replace(shape, width=512, ffn=256, sequence=1024)
+    assert all(
+        one.forward.wasted == 0 for one in operations.layer(even, Training(), ONE, Kind(False)) if "MLP" in one.name
+    )
+    windowed = replace(even, window=128, windowed=(True, True))
+    full, narrow = (
+        next(one for one in operations.layer(windowed, Training(), ONE, Kind(False, near)) if one.name == "attention")
+        for near in (False, True)
+    )
+    assert full.forward.wasted / full.forward.flops == pytest.approx(64 / 512)
+    assert narrow.forward.wasted / narrow.forward.flops == pytest.approx(128 / (128 - 128 * 128 / 2048))
+
+
+def test_bytes_of_narrow_products() -> None:
+    """FP8: 16 rows of 8 by 8 x 16. Operands are a byte and 1/32 of a scale; what comes in is read and written twice."""
+    fp8, one = Training(products="fp8"), 1 + 1 / 32
+    forward = one * (128 + 128) + 2 * 256 + (2 + 2 * one) * 128
+    backward = one * (128 + 128 + 2 * 256) + 2 * 128 + 2 * 4 * 128 + (2 + 2 * one) * 256
+    listed = operations.layer(SMALL, fp8, ONE, Kind(False))
+    assert moved(listed)["attention's projections"][0] == (forward, backward)
+    # One scale of a tensor reads it before; Hopper transposes what is written: read once, written once.
+    whole = operations.layer(SMALL, replace(fp8, tensor_scales=True, transposes=True), ONE, Kind(False))
+    assert moved(whole)["attention's projections"][0] == (forward + 128 * (2 + one), backward + 256 * (2 + one))
+    four, half = operations.layer(SMALL, Training(products="fp4"), ONE, Kind(False)), 1 / 2 + 1 / 16
+    assert moved(four)["attention's projections"][0][0] == half * (128 + 128) + 2 * 256 + (2 + 2 * half) * 128
+
+
+def test_bytes_of_experts_with_a_clamp_and_biases() -> None:
+    shape = replace(SMALL, clamped=True, linear_bias=True)
+    bytes_of = moved(operations.layer(shape, Training(), ONE, Kind(True)))
+    assert bytes_of["clamp"] == [(32 * 12 * 4 * 2, 32 * 12 * 5 * 2)]
+    assert bytes_of["experts' bias"] == [(32 * 8 * (2 * 2 + 6 * 4), 32 * 8 * (2 * 2 + 8 * 4))]
+    fused = moved(operations.layer(shape, Training(fused_experts=True), ONE, Kind(True)))
+    assert not {"clamp", "experts' bias"} & set(fused)
 
 
 def test_bytes_of_output_and_loss() -> None:
@@ -119,18 +166,18 @@ def test_wider_streams_run_torch_operations_and_the_stream_again(connection: Con
     more = moves.backward.total_bytes(7) - once.backward.total_bytes(7)
     assert more == once.forward.total_bytes(7) - 2 * norm(stream).forward.total_bytes(7)
     assert moves.forward == once.forward
-    computed = flops.layer_again(shape, replace(training, recompute=again), False)
-    assert computed.connections == computed.total == flops.layer(shape, False).connections
+    computed = flops.layer_again(shape, replace(training, recompute=again), Kind(False))
+    assert computed.connections == computed.total == flops.layer(shape, Kind(False)).connections
 
 
 def test_bytes_of_residuals_and_norms() -> None:
     """Two norms (2 and 3 rows), two sums (3), two of gradients (3 rows); the norms' statistics and weights."""
-    connections = moved(operations.layer(SMALL, Training(), ONE, False))["connections and norms"]
+    connections = moved(operations.layer(SMALL, Training(), ONE, Kind(False)))["connections and norms"]
     forward = 16 * 2 * (5 * TOKEN + 4) + 2 * TOKEN
     assert connections == [(forward, 16 * 2 * (6 * TOKEN + 4) + 4 * TOKEN)]
     again = Training(norms_apart=(True, False, True), recompute=Recompute("selective", ("layernorm",)))
     one_norm = 16 * (2 * TOKEN + 4) + TOKEN  # the other is a part of the product
-    assert moved(operations.layer(SMALL, again, ONE, False))["connections and norms"][0][1] == (
+    assert moved(operations.layer(SMALL, again, ONE, Kind(False)))["connections and norms"][0][1] == (
         connections[0][1] + one_norm
     )
 
@@ -142,25 +189,52 @@ STREAM = 2048 * 1024 * 2
 PARAMETERS = model(SHAPE).total
 
 
-def step(layout: Layout = LAYOUT, training: Training = LATE) -> StepTime:
-    return step_time(SHAPE, training, layout, DEVICES["h100"], 50, Assumptions())
+ASSUMED = Assumptions(compute=0.6, compute_half=0.6, memory=0.8, nvlink=0.7, network=0.7, launch=0)
+
+
+def step(layout: Layout = LAYOUT, training: Training = LATE, **assumed: float) -> StepTime:
+    h100 = DEVICES["h100"]
+    stages = work.of_stages(SHAPE, training, layout, h100)
+    return step_time(stages, training, layout, h100, 50, replace(ASSUMED, **assumed))
+
+
+@pytest.mark.parametrize(
+    "connection", [None, FracConfig(rate=4), HyperConfig(slots=4), ManifoldConfig(slots=4)], ids=str
+)
+def test_a_stage_without_layers_has_the_loss_alone(connection: ConnectionConfig | None) -> None:
+    shape = replace(SHAPE, connection=connection)
+    layout = replace(LAYOUT, nodes=3, pipeline=3, split=Split(stages=parsed("Et*4|t*4|L")))
+    first, _, last = work.of_stages(shape, LATE, layout, DEVICES["h100"])
+    head = operations.head(shape, LATE, layout)
+    assert last.forward.bytes == sum(one.forward.bytes for one in head)
+    assert first.forward.bytes > 4 * STREAM
 
 
 def test_computation_is_the_sum_of_its_operations() -> None:
-    once = 8 * operations.layer(SHAPE, LATE, LAYOUT, False) + operations.head(SHAPE, LATE, LAYOUT)
-    by_flops = by_bytes = total = 0.0
-    for one in [operation.forward for operation in once] + [operation.backward for operation in once]:
-        computing, moving = one.flops / (0.6 * 989.5e12), one.bytes / (0.8 * 3350e9)
-        by_flops += computing if computing > moving else 0
-        by_bytes += 0 if computing > moving else moving
-        total += one.bytes
+    once = 8 * operations.layer(SHAPE, LATE, LAYOUT, Kind(False)) + operations.head(SHAPE, LATE, LAYOUT)
+    passes = [operation.forward for operation in once] + [operation.backward for operation in once]
+    total = sum(one.bytes for one in passes)
     found = step()
-    assert found.compute == pytest.approx(8 * by_flops)
-    assert found.memory == pytest.approx(8 * by_bytes)
+    # Each head's scores are taken to their exponentials in forward, and again in backward.
+    exponentials = 2 * 8 * 2048 * 8 * (2048 / 2 + 128 / 2)
+    computing = sum(one.flops + one.wasted for one in passes) / (0.6 * 989.5e12) + exponentials / 3.9e12
+    assert found.compute == pytest.approx(8 * computing)
+    assert found.memory == pytest.approx(8 * total / (0.8 * 3350e9))
+    assert found.launches == 0
     # Gradients set to 0, read twice on 1/16; there 16-bit weights written, three fp32 numbers read and written.
     update = PARAMETERS * (4 + (2 * 4 + 2 + 2 * 12) / 16)
     assert found.optimizer == pytest.approx(update / (0.8 * 3350e9))
     assert found.hbm_bytes == pytest.approx(8 * total + update)
+
+
+def test_a_pass_takes_as_long_as_its_launches() -> None:
+    """Of a layer 3 + 4 + 1 + 3 + 4 kernels, of the end 1 + 6; backward has twice as many."""
+    kernels = 8 * (2 + 4 + 1 + 3 + 4) + 7
+    slow = step(launch=1000)
+    assert slow.compute + slow.memory + slow.launches == pytest.approx(8 * 3 * kernels * 1e-3)
+    part = step(training=replace(LATE, captured=("attn",)), launch=1000)
+    assert part.compute + part.memory + part.launches == pytest.approx(8 * 3 * (8 * 3 + 7) * 1e-3)
+    assert step(training=replace(LATE, captured=("all",)), launch=1000) == step()
 
 
 def test_data_parallel_sums_wait_or_run_beside_a_pass() -> None:
@@ -201,7 +275,7 @@ def test_tensor_parallel_collectives_wait() -> None:
 
 FORWARD, BACKWARD = Computed(4, 1), Computed(8, 2)
 EVERYTHING = replace(Training(), overlap_tensor=True, overlap_experts=True)
-STEPS = replace(ONE, global_batch=2)
+STEPS = replace(ONE, global_batch=2)  # the experts' of one micro-batch have no other to run beside
 
 
 @pytest.mark.parametrize(
@@ -220,7 +294,8 @@ STEPS = replace(ONE, global_batch=2)
         ({("forward", "cp"): 3, ("recompute", "cp"): 3, ("backward", "cp"): 3}, LATE, STEPS, Network(3, 3, 6)),
         ({("forward", "tp"): 3, ("forward", "ep"): 3}, LATE, STEPS, Network(6, 6, 0)),
         # Everything together hides no more than the passes take.
-        ({("forward", "cp"): 3, ("forward", "dp"): 3, ("forward", "ep"): 5}, EVERYTHING, STEPS, Network(3, 3, 8)),
+        ({("forward", "cp"): 3, ("forward", "dp"): 3, ("forward", "tp"): 5}, EVERYTHING, STEPS, Network(3, 3, 8)),
+        ({("forward", "ep"): 7}, EVERYTHING, STEPS, Network(3, 3, 4)),
         ({("backward", "tp"): 20}, EVERYTHING, STEPS, Network(4, 4, 16)),
         # What is overlapped are the tensor-parallel products, no experts and no balancing of them.
         (

@@ -1,7 +1,7 @@
 """What the texts for readers print in blocks: commands, their output, Python.
 
-The texts are README.md, those of docs/, and the comments at the top of configs/*.yaml and launch/*.sh. A chunk is the lines
-of an indented block up to an empty one.
+The texts are README.md, those of docs/, and the comments at the top of configs/*.yaml and launch/*.sh. A chunk is the
+lines of an indented block up to an empty one.
 """
 
 import re

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from megatron_fc.errors import UserError
-from megatron_fc.training.data_files import Blend, blends, refuse_damaged_files, refuse_missing_files, repetition
+from megatron_fc.training.data_files import (
+    OF_A_PREPARED_INDEX,
+    Blend,
+    blends,
+    refuse_damaged_files,
+    refuse_missing_files,
+    repetition,
+)
 from megatron_fc.training.token_data import TokenDataset
 from support.token_files import write_tokens
 
@@ -16,7 +23,7 @@ from support.token_files import write_tokens
 def arguments(**settings: Any) -> Namespace:
     names = ["data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "split"]
     names += ["per_split_data_args_path", "tokenizer_model", "train_samples", "train_iters", "dataloader_type"]
-    unset = dict.fromkeys([*names, "data_cache_path"])
+    unset = {**dict.fromkeys([*names, "data_cache_path"]), **dict.fromkeys(OF_A_PREPARED_INDEX, False)}
     return Namespace(**{**unset, "mock_data": False, "seq_length": 16, "global_batch_size": 4, **settings})
 
 
@@ -44,6 +51,10 @@ def test_what_a_blend_is(tmp_path: Path) -> None:
         ({"data_path": ["0.5", "a", "b", "c"]}, "data_path=0.5 a b c: give every data set a weight before it, or none"),
         ({"data_path": ["0.5", "a", "b"]}, "data_path=0.5 a b: give every data set a weight before it, or none"),
         ({"data_path": ["a"], "valid_data_path": ["b"]}, "data_path is for all splits, and Megatron would not read"),
+        (
+            {"per_split_data_args_path": "x", "train_data_path": ["a"], "valid_data_path": ["b"]},
+            "Megatron would not read train_data_path and valid_data_path: keep one, e.g. with train_data_path=null",
+        ),
         ({"data_args_path": "/nowhere"}, "data_args_path=/nowhere cannot be read: No such file"),
         ({"per_split_data_args_path": __file__}, "must be JSON with the keys train, valid, test"),
     ],
@@ -52,6 +63,25 @@ def test_what_no_blend_is(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError) as refused:
         blends(arguments(**settings))
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"dataloader_fast_cache_load": True}, "dataloader_fast_cache_load reads what .* set data_cache_path to its"),
+        (
+            {"dataloader_defer_npy_index_mmap": True, "data_cache_path": "c", "mock_data": True},
+            "drop it with mock_data",
+        ),
+        (
+            {"dataloader_fast_cache_load": True, "data_cache_path": "c", "data_path": ["a"]},
+            "dataloader_fast_cache_load does not divide data_path into splits: set train_data_path and",
+        ),
+    ],
+)
+def test_a_prepared_index_has_a_place(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        refuse_missing_files(arguments(**settings))
 
 
 def test_a_split_without_data(tmp_path: Path) -> None:

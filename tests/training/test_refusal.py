@@ -24,7 +24,7 @@ SETTINGS = [
     (["lr_warmup_iters=40"], "lr_warmup_iters=40 is not below lr_decay_iters=40, which counts the warm-up in"),
     (["lr_warmup_iters=0", "lr_warmup_fraction=1.5"], "lr_warmup_fraction=1.5 must be at least 0 and below 1"),
     (["lr_decay_style=WSD"], "Megatron refuses the schedule: wsd_decay_steps is not None does not hold ("),
-    (["adam_beta1=1.5"], "Megatron refuses the schedule: Invalid beta parameter at index 0: 1.5"),
+    (["adam_beta1=1.5"], "adam_beta1=1.5 must be at least 0 and below 1"),
     (["moe_router_num_groups=3", "moe_router_group_topk=1"], "should be divisible by moe_router_num_groups (3)."),
     (["group_query_attention=true", "num_query_groups=3"], "num_query_groups=3 does not divide num_attention_heads=2"),
     (["moe_layer_freq='([1,0,1])'"], "moe_layer_freq=[1, 0, 1] has 3 entries, and num_layers=2: give one each"),

@@ -9,18 +9,21 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.tokenizers import MegatronTokenizer
 from torch.utils.data import DataLoader
 
+from megatron_fc.data.indexed import write_indexed
 from megatron_fc.errors import UserError
 from megatron_fc.training.indexed_files import IndexedFiles
 from megatron_fc.training.token_data import ForeignTokenError, TokenDataConfig, TokenDataset, TokenErrors
 from support.token_files import write_tokens
 
 
-def dataset(prefixes: list[Path], samples: int, cache: Path, vocabulary: int = 300) -> Any:
+def dataset(
+    prefixes: list[Path], samples: int, cache: Path, vocabulary: int = 300, masks: bool = False, length: int = 16
+) -> Any:
     names = [str(prefix) for prefix in prefixes]
     weights = [1.0 + i for i in range(len(names))] if len(names) > 1 else None
     settings = TokenDataConfig(
         random_seed=1,
-        sequence_length=16,
+        sequence_length=length,
         blend_per_split=[(names, weights), None, None],
         path_to_cache=str(cache),
         tokenizer=MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=vocabulary),
@@ -28,6 +31,7 @@ def dataset(prefixes: list[Path], samples: int, cache: Path, vocabulary: int = 3
         reset_attention_mask=False,
         eod_mask_loss=False,
         vocabulary=vocabulary,
+        mask_repetitions=masks,
         versions={name: IndexedFiles.read(name, "data_path").version for name in names},
     )
     return BlendedMegatronDatasetBuilder(TokenDataset, [samples, 0, 0], lambda: True, settings).build()[0]
@@ -70,3 +74,20 @@ def test_a_foreign_token_ends_the_run_in_a_sentence(tmp_path: Path, workers: int
     )
     assert "\n" not in str(error)
     assert TokenErrors().failed(other := RuntimeError("x")) is other
+
+
+def test_samples_that_repeat_themselves_are_masked(tmp_path: Path) -> None:
+    documents = [[5] * 400 if number % 2 else list(range(1, 200)) for number in range(20)]
+    write_indexed(tmp_path / "data", documents, 300, eod=0)
+    settings = {"length": 64, "vocabulary": 300}
+    plain = dataset([tmp_path / "data"], 50, tmp_path / "cache", **settings)
+    masked = dataset([tmp_path / "data"], 50, tmp_path / "cache", masks=True, **settings)
+    dropped = 0
+    for number in range(50):
+        seen = torch.cat((masked[number]["tokens"], masked[number]["labels"][-1:])).tolist()
+        fives = max(len(run) for run in "".join("5" if token == 5 else " " for token in seen).split(" "))
+        assert bool(masked[number]["loss_mask"].any()) == (fives < 32), seen
+        assert plain[number]["loss_mask"].all()
+        assert torch.equal(plain[number]["tokens"], masked[number]["tokens"])
+        dropped += fives >= 32
+    assert 10 < dropped < 50

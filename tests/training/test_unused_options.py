@@ -11,12 +11,13 @@ import pytest
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import is_connection_argument
 from megatron_fc.megatron.norm_options import NormOptions
+from megatron_fc.training.data_files import OF_A_PREPARED_INDEX
 from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.unused_options import NEVER_READ, OTHER_GROUPS, OTHER_LOOPS, refuse_unused_options
 
 MEGATRON = Path(megatron.core.__file__).parents[1]
 # Read here, by this project's loop.
-READ_HERE = {"check_for_spiky_loss", "data_cache_path"}
+READ_HERE = {"mask_repetitions", "check_for_spiky_loss", "data_cache_path", *OF_A_PREPARED_INDEX}
 # Read by a loop over the names of a configuration, or kept for scripts of earlier releases, where they change nothing.
 READ_BY_LOOP = {"deprecated_use_mcore_models"}
 # Of models that generate, embed or classify; they change nothing in a training.
@@ -60,7 +61,6 @@ def test_no_other_option_of_megatrons_is_read_by_nobody() -> None:
         (["--apply-residual-connection-post-layernorm"], "apply_residual_connection_post_layernorm has no effect in"),
         (["--use-checkpoint-args"], "use_checkpoint_args is not supported by megatron-fc train: write them into"),
         (["--yaml-cfg", "x"], "yaml_cfg is not supported by megatron-fc train: write its settings into the config"),
-        (["--dataloader-fast-cache-load"], "dataloader_fast_cache_load is not supported by megatron-fc train: use"),
         (
             ["--inprocess-restart"],
             "inprocess_restart is not supported by megatron-fc train: launch/ starts a run again",
