@@ -19,7 +19,7 @@
 #   launch/evaluate.sh CONFIG.yaml of=RUN_DIR tasks=LIST [sets=LIST] [every=N] [data=FOLDER] [again=MINUTES] [--nodes=1 ...]
 #
 # Evaluated are the checkpoints at multiples of iteration N (1); sets=LIST names validation sets, by=document or by=chunk
-# cuts them; limit=N takes so many documents. Results and answers lie in run_dir, by default evaluate-CONFIG in RUNS. What is
+# cuts them; limit=N takes so many documents. Results and answers lie in run_dir, by default evaluate-RUN in RUNS. What is
 # there is not run again: a job that is killed or reaches its time limit goes on. With again=MINUTES the job starts
 # once more when it is through, until the run is done.
 
@@ -27,39 +27,29 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 [[ -e launch/common.sh ]] || { echo "launch: submit from the repository's folder, not from $PWD" >&2; exit 2; }
 
 CONFIG=${1:-}
-NAME=evaluate-$(basename "$CONFIG" .yaml)
 source launch/common.sh
 OVERRIDES=()
 [[ -e $CONFIG ]] || fail "'$CONFIG' is no file: launch/evaluate.sh CONFIG.yaml of=RUN_DIR tasks=LIST [key=value ...]"
 
-VARIANT=("$CONFIG") OF='' TASKS='' SETS='' EVERY=1 BY=chunk AGAIN='' options=() rest=()
-for word in "${@:2}"; do
-  case $word in
-    of=*) OF=${word#*=} ;;
-    tasks=*) TASKS=${word#*=} ;;
-    sets=*) SETS=${word#*=} ;;
-    every=*) EVERY=${word#*=} ;;
-    by=*) BY=${word#*=} ;;
-    again=*) AGAIN=${word#*=} ;;
-    data=* | limit=*) options+=("--${word%%=*}" "${word#*=}") ;;
-    *) rest+=("$word"); continue ;;
-  esac
-  VARIANT+=("$word")
-done
+OF='' TASKS='' SETS='' EVERY=1 BY=chunk AGAIN='' DATA='' LIMIT=''
+own_words 'of tasks sets every by again data limit' "${@:2}"
+VARIANT=("$CONFIG" "${OWN[@]}")
 [[ $OF ]] || fail "of=RUN_DIR is missing: give the folder of the run whose checkpoints are evaluated"
+NAME=evaluate-$(basename "$OF")
 [[ $TASKS || $SETS ]] || fail "nothing to evaluate: give tasks=LIST, sets=LIST, or both"
 [[ $AGAIN =~ ^([1-9][0-9]*)?$ ]] || fail "again=$AGAIN: give a number of minutes"
 
 # What takes several values stands before what takes one.
-ON_TASKS=(evaluate --tasks "$TASKS" "${options[@]}" --every "$EVERY" "$OF/checkpoints")
-ON_SETS=(evaluate perplexity --sets "$SETS" --by "$BY" "${options[@]}" --every "$EVERY" "$OF/checkpoints")
+options=(${DATA:+--data "$DATA"} ${LIMIT:+--limit "$LIMIT"} --every "$EVERY" "$OF/checkpoints")
+ON_TASKS=(evaluate --tasks "$TASKS" "${options[@]}")
+ON_SETS=(evaluate perplexity --sets "$SETS" --by "$BY" "${options[@]}")
 COMMAND=("${ON_TASKS[@]}")
 [[ $TASKS ]] || COMMAND=("${ON_SETS[@]}")
 
 attempt() { # in place of a training's
   local of_run
   CODE=0 STEP=''
-  trap 'cut USR1' USR1
+  trap 'cut USR1' USR1 # what has been answered lies on the disk
   trap 'cut TERM' TERM
   of_run=$(cat "$OF/state" 2>/dev/null || true) # what the run writes from here on is the next job's
   [[ $SIGNAL || ! ${ROLL_CALL[*]} ]] || roll_call
@@ -79,9 +69,4 @@ later() { # the same job once more: held until its time is set
   exit 0
 }
 
-cut() { # what has been answered lies on the disk
-  SIGNAL=$1
-  [[ ! $STEP ]] || kill -KILL "$STEP"
-}
-
-launch "${rest[@]}"
+launch "${REST[@]}"

@@ -191,6 +191,11 @@ pass_on() { # the ranks save and end; those that do not listen yet are told agai
   done &
 }
 
+cut() { # cut SIGNAL: the ranks end at once, where what they have done lies on the disk; they may hang and hear nothing
+  SIGNAL=$1
+  [[ ! $STEP ]] || kill -KILL "$STEP"
+}
+
 shown() { # shown FIELD: what SLURM says of this job
   scontrol show job "${JOB:-none}" 2>/dev/null | sed -n "s/^\(.* \)\{0,1\}$1=\([^ ]*\).*/\2/p"
 }

@@ -32,21 +32,16 @@ source launch/common.sh
 OVERRIDES=()
 [[ -e $CONFIG ]] || fail "'$CONFIG' is no file: launch/profile.sh CONFIG.yaml [from_step=K] [steps=N] [key=value ...]"
 
-VARIANT=("$CONFIG") COMMAND=(traffic run) TWIN=yes rest=()
-for word in "${@:2}"; do
-  case $word in
-    from_step=*) COMMAND+=(--from-step "${word#*=}") ;;
-    steps=*) COMMAND+=(--steps "${word#*=}") ;;
-    twin=yes | twin=no) TWIN=${word#*=} ;;
-    *) rest+=("$word"); continue ;;
-  esac
-  VARIANT+=("$word")
-done
+FROM_STEP='' STEPS='' TWIN=yes
+own_words 'from_step steps twin' "${@:2}"
+VARIANT=("$CONFIG" "${OWN[@]}")
+[[ $TWIN =~ ^(yes|no)$ ]] || fail "twin=$TWIN: give yes or no"
+COMMAND=(traffic run ${FROM_STEP:+--from-step "$FROM_STEP"} ${STEPS:+--steps "$STEPS"})
 
 attempt() { # in place of a training's: each run once, and a report in any case
   CODE=0 STEP=''
   local run_dir=$RUN_DIR twin=$RUN_DIR/residual
-  trap cut USR1 TERM
+  trap 'cut USR1' USR1 TERM # what the ranks have left lies on the disk
   [[ ! $SIGNAL ]] || { say "the time limit is near before anything is counted: give more --time"; exit 75; }
   roll_call
   [[ $CODE != 0 ]] || step preflight
@@ -69,9 +64,4 @@ counted() { # counted FOLDER: profile; after a failure make the report of the pa
   exit "$CODE"
 }
 
-cut() { # ranks may hang and hear nothing; what they have left lies on the disk
-  SIGNAL=USR1
-  [[ ! $STEP ]] || kill -KILL "$STEP"
-}
-
-launch "${rest[@]}"
+launch "${REST[@]}"

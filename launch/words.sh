@@ -41,6 +41,20 @@ read_words() { # sets DRY_RUN, OPTIONS (sbatch's, as --name=value), WORDS (overr
   done
 }
 
+own_words() { # own_words 'NAME ...' WORDS: NAME=VALUE sets NAME in capitals and is among OWN; REST are the others
+  local word name
+  OWN=() REST=()
+  for word in "${@:2}"; do
+    name=${word%%=*}
+    if [[ $word == *=* && " $1 " == *" $name "* ]]; then
+      printf -v "${name^^}" %s "${word#*=}"
+      OWN+=("$word")
+    else
+      REST+=("$word")
+    fi
+  done
+}
+
 long_name() { # sets LONG to the name of sbatch's option -$1
   case $1 in
     A) LONG=account ;; a) LONG=array ;; B) LONG=extra-node-info ;; b) LONG=begin ;; C) LONG=constraint ;;

@@ -115,6 +115,24 @@ def refuse_changes(checkpoint: Path, changed: Changes, *, fresh_optimizer: bool)
         _refuse(checkpoint, name, experts, "another state", f"no_load_optim=true load={checkpoint.parent}")
 
 
+def refuse_other_model(checkpoint: Path, args: Namespace) -> None:
+    """Check that a model which a checkpoint is loaded into, and not trained, is the checkpoint's own.
+
+    Args:
+        checkpoint: the one.
+        args: Megatron's, validated.
+
+    Raises:
+        UserError: names the setting and both values.
+    """
+    for name, (before, now) in changes(stored_args(checkpoint), args).items():
+        if _MODEL.fullmatch(name):
+            raise UserError(
+                f"{name}: {_short(before)} in {checkpoint}, {_short(now)} here, which makes another model: give what "
+                f"it was written with"
+            )
+
+
 def refuse_other_batch(checkpoint: Path, changed: Changes, args: Namespace) -> None:
     """Check that a run which is counted in samples keeps its batch, as Megatron divides all samples by one size.
 
@@ -156,8 +174,8 @@ def refuse_other_vocabulary(checkpoint: Path, args: Namespace) -> None:
     if None not in digests and digests[0] != digests[1]:
         raise UserError(
             f"tokenizer_model={args.tokenizer_model} makes other tokens of a text than the one that {checkpoint} was "
-            f"trained with, {stored.tokenizer_model}: give that one, or begin a run of its own, finetune=true "
-            f"load={checkpoint.parent} and another run_dir"
+            f"trained with, {getattr(stored, 'tokenizer_model', None)}: give that one, or begin a run of its own, "
+            f"finetune=true load={checkpoint.parent} and another run_dir"
         )
 
 

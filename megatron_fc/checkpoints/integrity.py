@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,12 @@ def refuse_damaged(checkpoint: Path) -> None:
         raise UserError(f"{damage}: {way_on(checkpoint)}")
 
 
-def refuse_corrupt(checkpoint: Path) -> None:
+def refuse_corrupt(checkpoint: Path, of: Callable[[str], bool] = lambda _: True) -> None:
     """Check that everything in a checkpoint has its checksum; every rank calls it and reads its share.
+
+    Args:
+        checkpoint: its folder.
+        of: true for the keys that are read later; the others may be corrupt.
 
     Raises:
         UserError: on all ranks; names the corrupt file and the checkpoint to use instead.
@@ -51,7 +56,7 @@ def refuse_corrupt(checkpoint: Path) -> None:
     if not (checkpoint / INDEX).exists():
         return  # of another format
     ranks = torch.distributed.get_world_size()
-    share = _pieces(checkpoint)[torch.distributed.get_rank() :: ranks]
+    share = [piece for piece in _pieces(checkpoint) if of(piece.key)][torch.distributed.get_rank() :: ranks]
     found: list[str | None] = [None] * ranks
     torch.distributed.all_gather_object(found, next(filter(None, map(_corruption, share)), None))
     if damages := list(filter(None, found)):

@@ -10,6 +10,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 
+def is_weight(key: str) -> bool:
+    """Whether a key of a checkpoint is the model's, and not the optimizer's."""
+    return not key.startswith(("optimizer.", "chained_"))
+
+
 class StoredTensors:
     """The model's tensors in a checkpoint; those of the optimizer are left out.
 
@@ -24,7 +29,7 @@ class StoredTensors:
         self._tensors = {
             key: value
             for key, value in index.state_dict_metadata.items()
-            if isinstance(value, TensorStorageMetadata) and not key.startswith(("optimizer.", "chained_"))
+            if isinstance(value, TensorStorageMetadata) and is_weight(key)
         }
 
     def keys(self) -> set[str]:

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_fc.checkpoints.integrity import INDEX
-from megatron_fc.checkpoints.location import TRACKER, refuse_existing
+from megatron_fc.checkpoints.location import TRACKER
+from megatron_fc.checkpoints.staging import staged
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Piece:
 def write_streamed(target: Path, common: dict[str, Any], pieces: Sequence[Piece], content: dict[str, Any]) -> None:
     """Write the weights of a model, without an iteration, to the folder `target`, for Megatron's `load`.
 
-    It is written into a sibling folder and renamed when it is complete. One process calls it, in a world of its own.
+    The folder appears when it is complete. One process calls it, in a world of its own.
 
     Args:
         target: folder that does not exist or is empty.
@@ -58,23 +59,15 @@ def write_streamed(target: Path, common: dict[str, Any], pieces: Sequence[Piece]
     Raises:
         UserError: the target exists.
     """
-    refuse_existing(target)
-    staging = target.parent / f".{target.name}.incomplete"
-    shutil.rmtree(staging, ignore_errors=True)
-    folder, apart = staging / "release", staging / "tensors"
-    folder.mkdir(parents=True)
-    try:
+    with staged(target) as staging:
+        folder, apart = staging / "release", staging / "tensors"
+        folder.mkdir()
         dist_checkpointing.save(common, str(folder), content_metadata=content)
         writer = FileSystemWriter(apart, single_file_per_rank=True, thread_count=1)
         save({}, storage_writer=writer, planner=_Planner(pieces), no_dist=True)
         _take(apart, folder)
         shutil.rmtree(apart)
         (staging / TRACKER).write_text("release")
-        if target.exists():
-            target.rmdir()
-        os.rename(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 class _Planner(DefaultSavePlanner):

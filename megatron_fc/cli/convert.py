@@ -1,9 +1,11 @@
 """`megatron-fc convert`: OLMoE and OLMo2 to and from Hugging Face."""
 
 import argparse
+import math
 from pathlib import Path
 
 from megatron_fc.cli.parsing import Commands
+from megatron_fc.errors import UserError
 
 
 def add(commands: Commands) -> None:
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     if args.conversion == "to-hf":
         from megatron_fc.convert.to_hf import to_hf
 
+        if not 0 < args.shard_gb < math.inf:
+            raise UserError(f"--shard-gb {args.shard_gb:g} is no size of a file: give a number above 0")
         print(to_hf(args.config, args.overrides, args.source, args.target, round(args.shard_gb * 1e9)))
     elif args.conversion == "from-hf":
         from megatron_fc.convert.from_hf import from_hf

@@ -1,10 +1,11 @@
 """`megatron-fc evaluate perplexity`: losses on validation sets."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_fc.cli.evaluate import add_source, check_numbers, out_of
+from megatron_fc.cli.evaluate import add_source, asked_of
 from megatron_fc.cli.parsing import Commands
 
 
@@ -16,7 +17,7 @@ def add(commands: Commands) -> None:
         usage="megatron-fc evaluate perplexity CHECKPOINTS CONFIG.yaml [key=value ...] --sets NAME=FILE ...\n"
         "       [--by document|chunk] [--data FOLDER] [--out FOLDER] [--every N] [--limit N] [--batch-size N]",
     )
-    add_source(perplexity)
+    add_source(perplexity, "documents or chunks of each set")
     help = "Megatron's indexed files or lines of JSON with a text each; or a list such as configs/eval/olmoe.yaml"
     perplexity.add_argument("--sets", nargs="+", required=True, metavar="NAME=FILE", help=help)
     perplexity.add_argument("--data", type=Path, default=Path(), metavar="FOLDER", help="of the sets that a list names")
@@ -26,37 +27,22 @@ def add(commands: Commands) -> None:
         default="document",
         help="what is scored by itself (default: %(default)s)",
     )
-    perplexity.add_argument("--limit", type=int, metavar="N", help="documents or chunks of each set (default: all)")
     perplexity.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    check_numbers(args, "every", "limit", "batch_size")
     sets = _sets(args.sets, args.data)
-    from megatron_fc.training import cpu_lane
 
-    cpu_lane.install()
-    from megatron_fc.evaluate.perplexity import perplexity
-
-    def report(results: dict[str, Any]) -> None:
-        print(f"{results['connection']}  iteration {results['iteration']}  {results['tokens']:,} tokens")
+    def lines(results: dict[str, Any]) -> Iterator[str]:
         for name in sets:
             found = results["perplexity"][name]
             numbers = f"loss {found['value']:.4f}  perplexity {found['perplexity']:.2f}"
-            print(f"  {name}  {numbers}  {found['bits_per_byte']:.4f} bits per byte  {found['tokens']:,} tokens")
+            yield f"{name}  {numbers}  {found['bits_per_byte']:.4f} bits per byte  {found['tokens']:,} tokens"
 
-    perplexity(
-        args.config,
-        args.overrides,
-        args.source,
-        sets,
-        out_of(args),
-        by=args.by,
-        every=args.every,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        report=report,
-    )
+    asked = asked_of(args, lines)
+    from megatron_fc.evaluate.perplexity import perplexity
+
+    perplexity(asked, sets, args.by)
     return 0
 
 

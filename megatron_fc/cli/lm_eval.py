@@ -21,14 +21,11 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     import sys
 
-    from megatron_fc.training import cpu_lane
-
-    cpu_lane.install()
-    from megatron_fc.evaluate import harness
+    from megatron_fc.evaluate.command_line import run_command_line
 
     program, sys.argv = sys.argv, ["lm-eval", *args.words]
     try:
-        harness.run_command_line()
+        run_command_line()
     finally:
         sys.argv = program
     return 0

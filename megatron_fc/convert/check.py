@@ -68,10 +68,18 @@ def megatron_logits(model: Any, tokens: Tensor) -> Tensor:
 
 
 def huggingface_logits(folder: Path, tokens: Tensor) -> Tensor:
-    """Logits [sequences, tokens, vocabulary] of the model in a folder, on the CPU; its own code is run."""
+    """Logits [sequences, tokens, vocabulary] of the model in a folder, on the CPU; its own code is run.
+
+    Raises:
+        UserError: transformers does not load it.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    except Exception as error:  # of transformers, safetensors, torch and the folder's own code
+        said = " ".join(str(error).split())
+        raise UserError(f"{folder} cannot be loaded, {said}: convert the checkpoint again") from None
     with torch.no_grad():
         logits: Tensor = model.eval()(tokens).logits
     return logits.float()

@@ -24,6 +24,8 @@ from megatron_fc.training import cpu_lane
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.setup import model_config
 
+_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names; others are quantised
+
 
 def from_hf(source: str, config: Path, overrides: Sequence[str], target: Path) -> str:
     """Write the weights of a Hugging Face model to the folder `target`; returns what was done.
@@ -49,8 +51,8 @@ def from_hf(source: str, config: Path, overrides: Sequence[str], target: Path) -
         ours = huggingface_config(architecture_of(args, recipe), args, None, args.padded_vocab_size, "")
         for difference in differences(theirs, ours):
             raise UserError(f"{source} is not the model of {config}: {difference}")
-        wanted = parts(architecture, args, None)
-        _refuse_other_names(source, files.names(), wanted)
+        wanted = parts(architecture, args, None, args.padded_vocab_size)
+        _refuse_other_tensors(source, files, wanted)
         if cpu_lane.needed():
             cpu_lane.fork_checkpoint_helper()
         said = _write(files, args, recipe, wanted, target)
@@ -66,13 +68,24 @@ def _rows(args: Namespace, theirs: int) -> int:
     return calculate_padded_vocab_size(args.vocab_size, args.make_vocab_size_divisible_by, 1, logging_enabled=False)
 
 
-def _refuse_other_names(source: str, found: set[str], wanted: list[Part]) -> None:
-    names = {name for part in wanted for name in part.names}
+def _refuse_other_tensors(source: str, files: HuggingFaceFiles, wanted: list[Part]) -> None:
+    shapes = {name: shape for part in wanted for name, shape in part.theirs.items()}
+    names, found = shapes.keys(), files.names()
     if missing := sorted(names - found):
         raise UserError(f"{source} lacks {missing[0]}: give a whole model")
     # A buffer of earlier transformers, which is computed.
     if unexpected := sorted(name for name in found - names if not name.endswith("rotary_emb.inv_freq")):
         raise UserError(f"{source} has {unexpected[0]}, which {_without_place(unexpected[0])}")
+    for name, (dtype, shape) in files.headers().items():
+        if name in shapes and shape != shapes[name]:
+            raise UserError(
+                f"{name} is {list(shape)} in {source} and {list(shapes[name])} in its config.json: give a whole model"
+            )
+        if name in shapes and dtype not in _DTYPES:
+            raise UserError(
+                f"{name} of {source} is stored as {dtype}, whose scale is unknown: save the model in bfloat16, "
+                f"float16 or float32"
+            )
 
 
 def _without_place(name: str) -> str:

@@ -29,38 +29,78 @@ class HuggingFaceFiles:
 
     def model_type(self) -> str | None:
         """What the model calls itself."""
-        said: str | None = json.loads((self.folder / "config.json").read_text()).get("model_type")
+        said: str | None = _json(self.folder / "config.json").get("model_type")
         return said
 
     def config(self) -> dict[str, Any]:
-        """The model's configuration, defaults filled in."""
+        """The model's configuration, defaults filled in.
+
+        Raises:
+            UserError: transformers does not take it.
+        """
         from transformers import AutoConfig
 
-        config: dict[str, Any] = AutoConfig.from_pretrained(self.folder).to_dict()
+        try:
+            config: dict[str, Any] = AutoConfig.from_pretrained(self.folder).to_dict()
+        except Exception as error:  # checks of transformers' own and of huggingface_hub
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"{self.folder / 'config.json'} is refused by transformers, {said}: download it again"
+            ) from None
         return config
+
+    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype, as safetensors calls it, and shape of each tensor, without its numbers.
+
+        Raises:
+            UserError: a file is damaged, or lacks a tensor that the index says is in it.
+        """
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for file in sorted(set(self._files.values())):
+            with _opened(self.folder / file) as opened:
+                held = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+            found |= {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in held.items()}
+        for missing in sorted(self._files.keys() - found.keys()):
+            raise UserError(f"{self.folder / self._files[missing]} lacks {missing}: download it again")
+        return found
 
     def names(self) -> set[str]:
         return set(self._files)
 
     def read(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.folder / self._files[name], "pt") as file:
+        with _opened(self.folder / self._files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def _weight_map(self, source: str) -> dict[str, str]:
-        from safetensors import safe_open
-
         if (self.folder / _INDEX).is_file():
-            files: dict[str, str] = json.loads((self.folder / _INDEX).read_text())["weight_map"]
+            files: dict[str, str] = _json(self.folder / _INDEX).get("weight_map", {})
             for missing in {file for file in files.values() if not (self.folder / file).is_file()}:
                 raise UserError(f"{source} lacks {missing}, which its index names: download it again")
             return files
         if not (self.folder / _ONE_FILE).is_file():
             raise UserError(f"{source} holds no safetensors: save the model with save_pretrained")
-        with safe_open(self.folder / _ONE_FILE, "pt") as file:
+        with _opened(self.folder / _ONE_FILE) as file:
             return dict.fromkeys(file.keys(), _ONE_FILE)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged, it holds no JSON object: download it again")
+    return content
+
+
+def _opened(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged, {error}: download it again") from None
 
 
 def _download(name: str) -> Path:

@@ -54,6 +54,8 @@ _OF: dict[Architecture, dict[str, tuple[Any, ...]]] = {
         "moe_router_topk_scaling_factor": (*_NOTHING, 1.0),
         "moe_router_num_groups": _NOTHING,
         "moe_router_enable_expert_bias": _NOTHING,
+        "moe_router_force_load_balancing": _NOTHING,
+        "moe_router_force_biased": (None,),
         "moe_expert_capacity_factor": _NOTHING,
         "moe_apply_probs_on_input": _NOTHING,
     },
@@ -77,6 +79,12 @@ def architecture_of(args: Namespace, recipe: Recipe) -> Architecture:
                 f"{name}={value} is not that of {NAMES[architecture]}, which has {values[0]}: "
                 f"only OLMoE and OLMo2 have Hugging Face classes here"
             )
+    # Balanced by a loss, the best experts of each token are chosen as they are.
+    for balancing in {"sinkhorn", "quantile_balancing"}.intersection(_balancing(args) if args.num_experts else ()):
+        raise UserError(
+            f"moe_router_load_balancing_type={balancing} chooses other experts than {NAMES[architecture]}, which is "
+            f"balanced by a loss alone: only OLMoE and OLMo2 have Hugging Face classes here"
+        )
     if args.kv_channels * args.num_attention_heads != args.hidden_size:
         raise UserError(
             f"kv_channels={args.kv_channels}: {NAMES[architecture]} has heads that are together as wide as the model, "
@@ -158,6 +166,11 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
 def _coefficient(args: Namespace) -> float:
     value = args.moe_aux_loss_coeff
     return float(value[0] if isinstance(value, list) else value)
+
+
+def _balancing(args: Namespace) -> list[str]:
+    value = args.moe_router_load_balancing_type
+    return value if isinstance(value, list) else [value]
 
 
 def _connection(connection: ConnectionConfig) -> dict[str, Any]:

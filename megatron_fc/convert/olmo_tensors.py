@@ -5,7 +5,7 @@ Face tensors that hold the same numbers.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.convert.olmo_config import Architecture
+
+Shape = tuple[int, ...]
 
 
 def _same(tensor: Tensor) -> list[Tensor]:
@@ -37,7 +39,7 @@ class Part:
             `layer` is a number.
         layer: number of the layer; None outside of layers.
         expert: number of the expert, None for all of them or none.
-        names: of the Hugging Face tensors.
+        theirs: the shapes of the Hugging Face tensors, by name.
         split: Megatron's tensor -> theirs.
         join: theirs -> Megatron's.
     """
@@ -45,9 +47,20 @@ class Part:
     keys: tuple[str, ...]
     layer: int | None
     expert: int | None
-    names: tuple[str, ...]
+    theirs: dict[str, Shape]
     split: Callable[[Tensor], list[Tensor]] = _same
     join: Callable[[Sequence[Tensor]], Tensor] = _only
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the Hugging Face tensors."""
+        return tuple(self.theirs)
+
+    @property
+    def shape(self) -> Shape:
+        """Of Megatron's tensor, or of the layer or expert of it: several of theirs lie in it row below row."""
+        first, *others = self.theirs.values()
+        return (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
 
     def places(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The keys in a checkpoint, and the indices in the tensor there: layers are stacked or have names each."""
@@ -60,25 +73,30 @@ class Part:
                 yield f"decoder.layers.{self.layer}.{key}", expert
 
 
-def parts(architecture: Architecture, args: Namespace, connection: ConnectionConfig | None) -> list[Part]:
+def parts(
+    architecture: Architecture, args: Namespace, connection: ConnectionConfig | None, vocabulary: int
+) -> list[Part]:
     """Return all parts of a model, in the order of its layers.
 
     Args:
         architecture: of the model.
         args: Megatron's.
         connection: of the model.
+        vocabulary: rows of the embedding.
     """
-    ends = [Part(("embedding.word_embeddings.weight",), None, None, ("model.embed_tokens.weight",))]
+    width = args.hidden_size
+    rows = (vocabulary, width)
+    ends = [Part(("embedding.word_embeddings.weight",), None, None, {"model.embed_tokens.weight": rows})]
     layers = [part for layer in range(args.num_layers) for part in _layer(architecture, args, connection, layer)]
     norm = "model.norm.weight" if connection is None else "model.norm.norm.weight"
-    last = [Part(("decoder.final_layernorm.weight",), None, None, (norm,))]
-    leave = connection.leave_shapes(args.hidden_size) if connection is not None else {}
+    last = [Part(("decoder.final_layernorm.weight",), None, None, {norm: (width,)})]
+    leave = connection.leave_shapes(width) if connection is not None else {}
     last += [
-        Part((f"decoder.final_layernorm.connection.{name}",), None, None, (f"model.norm.leave.{name}",))
-        for name in leave
+        Part((f"decoder.final_layernorm.connection.{name}",), None, None, {f"model.norm.leave.{name}": tuple(shape)})
+        for name, shape in leave.items()
     ]
     if args.untie_embeddings_and_output_weights:
-        last.append(Part(("output_layer.weight",), None, None, ("lm_head.weight",)))
+        last.append(Part(("output_layer.weight",), None, None, {"lm_head.weight": rows}))
     return [*ends, *layers, *last]
 
 
@@ -86,34 +104,42 @@ def _layer(
     architecture: Architecture, args: Namespace, connection: ConnectionConfig | None, layer: int
 ) -> Iterator[Part]:
     def part(
-        keys: str | tuple[str, ...], *names: str, expert: int | None = None, **maps: Callable[..., object]
+        keys: str | tuple[str, ...],
+        theirs: Mapping[str, Shape],
+        expert: int | None = None,
+        **maps: Callable[..., object],
     ) -> Part:
         keys = (keys,) if isinstance(keys, str) else keys
-        return Part(keys, layer, expert, tuple(f"model.layers.{layer}.{name}.weight" for name in names), **maps)  # type: ignore[arg-type]
+        named = {f"model.layers.{layer}.{name}.weight": shape for name, shape in theirs.items()}
+        return Part(keys, layer, expert, named, **maps)  # type: ignore[arg-type]
 
-    heads = _Heads(args)
-    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    yield part("self_attention.linear_qkv.weight", *projections, split=heads.split, join=heads.join)
-    yield part("self_attention.linear_proj.weight", "self_attn.o_proj")
-    yield part("self_attention.q_layernorm.weight", "self_attn.q_norm")
-    yield part("self_attention.k_layernorm.weight", "self_attn.k_norm")
+    heads, width, inner = _Heads(args), args.hidden_size, args.ffn_hidden_size
+    queries, values = heads.rows()
+    projections = {
+        f"self_attn.{name}_proj": (rows, width) for name, rows in zip("qkv", (queries, values, values), strict=True)
+    }
+    yield part("self_attention.linear_qkv.weight", projections, split=heads.split, join=heads.join)
+    yield part("self_attention.linear_proj.weight", {"self_attn.o_proj": (width, queries)})
+    yield part("self_attention.q_layernorm.weight", {"self_attn.q_norm": (queries,)})
+    yield part("self_attention.k_layernorm.weight", {"self_attn.k_norm": (values,)})
     if architecture == "olmo2":
-        yield part("self_attn_bda.norm_after.weight", "post_attention_layernorm")
-        yield part("mlp_bda.norm_after.weight", "post_feedforward_layernorm")
-        yield part("mlp.linear_fc1.weight", "mlp.gate_proj", "mlp.up_proj", split=_halves, join=torch.cat)
-        yield part("mlp.linear_fc2.weight", "mlp.down_proj")
+        yield part("self_attn_bda.norm_after.weight", {"post_attention_layernorm": (width,)})
+        yield part("mlp_bda.norm_after.weight", {"post_feedforward_layernorm": (width,)})
+        gate_up = {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+        yield part("mlp.linear_fc1.weight", gate_up, split=_halves, join=torch.cat)
+        yield part("mlp.linear_fc2.weight", {"mlp.down_proj": (width, inner)})
     else:
         norm = ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
-        yield part(norm, "input_layernorm")
+        yield part(norm, {"input_layernorm": (width,)})
         norm = ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
-        yield part(norm, "post_attention_layernorm")
-        yield part("mlp.router.weight", "mlp.gate")
+        yield part(norm, {"post_attention_layernorm": (width,)})
+        yield part("mlp.router.weight", {"mlp.gate": (args.num_experts, width)})
         yield from _experts(args, connection, layer, part)
     if connection is not None:
         for slot, site in (("input_layernorm", "attn_connection"), ("pre_mlp_layernorm", "mlp_connection")):
-            for name in connection.parameter_shapes(args.hidden_size):
-                names = (f"model.layers.{layer}.{site}.{name}",)
-                yield Part((f"{slot}.connection.{name}",), layer, None, names)
+            for name, shape in connection.parameter_shapes(width).items():
+                theirs = {f"model.layers.{layer}.{site}.{name}": tuple(shape)}
+                yield Part((f"{slot}.connection.{name}",), layer, None, theirs)
 
 
 def _experts(
@@ -121,16 +147,17 @@ def _experts(
 ) -> Iterator[Part]:
     """Stock files hold each expert by itself; the modules of a connected model all of a layer in one tensor."""
     first, second = (f"mlp.experts.experts.linear_fc{number}.weight" for number in (1, 2))
+    count, width, inner = args.num_experts, args.hidden_size, args.moe_ffn_hidden_size or args.ffn_hidden_size
     if connection is not None:
         prefix = f"model.layers.{layer}.mlp.experts"
-        yield Part((first,), layer, None, (f"{prefix}.gate_up_proj",))
-        yield Part((second,), layer, None, (f"{prefix}.down_proj",))
+        yield Part((first,), layer, None, {f"{prefix}.gate_up_proj": (count, 2 * inner, width)})
+        yield Part((second,), layer, None, {f"{prefix}.down_proj": (count, width, inner)})
         return
-    for expert in range(args.num_experts):
+    for expert in range(count):
         prefix = f"mlp.experts.{expert}"
-        gate_up = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
-        yield part(first, *gate_up, expert=expert, split=_halves, join=torch.cat)
-        yield part(second, f"{prefix}.down_proj", expert=expert)
+        gate_up = {f"{prefix}.gate_proj": (inner, width), f"{prefix}.up_proj": (inner, width)}
+        yield part(first, gate_up, expert=expert, split=_halves, join=torch.cat)
+        yield part(second, {f"{prefix}.down_proj": (width, inner)}, expert=expert)
 
 
 class _Heads:
@@ -139,6 +166,10 @@ class _Heads:
     def __init__(self, args: Namespace) -> None:
         self._heads, self._head_size = args.num_attention_heads, args.kv_channels
         self._groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+
+    def rows(self) -> tuple[int, int]:
+        """Of all queries, and of all keys or values."""
+        return self._heads * self._head_size, self._groups * self._head_size
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         rows = tensor.unflatten(0, (self._groups, -1, self._head_size))

@@ -5,25 +5,32 @@ Tensors are read, renamed and written one at a time; what lies in memory is one 
 
 import json
 import os
-import shutil
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from copy import copy
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from megatron_fc.checkpoints.changes import refuse_other_model, refuse_other_vocabulary
 from megatron_fc.checkpoints.integrity import refuse_corrupt
 from megatron_fc.checkpoints.location import find_checkpoint, refuse_existing
 from megatron_fc.checkpoints.modelopt_state import refuse_state
-from megatron_fc.checkpoints.stored_tensors import StoredTensors
+from megatron_fc.checkpoints.staging import staged
+from megatron_fc.checkpoints.stored_tensors import StoredTensors, is_weight
 from megatron_fc.checkpoints.structure import refuse_other_connection
 from megatron_fc.convert.olmo_config import architecture_of, huggingface_config
 from megatron_fc.convert.olmo_tensors import Part, parts
 from megatron_fc.convert.one_rank import one_rank, recipe_on_one_rank
 from megatron_fc.errors import UserError
+from megatron_fc.training.refusal import refusals_named
+from megatron_fc.training.tokenizer_digest import tokenizer_digest
 
 _CODE = "megatron_fc.convert.remote_code"
+_EMBEDDING = "embedding.word_embeddings.weight"
+_REMEDY = "give the config of the run that wrote it"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -37,8 +44,8 @@ def to_hf(config: Path, overrides: Sequence[str], source: Path, target: Path, sh
         shard_bytes: most bytes of a file, but for a tensor that is larger.
 
     Raises:
-        UserError: the model is neither OLMoE nor OLMo2, the checkpoint is not the recipe's, its vocabulary is smaller
-            than the tokenizer's, or the target exists.
+        UserError: the model is neither OLMoE nor OLMo2, the checkpoint or the tokenizer is not the recipe's, or the
+            target exists.
     """
     checkpoint = find_checkpoint(source)
     refuse_state(checkpoint, "convert the checkpoint that it was made of")
@@ -47,23 +54,19 @@ def to_hf(config: Path, overrides: Sequence[str], source: Path, target: Path, sh
     with one_rank(recipe) as args:
         architecture = architecture_of(args, recipe)
         refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
-        refuse_corrupt(checkpoint)
+        refuse_other_model(checkpoint, args)
+        refuse_corrupt(checkpoint, of=is_weight)
     stored = StoredTensors(checkpoint)
-    found = _found(checkpoint, stored, parts(architecture, args, recipe.connection))
-    embedding = "embedding.word_embeddings.weight"
-    rows, dtype = stored.shape(embedding)[0], stored.dtype(embedding)
+    if not stored.keys() >= {_EMBEDDING}:
+        raise UserError(f"the checkpoint {checkpoint} lacks {_EMBEDDING}: {_REMEDY}")
+    rows, dtype = stored.shape(_EMBEDDING)[0], stored.dtype(_EMBEDDING)
+    found = _found(checkpoint, stored, parts(architecture, args, recipe.connection, rows))
     described = huggingface_config(architecture, args, recipe.connection, rows, str(dtype).removeprefix("torch."))
-    staging = target.parent / f".{target.name}.incomplete"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        described |= _write_tokenizer(args, rows, staging)
+    with staged(target) as staging:
+        described |= _write_tokenizer(checkpoint, args, rows, staging)
         _write_code(described, staging)
         (staging / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         written, files = _write_tensors(_tensors(stored, found), staging, shard_bytes)
-        os.rename(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     name = described["architectures"][0]
     return f"{checkpoint} as {name}, {written:,} parameters in {_files(files)}: written to {target}"
 
@@ -73,22 +76,28 @@ def _files(count: int) -> str:
 
 
 def _found(checkpoint: Path, stored: StoredTensors, wanted: list[Part]) -> list[tuple[Part, str, tuple[int, ...]]]:
-    """Where each part lies; none may be missing, and no other tensor may be there."""
-    keys, found, used = stored.keys(), [], set()
-    remedy = "give the config of the run that wrote it"
+    """Where each part lies, all of a shape that the model has; no other tensor may be there."""
+    keys, found = stored.keys(), []
+    held: dict[str, set[tuple[int, ...]]] = {}
     for part in wanted:
         place = next(((key, at) for key, at in part.places() if key in keys), None)
         if place is None:
-            raise UserError(f"the checkpoint {checkpoint} lacks {next(part.places())[0]}: {remedy}")
-        used.add(place[0])
+            raise UserError(f"the checkpoint {checkpoint} lacks {next(part.places())[0]}: {_REMEDY}")
         found.append((part, *place))
-    if unexpected := sorted(keys - used):
-        raise UserError(f"the checkpoint {checkpoint} has {unexpected[0]}, unknown to this model: {remedy}")
-    layers = {
-        stored.shape(key)[0] for _, key, at in found if key.startswith("decoder.layers.") and at and _stacked(key)
-    }
+        held.setdefault(place[0], set()).add(place[1])
+    if unexpected := sorted(keys - held.keys()):
+        raise UserError(f"the checkpoint {checkpoint} has {unexpected[0]}, unknown to this model: {_REMEDY}")
+    layers = {stored.shape(key)[0] for part, key, at in found if part.layer is not None and at and _stacked(key)}
     if layers - {count := 1 + max(part.layer for part in wanted if part.layer is not None)}:
-        raise UserError(f"the checkpoint {checkpoint} has {max(layers)} layers, and num_layers={count}: {remedy}")
+        raise UserError(f"the checkpoint {checkpoint} has {max(layers)} layers, and num_layers={count}: {_REMEDY}")
+    for part, key, _ in found:
+        # Layers and experts that lie in one tensor are counted by the places in it.
+        shape = tuple(1 + max(places) for places in zip(*held[key], strict=True)) + part.shape
+        if stored.shape(key) != shape:
+            raise UserError(
+                f"{key} is {list(stored.shape(key))} in the checkpoint {checkpoint} and {list(shape)} in this model: "
+                f"{_REMEDY}"
+            )
     return found
 
 
@@ -138,7 +147,7 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_by
     return numbers, len(files)
 
 
-def _write_tokenizer(args: Any, rows: int, folder: Path) -> dict[str, Any]:
+def _write_tokenizer(checkpoint: Path, args: Namespace, rows: int, folder: Path) -> dict[str, Any]:
     """Write tokenizer and generation config; returns the special tokens for the model's config."""
     from transformers import AutoTokenizer, GenerationConfig
 
@@ -159,10 +168,21 @@ def _write_tokenizer(args: Any, rows: int, folder: Path) -> dict[str, Any]:
             f"the embedding has {rows} rows and the tokenizer {args.tokenizer_model} {len(tokenizer)} tokens: give the "
             f"tokenizer that the run was trained with"
         )
+    _refuse_other_tokens(checkpoint, args, rows)
     tokenizer.save_pretrained(folder)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**special).save_pretrained(folder)
     return special
+
+
+def _refuse_other_tokens(checkpoint: Path, args: Namespace, rows: int) -> None:
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    seen = copy(args)
+    with refusals_named("the tokenizer"):
+        tokenizer = build_tokenizer(seen)
+    seen.padded_vocab_size, seen.tokenizer_digest = rows, tokenizer_digest(args, tokenizer)
+    refuse_other_vocabulary(checkpoint, seen)
 
 
 def _write_code(config: dict[str, Any], folder: Path) -> None:

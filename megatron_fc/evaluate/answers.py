@@ -19,6 +19,24 @@ def key_of(*request: Any) -> str:
     return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:32]
 
 
+def refuse_other(path: Path, there: dict[str, Any], model: dict[str, Any]) -> None:
+    """Check that a file is of a model.
+
+    Args:
+        path: of the file.
+        there: the facts that it has.
+        model: facts that name the model and whatever else its answers depend on.
+
+    Raises:
+        UserError: the file is of another one.
+    """
+    for name, value in model.items():
+        if there.get(name) != value:
+            raise UserError(
+                f"{path} is of another model, {name}: {there.get(name)} there, {value} here: give another --out"
+            )
+
+
 class Answers:
     """Answers by key, on disk unless `path` is None.
 
@@ -27,7 +45,7 @@ class Answers:
         model: facts that name the model and whatever else its answers depend on.
 
     Raises:
-        UserError: the file is of another model, or another evaluation writes it.
+        UserError: the file is of another model, damaged or cannot be written, or another evaluation writes it.
     """
 
     def __init__(self, path: Path | None, model: dict[str, Any]) -> None:
@@ -35,8 +53,11 @@ class Answers:
         self._file = None
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written, {error.strerror}: give another --out") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -47,19 +68,18 @@ class Answers:
     def _read(self, path: Path, model: dict[str, Any]) -> None:
         assert self._file is not None
         self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]
+        try:
+            text = self._file.read()
+            whole = text[: text.rfind("\n") + 1]
+            lines = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:  # of JSON or UTF-8
+            raise UserError(f"{path} is damaged, {error}: delete it, and what it had is run again") from error
         if whole != text:
             self._file.truncate(len(whole.encode()))
-        lines = [json.loads(line) for line in whole.splitlines()]
         if not lines:
             self._write([model])
-        elif differing := [name for name in model if lines[0].get(name) != model[name]]:
-            name = differing[0]
-            raise UserError(
-                f"{path} has the answers of another model, {name}: {lines[0].get(name)} there, {model[name]} here: "
-                f"give another --out, or delete it"
-            )
+        else:
+            refuse_other(path, lines[0], model)
         self._found = {line["key"]: line["answer"] for line in lines[1:]}
 
     def _write(self, lines: Sequence[dict[str, Any]]) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints of a run, evaluated one after the other, also while it writes more and deletes old ones."""
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -9,72 +11,98 @@ from megatron_fc.checkpoints.changes import stored_args
 from megatron_fc.checkpoints.integrity import INDEX, intact_checkpoints, step_of
 from megatron_fc.checkpoints.location import find_checkpoint
 from megatron_fc.errors import UserError
-from megatron_fc.evaluate.answers import Answers
+from megatron_fc.evaluate.answers import Answers, refuse_other
 from megatron_fc.evaluate.engine import Engine, NothingToDo, open_engine
 from megatron_fc.evaluate.questions import Questions
 from megatron_fc.evaluate.recipes import recipe_without_data
 from megatron_fc.evaluate.results import add_results, read_results, results_file
 
+_NUMBERS = ("fp8", "fp4", "moe_router_dtype", "moe_router_load_balancing_type")  # settings of how a model computes
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which checkpoints are evaluated, how, and where the results go.
+
+    Attributes:
+        config: file of the run that wrote the checkpoints.
+        overrides: as for training it, of the layout say.
+        source: folder of checkpoints, or one of them.
+        out: folder of the results.
+        every: evaluate the checkpoints of all multiples of this iteration, None for the newest.
+        limit: documents of each task, documents or chunks of each set, None for all.
+        batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
+        report: told the results of a checkpoint, on the first rank.
+        idle: told there that all results are there already.
+    """
+
+    config: Path
+    overrides: Sequence[str]
+    source: Path
+    out: Path
+    every: int | None
+    limit: int | None
+    batch_size: int | None
+    report: Callable[[dict[str, Any]], None]
+    idle: Callable[[], None]
+
 
 def evaluate_each(
-    config: Path,
-    overrides: Sequence[str],
-    source: Path,
-    out: Path,
+    asked: Evaluation,
     section: str,
     prepare: Callable[[], None],
     missing: Callable[[dict[str, Any]], list[str]],
     ask: Callable[[Questions, list[str]], dict[str, Any]],
-    every: int | None,
-    batch_size: int | None,
-    report: Callable[[dict[str, Any]], None],
 ) -> None:
     """Ask checkpoints what their results lack, and add it to these; every rank calls it.
 
     Args:
-        config: file of the run that wrote the checkpoints.
-        overrides: as for training it.
-        source: folder of checkpoints, or one of them.
-        out: folder of the results.
+        asked: the checkpoints.
         section: of the results.
         prepare: called on the first rank before anything is built.
         missing: given a checkpoint's results, the names that it lacks.
         ask: given what asks a checkpoint's model, and names, what it finds for each.
-        every: evaluate the checkpoints of all multiples of this iteration, None for the newest.
-        batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
-        report: told the results of a checkpoint, on the first rank.
 
     Raises:
         UserError: what `prepare` refuses, or the checkpoints cannot be evaluated by this config.
     """
-    recipe = recipe_without_data(config, overrides)
+    recipe, out = recipe_without_data(asked.config, asked.overrides), asked.out
     left: list[Path] = []
+    asks = False  # this is the first rank
 
-    def lacks(checkpoint: Path) -> list[str]:
-        return missing(read_results(results_file(out, checkpoint)))
+    def lacks(args: Namespace, checkpoint: Path) -> list[str]:
+        file = results_file(out, checkpoint)
+        results = read_results(file)
+        if results:
+            refuse_other(file, results.get("model", {}), _model(args, checkpoint))
+        return missing(results)
 
-    def choose() -> Path | None:
+    def choose(args: Namespace) -> Path | None:
+        nonlocal asks
+        asks = True
         prepare()
-        left.extend(path for path in chosen_checkpoints(source, every) if lacks(path))
+        left.extend(path for path in chosen_checkpoints(asked.source, asked.every) if lacks(args, path))
         return left[0] if left else None
 
     try:
-        with open_engine(recipe, find_checkpoint(source), batch_size, choose) as engine:
+        with open_engine(recipe, find_checkpoint(asked.source), asked.batch_size, choose) as engine:
             if not engine.leads:
                 engine.follow()
                 return
             for number, checkpoint in enumerate(left):
                 if number:
                     engine.load(checkpoint)
-                answers = _answers(engine, checkpoint, out)
+                model = _model(engine.args, checkpoint)
+                answers = Answers(out / "answers" / f"{checkpoint.name}.jsonl", model)
                 try:
-                    found = ask(Questions(engine, answers), lacks(checkpoint))
+                    found = ask(Questions(engine, answers), lacks(engine.args, checkpoint))
                 finally:
                     answers.close()
-                facts = _facts(engine, checkpoint, recipe.label)
-                report(add_results(results_file(out, checkpoint), facts, section, found))
+                facts = _facts(engine, checkpoint, recipe.label) | {"model": model}
+                asked.report(add_results(results_file(out, checkpoint), facts, section, found))
     except NothingToDo:
-        return
+        if asks:
+            asked.idle()
 
 
 def chosen_checkpoints(source: Path, every: int | None) -> list[Path]:
@@ -95,17 +123,16 @@ def chosen_checkpoints(source: Path, every: int | None) -> list[Path]:
     return found
 
 
-def _answers(engine: Engine, checkpoint: Path, out: Path) -> Answers:
-    """What the checkpoint has answered already."""
-    args = engine.args
-    model = {
+def _model(args: Namespace, checkpoint: Path) -> dict[str, Any]:
+    """What answers and results depend on; the settings that make another model are the checkpoint's (`load_model`)."""
+    return {
         "checkpoint": str(checkpoint.resolve()),
         "written": (checkpoint / INDEX).stat().st_mtime_ns,
         "precision": str(args.params_dtype),
         "seq_length": args.seq_length,
         "tokenizer": args.tokenizer_digest,
+        **{name: getattr(args, name) for name in _NUMBERS},
     }
-    return Answers(out / "answers" / f"{checkpoint.name}.jsonl", model)
 
 
 def _facts(engine: Engine, checkpoint: Path, label: str) -> dict[str, Any]:

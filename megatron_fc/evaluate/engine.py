@@ -78,11 +78,20 @@ class Engine:
             work = [rows[number] for number in found.numbers]
             yield list(zip(found.numbers, self._together("_score", work, found.size, length), strict=True))
 
-    def generate(self, prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> Iterator[list[tuple[int, str]]]:
-        """Generate text behind prompts, which leave room for it; yields as `score` does."""
+    def generate(
+        self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], sampling: Sampling
+    ) -> Iterator[list[tuple[int, str]]]:
+        """Generate text behind prompts, which leave room for it; yields as `score` does.
+
+        Args:
+            prompts: tokens of each.
+            seeds: of what is drawn, one per prompt; a replica draws its batch by the first one's.
+            sampling: of all.
+        """
         for found in rounds([len(prompt) + sampling.tokens for prompt in prompts], self._batch_tokens, self._writers):
             work = [prompts[number] for number in found.numbers]
-            texts = self._together("_generate", work, found.size, sampling, found.numbers[0])
+            drawn = [seeds[number] for number in found.numbers]
+            texts = self._together("_generate", work, drawn, found.size, sampling)
             yield list(zip(found.numbers, texts, strict=True))
 
     def load(self, checkpoint: Path) -> None:
@@ -123,10 +132,11 @@ class Engine:
         batches = [rows[(first + stage) * size :][:size] for stage in range(self._stages)]
         return self._gathered(score_batches(self.args, self._chunks, batches, size, length))
 
-    def _generate(self, prompts: list[tuple[int, ...]], size: int, sampling: Sampling, seed: int) -> list[str]:
+    def _generate(self, prompts: list[tuple[int, ...]], seeds: list[int], size: int, sampling: Sampling) -> list[str]:
         writer = self._replica % self._writers
-        own = prompts[writer * size :][:size]
-        texts = generate_batch(self.args, self._chunks[0], self.tokenizer, own, sampling, seed) if own else []
+        first = writer * size
+        own = prompts[first:][:size]
+        texts = generate_batch(self.args, self._chunks[0], self.tokenizer, own, sampling, seeds[first]) if own else []
         return self._gathered(texts if self._replica == writer else [])
 
     def _gathered(self, own: list[Any]) -> list[Any]:
@@ -147,7 +157,7 @@ def open_engine(
     recipe: Recipe,
     checkpoint: Path,
     batch_size: int | None = None,
-    prepare: Callable[[], Path | None] | None = None,
+    prepare: Callable[[Namespace], Path | None] | None = None,
 ) -> Iterator[Engine]:
     """Build a recipe's model, load a checkpoint into it, and end Megatron's world afterwards; every rank calls it.
 
@@ -155,8 +165,8 @@ def open_engine(
         recipe: of the run that wrote the checkpoint; the layout is free.
         checkpoint: one of its folders.
         batch_size: how many sequences of full length a replica runs at once, None for the run's micro-batch.
-        prepare: what the leader does before anything is built; returns the checkpoint to load, None if there is
-            nothing to do.
+        prepare: what the leader does before anything is built, given Megatron's arguments; returns the checkpoint to
+            load, None if there is nothing to do.
 
     Raises:
         UserError: the recipe cannot be evaluated, what the leader found, or the checkpoint is not that of the recipe.
@@ -173,7 +183,7 @@ def open_engine(
                 "checkpoint has"
             )
         _refuse_other_tokens(checkpoint, args)
-        chosen = _told(control[0], prepare or (lambda: checkpoint))
+        chosen = _told(control[0], partial(prepare, args) if prepare else lambda: checkpoint)
         if chosen is None:
             raise NothingToDo
         return chosen
@@ -198,6 +208,15 @@ def _settle(checkpoint: Path, args: Namespace) -> None:
         raise UserError(
             f"moe_expert_capacity_factor={args.moe_expert_capacity_factor} drops tokens, and what is dropped depends "
             f"on the other requests of a batch: set moe_expert_capacity_factor=null"
+        )
+    if args.moe_router_force_load_balancing or args.moe_router_force_biased is not None:
+        raise UserError(
+            "moe_router_force_load_balancing and moe_router_force_biased route at random, in evaluation too: drop them"
+        )
+    if args.moe_input_jitter_eps is not None:
+        raise UserError(
+            f"moe_input_jitter_eps={args.moe_input_jitter_eps} multiplies inputs by noise, in evaluation too: set "
+            f"moe_input_jitter_eps=null"
         )
     # A batch is none of the training's.
     args.global_batch_size = args.rampup_batch_size = args.step_batch_size_schedule = None

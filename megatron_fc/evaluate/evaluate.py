@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lm_eval
+from lm_eval import evaluator
 
-from megatron_fc.evaluate.chosen import evaluate_each
+from megatron_fc.evaluate.chosen import Evaluation, evaluate_each
 from megatron_fc.evaluate.harness import HarnessModel
 from megatron_fc.evaluate.questions import Questions
 from megatron_fc.evaluate.results import lacking
@@ -17,57 +16,33 @@ from megatron_fc.evaluate.task_list import TaskList, Wanted
 from megatron_fc.evaluate.tasks import Tasks
 from megatron_fc.training.setup import quiet
 
+# Outside a repository it would say so on the terminal, and no result has it.
+evaluator.get_git_commit_hash = lambda: None
+
 # Standard errors of means are exact; of other metrics they are drawn, by as many samples.
 _BOOTSTRAP = 100
 
 
-def evaluate(
-    config: Path,
-    overrides: Sequence[str],
-    source: Path,
-    wanted: TaskList,
-    out: Path,
-    *,
-    every: int | None = None,
-    limit: int | None = None,
-    data: Path | None = None,
-    batch_size: int | None = None,
-    report: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> None:
-    """Evaluate checkpoints and write `out/iter_*.json`; every rank calls it. What is there already is not run again.
+def evaluate(asked: Evaluation, wanted: TaskList, data: Path | None) -> None:
+    """Evaluate checkpoints and write `iter_*.json`; every rank calls it. What is there already is not run again.
 
     Args:
-        config: file of the run that wrote the checkpoints.
-        overrides: as for training it, of the layout say.
-        source: folder of checkpoints, or one of them.
+        asked: the checkpoints.
         wanted: the tasks.
-        out: folder of the results.
-        every: evaluate the checkpoints of all multiples of this iteration, None for the newest.
-        limit: documents of each task, None for all.
-        data: folder of `tasks.fetch`.
-        batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
-        report: told the results of a checkpoint, on the first rank.
+        data: folder of `tasks.fetch`, None to let the harness look for data as it does.
 
     Raises:
         UserError: a task is unknown, its data are missing, or the checkpoints cannot be evaluated by this config.
     """
     tasks: list[Tasks] = []
-
-    def missing(results: dict[str, Any]) -> list[str]:
-        return [name for name, one in wanted.tasks.items() if lacking(results, [name], "tasks", _settings(one, limit))]
+    settings = {name: _settings(one, asked.limit) for name, one in wanted.tasks.items()}
 
     evaluate_each(
-        config,
-        overrides,
-        source,
-        out,
+        asked,
         "tasks",
         lambda: tasks.append(Tasks(wanted, data)),
-        missing,
-        lambda questions, names: _evaluated(questions, names, tasks[0], wanted, limit),
-        every,
-        batch_size,
-        report,
+        lambda results: lacking(results, "tasks", settings),
+        lambda questions, names: _evaluated(questions, names, tasks[0], wanted, asked.limit),
     )
 
 
@@ -80,7 +55,7 @@ def _evaluated(
     questions: Questions, names: list[str], tasks: Tasks, wanted: TaskList, limit: int | None
 ) -> dict[str, Any]:
     with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its many bars and hints
-        found: Any = lm_eval.simple_evaluate(
+        found: Any = evaluator.simple_evaluate(
             model=HarnessModel(questions),
             tasks=[item for name in names for item in tasks.built[name]],
             limit=limit,

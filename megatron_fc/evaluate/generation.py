@@ -77,7 +77,8 @@ def generate_batch(
             for prompt in prompts
         ]
         answers = engine.generate(inference_requests=requests)
-    return [_cut(tokenizer.detokenize(answer.generated_tokens.tolist()), sampling.until) for answer in answers]
+    texts = [tokenizer.detokenize(answer.generated_tokens.tolist(), skip_special_tokens=True) for answer in answers]
+    return [_cut(text, sampling.until) for text in texts]
 
 
 class _Stopping(TextGenerationController):
@@ -94,7 +95,9 @@ class _Stopping(TextGenerationController):
         end = status["current_context_end_position"] + 1
         for number, prompt in enumerate(self._prompts):
             if self._until and len(prompt) < end and not done[number]:
-                text = self.tokenizer.detokenize(status["updated_prompts_tokens"][number, len(prompt) : end].tolist())
+                # A special token may be what ends it.
+                tokens = status["updated_prompts_tokens"][number, len(prompt) : end].tolist()
+                text = self.tokenizer.detokenize(tokens, skip_special_tokens=False)
                 done[number] = any(stop in text for stop in self._until)
         return done, lengths
 

@@ -1,40 +1,25 @@
-"""A checkpoint as a model of EleutherAI's lm-evaluation-harness, under the name megatron_fc.
+"""An engine as a model of EleutherAI's lm-evaluation-harness."""
 
-    megatron-fc lm-eval --model megatron_fc --model_args checkpoint=FOLDER config=FILE [key=value ...] --tasks ...
-
-The harness's class methods that make a model of words lead here; `megatron-fc evaluate` makes one of an open engine.
-"""
-
-import contextlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.utils import simple_parse_args_string
 
-from megatron_fc.checkpoints.location import find_checkpoint
 from megatron_fc.errors import UserError
-from megatron_fc.evaluate.answers import Answers
-from megatron_fc.evaluate.engine import open_engine
 from megatron_fc.evaluate.generation import Sampling
 from megatron_fc.evaluate.questions import Questions
-from megatron_fc.evaluate.recipes import recipe_without_data
 from megatron_fc.evaluate.scoring import Row
 from megatron_fc.evaluate.windows import windows
 
 # The harness would draw bootstraps in forks of this process, whose threads they lack: they would wait for ever.
 os.environ["DISABLE_MULTIPROC"] = "1"
 
-NAME = "megatron_fc"
 _MAX_TOKENS = 256  # of a generation whose task does not say, as in the harness's own models
 _SAMPLING = {"until", "max_gen_toks", "max_tokens", "do_sample", "temperature", "top_k", "top_p"}
 
 
-@register_model(NAME)
 class HarnessModel(TemplateLM):
     """The harness's view of an engine.
 
@@ -45,45 +30,6 @@ class HarnessModel(TemplateLM):
     def __init__(self, questions: Questions) -> None:
         super().__init__()
         self._questions, self._engine = questions, questions.engine
-        self._until_closed = contextlib.ExitStack()
-
-    @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "HarnessModel":
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
-
-    @classmethod
-    def create_from_arg_obj(
-        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
-    ) -> "HarnessModel":
-        """Load a checkpoint. On ranks that follow this ends with the leader, by SystemExit.
-
-        Args:
-            arg_dict: `checkpoint`, `config`, and overrides of it.
-            additional_config: the harness's; of these `batch_size` counts sequences of full length.
-
-        Raises:
-            UserError: a word is missing, or the checkpoint cannot be evaluated.
-        """
-        words = dict(arg_dict)
-        checkpoint, config = (_path(words, name) for name in ("checkpoint", "config"))
-        size = (additional_config or {}).get("batch_size")
-        if not (size is None or size == "auto" or str(size).isdecimal()):
-            raise UserError(f"--batch_size {size}: give a number of sequences, or auto for the run's micro-batch")
-        recipe = recipe_without_data(config, [f"{name}={_yaml(value)}" for name, value in words.items()])
-        with contextlib.ExitStack() as stack:
-            batch_size = None if size in (None, "auto") else int(size)
-            engine = stack.enter_context(open_engine(recipe, find_checkpoint(checkpoint), batch_size))
-            if not engine.leads:
-                engine.follow()
-                raise SystemExit(0)
-            model = cls(Questions(engine, Answers(None, {})))
-            model._until_closed = stack.pop_all()
-        _OPEN.append(model)
-        return model
-
-    def close(self) -> None:
-        """Let the ranks that follow end, and end Megatron's world."""
-        self._until_closed.close()
 
     @property
     def eot_token_id(self) -> int:
@@ -101,6 +47,13 @@ class HarnessModel(TemplateLM):
         """Tokens as in training data; those that Megatron's tokenizer adds by itself are among them."""
         return [int(token) for token in self._engine.tokenizer.tokenize(string)]
 
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Which one is used; the harness asks where `--apply_chat_template` is given."""
+        raise UserError(
+            "--apply_chat_template: Megatron's tokenizers have no template, leave it out; `megatron-fc convert to-hf` "
+            "exports the checkpoint for --model hf, whose tokenizer may have one"
+        )
+
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
 
@@ -115,23 +68,28 @@ class HarnessModel(TemplateLM):
         return [(score.logprob, score.is_greedy) for score in self._questions.scores(rows, "loglikelihood", keep)]
 
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Row:
-        """As much context as the model can read before the last token of the continuation."""
+        """As much context as the model can read before the last token of the continuation.
+
+        The harness moves blanks at the end of a context to the continuation, which may leave none of it.
+        """
         if len(continuation) > self.max_length:
             raise UserError(
                 f"a continuation of {len(continuation)} tokens does not fit into seq_length={self.max_length}: leave "
                 f"its task out"
             )
-        return Row((*context, *continuation)[-(self.max_length + 1) :], len(continuation))
+        return Row((*(context or [self.prefix_token_id]), *continuation)[-(self.max_length + 1) :], len(continuation))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihoods of whole texts, in windows as the harness cuts them: each token is predicted once."""
         rows: list[Row] = []
         owners: list[int] = []
+        left: list[int] = []
         for number, request in enumerate(requests):
-            for row in windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length):
-                rows.append(row)
-                owners.append(number)
-        sums, left = [0.0] * len(requests), [owners.count(number) for number in range(len(requests))]
+            cut = windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length)
+            rows += cut
+            owners += [number] * len(cut)
+            left.append(len(cut))
+        sums = [0.0] * len(requests)
 
         def keep(place: int, answer: Any) -> None:
             number = owners[place]
@@ -161,6 +119,7 @@ class HarnessModel(TemplateLM):
                 f"generation_kwargs {', '.join(unknown)}: Megatron's static engine knows {', '.join(sorted(_SAMPLING))}"
             )
         until = words.get("until") or []
+        stops = [until] if isinstance(until, str) else until
         tokens = int(words.get("max_gen_toks", words.get("max_tokens", _MAX_TOKENS)))
         if tokens >= self.max_length:
             raise UserError(
@@ -169,33 +128,4 @@ class HarnessModel(TemplateLM):
             )
         temperature = float(words.get("temperature", 1.0)) if words.get("do_sample") else 0.0
         top_k, top_p = int(words.get("top_k", 0)), float(words.get("top_p", 0.0))
-        return Sampling(
-            tokens, tuple([until] if isinstance(until, str) else until), temperature, top_k, top_p if top_p < 1 else 0.0
-        )
-
-
-_OPEN: list[HarnessModel] = []  # what the harness has made of words; it closes nothing
-
-
-def run_command_line() -> None:
-    """Run the harness's own command line, of the words in `sys.argv`."""
-    from lm_eval.__main__ import cli_evaluate
-
-    try:
-        cli_evaluate()
-    finally:
-        while _OPEN:
-            _OPEN.pop().close()
-
-
-def _path(words: dict[str, Any], name: str) -> Path:
-    if name not in words:
-        raise UserError(
-            f"--model_args lacks {name}=...: give checkpoint=FOLDER config=FILE, and overrides as for train"
-        )
-    return Path(str(words.pop(name))).expanduser()
-
-
-def _yaml(value: Any) -> str:
-    """A value as an override's text; the harness has read it as Python's."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+        return Sampling(tokens, tuple(stop for stop in stops if stop), temperature, top_k, top_p if top_p < 1 else 0.0)

@@ -1,80 +1,69 @@
 """`megatron-fc evaluate perplexity`: losses of checkpoints on validation sets, per token and per byte."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_fc.evaluate.chosen import evaluate_each
+from megatron_fc.errors import UserError
+from megatron_fc.evaluate.chosen import Evaluation, evaluate_each
 from megatron_fc.evaluate.engine import Engine
 from megatron_fc.evaluate.questions import Questions
 from megatron_fc.evaluate.results import lacking
-from megatron_fc.evaluate.texts import TextSet, by_chunk, by_document, find_set
+from megatron_fc.evaluate.texts import TextSet, by_chunk, by_document, find_set, written
 from megatron_fc.evaluate.windows import windows
 
 
-def perplexity(
-    config: Path,
-    overrides: Sequence[str],
-    source: Path,
-    sets: Mapping[str, Path],
-    out: Path,
-    *,
-    by: str,
-    every: int | None = None,
-    limit: int | None = None,
-    batch_size: int | None = None,
-    report: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> None:
-    """Evaluate checkpoints on validation sets and add to `out/iter_*.json`; every rank calls it.
+def perplexity(asked: Evaluation, sets: Mapping[str, Path], by: str) -> None:
+    """Evaluate checkpoints on validation sets and add to `iter_*.json`; every rank calls it.
 
     Args:
-        config: file of the run that wrote the checkpoints.
-        overrides: as for training it, of the layout say.
-        source: folder of checkpoints, or one of them.
+        asked: the checkpoints.
         sets: by name, a file as in `texts.find_set`.
-        out: folder of the results.
         by: document or chunk.
-        every: evaluate the checkpoints of all multiples of this iteration, None for the newest.
-        limit: documents or chunks of each set, None for all.
-        batch_size: sequences of full length that a replica runs at once, None for the run's micro-batch.
-        report: told the results of a checkpoint, on the first rank.
 
     Raises:
         UserError: a set is missing or of another tokenizer, or the checkpoints cannot be evaluated by this config.
     """
-    settings = {"by": by, "limit": limit}
+    limit = asked.limit
+    settings: dict[str, dict[str, Any]] = {}
     read: dict[str, TextSet] = {}
 
     def prepare() -> None:
-        for path in sets.values():
-            find_set(path)
+        for name, path in sets.items():
+            file = find_set(path)
+            settings[name] = {"by": by, "limit": limit, "file": str(file.resolve()), "written": written(file)}
 
     def missing(results: dict[str, Any]) -> list[str]:
-        return lacking(results, sets, "perplexity", settings)
+        return lacking(results, "perplexity", settings)
 
     def ask(questions: Questions, names: Sequence[str]) -> dict[str, Any]:
         found = {}
         for name in names:
             if name not in read:
                 read[name] = _read(questions.engine, sets[name], by, limit)
-            found[name] = _loss(questions, read[name], name) | settings
+            found[name] = _loss(questions, read[name], name) | settings[name]
         return found
 
-    evaluate_each(config, overrides, source, out, "perplexity", prepare, missing, ask, every, batch_size, report)
+    evaluate_each(asked, "perplexity", prepare, missing, ask)
 
 
 def _read(engine: Engine, path: Path, by: str, limit: int | None) -> TextSet:
     common = (find_set(path), engine.tokenizer, engine.args.padded_vocab_size)
     if by == "chunk":
-        return by_chunk(*common, engine.max_length, limit)
-    return by_document(*common, partial(windows, first=engine.first_token, length=engine.max_length), limit)
+        found = by_chunk(*common, engine.max_length, limit)
+    else:
+        found = by_document(*common, partial(windows, first=engine.first_token, length=engine.max_length), limit)
+    if not found.tokens:
+        chunk = f", not one chunk of seq_length={engine.max_length}: give --by document" if by == "chunk" else ""
+        raise UserError(f"{common[0]} has no token to score{chunk or ': give another set'}")
+    return found
 
 
 def _loss(questions: Questions, texts: TextSet, name: str) -> dict[str, Any]:
     nats = -math.fsum(score.logprob for score in questions.scores(texts.rows, name))
-    loss = nats / texts.tokens if texts.tokens else math.nan
+    loss = nats / texts.tokens
     return {
         "value": loss,
         "perplexity": math.exp(loss),

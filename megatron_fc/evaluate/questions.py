@@ -53,15 +53,17 @@ class Questions:
         # What is drawn at random differs each time, and a repetition is another request.
         repetitions: dict[Any, int] = {}
         keys = []
-        for asked in zip(prompts, samplings, strict=True):
-            repetitions[asked] = repetitions.get(asked, -1) + 1
-            sampling = asked[1]
-            keys.append(key_of(asked[0], vars(sampling), 0 if sampling.is_greedy else repetitions[asked]))
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            repetition = repetitions[prompt, sampling] = repetitions.get((prompt, sampling), -1) + 1
+            keys.append(key_of(prompt, vars(sampling), 0 if sampling.is_greedy else repetition))
 
         def run(numbers: list[int]) -> Iterator[list[tuple[int, Any]]]:
             for sampling in dict.fromkeys(samplings[number] for number in numbers):
                 places = [place for place, number in enumerate(numbers) if samplings[number] == sampling]
-                for found in self.engine.generate([prompts[numbers[place]] for place in places], sampling):
+                asked = [numbers[place] for place in places]
+                # Of the request itself, so that a repetition that is asked after a kill is no copy of an earlier one.
+                seeds = [int(keys[number][:8], 16) for number in asked]
+                for found in self.engine.generate([prompts[number] for number in asked], seeds, sampling):
                     yield [(places[place], text) for place, text in found]
 
         with _progress("generate_until", len(prompts), keep) as report:

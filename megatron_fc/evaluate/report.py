@@ -1,6 +1,7 @@
 """Results of runs side by side: a Markdown table beside published numbers, and grids of curves over tokens."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_fc.runs.metrics import Series
 from megatron_fc.runs.plot import COLOURS, smoothed
 
 _COLUMNS = 4
+_SHARES = re.compile(r"acc(_.*)?|exact_match|em|f1|mc[12]|pass@.*")  # metrics that are written in percent
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def markdown(runs: Sequence[Evaluated], wanted: TaskList) -> str:
         of_task = (results["tasks"][name] for results in newest if name in results.get("tasks", {}))
         task: dict[str, Any] = next(of_task, {})
         metric = task.get("metric", "average" if name in wanted.averages else "")
-        cells = [_percent(column.get(name)) for column in (*wanted.paper.values(), *values)]
+        is_share = _is_share(name, newest, wanted)
+        cells = [_number(column.get(name), is_share) for column in (*wanted.paper.values(), *values)]
         lines.append(_row(name, metric, str(task.get("shots", "")), *cells))
     losses = [losses_of(results) for results in newest]
     for name in _names([losses], []):
@@ -159,8 +162,17 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _percent(value: float | None) -> str:
-    """Accuracies in percent; what is more than one is another kind of number."""
+def _is_share(name: str, newest: Sequence[dict[str, Any]], wanted: TaskList) -> bool:
+    """A task's metric is a share, or those of all tasks of an average."""
+    if name in wanted.averages:
+        return all(_is_share(part, newest, wanted) for part in wanted.averages[name])
+    found = [results["tasks"][name]["metric"] for results in newest if name in results.get("tasks", {})]
+    listed = wanted.tasks[name].metric if name in wanted.tasks else None
+    metric = next(iter(found), listed)
+    return metric is None or _SHARES.fullmatch(metric) is not None
+
+
+def _number(value: float | None, is_share: bool) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.2f} %" if 0 <= value <= 1 else f"{value:.4g}"
+    return f"{100 * value:.2f} %" if is_share else f"{value:.4g}"

@@ -1,7 +1,7 @@
 """Results of evaluations: a JSON file per checkpoint, to which later evaluations add."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.evaluate.task_list import TaskList, average
 
 _SCHEMA = 1
-_NAME = "iter_*.json"
+_NAMES = ("iter_*.json", "release.json")
 
 
 def results_file(out: Path, checkpoint: Path) -> Path:
@@ -18,17 +18,28 @@ def results_file(out: Path, checkpoint: Path) -> Path:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Return a checkpoint's results, {} before there are some."""
-    if not path.exists():
+    """Return a checkpoint's results, {} before there are some.
+
+    Raises:
+        UserError: the file cannot be read, or another version wrote it.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
         return {}
-    content: dict[str, Any] = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read, {error.strerror}: give another --out") from error
+    except ValueError as error:  # of JSON or UTF-8
+        raise UserError(f"{path} is damaged, {error}: delete it, the answers beside it are kept") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no file of results: give another --out")
     if content.get("schema") != _SCHEMA:
         raise UserError(f"{path} has schema {content.get('schema')}, this version reads {_SCHEMA}: give another --out")
     return content
 
 
 def add_results(path: Path, facts: dict[str, Any], section: str, found: dict[str, Any]) -> dict[str, Any]:
-    """Put results into a checkpoint's file, in place of older ones of the same names; returns all.
+    """Put results into a checkpoint's file; returns all.
 
     Args:
         path: the file.
@@ -51,20 +62,32 @@ def results_of(out: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: there are none.
     """
-    found = [read_results(path) for path in out.glob(_NAME)]
+    found = [read_results(path) for name in _NAMES for path in out.glob(name)]
     if not found:
         raise UserError(f"{out} has no results: give the --out of megatron-fc evaluate")
     return sorted(found, key=lambda results: results["tokens"])
 
 
-def lacking(results: dict[str, Any], names: Iterable[str], section: str, settings: dict[str, Any]) -> list[str]:
-    """The names without a result of the same settings (limit and the like)."""
+def lacking(results: dict[str, Any], section: str, wanted: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The names without a result.
+
+    Args:
+        results: of a checkpoint.
+        section: of them.
+        wanted: by name, the settings that a result depends on (limit and the like).
+
+    Raises:
+        UserError: a result is there with other settings, and would be lost.
+    """
     there = results.get(section, {})
-    return [
-        name
-        for name in names
-        if name not in there or any(there[name].get(key) != value for key, value in settings.items())
-    ]
+    for name in wanted.keys() & there.keys():
+        for key, value in wanted[name].items():
+            if (before := there[name].get(key)) != value:
+                raise UserError(
+                    f"{name} of {results['checkpoint']} has a result already, with {key}={before}, and not {value}: "
+                    f"give another --out"
+                )
+    return [name for name in wanted if name not in there]
 
 
 def values_of(results: dict[str, Any], wanted: TaskList) -> dict[str, float]:

@@ -82,6 +82,7 @@ def _inputs(batch: Sequence[Row], size: int, length: int) -> dict[str, Tensor]:
     scored = torch.zeros(size, length, dtype=torch.bool)
     for number, row in enumerate(batch):
         read = len(row.tokens) - 1
+        assert 0 <= row.scored <= read, f"{row.scored} tokens to score behind {len(row.tokens) - row.scored}"
         tokens[number, :read] = torch.tensor(row.tokens[:-1])
         labels[number, :read] = torch.tensor(row.tokens[1:])
         scored[number, read - row.scored : read] = True

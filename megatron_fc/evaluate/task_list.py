@@ -66,6 +66,7 @@ def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskLi
     found = TaskList(folders=list(folders))
     for word in words:
         if not word.endswith((".yaml", ".yml")):
+            _refuse_no_name(word)
             found.tasks[word] = Wanted()
             continue
         path = Path(word)
@@ -78,6 +79,8 @@ def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskLi
         if folder := content.get("folder"):
             found.folders.append(path.parent / folder)
     for folder in found.folders:
+        if not folder.is_dir() and "=" in folder.name:
+            raise UserError(f"--include {folder}: overrides such as {folder} stand before --include, behind the config")
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder: give that of the tasks' YAML files")
     known = set(found.tasks)
@@ -91,6 +94,13 @@ def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskLi
 def average(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """Return the weighted mean of tasks' values."""
     return sum(weight * values[name] for name, weight in weights.items()) / sum(weights.values())
+
+
+def _refuse_no_name(word: str) -> None:
+    if "=" in word:
+        raise UserError(f"--tasks {word}: overrides such as {word} stand before --tasks, behind the config")
+    if "," in word:
+        raise UserError(f"unknown task {word!r}: put blanks between tasks, --tasks {word.replace(',', ' ')}")
 
 
 def _content(path: Path) -> dict[str, Any]:

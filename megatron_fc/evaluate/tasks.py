@@ -41,12 +41,17 @@ class Tasks:
         _refuse_unknown(wanted, self.manager)
         self.built: dict[str, list[Task | Group]] = {}
         missing: dict[str, str] = {}
-        with _read_from(data) if data else contextlib.nullcontext():
+        with _read_from(data) if data else _downloading(ConfigurableTask.download):
             for name in wanted.tasks:
                 try:
                     built = self.manager._load_spec(name)
-                except Exception as error:  # of data, files, the network, each library's own
-                    missing[name] = shorten(f"{type(error).__name__}: {error}", 160)
+                except _NoDataError as error:
+                    missing[name] = str(error)
+                except Exception as error:  # of packages, templates, a task's own code
+                    raise UserError(
+                        f"the harness cannot build the task {name}, {_said(error)}: correct the task or what it needs, "
+                        f"or leave it out"
+                    ) from error
                 else:
                     self.built[name] = built if isinstance(built, list) else [built]
         if missing:
@@ -94,6 +99,14 @@ def fetch(wanted: TaskList, folder: Path, report: Callable[[str], None]) -> None
         report(f"{name}: {count:,} documents")
 
 
+class _NoDataError(Exception):
+    """A task's data cannot be had: of files, the network, each library's own."""
+
+
+def _said(error: Exception) -> str:
+    return shorten(f"{type(error).__name__}: {error}", 160)
+
+
 def _refuse_unknown(wanted: TaskList, manager: TaskManager) -> None:
     for name in wanted.tasks:
         if name not in manager.task_index:
@@ -129,7 +142,14 @@ def _refuse_missing(missing: dict[str, str], data: Path | None) -> None:
 def _downloading(download: Callable[..., None]) -> Iterator[Callable[..., None]]:
     """Let tasks get their data by another function than the harness's, which is yielded."""
     original = ConfigurableTask.download
-    ConfigurableTask.download = download
+
+    def named(*given: Any, **settings: Any) -> None:
+        try:
+            download(*given, **settings)
+        except Exception as error:
+            raise _NoDataError(_said(error)) from error
+
+    ConfigurableTask.download = named
     try:
         yield original
     finally:

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from megatron_fc.errors import UserError
 from megatron_fc.evaluate.scoring import Row
+from megatron_fc.training.indexed_files import IndexedFiles
 
 _TEXTS = (".jsonl", ".jsonl.gz")
 
@@ -38,16 +40,23 @@ def find_set(path: Path) -> Path:
         path: of the file, or without its ending.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or an index without its tokens.
     """
     for found in (path, *(path.with_name(path.name + ending) for ending in (".idx", *_TEXTS))):
         if found.is_file() and found.name.endswith((".idx", *_TEXTS)):
+            if found.suffix == ".idx":
+                _indexed(found)
             return found
     raise UserError(f"no validation set {path}: give a file {path}.idx with its .bin, {path}.jsonl or {path}.jsonl.gz")
 
 
-def documents(file: Path, tokenizer: Any, vocabulary: int) -> Iterator[list[int]]:
-    """Yield the tokens of every document, without the token that ends it.
+def written(file: Path) -> int:
+    """When what `find_set` returns was written, in ns."""
+    return (file.with_suffix(".bin") if file.suffix == ".idx" else file).stat().st_mtime_ns
+
+
+def documents(file: Path, tokenizer: Any, vocabulary: int) -> Iterator[tuple[list[int], int]]:
+    """Yield the tokens of every document, without the token that ends it, and the bytes of its text.
 
     Args:
         file: of `find_set`.
@@ -55,18 +64,32 @@ def documents(file: Path, tokenizer: Any, vocabulary: int) -> Iterator[list[int]
         vocabulary: entries of the model's.
 
     Raises:
-        UserError: a line is no JSON with a text, or a token is not of the vocabulary.
+        UserError: the file is damaged, a line is no JSON with a text, or a token is not of the vocabulary.
     """
     if file.suffix == ".idx":
-        yield from _indexed_documents(file, tokenizer.eod, vocabulary)
+        for tokens in _indexed_documents(file, tokenizer.eod, vocabulary):
+            yield tokens, _bytes(tokenizer, tokens)
         return
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f'line {number} of {file} is no JSON object with a "text": correct it') from None
-            yield [int(token) for token in tokenizer.tokenize(text)]
+    for text in _texts(file):
+        yield [int(token) for token in tokenizer.tokenize(text)], len(text.encode())
+
+
+def _texts(file: Path) -> Iterator[str]:
+    number = 0
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.isspace():
+                    continue
+                try:
+                    text = json.loads(line)["text"]
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise UserError(f'line {number} of {file} is no JSON object with a "text": correct it')
+                yield text
+    except (UnicodeDecodeError, EOFError, zlib.error, OSError) as error:
+        raise UserError(f"{file} is damaged behind line {number}, {error}: get it anew, in UTF-8") from error
 
 
 def by_document(
@@ -80,11 +103,11 @@ def by_document(
     """
     rows: list[Row] = []
     size = 0
-    for number, tokens in enumerate(documents(file, tokenizer, vocabulary)):
+    for number, (tokens, of_text) in enumerate(documents(file, tokenizer, vocabulary)):
         if number == limit:
             break
         rows += windows(tokens)
-        size += _bytes(tokenizer, tokens)
+        size += of_text
     return TextSet(rows, size)
 
 
@@ -101,11 +124,11 @@ def by_chunk(file: Path, tokenizer: Any, vocabulary: int, length: int, limit: in
     rows: list[Row] = []
     size = 0
     left: list[int] = []
-    for tokens in documents(file, tokenizer, vocabulary):
+    for tokens, _ in documents(file, tokenizer, vocabulary):
         left += [*tokens, tokenizer.eod]
         while len(left) >= length and len(rows) != limit:
             rows.append(Row(tuple(left[:length]), length - 1))
-            size += _bytes(tokenizer, [token for token in left[1:length] if token != tokenizer.eod])
+            size += _bytes(tokenizer, left[1:length])
             left = left[length:]
         if len(rows) == limit:
             break
@@ -115,15 +138,21 @@ def by_chunk(file: Path, tokenizer: Any, vocabulary: int, length: int, limit: in
 def _indexed_documents(file: Path, eod: int, vocabulary: int) -> Iterator[list[int]]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+    _indexed(file).refuse_damage(vocabulary)
     stored = IndexedDataset(str(file.with_suffix("")))
     for first, last in itertools.pairwise(stored.document_indices):
         tokens = [int(token) for number in range(first, last) for token in stored[number]]
-        if tokens and max(tokens) >= vocabulary:
+        if tokens and max(tokens) >= vocabulary:  # a large file is looked at in places
             raise UserError(
                 f"{file} has a token {max(tokens)}, and the model a vocabulary of {vocabulary}: another set?"
             )
         yield tokens[:-1] if tokens and tokens[-1] == eod else tokens
 
 
+def _indexed(file: Path) -> IndexedFiles:
+    return IndexedFiles.read(str(file.with_suffix("")), f"the validation set {file}")
+
+
 def _bytes(tokenizer: Any, tokens: list[int]) -> int:
-    return len(tokenizer.detokenize(tokens).encode()) if tokens else 0
+    """Of a text, without the special tokens around it."""
+    return len(tokenizer.detokenize(tokens, skip_special_tokens=True).encode()) if tokens else 0

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_fc.checkpoints.changes import refuse_other_model
 from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.integrity import refuse_corrupt, step_of
+from megatron_fc.checkpoints.stored_tensors import is_weight
 from megatron_fc.checkpoints.structure import refuse_other_connection
 from megatron_fc.errors import UserError
 from megatron_fc.training.recipe import Recipe
@@ -53,6 +55,7 @@ def load_model(
     join_world()
     args = parse(recipe, settle)
     refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
+    refuse_other_model(checkpoint, args)
     set_global_variables(args)
     with refusals_named("the layout"):
         training.initialize_megatron()
@@ -77,7 +80,7 @@ def load_weights(args: Namespace, chunks: list[Any], checkpoint: Path) -> float:
     """
     from megatron.training.checkpointing import load_checkpoint
 
-    refuse_corrupt(checkpoint)
+    refuse_corrupt(checkpoint, of=is_weight)
     _point_at(args, checkpoint)
     # Megatron expects a run that has seen nothing yet.
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = 0

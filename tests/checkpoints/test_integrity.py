@@ -11,11 +11,12 @@ from megatron_fc.checkpoints.changes import stored_args
 from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.integrity import intact_checkpoints, refuse_corrupt, refuse_damaged
 from megatron_fc.checkpoints.location import TRACKER, find_checkpoint
+from megatron_fc.checkpoints.stored_tensors import is_weight
 from megatron_fc.cli.main import main
 from megatron_fc.errors import UserError
 
 # The fixture; pytest finds it by its name here.
-from support.damage import SHARD, cut, flip
+from support.damage import SHARD, corrupt, cut, flip
 from support.megatron_world import parallel_state as parallel_state
 from support.training_runs import command, environment, figures, train
 from support.training_runs import config as config
@@ -124,6 +125,19 @@ def test_a_flipped_bit_is_found_wherever_it_is(folder: Path) -> None:
     assert all(f"{shard} is corrupt at " in text for text in found)
     assert len(found) > 25, "the rest is padding between records"
     refuse_corrupt(shard.parent)
+
+
+def test_a_corrupt_optimizer_is_no_matter_where_weights_are_read(folder: Path) -> None:
+    checkpoint = folder / "iter_0000008"
+    corrupt(checkpoint, "optimizer.")
+    refuse_corrupt(checkpoint, of=is_weight)
+    with pytest.raises(UserError, match=r" is corrupt at optimizer\."):
+        refuse_corrupt(checkpoint)
+    corrupt(checkpoint, "optimizer.")
+    corrupt(checkpoint, "decoder.")
+    with pytest.raises(UserError, match=r" is corrupt at decoder\."):
+        refuse_corrupt(checkpoint, of=is_weight)
+    corrupt(checkpoint, "decoder.")
 
 
 def test_what_megatron_cannot_load_is_named(config: Path, folder: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_fc.convert.check import huggingface_logits, some_tokens
+from megatron_fc.errors import UserError
 from support import harness
 from support.training_runs import config as config
 
@@ -25,6 +27,9 @@ def test_exports_are_compared_with_their_checkpoints(config: Path, tmp_path: Pat
     code, said = command("same", "convert", "check", source, str(out), *run, "--tolerance", "1e-5")
     assert code == 0
     assert f"logits of {source}/iter_0000001 and {out} on 64 tokens, in fp32: largest difference " in said
+    refused = command("setting", "convert", "to-hf", source, *run, "norm_epsilon=0.5", "--to", str(tmp_path / "no"))
+    assert refused[0] == 2
+    assert "layernorm_epsilon: 1e-05 in " in refused[1]
 
     tensors = load_file(out / "model.safetensors")
     tensors["lm_head.weight"][0] += 0.01
@@ -32,3 +37,8 @@ def test_exports_are_compared_with_their_checkpoints(config: Path, tmp_path: Pat
     code, said = command("other", "convert", "check", source, str(out), *run)
     assert code == 2
     assert "more than --tolerance 0.0001, so convert the checkpoint again" in said
+
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-8].clone()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"out cannot be loaded, .*: convert the checkpoint again"):
+        huggingface_logits(out, some_tokens(384, 32))

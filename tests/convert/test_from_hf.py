@@ -133,10 +133,24 @@ def test_another_model_than_the_config_is_refused(
             lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}),
             "has model.layers.2.mlp.",
         ),
+        (
+            lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.ones(130, tiny.WIDTH)}),
+            f"model.layers.1.mlp.up_proj.weight is [130, {tiny.WIDTH}] in",
+        ),
+        (
+            lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.ones(126, tiny.WIDTH)}),
+            f"model.layers.1.mlp.up_proj.weight is [126, {tiny.WIDTH}] in",
+        ),
+        (
+            lambda tensors: tensors.update(
+                {"model.norm.weight": torch.ones(tiny.WIDTH).to(torch.float8_e4m3fn)},
+            ),
+            "is stored as F8_E4M3, whose scale is unknown",
+        ),
     ],
-    ids=["missing", "unexpected"],
+    ids=["missing", "unexpected", "larger", "smaller", "float8"],
 )
-def test_missing_and_unexpected_tensors_are_named(
+def test_tensors_that_do_not_fit_are_named(
     change: Any, sentence: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(folder / "olmo2", tmp_path / "model")
@@ -164,6 +178,24 @@ def test_no_model_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.C
         error = capsys.readouterr().err
         assert sentence in error
         assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, damaged in (
+        ("config.json", b'{"model_type":'),
+        ("config.json", b'{"model_type": "olmo2", "hidden_size": "wide"}'),
+        ("model.safetensors", (folder / "olmo2" / "model.safetensors").read_bytes()[:-8]),
+        ("model.safetensors.index.json", b"[]"),
+        ("model.safetensors.index.json", b'{"weight_map": {"lm_head.bias": "model.safetensors"}}'),
+    ):
+        shutil.copytree(folder / "olmo2", tmp_path / "model", dirs_exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(damaged)
+        assert convert(folder, "olmo2", tmp_path / "out", source=tmp_path / "model") == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert str(tmp_path / "model") in error, name
+        assert "Traceback" not in error
+        shutil.rmtree(tmp_path / "model")
     assert not (tmp_path / "out").exists()
 
 

@@ -6,9 +6,11 @@ import pickle
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 
 import rank
 from megatron_fc.cli.main import main
+from megatron_fc.convert import to_hf
+from megatron_fc.training.tokenizer_digest import tokenizer_digest
 from support import harness, olmo, tiny
 from support.decoding import generate
 from support.prompts import NEW, PROMPTS
@@ -37,8 +41,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"{architecture}-{connection}": olmo.model(architecture, connection) for architecture, connection in CASES
     }
     models["olmo2-bf16"] = replace(olmo.model("olmo2", "dfc_x4"), bf16=True)
-    harness.run("save_random", olmo.TP2_PP2_EP2.world, folder / "ranks", olmo.TP2_PP2_EP2, models, folder)
+    settings: dict[str, Any] = {"rotary_base": 10000, "tokenizer_digest": digest(folder / "tokenizer")}
+    settings["tokenizer_model"] = str(folder / "tokenizer")
+    harness.run("save_random", olmo.TP2_PP2_EP2.world, folder / "ranks", olmo.TP2_PP2_EP2, models, folder, settings)
     return folder
+
+
+def digest(folder: Path) -> str | None:
+    """Of the tokenizer there, as training keeps it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    seen = SimpleNamespace(vocab_size=len(tokenizer), tokenize=tokenizer.encode)
+    return tokenizer_digest(Namespace(tokenizer_type="HuggingFaceTokenizer"), seen)
 
 
 @pytest.fixture
@@ -306,6 +321,27 @@ def test_files_hold_the_same_in_parts(folder: Path, tmp_path: Path, capsys: pyte
         ("olmoe", "dfc_x4", ["family=hybrid"], "family=hybrid has no Hugging Face class"),
         ("olmo2", "dfc_x4", ["kv_channels=8"], "kv_channels=8: OLMo2 has heads that are together as wide as the model"),
         ("olmo2", "dfc_x4", ["connection=dhc"], "has dfc_x4 connections, this run has dhc_x4 connections"),
+        (
+            "olmo2",
+            "plain",
+            ["rotary_base=100"],
+            "iter_0000001, 100 here, which makes another model: give what it was written with",
+        ),
+        (
+            "olmo2",
+            "dfc_x4",
+            ["num_attention_heads=8"],
+            "decoder.layers.self_attention.linear_qkv.weight is [2, 128, 64] in",
+        ),
+        ("olmo2", "dfc_x4", ["ffn_hidden_size=64"], "decoder.layers.mlp.linear_fc1.weight is [2, 256, 64] in"),
+        ("olmoe", "plain", ["num_experts=2"], "decoder.layers.mlp.router.weight is [2, 4, 64] in"),
+        (
+            "olmoe",
+            "plain",
+            ["moe_ffn_hidden_size=32"],
+            "linear_fc1.weight is [2, 4, 128, 64] in",
+        ),
+        ("olmoe", "dfc_x4", ["moe_ffn_hidden_size=32"], "[2, 4, 64, 64] in this model: give the config of the run"),
         ("olmo2", "dfc_x4", ["num_layers=1"], "has 2 layers, and num_layers=1: give the config of the run"),
         ("olmo2", "dfc_x4", ["num_layers=3"], "has 2 layers, and num_layers=3: give the config of the run"),
         (
@@ -314,6 +350,15 @@ def test_files_hold_the_same_in_parts(folder: Path, tmp_path: Path, capsys: pyte
             ["untie_embeddings_and_output_weights=false"],
             "has output_layer.weight, unknown to this model: give the config of the run",
         ),
+        (
+            "olmoe",
+            "plain",
+            ["moe_router_load_balancing_type=sinkhorn", "moe_aux_loss_coeff=0"],
+            "moe_router_load_balancing_type=sinkhorn chooses other experts than OLMoE",
+        ),
+        ("olmoe", "plain", ["moe_router_force_load_balancing=true"], "moe_router_force_load_balancing=True is not"),
+        ("olmo2", "plain", ["--shard-gb", "nan"], "--shard-gb nan is no size of a file"),
+        ("olmo2", "plain", ["--shard-gb", "0"], "--shard-gb 0 is no size of a file"),
         (
             "olmo2",
             "dfc_x4",
@@ -361,3 +406,40 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     assert export(folder, "olmo2", "plain", tmp_path / "out", more) == 2
     assert f"the embedding has 128 rows and the tokenizer {tmp_path / 'larger'} 129 tokens" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["larger"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_tokenizer_with_other_tokens_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers of 13 and 0, which the digest's text has as words or unknown ones, are exchanged."""
+    shutil.copytree(folder / "tokenizer", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    words["0"], words["13"] = words["13"], words["0"]
+    file.write_text(json.dumps(content))
+    assert export(folder, "olmo2", "plain", tmp_path / "out", f"tokenizer_model={tmp_path / 'other'}") == 2
+    assert "makes other tokens of a text than the one that" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_two_exports_into_one_folder_do_not_mix(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one begins and ends while the first one writes."""
+    target, write = tmp_path / "out", to_hf._write_code
+    codes = []
+
+    def meanwhile(*words: Any) -> None:
+        monkeypatch.setattr(to_hf, "_write_code", write)
+        codes.append(export(folder, "olmo2", "dfc_x4", target))
+        write(*words)
+
+    monkeypatch.setattr(to_hf, "_write_code", meanwhile)
+    assert export(folder, "olmo2", "plain", target) == 2
+    assert codes == [0]
+    assert "exists and is never overwritten" in capsys.readouterr().err
+    assert json.loads((target / "config.json").read_text())["architectures"] == ["ConnectedOlmo2ForCausalLM"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

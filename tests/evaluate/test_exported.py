@@ -10,7 +10,7 @@ import pytest
 from support import fork_server
 from support import training_runs as runs
 from support.compress_commands import run
-from support.evaluations import TASKS, config, tasks, train  # noqa: F401  (fixtures)
+from support.evaluations import TASKS, train
 
 pytestmark = pytest.mark.soak
 
@@ -30,8 +30,8 @@ def responses(folder: Path) -> dict[tuple[str, int], list[Any]]:
 @pytest.mark.parametrize("connection", ["residual", "dhc"])
 def test_every_request_has_the_answer_of_the_export(
     connection: str,
-    config: Path,  # noqa: F811
-    tasks: Path,  # noqa: F811
+    config: Path,
+    tasks: Path,
     tmp_path: Path,
 ) -> None:
     overrides = [f"connection={connection}", "qk_layernorm_over_heads=true"]

@@ -25,8 +25,8 @@ def run(folder: Path, connection: str, shift: float) -> Path:
     for iteration in (10, 20):
         facts = {"connection": connection, "iteration": iteration, "tokens": 100 * iteration}
         tasks = {
-            name: {"value": value + shift * iteration, "metric": "acc", "shots": 0, "limit": None}
-            for name, value in (("first", 0.4), ("second", 0.2))
+            name: {"value": value + shift * iteration, "metric": metric, "shots": 0, "limit": None}
+            for name, value, metric in (("first", 0.4, "acc"), ("second", 0.2, "acc"), ("text", 0.71, "bits_per_byte"))
         }
         path = folder / f"iter_{iteration:07d}.json"
         add_results(path, facts, "tasks", tasks)
@@ -51,6 +51,7 @@ def test_table_and_curves(runs: list[Path], tmp_path: Path) -> None:
     assert values["first"] == ["50.00 %", "40.00 %", "60.00 %"]
     assert values["both"] == ["", "25.00 %", "45.00 %"]  # (0.4 + 3 * 0.2) / 4
     assert values["half"] == ["25.00 %", "32.50 %", "52.50 %"]
+    assert values["text"] == ["", "0.71", "0.91"]
     assert values["c4"] == ["", "3.0000", "2.8000"]
 
 

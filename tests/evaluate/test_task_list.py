@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_fc import UserError
 from megatron_fc.evaluate.task_list import TaskList, Wanted, average, read_task_list
@@ -49,6 +50,28 @@ def test_refusals(text: str, said: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=said):
         read_task_list([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("tasks", "folders", "said"),
+    [
+        (["piqa,copa"], [], "unknown task 'piqa,copa': put blanks between tasks, --tasks piqa copa"),
+        (["piqa", "rate=2"], [], "--tasks rate=2: overrides such as rate=2 stand before --tasks, behind the config"),
+        (["piqa"], ["rate=2"], "--include rate=2: overrides such as rate=2 stand before --include, behind the config"),
+    ],
+)
+def test_words_that_are_no_tasks(tasks: list[str], folders: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_task_list(tasks, [Path(folder) for folder in folders])
+
+
+def test_a_task_that_cannot_be_built_is_named(tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"question": "1 + 1 =", "answer": " 2"}\n')
+    where = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}}}
+    broken = {"task": "broken", **where, "test_split": "test", "output_type": "loglikelihood", "doc_to_text": "{{"}
+    (tmp_path / "broken.yaml").write_text(yaml.safe_dump({**broken, "doc_to_target": "{{answer}}"}))
+    with pytest.raises(UserError, match=r"the harness cannot build the task broken, TemplateSyntaxError: .*: correct"):
+        Tasks(read_task_list(["broken"], [tmp_path]), None)
 
 
 def test_a_list_that_is_not_there() -> None:

@@ -20,6 +20,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """With two fake GPUs each."""
+    if reason := unavailable():
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=2, gpus=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Site:
     """A site file that shrinks the model of the production scripts and trains over gloo."""
     return make_site(tmp_path_factory.mktemp("site"), config)

@@ -4,7 +4,6 @@ import contextlib
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -13,36 +12,19 @@ import pytest
 from megatron_fc.planning.counts import total_device, total_network
 from megatron_fc.profiling.files import read_part, read_parts, read_report
 from megatron_fc.profiling.records import Report
-from support.cluster import Cluster, unavailable
+from support.cluster import Cluster
 from support.patience import wait_until
-from support.site_files import REPOSITORY, Site, run_on_login_node, samples
+from support.site_files import ENDED, REPOSITORY, Site, run_on_login_node, samples, submit_to_two_nodes
 
 pytestmark = pytest.mark.slow
 
-NODES = ("-N", "2", "--ntasks-per-node", "2", "--gpus-per-node=2", "-c1", "-t", "60")
-END = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
 CONFIG = "configs/olmoe_7b.yaml"
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes with two fake GPUs each."""
-    if reason := unavailable():
-        pytest.skip(reason)
-    with Cluster(tmp_path_factory.mktemp("slurm"), nodes=2, gpus=2) as running:
-        yield running
-
-
-def submit(cluster: Cluster, site: Site, *words: str) -> str:
-    """The job's number."""
-    done = cluster.run(*site.words(f"profile.sh {CONFIG}", *NODES, *words), **site.variables, CHECK="no")
-    return done.stdout.split()[-1]
-
-
-def profiled(cluster: Cluster, site: Site, folder: Path, *words: str) -> Report:
+def profiled(two_nodes: Cluster, site: Site, folder: Path, *words: str) -> Report:
     """Let a job profile into a folder, and return what it reports."""
-    job = submit(cluster, site, f"run_dir={folder}", *words)
-    assert cluster.wait(job, *END)["JobState"] == "COMPLETED", site.log(job)
+    job = submit_to_two_nodes(two_nodes, site, f"profile.sh {CONFIG}", f"run_dir={folder}", *words)
+    assert two_nodes.wait(job, *ENDED)["JobState"] == "COMPLETED", site.log(job)
     return read_report(folder)
 
 
@@ -63,12 +45,12 @@ def check_all_ranks_add_up(report: Report, folder: Path) -> None:
     assert report.network_bytes_per_token == pytest.approx(expected)
 
 
-def test_two_stages_of_two_way_tensor_parallelism(cluster: Cluster, site: Site) -> None:
+def test_two_stages_of_two_way_tensor_parallelism(two_nodes: Cluster, site: Site) -> None:
     site.write(
         *samples(400), "tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"
     )
     folder = site.run_dir("tp2-pp2")
-    report = profiled(cluster, site, folder, "from_step=1", "steps=2")
+    report = profiled(two_nodes, site, folder, "from_step=1", "steps=2")
     check_all_ranks_add_up(report, folder)
     groups = report.by_group()
     assert groups["tp"][0] > 0
@@ -90,10 +72,10 @@ def test_two_stages_of_two_way_tensor_parallelism(cluster: Cluster, site: Site) 
 
 
 @pytest.mark.soak
-def test_two_replicas_of_two_way_expert_parallelism(cluster: Cluster, site: Site) -> None:
+def test_two_replicas_of_two_way_expert_parallelism(two_nodes: Cluster, site: Site) -> None:
     site.write(*samples(400), "expert_model_parallel_size=2")
     folder = site.run_dir("ep2-dp2")
-    report = profiled(cluster, site, folder, "from_step=1", "steps=1", "twin=no")
+    report = profiled(two_nodes, site, folder, "from_step=1", "steps=1", "twin=no")
     check_all_ranks_add_up(report, folder)
     check_expert_groups(report)
 
@@ -109,12 +91,14 @@ def check_expert_groups(report: Report) -> None:
 
 
 @pytest.mark.parametrize("way", ["dies", pytest.param("hangs", marks=pytest.mark.soak)])
-def test_a_rank_that_is_lost_in_the_window(way: str, cluster: Cluster, site: Site) -> None:
+def test_a_rank_that_is_lost_in_the_window(way: str, two_nodes: Cluster, site: Site) -> None:
     # The real Python: a process that stands in its place would be stopped alone.
     more = f"PYTHON={sys.executable}\n" if way == "hangs" else ""
     site.write(*samples(400_000), "expert_model_parallel_size=2", more=more)
     folder = site.run_dir(f"profile-{way}")
-    job = submit(cluster, site, "from_step=1", "steps=10000", "twin=no", f"run_dir={folder}")
+    job = submit_to_two_nodes(
+        two_nodes, site, f"profile.sh {CONFIG}", "from_step=1", "steps=10000", "twin=no", f"run_dir={folder}"
+    )
     counted = [folder / "parts" / f"rank-{rank:05}.json" for rank in range(4)]
     wait_until(
         lambda: all(part.exists() and len(read_part(part).rank.step_seconds) >= 2 for part in counted),
@@ -122,8 +106,8 @@ def test_a_rank_that_is_lost_in_the_window(way: str, cluster: Cluster, site: Sit
     )
     send("3", folder, signal.SIGKILL if way == "dies" else signal.SIGSTOP)
     if way == "hangs":  # of which SLURM tells the script shortly before the time limit
-        cluster.run("scancel", "--batch", "--signal=USR1", job)
-    assert cluster.wait(job, *END)["JobState"] == "FAILED"
+        two_nodes.run("scancel", "--batch", "--signal=USR1", job)
+    assert two_nodes.wait(job, *ENDED)["JobState"] == "FAILED"
 
     report, log = read_report(folder), site.log(job)
     assert [rank.rank for rank in report.ranks] == [0, 1, 2, 3]

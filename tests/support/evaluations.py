@@ -1,17 +1,23 @@
 """Tasks of the lm-evaluation-harness from local files, and evaluations of a tiny trained MoE on them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from support import training_runs
 from support.compress_commands import Done, run
 
-config = training_runs.config
 TASKS = ("local_choice", "local_cloze", "local_text", "local_generation")
+# Overrides of the config.
+CONNECTIONS: dict[str, list[str]] = {
+    "dfc_x4": [],
+    "residual": ["connection=residual"],
+    "dhc_x4": ["connection=dhc"],
+    "mhc_x4": ["connection=mhc"],
+}
 # Answers to these requests are [logprob, is_greedy], to others a text.
 _QUESTIONS = [
     {"question": f"def f{n}(x):\n    return", "good": f" x + {n}", "bad": " None" * (n % 3 + 1), "label": n % 2}
@@ -78,6 +84,43 @@ def evaluate(config: Path, checkpoints: Path, tasks: Path, out: Path, *words: ob
     return run(
         out.parent, "evaluate", checkpoints, config, *words, *names, "--include", tasks, "--out", out, ranks=ranks
     )
+
+
+class Trials:
+    """A tiny config, the tasks, and what becomes of each kind of connection, made when it is asked for.
+
+    Attributes:
+        config, tasks: their paths.
+        checkpoints: of a run, by connection.
+        on_one_rank: results of its newest checkpoint, by connection.
+    """
+
+    def __init__(self, config: Path, tasks: Path) -> None:
+        self.config, self.tasks = config, tasks
+        self.checkpoints = _Made(lambda connection: train(config, connection, *CONNECTIONS[connection]))
+        self.on_one_rank = _Made(self._evaluated)
+
+    def evaluate(self, connection: str, out: Path, *words: object, ranks: int = 1) -> Done:
+        """Evaluate all tasks, unless the words name others."""
+        given = [*CONNECTIONS[connection], *words]
+        return evaluate(self.config, self.checkpoints[connection], self.tasks, out, *given, ranks=ranks)
+
+    def _evaluated(self, connection: str) -> Path:
+        out = self.config.parent / f"{connection}-evaluation"
+        done = self.evaluate(connection, out)
+        assert done.code == 0, done.printed
+        return out
+
+
+class _Made(dict[str, Path]):
+    """Folders by connection."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        self._make = make
+
+    def __missing__(self, connection: str) -> Path:
+        self[connection] = self._make(connection)
+        return self[connection]
 
 
 def answers(out: Path) -> dict[str, Any]:

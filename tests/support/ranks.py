@@ -12,7 +12,7 @@ import warnings
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -302,8 +302,15 @@ def train_and_save(layout: Layout, model: Model, folder: Path, path: Path, steps
     return run.losses
 
 
-def save_random(layout: Layout, models: dict[str, Model], folder: Path) -> None:
-    """Write checkpoints of models all of whose parameters are random, by name, below `folder`."""
+def save_random(layout: Layout, models: dict[str, Model], folder: Path, settings: dict[str, Any]) -> None:
+    """Write checkpoints of models all of whose parameters are random, by name, below `folder`.
+
+    Args:
+        layout: of the ranks.
+        models: by name.
+        folder: of the checkpoints.
+        settings: arguments of the run that each claims to be of, besides those of norms.
+    """
     layout.initialise()
     for name, model in models.items():
         sizes = layout if model.kind == "moe" else replace(layout, ep=1)
@@ -315,7 +322,7 @@ def save_random(layout: Layout, models: dict[str, Model], folder: Path) -> None:
             checkpoint.mkdir(parents=True)
             (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("1")
         torch.distributed.barrier()
-        common = {"args": Namespace(), "iteration": 1, "checkpoint_version": 3.0}
+        common = {"args": Namespace(**asdict(model.norms), **settings), "iteration": 1, "checkpoint_version": 3.0}
         dist_checkpointing.save({**common, "model": chunk.sharded_state_dict()}, str(checkpoint))
 
 

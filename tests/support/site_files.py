@@ -10,8 +10,10 @@ from pathlib import Path
 import yaml
 
 from support import fork_server
+from support.cluster import Cluster
 
 REPOSITORY = Path(__file__).parents[2]
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")
 _SITE = """
 export SBATCH_ACCOUNT= SBATCH_PARTITION={partition}
 export PYTHONPATH={repository} OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1
@@ -100,6 +102,13 @@ def make_site(folder: Path, config: Path) -> Site:
     site = Site(folder, [f"{name}={json.dumps(value)}" for name, value in data.items()])
     site.write()
     return site
+
+
+def submit_to_two_nodes(cluster: Cluster, site: Site, script: str, *words: str) -> str:
+    """Submit a script for two tasks on each of two nodes; returns the job's number."""
+    nodes = ("-N", "2", "--ntasks-per-node", "2", "--gpus-per-node=2", "-c1", "-t", "60")
+    done = cluster.run(*site.words(script, *nodes, *words), **site.variables, CHECK="no")
+    return done.stdout.split()[-1]
 
 
 def run_on_login_node(site: Site, script: str, *words: str) -> subprocess.CompletedProcess[str]:

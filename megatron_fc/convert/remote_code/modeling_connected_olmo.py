@@ -12,6 +12,7 @@ All else is transformers' own: attention, experts, rotary positions, cache, gene
 are the stream, [batch, sequence, n*d/m].
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +43,7 @@ from .configuration_connected_olmo import ConnectedOlmo2Config, ConnectedOlmoeCo
 _FP32 = ["attn_connection", "mlp_connection", "leave"]
 
 
-class Connection(nn.Module):
+class Connection(nn.Module, ABC):
     """One site. Its parameters are reached by calling it alone, so that they may be offloaded.
 
     Args:
@@ -58,13 +59,17 @@ class Connection(nn.Module):
         for name, shape in self.shapes(hidden_size).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
 
+    @abstractmethod
     def shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Of the parameters, by name."""
-        raise NotImplementedError
 
+    @abstractmethod
+    def init_weights(self) -> None:
+        """Set the parameters as a fresh model has them."""
+
+    @abstractmethod
     def coefficients(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """gamma [..., n, m], beta [..., n] and alpha [..., n, n] for slots [..., n, c]."""
-        raise NotImplementedError
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Stream [..., n*c] -> the sub-layer's input [..., d], and beta and alpha for `carry`."""
@@ -231,15 +236,10 @@ def _site(config: Any, sub_layer: int) -> Connection:
     return kind(config.hidden_size, config.connection, sub_layer)
 
 
-def _init_site(module: nn.Module) -> None:
-    if isinstance(module, PerSlotConnection | ManifoldConnection | Leave):
-        module.init_weights()
+class _ConnectedLayer:
+    """A decoder layer with a connection around its attention and its MLP; subclasses say where their norms are."""
 
-
-class ConnectedOlmoeDecoderLayer(OlmoeDecoderLayer):
-    """Norms what its sub-layers read."""
-
-    def __init__(self, config: ConnectedOlmoeConfig, layer_idx: int) -> None:
+    def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.options, self.is_first = config.connection, layer_idx == 0
         self.attn_connection = _site(config, 2 * layer_idx)
@@ -248,97 +248,97 @@ class ConnectedOlmoeDecoderLayer(OlmoeDecoderLayer):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         h = enter(hidden_states, self.options) if self.is_first else hidden_states
         x, *write = self.attn_connection(h)
-        h = carry(self.self_attn(self.input_layernorm(x), **kwargs)[0], h, *write, self.options)
+        h = carry(self.attend(x, **kwargs), h, *write, self.options)
         x, *write = self.mlp_connection(h)
-        return carry(self.mlp(self.post_attention_layernorm(x)), h, *write, self.options)
+        return carry(self.feed(x), h, *write, self.options)
 
 
-class ConnectedOlmoePreTrainedModel(OlmoePreTrainedModel):
+class _ConnectedPreTrainedModel:
+    _keep_in_fp32_modules_strict = _FP32
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Connection | Leave):
+            module.init_weights()
+
+
+class _ConnectedModel:
+    """A stack of `layer_class`, of whose stream the final norm, `norm_class`, reads what is left."""
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [self.layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        norm = self.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = LeavingNorm(norm, Leave(config.hidden_size, config.connection))
+        self.rotary_emb = self.rotary_class(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class _ConnectedForCausalLM:
+    """A stack of `model_class` and the output layer."""
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class ConnectedOlmoeDecoderLayer(_ConnectedLayer, OlmoeDecoderLayer):
+    """Norms what its sub-layers read."""
+
+    def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.self_attn(self.input_layernorm(x), **kwargs)[0]
+
+    def feed(self, x: Tensor) -> Tensor:
+        return self.mlp(self.post_attention_layernorm(x))
+
+
+class ConnectedOlmoePreTrainedModel(_ConnectedPreTrainedModel, OlmoePreTrainedModel):
     config: ConnectedOlmoeConfig
     config_class = ConnectedOlmoeConfig
     _no_split_modules: ClassVar = ["ConnectedOlmoeDecoderLayer"]
-    _keep_in_fp32_modules_strict = _FP32
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        _init_site(module)
 
 
-class ConnectedOlmoeModel(ConnectedOlmoePreTrainedModel, OlmoeModel):
+class ConnectedOlmoeModel(_ConnectedModel, ConnectedOlmoePreTrainedModel, OlmoeModel):
+    layer_class, norm_class, rotary_class = ConnectedOlmoeDecoderLayer, OlmoeRMSNorm, OlmoeRotaryEmbedding
+
+
+class ConnectedOlmoeForCausalLM(_ConnectedForCausalLM, ConnectedOlmoePreTrainedModel, OlmoeForCausalLM):
+    model_class = ConnectedOlmoeModel
+
     def __init__(self, config: ConnectedOlmoeConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [ConnectedOlmoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
-        norm = OlmoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm = LeavingNorm(norm, Leave(config.hidden_size, config.connection))
-        self.rotary_emb = OlmoeRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-
-class ConnectedOlmoeForCausalLM(ConnectedOlmoePreTrainedModel, OlmoeForCausalLM):
-    def __init__(self, config: ConnectedOlmoeConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.model = ConnectedOlmoeModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        super().__init__(config)
         self.router_aux_loss_coef = config.router_aux_loss_coef
         self.num_experts, self.num_experts_per_tok = config.num_experts, config.num_experts_per_tok
-        self.post_init()
 
 
-class ConnectedOlmo2DecoderLayer(Olmo2DecoderLayer):
+class ConnectedOlmo2DecoderLayer(_ConnectedLayer, Olmo2DecoderLayer):
     """Norms what its sub-layers return."""
 
-    def __init__(self, config: ConnectedOlmo2Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.options, self.is_first = config.connection, layer_idx == 0
-        self.attn_connection = _site(config, 2 * layer_idx)
-        self.mlp_connection = _site(config, 2 * layer_idx + 1)
+    def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.post_attention_layernorm(self.self_attn(x, **kwargs)[0])
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        h = enter(hidden_states, self.options) if self.is_first else hidden_states
-        x, *write = self.attn_connection(h)
-        h = carry(self.post_attention_layernorm(self.self_attn(x, **kwargs)[0]), h, *write, self.options)
-        x, *write = self.mlp_connection(h)
-        return carry(self.post_feedforward_layernorm(self.mlp(x)), h, *write, self.options)
+    def feed(self, x: Tensor) -> Tensor:
+        return self.post_feedforward_layernorm(self.mlp(x))
 
 
-class ConnectedOlmo2PreTrainedModel(Olmo2PreTrainedModel):
+class ConnectedOlmo2PreTrainedModel(_ConnectedPreTrainedModel, Olmo2PreTrainedModel):
     config: ConnectedOlmo2Config
     config_class = ConnectedOlmo2Config
     _no_split_modules: ClassVar = ["ConnectedOlmo2DecoderLayer"]
-    _keep_in_fp32_modules_strict = _FP32
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        _init_site(module)
 
 
-class ConnectedOlmo2Model(ConnectedOlmo2PreTrainedModel, Olmo2Model):
-    def __init__(self, config: ConnectedOlmo2Config) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [ConnectedOlmo2DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
-        norm = Olmo2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm = LeavingNorm(norm, Leave(config.hidden_size, config.connection))
-        self.rotary_emb = Olmo2RotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
+class ConnectedOlmo2Model(_ConnectedModel, ConnectedOlmo2PreTrainedModel, Olmo2Model):
+    layer_class, norm_class, rotary_class = ConnectedOlmo2DecoderLayer, Olmo2RMSNorm, Olmo2RotaryEmbedding
 
 
-class ConnectedOlmo2ForCausalLM(ConnectedOlmo2PreTrainedModel, Olmo2ForCausalLM):
-    def __init__(self, config: ConnectedOlmo2Config) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.model = ConnectedOlmo2Model(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+class ConnectedOlmo2ForCausalLM(_ConnectedForCausalLM, ConnectedOlmo2PreTrainedModel, Olmo2ForCausalLM):
+    model_class = ConnectedOlmo2Model
