@@ -58,12 +58,8 @@ _WIDTH_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "boundary forward": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH}),
     "boundary backward": (width_backward_kernel, {**_BACKWARD, "pre": _BACK}),
 }
-GENERAL = ", general"
-# By name; what has a main kernel is that, where there is one, and besides the general kernel under another name.
-KERNELS = {
-    **_WIDTH_KERNELS,
-    **_DEPTH_KERNELS,
-    # With coefficients that torch has made, as those on a manifold.
+# With coefficients that torch has made, as those on a manifold.
+_GIVEN_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "given width forward": (
         width_forward_kernel,
         {**_FORWARD, "pre": launch.DepthInputs(dropout=0.0), "given": Given(FP32), "p": _NO_P, **_NO_COEFFICIENTS},  # type: ignore[arg-type]
@@ -79,13 +75,20 @@ KERNELS = {
             "partial": Partial(weight=FP32),  # type: ignore[arg-type]
         },
     ),
+}
+GENERAL = ", general"
+# By name; what has a main kernel is that, where there is one, and besides the general kernel under another name.
+KERNELS = {
+    **_WIDTH_KERNELS,
+    **_DEPTH_KERNELS,
+    **_GIVEN_KERNELS,
     # With the bias and dropout of Megatron's slot.
     "boundary forward, b+d": (width_forward_kernel, {**_FORWARD, "pre": _DEPTH._replace(**_BIAS_DROPOUT)}),
     "boundary backward, b+d": (
         width_backward_kernel,
         {**_BACKWARD, "pre": _BACK._replace(**_BIAS_DROPOUT), "partial": _PARTIAL._replace(output_bias=FP32)},  # type: ignore[arg-type]
     ),
-    **{name + GENERAL: kernel for name, kernel in _WIDTH_KERNELS.items()},
+    **{name + GENERAL: kernel for name, kernel in (_WIDTH_KERNELS | _GIVEN_KERNELS).items()},
 }
 # What is recorded: of Frac-Connections all but what manifolds need; of wider streams all but bias and dropout.
 FRAC = tuple(name for name in KERNELS if not name.startswith("given"))
@@ -182,8 +185,9 @@ def launched_as(shape: Shape, arch: int) -> Launch:
         cut = cuts.cut_for(cuts.WIDTH_BACKWARD if direction == "backward" else cuts.WIDTH, width // m)
     site = cuts.site_of(cut, stream, n, m, operands, norm)
     main: main_cuts.Main | str | None = None
-    if name in _WIDTH_KERNELS:
-        main = main_cuts.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch])
+    if name in _WIDTH_KERNELS or name in _GIVEN_KERNELS:
+        given = name in _GIVEN_KERNELS
+        main = main_cuts.planned(direction, site, "boundary" in name, SHARED_MEMORY[arch], given)
     elif name == "depth forward":
         main = main_cuts.planned_depth(site, SHARED_MEMORY[arch])
     if isinstance(main, main_cuts.Main):

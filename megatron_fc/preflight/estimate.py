@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.config import FracConfig, HyperConfig
+from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.kernels.availability import has_main_kernels, without_kernels
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.norm_options import norms_from_args
@@ -208,7 +208,7 @@ def _of_connections(shape: Shape, training: Training) -> Iterator[str]:
         return
     if not training.fused_connections:
         yield f"{shape.connection.label} is planned as its torch operations run, without fused kernels"
-    elif shape.is_wide and not _runs_on_main_kernels(shape.connection):
+    elif not training.main_kernels:
         yield (
             f"the kernels of {shape.connection.label} are planned at the speed of memory; they are predicted to miss "
             f"it, in backward by a factor of three (docs/kernels.md)"
@@ -216,12 +216,12 @@ def _of_connections(shape: Shape, training: Training) -> Iterator[str]:
 
 
 def _runs_on_main_kernels(connection: ConnectionConfig | None) -> bool:
-    """Those predict what is per slot, every coefficient of it."""
-    return (
-        isinstance(connection, HyperConfig)
-        and connection.dynamic
-        and has_main_kernels(connection.slots, connection.fractions)
-    )
+    """Those mix slots with coefficients on a manifold, and predict what is per slot, every coefficient of it."""
+    if connection is None:
+        return False
+    on_manifold = isinstance(connection, ManifoldConfig)
+    predicted = isinstance(connection, HyperConfig) and connection.dynamic
+    return (on_manifold or predicted) and has_main_kernels(connection.slots, connection.fractions, on_manifold)
 
 
 def _recompute(args: Namespace, connection: ConnectionConfig | None) -> Recompute:

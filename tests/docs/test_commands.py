@@ -92,7 +92,7 @@ def test_the_tests_that_run_the_others_exist() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders `data` and `src`, documents, of all clones, and the text that they are made of."""
+    """The folders `data/demo` and `src`, documents, of all clones, and the text that they are made of."""
     folder = tmp_path_factory.mktemp("documented")
     (folder / "text").mkdir()
     (folder / "sitecustomize.py").write_text(HERE)
@@ -114,7 +114,8 @@ def clone(data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / path).symlink_to(ROOT / path)
     for path in ("configs", "launch"):
         shutil.copytree(ROOT / path, tmp_path / path, ignore=shutil.ignore_patterns("site.sh"))
-    for path in ("data", "src"):
+    (tmp_path / "data").mkdir()
+    for path in ("data/demo", "src"):
         (tmp_path / path).symlink_to(data / path)
     shrink(tmp_path / "configs" / "demo.yaml", TO_PRUNE if name == "docs/modelopt.md" else {})
     programs = tmp_path / ".venv" / "bin"

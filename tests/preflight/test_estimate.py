@@ -581,9 +581,14 @@ def test_a_report_of_a_wider_stream(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert part in printed
     assert "planned at the speed of memory" not in printed
-    assert ask("connection=mhc", *words[1:]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "note: the kernels of mhc_x4 are planned at the speed of memory" in printed
+    for connection, label in (
+        (["connection=mhc"], None),
+        (["connection=mfc"], "mfc_x4"),
+        (["connection=mhc", "rate=8"], "mhc_x8"),
+    ):
+        assert ask(*connection, *words[1:]) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        assert (f"note: the kernels of {label} are planned at the speed of memory" in printed) == (label is not None)
     assert ask("connection=dhc", "rate=3", "backend=triton") == 2
     assert "backend=triton cannot run: the kernels are for slots 1, 2, 4, 8, 16, not 3" in capsys.readouterr().err
     assert ask(*words, "backend=torch") == 0

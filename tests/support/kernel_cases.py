@@ -69,10 +69,18 @@ def check(case: kernel_reference.Case, tolerance: float) -> None:
         assert kernel_reference.error(one, expected) < tolerance
 
 
+def given_coefficients(case: kernel_reference.Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """gamma [T, n*m] and alpha [T, n*n] of a case, random and not symmetric."""
+    n, random = case.config.slots, torch.Generator().manual_seed(case.h.numel())
+    sizes = (n * case.config.fractions, n * n)
+    gamma, alpha = (torch.randn(len(case.h), size, generator=random).to(case.h.device) for size in sizes)
+    return gamma, alpha
+
+
 def check_given(case: kernel_reference.Case, tolerance: float) -> None:
     """Coefficients from elsewhere, as a manifold's."""
-    n, m = case.config.slots, case.config.fractions
-    gamma, alpha = case.g_beta.repeat(1, m) + 1, case.g_beta.repeat(1, n) * case.g_beta.repeat_interleave(n, 1)
+    m = case.config.fractions
+    gamma, alpha = given_coefficients(case)
     x, gradients = kernel_reference.given_and_gradients(case, gamma, alpha)
     assert kernel_reference.error(launch.given_width_forward(case.h, gamma, m, case.norm), x) < tolerance
 

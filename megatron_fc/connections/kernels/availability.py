@@ -17,9 +17,12 @@ def without_kernels(config: ConnectionConfig) -> str | None:
     return f"the kernels are for {config.slots_option} {', '.join(map(str, TRITON_SLOTS))}, not {config.slots}"
 
 
-def has_main_kernels(slots: int, fractions: int) -> bool:
-    """Whether there are kernels of their own for this shape, beside those that do every shape."""
-    return (slots in (2, 4, 8) and fractions == slots) or (slots in (2, 4) and fractions == 1)
+def has_main_kernels(slots: int, fractions: int, given: bool = False) -> bool:
+    """Whether there are kernels of their own for this shape, beside those that do every shape.
+
+    given: coefficients come from elsewhere, as those on a manifold.
+    """
+    return (slots in ((2,) if given else (2, 4, 8)) and fractions == slots) or (slots in (2, 4) and fractions == 1)
 
 
 def triton_obstacle(device: str, dtype: torch.dtype = torch.float32) -> str | None:

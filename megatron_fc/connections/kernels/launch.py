@@ -23,7 +23,7 @@ from megatron_fc.connections.kernels.cuts import (
     site_of,
 )
 from megatron_fc.connections.kernels.depth import depth_backward_kernel, depth_forward_kernel
-from megatron_fc.connections.kernels.gluon.choice import main_backward, main_depth, main_forward
+from megatron_fc.connections.kernels.gluon.choice import main_backward, main_depth, main_forward, main_given
 from megatron_fc.connections.kernels.gluon.cuts import Main
 from megatron_fc.connections.kernels.sums import Gradients, Partial, reduce_kernel
 from megatron_fc.connections.kernels.tables import Given
@@ -103,9 +103,11 @@ def given_width_forward(h: Tensor, gamma: Tensor, fractions: int, norm: NormWeig
     slots = gamma.shape[1] // fractions
     c = h.shape[-1] // slots
     x, cut = h.new_empty(*h.shape[:-1], c * fractions), cut_for(WIDTH, c)
-    site = site_of(cut, h, slots, fractions, norm=norm)
+    kernel, site = width_forward_kernel, site_of(cut, h, slots, fractions, norm=norm)
+    if (main := main_given("forward", site, (h, x), (gamma,), norm)) is not None:
+        kernel, site, cut = main.kernel, main.site, cut_of(main)
     arguments = (h, DepthInputs(), Given(gamma), _NO_PARAMETERS, _weights(norm), x, None, None)
-    _launch(width_forward_kernel, site, cut, h, *arguments)
+    _launch(kernel, site, cut, h, *arguments)
     return x
 
 
@@ -124,13 +126,13 @@ def given_width_backward(
     """
     norm, slots = norm if g_x is not None else None, gamma.shape[1] // fractions
     cut = cut_for(WIDTH_BACKWARD, h.shape[-1] // slots)
-    site = site_of(cut, h, slots, fractions, norm=norm)
+    kernel, site = width_backward_kernel, site_of(cut, h, slots, fractions, norm=norm)
+    if (main := main_given("backward", site, (h, g_x, g_mixed), (gamma, alpha), norm)) is not None:
+        kernel, site, cut = main.kernel, main.site, cut_of(main)
     g_gamma = None if g_x is None else torch.empty_like(gamma)
     g_alpha = None if g_mixed is None else torch.empty_like(alpha)
     given = Given(gamma, alpha, g_gamma, g_alpha)
-    g_h, gradients = _gradients(
-        width_backward_kernel, g_x, None, g_mixed, h, DepthInputs(), given, _NO_PARAMETERS, norm, site, cut
-    )
+    g_h, gradients = _gradients(kernel, g_x, None, g_mixed, h, DepthInputs(), given, _NO_PARAMETERS, norm, site, cut)
     return g_h, g_gamma, g_alpha, gradients
 
 

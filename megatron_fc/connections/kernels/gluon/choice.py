@@ -50,6 +50,20 @@ def main_backward(
     return _main("backward", site, [h, *streams, *before[:1]], [g_beta, *before[1:]], depth, p, norm)
 
 
+def main_given(
+    direction: Direction,
+    site: Site,
+    rows: Sequence[Tensor | None],
+    values: Sequence[Tensor],
+    norm: NormWeights | None,
+) -> Main | None:
+    """The main kernel for a width connection whose coefficients are given, as `values`, None if it cannot.
+
+    rows: h and x, or h and the gradients of x and of the mixed residual.
+    """
+    return _chosen_for(direction, site, _call(rows, values), rows, norm, boundary=False, given=True)
+
+
 def main_depth(site: Site, out: Tensor, depth: Any) -> Main | None:
     """The main kernel for a depth connection alone that the general one would run as `site`, None if it cannot."""
     call = _call((out, depth.o, depth.h), (depth.beta, depth.alpha), depth)
@@ -77,37 +91,48 @@ def _main(
 ) -> Main | None:
     """rows: of d elements per token; values: in fp32, few per token."""
     call = _call(rows, values, depth)
+    call = call._replace(values=call.values | {t.dtype for t in p.parameters if t is not None})
+    return _chosen_for(direction, site, call, rows, norm, boundary=depth.o is not None, given=False)
+
+
+def _chosen_for(
+    direction: Direction,
+    site: Site,
+    call: Call,
+    rows: Sequence[Tensor | None],
+    norm: NormWeights | None,
+    boundary: bool,
+    given: bool,
+) -> Main | None:
     weights = norm[1:3] if norm is not None else ()
-    call = call._replace(
-        rows=call.rows | {t.dtype for t in weights if t is not None},
-        values=call.values | {t.dtype for t in p.parameters if t is not None},
-    )
+    call = call._replace(rows=call.rows | {t.dtype for t in weights if t is not None})
     device = next(t.device for t in rows if t is not None)
-    return _chosen(direction, site, depth.o is not None, call, device, triton.__version__)
+    return _chosen(direction, site, boundary, given, call, device, triton.__version__)
 
 
-def _call(rows: Sequence[Tensor | None], values: Sequence[Tensor | None], depth: Any) -> Call:
+def _call(rows: Sequence[Tensor | None], values: Sequence[Tensor | None], depth: Any = None) -> Call:
     there = [t for t in rows if t is not None]
     return Call(
         rows=frozenset(t.dtype for t in there),
         values=frozenset(t.dtype for t in values if t is not None),
         all_there=not any(t is None for t in (*rows, *values)),
         aligned=all(t.data_ptr() % 16 == 0 for t in there),
-        plain=depth.bias is None and depth.seed is None,
+        plain=depth is None or (depth.bias is None and depth.seed is None),
     )
 
 
 @functools.cache
 def _chosen(
-    direction: Direction, site: Site, boundary: bool, call: Call, device: torch.device, version: str
+    direction: Direction, site: Site, boundary: bool, given: bool, call: Call, device: torch.device, version: str
 ) -> Main | None:
     """Which kernel runs is said once for each kind of call."""
     tested = version.startswith(VERIFIED)
     if tested:
-        found = _obstacle(call) or _obstacle_on(device) or planned(direction, site, boundary, _room(device))
+        found = _obstacle(call) or _obstacle_on(device) or planned(direction, site, boundary, _room(device), given)
     else:
         found = f"the main one was verified with Triton {VERIFIED}*, not with {version}"
     what = f"{'Boundaries' if boundary else 'Width connections'} of {_shape(site)}"
+    what += ", coefficients given," if given else ""
     logger = logging.getLogger("megatron_fc")
     if isinstance(found, Main):
         logger.info("%s run %s on the main kernel", what, direction)

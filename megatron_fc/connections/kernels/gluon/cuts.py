@@ -26,23 +26,29 @@ class Needs(NamedTuple):
     registers: int
 
 
-def planned(direction: Direction, site: Site, boundary: bool, room: int) -> Main | str:
+def planned(direction: Direction, site: Site, boundary: bool, room: int, given: bool = False) -> Main | str:
     """The main kernel for what the general one would run as `site`, or why there is none.
 
-    room: bytes of shared memory that a program may have.
+    Args:
+        direction: of the pass.
+        site: of the general kernel.
+        boundary: a depth connection comes first.
+        room: bytes of shared memory that a program may have.
+        given: its coefficients come from elsewhere.
     """
     obstacle = first_of(
         {
-            f"{site.N} slots with {site.M} fractions": not has_main_kernels(site.N, site.M),
-            "static coefficients": site.TO - site.FROM != 1 + site.M + site.N,
+            f"{site.N} slots with {site.M} fractions": not has_main_kernels(site.N, site.M, given),
+            "static coefficients": not given and site.TO - site.FROM != 1 + site.M + site.N,
             "layer norms": "layernorm" in (site.NORM, site.SUB_NORM),
             _columns(site): site.C % 16 != 0,
         }
     )
     if obstacle:
         return obstacle
-    ways = [(cut, _needs(direction, cut, boundary), False) for cut in _narrow(direction, site)]
-    ways += [(cut, _wide_needs(direction, cut, boundary), True) for cut in _wide(site)]
+    narrow = [] if given else _narrow(direction, site)
+    ways = [(cut, _needs(direction, cut, boundary), False) for cut in narrow]
+    ways += [(cut, _wide_needs(direction, cut, given), True) for cut in _wide(site)]
     for cut, needs, wide in ways:
         by_memory = (room + 1024) // (needs.shared + 1024)
         if by_memory:
@@ -122,7 +128,7 @@ def _needs(direction: Direction, site: Site, boundary: bool) -> Needs:
     return Needs(rows + tables + 2 * site.R * matrices * 2 + 1024 * site.W, registers)
 
 
-def _wide_needs(direction: Direction, site: Site, boundary: bool) -> Needs:
+def _wide_needs(direction: Direction, site: Site, given: bool) -> Needs:
     """Of the kernels of wide slots."""
     tokens = site.R // site.N
     rows, products = site.R + (4 if site.M + site.N < 4 else 8), site.KP + site.N
@@ -130,4 +136,4 @@ def _wide_needs(direction: Direction, site: Site, boundary: bool) -> Needs:
         rows, products = rows + site.R + (tokens + 1) * site.M, products + site.M + site.N
     tables = site.R * (2 * site.N + 2 * site.M + 3 * site.KP + 4)
     shared = rows * site.W * site.K * site.CHUNKS * 2 + (site.W * 16 * products + tables) * 4 + 1024
-    return Needs(shared, 256)
+    return Needs(shared, 128 if given and direction == "forward" and site.CHUNKS <= 4 else 256)

@@ -8,9 +8,11 @@ from megatron_fc.connections.kernels.gluon.tables import (
     beside,
     bounded,
     from_tokens,
+    given_coefficients,
     input_deviation,
     predictions,
     product,
+    store_table,
     to_tokens,
     token_sum,
 )
@@ -48,15 +50,7 @@ def coefficient_gradients(z_s, gram, with_u, d_alpha, d_beta_s, fixed, sums, S: 
     gamma = s_gamma + scale_alpha * t_gamma + beside(spoilt, S.M, S)
     alpha = s_alpha + scale_alpha * t_alpha + beside(spoilt, S.N, S)
 
-    gamma3 = to_tokens(gamma, S)
-    if S.SUB_NORM == "rmsnorm":
-        sub, with_x = input_deviation(gamma3, to_tokens(gram, S), S)
-        with_u3 = to_tokens(with_u, S)
-        along = token_sum(product(gamma3, with_u3)) / (S.M * S.C) * sub
-        d_gamma = from_tokens(sub * (with_u3 - along * sub * with_x), S)
-        into_x = from_tokens(sub * gamma3, S)
-    else:
-        along, d_gamma, into_x = token_sum(gl.zeros_like(gamma3)), with_u, gamma
+    along, d_gamma, into_x = input_gradients(gamma, gram, with_u, S)
     d_beta = d_beta_s.load(gl.SliceLayout(1, layouts.table(S.N, S.W, S.R, 1)))[:, None]
     dz_gamma, dz_alpha, dz_beta = d_gamma * scale_alpha, d_alpha * scale_alpha, d_beta * scale_beta
     if S.TANH:
@@ -82,6 +76,34 @@ def coefficient_gradients(z_s, gram, with_u, d_alpha, d_beta_s, fixed, sums, S: 
         sums[5] + d_beta * t_beta,
     )
     return found, added
+
+
+@gluon.jit
+def input_gradients(gamma, gram, with_u, S: gl.constexpr):
+    """Mean of u times x [T, 1, 1], the gradient of gamma [R, M], and gamma by the deviation of x, if that is normed."""
+    gamma3 = to_tokens(gamma, S)
+    if S.SUB_NORM == "rmsnorm":
+        sub, with_x = input_deviation(gamma3, to_tokens(gram, S), S)
+        with_u3 = to_tokens(with_u, S)
+        along = token_sum(product(gamma3, with_u3)) / (S.M * S.C) * sub
+        d_gamma = from_tokens(sub * (with_u3 - along * sub * with_x), S)
+        into_x = from_tokens(sub * gamma3, S)
+    else:
+        along, d_gamma, into_x = token_sum(gl.zeros_like(gamma3)), with_u, gamma
+    return along, d_gamma, into_x
+
+
+@gluon.jit
+def given_gradients(gram, with_u, d_alpha, given, first, count, S: gl.constexpr):
+    """Of coefficients that are given, stored; returns those of x and of the mixed residual, and the mean of u times x.
+
+    gram, with_u, d_alpha: as of `coefficient_gradients`.
+    """
+    gamma = given_coefficients(given.gamma, gram, S.M, first, count, S)
+    along, d_gamma, into_x = input_gradients(gamma, gram, with_u, S)
+    store_table(given.g_gamma, d_gamma, first, count, S)
+    store_table(given.g_alpha, d_alpha, first, count, S)
+    return into_x, given_coefficients(given.alpha, gram, S.N, first, count, S), along
 
 
 @gluon.jit

@@ -134,8 +134,7 @@ def predictions(z_s, gram, S: gl.constexpr):
     z_alpha = total_of_warps(z_s, 0, S.N, S)
     z_gamma = total_of_warps(z_s, S.N, S.M, S)
     z_beta = total_of_warps(z_s, S.M + S.N, 1, S)
-    square = gl.sum(gl.where(table_row(S.N, S) % S.N == coefficient(S.N, S), gram, 0.0), axis=1)
-    spoilt = gl.where(is_finite(square), 0.0, float("nan"))
+    square, spoilt = squares(gram, S)
     deviation = gl.zeros_like(square) + 1.0
     if S.NORM == "rmsnorm":
         deviation = gl.rsqrt(square / S.C + S.EPS)
@@ -143,6 +142,22 @@ def predictions(z_s, gram, S: gl.constexpr):
         z_alpha *= beside(deviation, S.N, S)
         z_beta *= beside(deviation, 1, S)
     return z_gamma, z_alpha, z_beta, deviation, spoilt
+
+
+@gluon.jit
+def squares(gram, S: gl.constexpr):
+    """Products of rows with themselves [R], and NaN for those that are not finite, else zero."""
+    square = gl.sum(gl.where(table_row(S.N, S) % S.N == coefficient(S.N, S), gram, 0.0), axis=1)
+    return square, gl.where(is_finite(square), 0.0, float("nan"))
+
+
+@gluon.jit
+def given_coefficients(pointer, gram, COLUMNS: gl.constexpr, first, count, S: gl.constexpr):
+    """A table [R, COLUMNS] of the rows from `first` on, NaN for bad rows; zero from `count` on."""
+    row = first + table_row(COLUMNS, S)
+    values = gl.load(pointer + row * COLUMNS + coefficient(COLUMNS, S), mask=row < count, other=0.0)
+    _, spoilt = squares(gram, S)
+    return values + beside(spoilt, COLUMNS, S)
 
 
 @gluon.jit

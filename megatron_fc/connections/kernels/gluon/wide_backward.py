@@ -32,16 +32,15 @@ from megatron_fc.connections.kernels.gluon.by_columns import (
     to_fp32,
     weight_of,
 )
-from megatron_fc.connections.kernels.gluon.gradients import coefficient_gradients, no_table_sums, store_table_sums
-from megatron_fc.connections.kernels.gluon.rows import (
-    copy_chunk,
-    copy_values,
-    inside,
-    keep_projection,
-    places,
-    row_of_projection,
+from megatron_fc.connections.kernels.gluon.gradients import (
+    coefficient_gradients,
+    given_gradients,
+    no_table_sums,
+    store_table_sums,
 )
+from megatron_fc.connections.kernels.gluon.rows import copy_chunk, copy_values, keep_projection
 from megatron_fc.connections.kernels.gluon.tables import beside, static_coefficients, total_of_warps, two_halves
+from megatron_fc.connections.kernels.gluon.wide_sums import no_sums, over_rows, store_sums
 
 
 @gluon.jit
@@ -66,34 +65,28 @@ def inputs_of(memory, weight, S: gl.constexpr):
 
 
 @gluon.jit
-def no_sums(S: gl.constexpr):
-    """Of a program, by chunks: for the projection [W, 64, KP] and the sub-layer norm's weight [W, M, 64]."""
-    CHUNKS: gl.constexpr = S.CHUNKS
-    projection = ()
-    weight = ()
-    for _ in gl.static_range(CHUNKS):
-        projection = projection + (gl.zeros([S.W, S.K, S.KP], gl.float32, layouts.products(S.W)),)
-        weight = weight + (gl.zeros([S.W, S.M, S.K], gl.float32, layouts.columns(S.W, S.M)),)
-    return projection, weight
+def products_of_rows(products, S: gl.constexpr):
+    """Of rows of h with those of h [R, N], of u = g_x times the sub-layer norm's weight [R, M], and of g_mixed [R, N].
+
+    products: the same by warp.
+    """
+    gram = total_of_warps(products[0].slice(0, S.R, dim=1), 0, S.N, S)
+    with_u = total_of_warps(products[1].slice(0, S.R, dim=1), 0, S.M, S)
+    return gram, with_u, total_of_warps(products[2].slice(0, S.R, dim=1), 0, S.N, S)
 
 
 @gluon.jit
 def table_gradients(z_s, products, d_beta_s, tables, fixed, sums, S: gl.constexpr):
     """All algebra between the passes: it leaves tables for the second one in memory. Returns the sums.
 
-    products: of rows of h with those of h, of u = g_x times the sub-layer norm's weight, and of g_mixed, by warp.
+    products: of `products_of_rows`.
     """
-    to_h_s, into_x_s, along_s, Z_s = tables
-    gram = total_of_warps(products[0].slice(0, S.R, dim=1), 0, S.N, S)
-    with_u = total_of_warps(products[1].slice(0, S.R, dim=1), 0, S.M, S)
-    d_alpha = total_of_warps(products[2].slice(0, S.R, dim=1), 0, S.N, S)
+    to_h_s, _, _, Z_s = tables
+    gram, with_u, d_alpha = products
     z_s = z_s.slice(0, S.R, dim=1)
     found, sums = coefficient_gradients(z_s, gram, with_u, d_alpha, d_beta_s, fixed, sums, S)
     into_x, alpha, along, slope, dz, _ = found
-    into_x_s.reshape([S.R, S.M]).store(into_x)
-    along_s.store(along)
-    store_columns(to_h_s, alpha, 0)
-    store_columns(to_h_s, into_x, S.N)
+    store_tables(tables, into_x, alpha, along, S)
     store_columns(to_h_s, beside(-slope, 1, S), S.N + S.M)
     store_columns(to_h_s, dz[1], 8)
     store_columns(to_h_s, dz[0], 8 + S.N)
@@ -102,6 +95,16 @@ def table_gradients(z_s, products, d_beta_s, tables, fixed, sums, S: gl.constexp
     store_z(Z_s, dz[0], S.N, S)
     store_z(Z_s, dz[2], S.N + S.M, S)
     return sums
+
+
+@gluon.jit
+def store_tables(tables, into_x, alpha, along, S: gl.constexpr):
+    """What the second pass needs of any coefficients."""
+    to_h_s, into_x_s, along_s, _ = tables
+    into_x_s.reshape([S.R, S.M]).store(into_x)
+    along_s.store(along)
+    store_columns(to_h_s, alpha, 0)
+    store_columns(to_h_s, into_x, S.N)
 
 
 @gluon.jit
@@ -123,17 +126,6 @@ def store_z(Z_s, values, FIRST: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
-def over_rows(memory, Z_s, total, S: gl.constexpr):
-    """total [W, 64, KP] + what a chunk of h adds to the projection's gradient."""
-    RIGHT: gl.constexpr = layouts.right(S.W)
-    rows = again(memory.permute([0, 2, 1]), 2, 16, layouts.left(S.W))
-    for first in gl.static_range(0, 2 * S.R, 16):
-        z = Z_s.slice(first, 16, dim=0).load(gl.SliceLayout(0, RIGHT))[None, :, :]
-        total = mma_v2(rows, z.broadcast_to([S.W, 16, S.KP]), total)
-    return total
-
-
-@gluon.jit
 def two_columns(rows, S: gl.constexpr):
     """The first and the second column of every lane, [W, R, 32] each."""
     return gl.split(gl.reshape(rows, [S.W, S.R, 32, 2]))
@@ -148,25 +140,6 @@ def add_products(total, a, b, S: gl.constexpr):
 
 
 @gluon.jit
-def store_sums(partial, d_projection, d_weight, S: gl.constexpr):
-    """A program's sums for the projection and the sub-layer norm's weight."""
-    CHUNKS: gl.constexpr = S.CHUNKS
-    L: gl.constexpr = layouts.products(S.W)
-    program = gl.program_id(0)
-    warp = gl.arange(0, S.W, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
-    column = warp * S.K + gl.arange(0, S.K, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    k = gl.arange(0, S.KP, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    for n in gl.static_range(CHUNKS):
-        row = program * (1 + S.M + S.N) + row_of_projection(k, S)
-        mask = inside(k, column, n, 1 + S.M + S.N, S)
-        gl.store(partial.projection + row * S.C + n * (S.W * S.K) + column, d_projection[n], mask=mask)
-        if partial.weight is not None:
-            fraction, own = places(S.M, layouts.columns(S.W, S.M), S)
-            at = (program * S.M + fraction) * S.C + n * (S.W * S.K) + own
-            gl.store(partial.weight + at, d_weight[n], mask=inside(fraction, own, n, S.M, S))
-
-
-@gluon.jit
 def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, partial, count, S: gl.constexpr):
     """As `megatron_fc.connections.kernels.width.width_backward_kernel`."""
     CHUNKS: gl.constexpr = S.CHUNKS
@@ -177,10 +150,11 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
     INPUTS: gl.constexpr = layouts.columns(S.W, T * S.M)
     ROWS: gl.constexpr = layouts.rows_in_memory()
     h_s, m_s, x_s = chunks(dtype, S.R, S), chunks(dtype, S.R, S), chunks(dtype, T * S.M, S)
-    w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, projection_rows(S), S.K], ROWS)
     weight_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, S.M, S.K], layouts.plain(3))
-    d_beta_s = gl.allocate_shared_memory(gl.float32, [S.R], layouts.plain(1))
-    z_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.KP], layouts.plain(3))
+    if given.gamma is None:
+        w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, projection_rows(S), S.K], ROWS)
+        d_beta_s = gl.allocate_shared_memory(gl.float32, [S.R], layouts.plain(1))
+        z_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.KP], layouts.plain(3))
     gram_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.N], layouts.plain(3))
     with_u_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.M], layouts.plain(3))
     with_mixed_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.N], layouts.plain(3))
@@ -193,19 +167,22 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
         beta_s = gl.allocate_shared_memory(gl.float32, [S.R], layouts.plain(1))
 
     first = gl.program_id(0) * S.R
-    copy_values(d_beta_s, g_beta, first, count, S.R, S)
+    if given.gamma is None:
+        copy_values(d_beta_s, g_beta, first, count, S.R, S)
     for n in gl.static_range(CHUNKS):
         copy_chunk(h_s[n], h, n, first, count, S)
         copy_chunk(m_s[n], g_mixed, n, first, count, S)
         copy_chunk(x_s[n], g_x, n, fractions_of(first, S), fractions_of(count, S), S)
     async_copy.commit_group()
-    keep_projection(w_s, p, S)
+    if given.gamma is None:
+        keep_projection(w_s, p, S)
     if S.SUB_NORM != "none":
         keep_weight(weight_s, norm, S)
-    Z_s.store(gl.zeros([2 * S.R, S.KP], dtype, gl.BlockedLayout([1, 1], [8, 4], [S.W, 1], [1, 0])))
-    fixed = static_coefficients(p, S)
     d_projection, d_weight = no_sums(S)
-    sums = no_table_sums(S)
+    if given.gamma is None:
+        Z_s.store(gl.zeros([2 * S.R, S.KP], dtype, gl.BlockedLayout([1, 1], [8, 4], [S.W, 1], [1, 0])))
+        fixed = static_coefficients(p, S)
+        sums = no_table_sums(S)
 
     while first < count:
         following = first + gl.num_programs(0) * S.R
@@ -216,11 +193,13 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
         with_u = gl.zeros([S.W, 16, max(8, T * S.M)], gl.float32, PRODUCTS)
         for n in gl.static_range(CHUNKS):
             rows = rows_of(h_s[n], S)
-            z = mma_v2(rows, columns_of(w_s.index(n), S), z)
+            if given.gamma is None:
+                z = mma_v2(rows, columns_of(w_s.index(n), S), z)
             gram = mma_v2(rows, columns_of(h_s[n], S), gram)
             with_mixed = mma_v2(rows, columns_of(m_s[n], S), with_mixed)
             with_u = mma_v2(rows, inputs_of(x_s[n], weight_s.index(n), S), with_u)
-        z_s.store(z)
+        if given.gamma is None:
+            z_s.store(z)
         gram_s.store(in_token(gram, S.R, S.N, S))
         with_mixed_s.store(in_token(with_mixed, S.R, S.N, S))
         with_u_s.store(in_token(with_u, T * S.M, S.M, S))
@@ -228,13 +207,18 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
             o = load_all(pre.o, fractions_of(first, S), fractions_of(count, S), T * S.M, S)
             copy_values(beta_s, pre.beta, first, count, S.R, S)
             async_copy.commit_group()
-        products = (gram_s, with_u_s, with_mixed_s)
+        products = products_of_rows((gram_s, with_u_s, with_mixed_s), S)
         tables = (to_h_s, into_x_s, along_s, Z_s)
-        sums = table_gradients(z_s, products, d_beta_s, tables, fixed, sums, S)
+        if given.gamma is None:
+            sums = table_gradients(z_s, products, d_beta_s, tables, fixed, sums, S)
+        else:
+            into_x, alpha, along = given_gradients(products[0], products[1], products[2], given, first, count, S)
+            store_tables(tables, into_x, alpha, along, S)
         if pre.o is not None:
             async_copy.wait_group(0)
             d_pre_beta, _ = two_columns(gl.zeros([S.W, S.R, S.K], gl.float32, COLUMNS), S)
-        copy_values(d_beta_s, g_beta, following, count, S.R, S)
+        if given.gamma is None:
+            copy_values(d_beta_s, g_beta, following, count, S.R, S)
         new_projection = ()
         new_weight = ()
         for n in gl.static_range(CHUNKS):
@@ -255,11 +239,12 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
                 g += of_slots(to_h_s, S.N + k, S) * u[k]
             if S.NORM == "rmsnorm":
                 g += of_slots(to_h_s, S.N + S.M, S) * gl.convert_layout(gl.reshape(rows, g.shape), g.type.layout)
-            projection = each(
-                to_fp32(w_s.index(n).load(layouts.columns(S.W, projection_rows(S)))), projection_rows(S), S
-            )
-            for k in gl.static_range(1 + S.M + S.N):
-                g += of_slots(to_h_s, 8 + k, S) * projection[k]
+            if given.gamma is None:
+                projection = each(
+                    to_fp32(w_s.index(n).load(layouts.columns(S.W, projection_rows(S)))), projection_rows(S), S
+                )
+                for k in gl.static_range(1 + S.M + S.N):
+                    g += of_slots(to_h_s, 8 + k, S) * projection[k]
             g = rounded(by_columns(g, S), dtype)
             store_rows(g_h, g, n, first, count, S)
             if pre.o is not None:
@@ -267,13 +252,15 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
                 d_pre_beta = add_products(d_pre_beta, g, for_turns(to_fp32(o[n]), S), S)
                 g_o = over_turns(per_row(beta_s, S) * g, S)
                 store_rows(pre.g_o, rounded(g_o, dtype), n, fractions_of(first, S), fractions_of(count, S), S)
-            new_projection = new_projection + (over_rows(h_s[n], Z_s, d_projection[n], S),)
+            if given.gamma is None:
+                new_projection = new_projection + (over_rows(h_s[n], Z_s, d_projection[n], S),)
             # These rows are done with: ask for those of the next tile.
             copy_chunk(h_s[n], h, n, following, count, S)
             copy_chunk(m_s[n], g_mixed, n, following, count, S)
             copy_chunk(x_s[n], g_x, n, fractions_of(following, S), fractions_of(count, S), S)
         async_copy.commit_group()
-        d_projection = new_projection
+        if given.gamma is None:
+            d_projection = new_projection
         if S.SUB_NORM != "none":
             d_weight = new_weight
         if pre.o is not None:
@@ -283,7 +270,8 @@ def wide_backward_kernel(g_x, g_beta, g_mixed, h, pre, given, p, norm, g_h, part
         first = following
     async_copy.wait_group(0)
     store_sums(partial, d_projection, d_weight, S)
-    store_table_sums(partial, sums, S)
+    if given.gamma is None:
+        store_table_sums(partial, sums, S)
 
 
 @gluon.jit

@@ -1,7 +1,8 @@
 """Width connection and the sub-layer's norm, or a boundary, of slots so wide that few tokens fit into a tile.
 
-Reads and writes of rows are those of `gluon.forward`, whose tables these kernels share; slots are mixed by
-`gluon.by_columns`. The sub-layer's output is in registers, asked for with the tile before.
+Coefficients are predicted here, or given, as those on a manifold are. Reads and writes of rows are those of
+`gluon.forward`, whose tables these kernels share; slots are mixed by `gluon.by_columns`. The sub-layer's output is in
+registers, asked for with the tile before.
 """
 
 from triton.experimental import gluon
@@ -31,6 +32,7 @@ from megatron_fc.connections.kernels.gluon.rows import copy_chunk, copy_values, 
 from megatron_fc.connections.kernels.gluon.tables import (
     beside,
     bounded,
+    given_coefficients,
     input_deviation,
     predictions,
     static_coefficients,
@@ -48,7 +50,20 @@ def store_coefficients(z_s, gram_s, gamma_s, fixed, beta, alpha, first, count, S
     z_gamma, z_alpha, z_beta, _, spoilt = predictions(z_s.slice(0, S.R, dim=1), gram, S)
     store_table(alpha, s_alpha + scale_alpha * bounded(z_alpha, S) + beside(spoilt, S.N, S), first, count, S)
     store_table(beta, s_beta + scale_beta * bounded(z_beta, S) + beside(spoilt, 1, S), first, count, S)
-    gamma = to_tokens(s_gamma + scale_alpha * bounded(z_gamma, S) + beside(spoilt, S.M, S), S)
+    store_gamma(gamma_s, s_gamma + scale_alpha * bounded(z_gamma, S) + beside(spoilt, S.M, S), gram, S)
+
+
+@gluon.jit
+def store_given(gram_s, gamma_s, given, first, count, S: gl.constexpr):
+    """The same where coefficients are given: those of x alone."""
+    gram = total_of_warps(gram_s.slice(0, S.R, dim=1), 0, S.N, S)
+    store_gamma(gamma_s, given_coefficients(given.gamma, gram, S.M, first, count, S), gram, S)
+
+
+@gluon.jit
+def store_gamma(gamma_s, gamma, gram, S: gl.constexpr):
+    """gamma [R, M] in shared memory, by the deviation of x where it is normed."""
+    gamma = to_tokens(gamma, S)
     if S.SUB_NORM == "rmsnorm":
         deviation, _ = input_deviation(gamma, to_tokens(gram, S), S)
         gamma *= deviation
@@ -65,8 +80,9 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
     COLUMNS: gl.constexpr = layouts.columns(S.W, S.R)
     ROWS: gl.constexpr = layouts.rows_in_memory()
     h_s = chunks(dtype, S.R, S)
-    w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, projection_rows(S), S.K], ROWS)
-    z_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.KP], layouts.plain(3))
+    if given.gamma is None:
+        w_s = gl.allocate_shared_memory(dtype, [CHUNKS, S.W, projection_rows(S), S.K], ROWS)
+        z_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.KP], layouts.plain(3))
     gram_s = gl.allocate_shared_memory(gl.float32, [S.W, 16, S.N], layouts.plain(3))
     gamma_s = gl.allocate_shared_memory(gl.float32, [T, S.N, S.M], layouts.plain(3))
     stream = h
@@ -81,12 +97,14 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
     for n in gl.static_range(CHUNKS):
         copy_chunk(h_s[n], stream, n, first, count, S)
     async_copy.commit_group()
-    keep_projection(w_s, p, S)
+    if given.gamma is None:
+        keep_projection(w_s, p, S)
     weight = ()
     if S.SUB_NORM != "none":
         for n in gl.static_range(CHUNKS):
             weight = weight + (weight_of(norm.weight, n, S),)
-    fixed = static_coefficients(p, S)
+    if given.gamma is None:
+        fixed = static_coefficients(p, S)
 
     while first < count:
         following = first + gl.num_programs(0) * S.R
@@ -103,15 +121,20 @@ def wide_forward_kernel(h, pre, given, p, norm, x, beta, alpha, count, S: gl.con
         gram = gl.zeros([S.W, 16, S.R], gl.float32, PRODUCTS)
         for n in gl.static_range(CHUNKS):
             rows = rows_of(h_s[n], S)
-            z = mma_v2(rows, columns_of(w_s.index(n), S), z)
+            if given.gamma is None:
+                z = mma_v2(rows, columns_of(w_s.index(n), S), z)
             gram = mma_v2(rows, columns_of(h_s[n], S), gram)
-        z_s.store(z)
+        if given.gamma is None:
+            z_s.store(z)
         gram_s.store(in_token(gram, S.R, S.N, S))
         if pre.o is not None:
             o = load_all(pre.o, fractions_of(following, S), fractions_of(count, S), T * S.M, S)
             copy_values(beta_s, pre.beta, following, count, S.R, S)
             copy_values(alpha_s, pre.alpha, following * S.N, count * S.N, S.R * S.N, S)
-        store_coefficients(z_s, gram_s, gamma_s, fixed, beta, alpha, first, count, S)
+        if given.gamma is None:
+            store_coefficients(z_s, gram_s, gamma_s, fixed, beta, alpha, first, count, S)
+        else:
+            store_given(gram_s, gamma_s, given, first, count, S)
         for n in gl.static_range(CHUNKS):
             out = from_slots(table_for(gamma_s, S), to_fp32(h_s[n].load(COLUMNS)), S)
             if S.SUB_NORM != "none":

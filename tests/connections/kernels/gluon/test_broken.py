@@ -97,6 +97,18 @@ class Boundary:
         return False
 
 
+class Given(Boundary):
+    """A width connection whose coefficients are given, in the same way."""
+
+    def run(self, direction: str) -> list[torch.Tensor]:
+        gamma, alpha = kernel_cases.given_coefficients(self.case)
+        if direction == "forward":
+            return [launch.given_width_forward(self.case.h, gamma, 1, self.case.norm)]
+        streams = (self.case.g_x, self.case.g_mixed, self.case.h)
+        *found, of_norm = launch.given_width_backward(*streams, gamma, alpha, 1, self.case.norm)
+        return [t for t in (*found, *of_norm) if t is not None]
+
+
 @pytest.fixture(scope="module")
 def boundary() -> Iterator[Boundary]:
     with emulated(90) as emulator:
@@ -107,6 +119,12 @@ def boundary() -> Iterator[Boundary]:
 def wide_boundary() -> Iterator[Boundary]:
     with emulated(90) as emulator:
         yield Boundary(emulator, HyperConfig(slots=4))
+
+
+@pytest.fixture(scope="module")
+def given() -> Iterator[Boundary]:
+    with emulated(90) as emulator:
+        yield Given(emulator, HyperConfig(slots=4))
 
 
 BROKEN: list[Broken] = [
@@ -175,6 +193,28 @@ WIDE: list[Broken] = [
 @pytest.mark.parametrize("broken", WIDE, ids=named)
 def test_a_broken_kernel_of_wide_slots_is_noticed(wide_boundary: Boundary, broken: Broken) -> None:
     assert wide_boundary.notices(*broken)
+
+
+GIVEN: list[Broken] = [
+    ("forward", BARRIER, 1, left_out),
+    ("forward", WAIT, 0, left_out),
+    ("forward", PRODUCT, 5, swapped),
+    ("forward", LOWER, 7, by_one_too_many),
+    ("forward", EXCHANGE, 2, with_another_lane),
+    ("backward", BARRIER, 4, left_out),
+    ("backward", WAIT, 0, left_out),
+    ("backward", COMMIT, 1, left_out),
+    ("backward", PRODUCT, 9, swapped),
+    ("backward", LOWER, 5, by_one_too_many),
+    ("backward", LOWER, 10, by_one_too_many),
+    ("backward", AS_IT_LIES, 20, transposed),
+    ("backward", EXCHANGE, 5, with_another_lane),
+]
+
+
+@pytest.mark.parametrize("broken", GIVEN, ids=named)
+def test_a_broken_kernel_of_given_coefficients_is_noticed(given: Boundary, broken: Broken) -> None:
+    assert given.notices(*broken)
 
 
 HARMLESS: list[Broken] = [

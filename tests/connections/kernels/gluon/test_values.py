@@ -13,7 +13,7 @@ import torch
 
 from laboratory.emulator import Options
 from laboratory.emulator.driver import Emulator
-from megatron_fc import FracConfig, FracConnection
+from megatron_fc import FracConfig, FracConnection, HyperConfig
 from megatron_fc.connections.kernels import cuts, launch
 from support import kernel_cases, kernel_reference
 from support.isolation import stays_alone
@@ -141,3 +141,23 @@ def test_identity_at_the_initial_values(emulator: Emulator, dtype: torch.dtype) 
     assert torch.equal(h, case.o + case.h)
     assert torch.equal(x, h)
     assert only_main(emulator)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("config", "dtype", "forward"),
+    [
+        (FracConfig(rate=2), torch.bfloat16, "wide_forward_kernel"),
+        (FracConfig(rate=4), torch.bfloat16, "main_forward_kernel"),
+        (FracConfig(rate=8), torch.float16, "main_forward_kernel"),
+        (HyperConfig(slots=2), torch.float16, "width_forward_kernel"),
+        (HyperConfig(slots=4), torch.bfloat16, "width_forward_kernel"),
+    ],
+)
+def test_the_widest_models(
+    emulator: Emulator, config: FracConfig | HyperConfig, dtype: torch.dtype, forward: str
+) -> None:
+    """At d = 7168 tiles of backward, and of whole slots, do not fit: general kernels run there."""
+    check(wide(config, 7168, 5, dtype, "rmsnorm"), HALF[dtype])
+    names = Counter(name for name, _ in emulator.launches)
+    assert (names[forward], names["width_backward_kernel"]) == (1, 1)
