@@ -28,6 +28,8 @@ ROOMS = (
     "evaluate",
     "convert",
     "data",
+    "ablation",
+    "analysis",
     "demo",
     "cli",
     "mpi",

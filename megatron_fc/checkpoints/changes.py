@@ -91,6 +91,11 @@ def changes(stored: Namespace | None, args: Namespace) -> Changes:
     }
 
 
+def is_model_setting(name: str) -> bool:
+    """Whether runs that differ in this argument of Megatron's train different models, apart from connections."""
+    return _MODEL.fullmatch(name) is not None
+
+
 def refuse_changes(checkpoint: Path, changed: Changes, *, fresh_optimizer: bool) -> None:
     """Check that a run which goes on with a checkpoint is the one that wrote it.
 

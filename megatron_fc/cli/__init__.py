@@ -4,6 +4,8 @@ They import what they need when they run: `runs` and `doctor` answer without tor
 """
 
 from megatron_fc.cli import (
+    ablate,
+    analyze,
     compare,
     convert,
     data,
@@ -44,6 +46,8 @@ COMMANDS = (
     lm_eval,
     data,
     demo,
+    ablate,
+    analyze,
     compare,
     runs,
     traffic,

@@ -76,11 +76,15 @@ class Session:
             step()
             return result
 
-        skipped = start * self.micro_batches
-        data = itertools.islice(iter(self._loader), skipped, None) if self._loader is not None else None
         config = get_model_config(self.chunks[0])
-        losses, _, _ = training.evaluate(counted, data, self.chunks, None, config, eval_iters=iterations)
+        losses, _, _ = training.evaluate(counted, self.batches(start), self.chunks, None, config, eval_iters=iterations)
         return float(losses["lm loss"]) if losses else float("nan")
+
+    def batches(self, start: int = 0) -> Iterator[Any] | None:
+        """This rank's micro-batches from a validation iteration on; None on ranks that read none."""
+        if self._loader is None:
+            return None
+        return itertools.islice(iter(self._loader), start * self.micro_batches, None)
 
     @property
     def micro_batches(self) -> int:

@@ -7,7 +7,7 @@ Coefficients, mixing and gradients are computed in fp32, or in fp64 for an fp64 
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,26 @@ def as_written[**Arguments, Result](function: Callable[Arguments, Result]) -> Ca
                 return function(*args, **kwargs)
 
     return run
+
+
+class Coefficients(NamedTuple):
+    """What a site predicts for T tokens, in fp32: the row of a table is the source slot, the column the destination.
+
+    Shapes: beta [T, n], gamma [T, n, m], alpha [T, n, n].
+    """
+
+    beta: Tensor
+    gamma: Tensor
+    alpha: Tensor
+
+
+@as_written
+def coefficients(h: Tensor, p: AnyOperands) -> Coefficients:
+    """Coefficients of a site for a stream [..., n*c]; of one that is zero what they are without data."""
+    refuse_low_precision(p)
+    s, p = _slots(h, p.slots), in_fp32(p, h)
+    beta, gamma, alpha = _of(p).coefficients(s, p)[0].split((1, p.fractions, p.slots))
+    return Coefficients(beta[0], gamma.permute(1, 2, 0), alpha.permute(1, 2, 0))
 
 
 @as_written

@@ -221,11 +221,15 @@ def _settle(checkpoint: Path, args: Namespace) -> None:
     # A batch is none of the training's.
     args.global_batch_size = args.rampup_batch_size = args.step_batch_size_schedule = None
     args.finetune = False
-    _keep_vocabulary(checkpoint, args)
+    keep_vocabulary(checkpoint, args)
 
 
-def _keep_vocabulary(checkpoint: Path, args: Namespace) -> None:
-    """The padding too: Megatron pads by the layout, and every entry takes part in the softmax."""
+def keep_vocabulary(checkpoint: Path, args: Namespace) -> None:
+    """Keep a checkpoint's vocabulary, its padding too: Megatron pads by the layout, every entry counts in a softmax.
+
+    Raises:
+        UserError: a setting asks for another one, or the layout does not divide it.
+    """
     stored = getattr(stored_args(checkpoint), "padded_vocab_size", None)
     if stored is None:  # another program wrote it
         return

@@ -13,8 +13,10 @@ from typing import Any
 from rich.table import Table
 
 from megatron_fc.runs.metrics import Metrics, Series, read_metrics
+from megatron_fc.runs.spikes import spikes
 
 SUMMARY = "summary.json"
+RESIDUAL_GAIN = "residual-gain"  # the tag of `log_residual_gain`
 _PACKAGES = ("megatron_fc", "megatron-core", "torch", "triton", "transformer-engine", "numpy")
 _LAST = 10
 
@@ -29,10 +31,8 @@ def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """
     summary = {
         **facts,
-        **_figures(read_metrics(run_dir), facts["tokens_per_iteration"]),
-        "versions": package_versions(),
-        "git_commit": git_commit(),
-        "machine": {"host": platform.node(), "cpus": os.cpu_count(), "system": platform.platform()},
+        **figures(read_metrics(run_dir), facts["tokens_per_iteration"]),
+        **surroundings(),
     }
     temporary = run_dir / f"{SUMMARY}.new"
     temporary.write_text(json.dumps(summary, indent=2) + "\n")
@@ -58,6 +58,10 @@ def comparison_table(summaries: Sequence[dict[str, Any]]) -> Table:
         (f"training loss, mean of last {_LAST}", "mean_last_loss", "loss"),
         ("validation loss", "validation_loss", "loss"),
         ("test loss", "test_loss", "loss"),
+        ("loss spikes", "loss_spikes", "spikes"),
+        ("spikes of the gradient norm", "gradient_spikes", "spikes"),
+        ("largest residual gain, first", "first_residual_gain", "norm"),
+        ("largest residual gain, last", "last_residual_gain", "norm"),
         ("tokens/s", "tokens_per_second", "speed"),
         ("step time", "median_step_ms", "ms"),
         ("parameters", "parameters", "count"),
@@ -65,7 +69,9 @@ def comparison_table(summaries: Sequence[dict[str, Any]]) -> Table:
         ("peak memory", "peak_memory_bytes", "bytes"),
         ("iterations", "iterations", "count"),
     ):
-        if any(summary.get(key) is not None for summary in summaries):
+        values = [summary.get(key) for summary in summaries]
+        # A run without spikes is nothing to tell.
+        if any(values if form == "spikes" else (value is not None for value in values)):
             table.add_row(title, *(_cell(summary, base, key, form) for summary in summaries))
     return table
 
@@ -79,6 +85,8 @@ def _cell(summary: dict[str, Any], base: dict[str, Any], key: str, form: str) ->
         return f"{value:.4f}" + (f" ({value - reference:+.4f})" if other else "")
     if form == "speed":
         return f"{value:,.0f}" + (f" ({value / reference:.2f}x)" if other else "")
+    if form == "norm":
+        return f"{value:.2f}"
     if form == "ms":
         return f"{value:,.0f} ms"
     if form == "bytes":
@@ -86,10 +94,21 @@ def _cell(summary: dict[str, Any], base: dict[str, Any], key: str, form: str) ->
     return f"{value:,}"
 
 
-def _figures(metrics: Metrics, tokens_per_iteration: int) -> dict[str, Any]:
+def surroundings() -> dict[str, Any]:
+    """What a result depends on beside its config: versions, source, machine."""
+    return {
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+        "machine": {"host": platform.node(), "cpus": os.cpu_count(), "system": platform.platform()},
+    }
+
+
+def figures(metrics: Metrics, tokens_per_iteration: int) -> dict[str, Any]:
+    """A run's numbers, from what it has logged."""
     losses, step_times = list(metrics.loss.values()), list(metrics.step_seconds.values())
     # The first steps of a process allocate and warm caches up: the median is not moved by them.
     step_ms = statistics.median(step_times) * 1e3 if step_times else None
+    norms, gains = metrics.scalars.get("grad-norm", {}), metrics.scalars.get(RESIDUAL_GAIN, {})
     return {
         "iterations": max(metrics.loss, default=0),
         "first_loss": losses[0] if losses else None,
@@ -99,6 +118,12 @@ def _figures(metrics: Metrics, tokens_per_iteration: int) -> dict[str, Any]:
         "test_loss": _last(metrics.test),
         "median_step_ms": step_ms,
         "tokens_per_second": tokens_per_iteration / step_ms * 1e3 if step_ms else None,
+        "loss_spikes": len(spikes(metrics.loss)),
+        "gradient_spikes": len(spikes(norms)),
+        "median_gradient_norm": statistics.median(norms.values()) if norms else None,
+        "largest_gradient_norm": max(norms.values(), default=None),
+        "first_residual_gain": gains[min(gains)] if gains else None,
+        "last_residual_gain": _last(gains),
     }
 
 

@@ -18,7 +18,9 @@ _HOME, _VARIABLE = re.compile(r"~[^/\s]*(/|$)"), re.compile(r"\$\w+(/|$)|\$\{\w+
 _OWN = {
     "family": "model",
     "precision": "optimizer",
+    "perturbation": "optimizer",
     "run_dir": "logging",
+    "log_residual_gain": "logging",
     "keep_last": "checkpoint",
     "keep_every": "checkpoint",
     "on_damage": "checkpoint",

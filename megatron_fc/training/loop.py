@@ -31,10 +31,12 @@ from megatron_fc.runs.writable import failure_to_write
 from megatron_fc.training import cpu_lane
 from megatron_fc.training.events import EventsOnDisk, outlive_full_disk
 from megatron_fc.training.exact_resume import exact_resume
+from megatron_fc.training.perturbation import Perturbation
 from megatron_fc.training.precision import refuse_unquantizable
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import Refusals
 from megatron_fc.training.rehearsal import rehearse
+from megatron_fc.training.residual_gain import ResidualGain
 from megatron_fc.training.setup import join_world, model_config, parse, written_folders
 from megatron_fc.training.steps import Steps
 from megatron_fc.training.token_data import TokenErrors
@@ -138,6 +140,10 @@ def _own(
     own: list[Callback] = []
     if recipe.retention and args.save:
         own.append(Pruner(recipe.retention, Path(args.save)))
+    if recipe.perturbation is not None:
+        own.append(Perturbation(recipe.perturbation))
+    if recipe.log_residual_gain:
+        own.append(ResidualGain())
     own += [RejectedResults(args, record.explain), starting]
     if start.checkpoint is not None and start.plain is None and has_state(start.checkpoint):
         refuse_unquantizable(args)

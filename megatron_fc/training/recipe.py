@@ -1,8 +1,9 @@
 """A run's YAML file -> the Megatron command line that it stands for.
 
 The sections are for the reader: any of Megatron's arguments may stand in any of them, under its own name with
-underscores. These names are ours: `model.family` (gpt or hybrid), `optimizer.precision`, `logging.run_dir`,
-`checkpoint.keep_last`, `keep_every` and `on_damage`, and the section `connections` (`connection`: residual or the short
+underscores. These names are ours: `model.family` (gpt or hybrid), `optimizer.precision` and `perturbation`,
+`logging.run_dir` and `log_residual_gain`, `checkpoint.keep_last`, `keep_every` and `on_damage`, and the section
+`connections` (`connection`: residual or the short
 name of a kind, `rate`, `from_residual`, and further fields of that kind's configuration).
 """
 
@@ -43,6 +44,8 @@ class Recipe:
         on_damage: what to do with a damaged checkpoint, one of `resume.ON_DAMAGE`.
         retention: which checkpoints stay, None for all.
         notes: what was chosen for this machine, one sentence each.
+        perturbation: number of that of the first weights, None for none.
+        log_residual_gain: TensorBoard gets the largest gain of the residual path at every logged iteration.
     """
 
     sections: dict[str, dict[str, Any]]
@@ -54,6 +57,8 @@ class Recipe:
     on_damage: str
     retention: Retention | None
     notes: list[str] = field(default_factory=list)
+    perturbation: int | None = None
+    log_residual_gain: bool = False
 
     @property
     def label(self) -> str:
@@ -93,6 +98,7 @@ def load_recipe(
     if on_damage not in ON_DAMAGE:
         raise UserError(unknown("on_damage", str(on_damage), ON_DAMAGE))
     retention = Retention.from_settings(settings)
+    perturbation, log_residual_gain = _along(settings, connection)
     if family == "hybrid":
         _set_hybrid_pattern(settings)
     apply_precision(settings)
@@ -120,7 +126,19 @@ def load_recipe(
         refuse_missing_files(args)
         if said := repetition(args):
             notes.append(said)
-    return Recipe(sections, connection, family, run_dir, argv, backend, on_damage, retention, notes)
+    return Recipe(
+        sections,
+        connection,
+        family,
+        run_dir,
+        argv,
+        backend,
+        on_damage,
+        retention,
+        notes,
+        perturbation,
+        log_residual_gain,
+    )
 
 
 def _connection(values: dict[str, Any]) -> tuple[ConnectionConfig | None, list[str]]:
@@ -162,6 +180,16 @@ def _split(sections: dict[str, dict[str, Any]], path: Path) -> tuple[str, Path, 
     if family not in FAMILIES:
         raise UserError(unknown("family", str(family), FAMILIES))
     return family, Path(settings.pop("run_dir", None) or Path("runs") / path.stem), settings
+
+
+def _along(settings: dict[str, Any], connection: ConnectionConfig | None) -> tuple[int | None, bool]:
+    """The perturbation of the first weights, and whether the residual gain is logged; plain residuals have none."""
+    perturbation, gain = settings.pop("perturbation", None), settings.pop("log_residual_gain", False)
+    if perturbation is not None and (not isinstance(perturbation, int) or isinstance(perturbation, bool)):
+        raise UserError(f"perturbation={perturbation!r} is no whole number: give 1, 2, 3 ... or null")
+    if not isinstance(gain, bool):
+        raise UserError(f"log_residual_gain is a switch: set it to true or false, not {gain!r}")
+    return perturbation, gain and connection is not None
 
 
 def _set_hybrid_pattern(settings: dict[str, Any]) -> None:

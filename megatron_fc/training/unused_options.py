@@ -66,5 +66,10 @@ def refuse_unused_options(args: Namespace) -> None:
                 raise UserError(
                     f"{name} is one of Megatron's options for {group}, which megatron-fc train does not do: drop it"
                 )
+    if args.full_validation and not args.multiple_validation_sets:
+        raise UserError(
+            "full_validation of one validation set fails in Megatron 0.19 behind the last step: set eval_iters to the "
+            "number of its batches"
+        )
     if args.dataloader_type == "external":
         raise UserError("dataloader_type=external wants a loader of your own script: set single or cyclic")

@@ -147,3 +147,25 @@ def test_bar_on_a_terminal_leaves_the_log_alone(tmp_path: Path, monkeypatch: pyt
     assert "consumed samples" not in terminal.getvalue()
     assert "2/10" in terminal.getvalue()
     assert "validation loss 7.6335" in terminal.getvalue()
+
+
+def test_spikes_and_the_growth_of_the_residual_gain_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = {step: 5 - 0.01 * step + 0.02 * (step % 3) for step in range(1, 61)}
+    for name, spike in (("calm", 0.0), ("spiky", 4.0)):
+        log_events(tmp_path / name, losses | {50: losses[50] + spike}, suffix=name)
+        with SummaryWriter(str(tmp_path / name / "tensorboard"), filename_suffix=".more") as writer:
+            for step in losses:
+                writer.add_scalar("grad-norm", 0.5 + 0.01 * (step % 7), step)
+                writer.add_scalar("residual-gain", 1 + step / 60, step)
+        facts = {"connection": name, "tokens_per_iteration": 8}
+        summary = write_summary(tmp_path / name, facts)
+        assert (summary["loss_spikes"], summary["gradient_spikes"]) == (int(spike > 0), 0)
+        assert summary["median_gradient_norm"] == pytest.approx(0.53)
+        assert summary["last_residual_gain"] == 2
+    assert main(["compare", *(str(tmp_path / name) for name in ("calm", "spiky"))]) == 0
+    printed = capsys.readouterr().out
+    assert "loss spikes" in printed
+    assert "spikes of the gradient norm" not in printed
+    assert "largest residual gain, last" in printed

@@ -299,3 +299,19 @@ def test_a_path_may_begin_in_a_home(base: Path, monkeypatch: pytest.MonkeyPatch)
     }.items():
         with pytest.raises(UserError, match=f"^{sentence}"):
             load_recipe(base, [word])
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("perturbation=often", "perturbation='often' is no whole number: give 1, 2, 3 ... or null"),
+        ("log_residual_gain=3", "log_residual_gain is a switch: set it to true or false, not 3"),
+    ],
+)
+def test_what_goes_along_is_checked(base: Path, word: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_recipe(base, [word])
+    recipe = load_recipe(base, ["perturbation=2", "log_residual_gain=true"])
+    assert (recipe.perturbation, recipe.log_residual_gain) == (2, True)
+    # Plain residuals have no gain to log.
+    assert not load_recipe(base, ["log_residual_gain=true", "connection=residual"]).log_residual_gain

@@ -57,6 +57,10 @@ def test_no_other_option_of_megatrons_is_read_by_nobody() -> None:
             ["--rampup-batch-size", "2", "2", "12"],
             'rampup_batch_size has no effect in Megatron 0.19: set step_batch_size_schedule, e.g. "0:768 250B:1536"',
         ),
+        (
+            ["--full-validation"],
+            "full_validation of one validation set fails in Megatron 0.19 behind the last step: set",
+        ),
         (["--use-flash-attn"], "use_flash_attn has no effect in Megatron 0.19: set attention_backend=flash"),
         (["--apply-residual-connection-post-layernorm"], "apply_residual_connection_post_layernorm has no effect in"),
         (["--use-checkpoint-args"], "use_checkpoint_args is not supported by megatron-fc train: write them into"),

@@ -34,7 +34,8 @@ from megatron_fc.megatron.stack_ends import ConnectedHybridStack, LeavingNorm, r
 
 _TRANSFORMER_SITES = (("input_layernorm", "self_attn_bda"), ("pre_mlp_layernorm", "mlp_bda"))
 _MAMBA_SITES = (("norm", "mamba_bda"),)
-_SITES: dict[type, tuple[tuple[str, str], ...]] = {
+# The slots of a layer's sub-layers, in order: norm, and bias-dropout-add.
+SITES: dict[type, tuple[tuple[str, str], ...]] = {
     TransformerLayer: _TRANSFORMER_SITES,
     MoETransformerLayer: _TRANSFORMER_SITES,
     MLPLayer: _TRANSFORMER_SITES,
@@ -81,7 +82,7 @@ def block_spec(layer: Any, config: TransformerConfig, vp_stage: int | None = Non
 
 
 def _is_layer(spec: Any) -> bool:
-    return isinstance(spec, HybridStackSubmodules) or getattr(spec, "module", None) in _SITES
+    return isinstance(spec, HybridStackSubmodules) or getattr(spec, "module", None) in SITES
 
 
 class _Connecting:
@@ -110,8 +111,8 @@ class _Connecting:
                 stack.mtp_block_spec, _ = self._fields(stack.mtp_block_spec, ["submodules"])
             return stack, sites
         if isinstance(spec, ModuleSpec):
-            if spec.module in _SITES:
-                return self._layer(spec, _SITES[spec.module])
+            if spec.module in SITES:
+                return self._layer(spec, SITES[spec.module])
             if spec.module is HybridStack and self.config.is_wide:
                 stack, sites = self._fields(spec, ["submodules"])
                 stack.module = ConnectedHybridStack
@@ -189,4 +190,4 @@ def _name(spec: Any) -> str:
 
 
 def _known() -> str:
-    return ", ".join(layer.__name__ for layer in _SITES)
+    return ", ".join(layer.__name__ for layer in SITES)

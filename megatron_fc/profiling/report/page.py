@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from megatron_fc.profiling.records import Report
 from megatron_fc.profiling.report import figures
+from megatron_fc.profiling.report.document import document
 from megatron_fc.profiling.report.side_by_side import StreamBytes
 from megatron_fc.profiling.units import show_bytes, show_count, show_number, show_seconds
 
@@ -18,8 +18,6 @@ def page(report: Report, streams: Sequence[StreamBytes]) -> str:
         report: of the run.
         streams: the residual stream of this run and of others, counted and computed, side by side.
     """
-    connection = escape(report.run.connection)
-    style = files("megatron_fc.profiling.report").joinpath("page.css").read_text()
     charts = [
         figures.kinds(report),
         figures.side_by_side(streams),
@@ -28,14 +26,8 @@ def page(report: Report, streams: Sequence[StreamBytes]) -> str:
         figures.ranks(report),
         figures.timeline(report),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>Memory traffic of {connection}</title><style>{style}</style></head>\n"
-        f"<body><header><h1>Memory traffic of <em>{connection}</em></h1><p>{escape(_subtitle(report))}</p></header>\n"
-        f"<main>{_warnings(report)}{_cards(report)}{''.join(charts)}{_provenance(report)}</main>"
-        "</body></html>\n"
-    )
+    body = f"{_warnings(report)}{_cards(report)}{''.join(charts)}{_provenance(report)}"
+    return document("Memory traffic of", report.run.connection, _subtitle(report), body)
 
 
 def _subtitle(report: Report) -> str:

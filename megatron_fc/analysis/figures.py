@@ -1,0 +1,153 @@
+"""The figures of analyses as PNGs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_fc.runs.plot import COLOURS
+
+_INCH = 0.78  # of a small matrix
+_SHORT = {"attention": "attn"}
+_NUMBERS = 4  # slots up to which values are written into matrices
+
+
+def plot_coefficients(found: Mapping[str, Any], out: Path) -> Path:
+    """Draw every site's alpha, gamma and beta as small matrices, a column per site."""
+    plt = _pyplot()
+    sites, names = found["sites"], ("alpha", "gamma", "beta")
+    slots = len(sites[0]["alpha"]["mean"])
+    tables = [[np.array(site[name]["mean"]).reshape(slots, -1) for site in sites] for name in names]
+    size = (1.1 + _INCH * len(sites), 0.9 + _INCH * (len(names) - 0.4))
+    figure, grid = plt.subplots(
+        len(names), len(sites), figsize=(max(size[0], 4.5), size[1]), squeeze=False, layout="constrained"
+    )
+    drawn = None
+    for row, (name, of_sites) in enumerate(zip(names, tables, strict=True)):
+        for axes, site, table in zip(grid[row], sites, of_sites, strict=True):
+            drawn = axes.imshow(table, cmap="RdBu_r", vmin=-1.2, vmax=1.2)
+            _write_values(axes, table, slots)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if row == 0:
+                axes.set_title(f"{site['layer']} {_SHORT.get(site['sub_layer'], site['sub_layer'])}", fontsize=7)
+        grid[row][0].set_ylabel(name, fontsize=9)
+    figure.colorbar(drawn, ax=grid, shrink=0.7, aspect=30, panchor=False)
+    figure.suptitle(
+        f"{found['connection']}: mean over {found['tokens']:,} tokens; row: source slot, column: destination",
+        fontsize=9,
+    )
+    return _saved(figure, out)
+
+
+def _write_values(axes: Any, table: Any, slots: int) -> None:
+    if slots > _NUMBERS:
+        return
+    for (row, column), value in np.ndenumerate(table):
+        colour = "white" if abs(value) > 0.8 else "black"
+        text = f"{value:.2f}".replace("0.", ".").replace("-.00", ".00")
+        axes.text(column, row, text, ha="center", va="center", fontsize=4.5, color=colour)
+
+
+def plot_gain(found: Mapping[str, Any], out: Path) -> Path:
+    """Draw the gain of the residual path: from the first site on, and between any two."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4), width_ratios=(1.25, 1), layout="constrained")
+    tables = {name: np.array(table, dtype=float) for name, table in found["gain"].items()}
+    said = {
+        "forward": "largest sum of a destination (signal)",
+        "backward": "largest sum of a source (gradient)",
+        "singular": "largest singular value",
+    }
+    sites = len(tables["forward"])
+    for number, (name, text) in enumerate(said.items()):
+        # A gradient comes from the last site.
+        values = tables[name][:, -1] if name == "backward" else tables[name][0]
+        left.plot(range(1, sites + 1), values, marker=".", color=COLOURS[number + 1], label=text)
+    left.axhline(1, color=COLOURS[0], linewidth=0.8)
+    left.set(xlabel="sub-layer", ylabel="gain", title="from the first to this sub-layer; backward from the last to it")
+    left.title.set_fontsize(9)
+    left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    left.grid(alpha=0.25)
+    left.spines[["top", "right"]].set_visible(False)
+    drawn = right.imshow(tables["forward"], cmap="viridis", extent=(0.5, sites + 0.5, sites + 0.5, 0.5))
+    right.set(xlabel="to sub-layer", ylabel="from sub-layer", title="forward gain")
+    right.title.set_fontsize(9)
+    figure.colorbar(drawn, ax=right)
+    return _saved(figure, out)
+
+
+def plot_similarity(analyses: Sequence[tuple[str, Mapping[str, Any]]], out: Path) -> Path:
+    """Draw median and 5-95 % band of the cosine per sub-layer, for each analysis."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for number, (label, found) in enumerate(analyses):
+        pairs = found["pairs"]
+        places = list(range(2, len(pairs) + 2))
+        colour = COLOURS[number % len(COLOURS)]
+        axes.fill_between(
+            places, [p["low"] for p in pairs], [p["high"] for p in pairs], color=colour, alpha=0.15, linewidth=0
+        )
+        median = f"{label}: median {found['median']:.2f}"
+        axes.plot(places, [p["median"] for p in pairs], marker="o", markersize=3.5, color=colour, label=median)
+    axes.set(xlabel="sub-layer", ylabel="cosine", title="Cosine of a sub-layer's input with that of the one before")
+    axes.title.set_fontsize(10)
+    _finish(axes)
+    return _saved(figure, out)
+
+
+def plot_gradients(analyses: Sequence[tuple[str, Mapping[str, Any]]], out: Path) -> Path:
+    """Draw the gradient norm per layer, that of connections dashed, for each analysis."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for number, (label, found) in enumerate(analyses):
+        colour, layers = COLOURS[number % len(COLOURS)], found["layers"]
+        places = [layer["layer"] for layer in layers]
+        axes.plot(places, [layer["weights"] for layer in layers], marker="o", color=colour, label=label)
+        if any(layer["connections"] for layer in layers):
+            of_connections = [layer["connections"] for layer in layers]
+            axes.plot(places, of_connections, "--", marker=".", color=colour, label=f"{label}, connections")
+    axes.set(xlabel="layer", ylabel="norm", yscale="log", title="Gradient norm per layer")
+    axes.title.set_fontsize(10)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _finish(axes)
+    return _saved(figure, out)
+
+
+def plot_growth(runs: Sequence[tuple[str, Sequence[Sequence[float]]]], out: Path) -> Path:
+    """Draw the largest residual gain of runs over iterations."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    for number, (label, points) in enumerate(runs):
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, color=COLOURS[(number + 1) % len(COLOURS)], label=f"{label}: {values[-1]:.2f}")
+    axes.set(xlabel="iteration", ylabel="gain", title="Largest gain of the residual path, without data")
+    axes.title.set_fontsize(10)
+    _finish(axes)
+    return _saved(figure, out)
+
+
+def _finish(axes: Any) -> None:
+    axes.legend(frameon=False, fontsize=8, ncols=math.ceil(len(axes.get_legend_handles_labels()[0]) / 8))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _saved(figure: Any, out: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    plt.close(figure)
+    return out

@@ -1,0 +1,207 @@
+"""An analysis' files: JSON for programs, PNGs, and one HTML page of all analyses that a folder holds."""
+
+import base64
+import json
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.analysis import figures
+from megatron_fc.errors import UserError
+from megatron_fc.profiling.files import write_atomically
+from megatron_fc.profiling.report.charts import figure, table
+from megatron_fc.profiling.report.document import document
+from megatron_fc.runs.plot import plot_losses
+
+ANALYSES = ("losses", "coefficients", "similarity", "gradients")
+Content = Mapping[str, Any]
+Labelled = Sequence[tuple[str, Content]]
+
+
+def write_analysis(out: Path, name: str, found: Content, against: Sequence[Path] = ()) -> list[Path]:
+    """Add an analysis to a folder and make its page anew.
+
+    Args:
+        out: the folder.
+        name: one of ANALYSES.
+        found: its values.
+        against: folders whose analyses of the same name stand beside it in figures, the first of them the baseline.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        UserError: a folder of `against` has no such analysis, or `out` cannot be written.
+    """
+    others = [(folder, _read(folder, name)) for folder in against]
+    file = write_atomically(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
+    return [file, *_DRAW[name](out, _labelled([*others, (out, found)])), write_page(out)]
+
+
+def write_page(out: Path) -> Path:
+    """Make the page of all analyses in a folder."""
+    there = {
+        name: json.loads((out / f"{name}.json").read_text()) for name in ANALYSES if (out / f"{name}.json").exists()
+    }
+    labels = {content["connection"]: None for name, content in there.items() if name != "losses"}
+    facts = next((content for name, content in there.items() if name != "losses"), None)
+    subtitle = "" if facts is None else f"{facts['checkpoint']} · iteration {facts['iteration']:,}"
+    sections = [_SECTIONS[name](out, content) for name, content in there.items()]
+    return write_atomically(
+        out / "analysis.html",
+        document("Analysis of", ", ".join(labels) or "training curves", subtitle, "".join(sections)),
+    )
+
+
+def _read(folder: Path, name: str) -> Content:
+    file = folder / f"{name}.json"
+    try:
+        content: Content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{folder} holds no readable {name}.json: give the --out of `analyze {name}`") from None
+    return content
+
+
+def _labelled(analyses: Sequence[tuple[Path, Content]]) -> Labelled:
+    """By connection, and by folder where several have the same."""
+    connections = [content.get("connection") for _, content in analyses]
+    return [
+        (str(label) if connections.count(label) == 1 else f"{label} ({folder.name})", content)
+        for label, (folder, content) in zip(connections, analyses, strict=True)
+    ]
+
+
+def _draw_coefficients(out: Path, analyses: Labelled) -> list[Path]:
+    found = analyses[-1][1]
+    return [figures.plot_coefficients(found, out / "coefficients.png"), figures.plot_gain(found, out / "gain.png")]
+
+
+def _draw_losses(out: Path, analyses: Labelled) -> list[Path]:
+    found = analyses[-1][1]
+    runs = [(_name(run, found), Path(run["run"])) for run in found["runs"]]
+    drawn = [plot_losses(runs, out / "losses.png", found["decay"])]
+    grown = [(_name(run, found), run["residual_gain"]) for run in found["runs"] if run["residual_gain"]]
+    return [*drawn, figures.plot_growth(grown, out / "growth.png")] if grown else drawn
+
+
+_DRAW: dict[str, Callable[[Path, Labelled], list[Path]]] = {  # the folder's own analysis is the last
+    "coefficients": _draw_coefficients,
+    "similarity": lambda out, analyses: [figures.plot_similarity(analyses, out / "similarity.png")],
+    "gradients": lambda out, analyses: [figures.plot_gradients(analyses, out / "gradients.png")],
+    "losses": _draw_losses,
+}
+
+
+def _name(run: Content, found: Content) -> str:
+    """A run's connection, with its seed where several have the same."""
+    same = [other for other in found["runs"] if other["connection"] == run["connection"]]
+    return str(run["connection"]) if len(same) == 1 else f"{run['connection']}, seed {run['seed']}"
+
+
+def _coefficients(out: Path, found: Content) -> str:
+    lines = [
+        [
+            f"{site['layer']} {site['sub_layer']}",
+            f"{site['from_identity']['alpha']:.3f}",
+            f"{site['from_identity']['beta']:.3f}",
+            *(f"{_largest(site[name]['spread']):.4f}" for name in ("alpha", "gamma", "beta")),
+        ]
+        for site in found["sites"]
+    ]
+    heads = ["site", "alpha from identity", "beta from 1", "spread of alpha", "of gamma", "of beta"]
+    return figure(
+        "coefficients",
+        "Coefficients",
+        f"Means over {found['tokens']:,} tokens of validation data. A plain residual connection has alpha = I and "
+        f"beta = 1. The spread is the largest standard deviation over tokens of a table's values: what data decide.",
+        _image(out / "coefficients.png", "alpha, gamma and beta of every site"),
+        _details(table(heads, lines)),
+    ) + figure(
+        "gain",
+        "Gain of the residual path",
+        f"By how much the product of alphas from one sub-layer to another can amplify what it carries. Doubly "
+        f"stochastic alphas keep both sums at 1. The largest is {found['largest_gain']:.3f}.",
+        _image(out / "gain.png", "gains of the residual path"),
+    )
+
+
+def _similarity(out: Path, found: Content) -> str:
+    lines = [
+        [f"{pair['layer']} {pair['sub_layer']}", *(f"{pair[name]:.3f}" for name in ("low", "median", "high"))]
+        for pair in found["pairs"]
+    ]
+    return figure(
+        "similarity",
+        "Similarity of consecutive inputs",
+        "Cosine between the inputs of a sub-layer and of the one before, before their norms: median over tokens, and "
+        "the band from 5 to 95 %. Near 1 a sub-layer sees what the one before saw.",
+        _image(out / "similarity.png", "cosine per sub-layer"),
+        _details(table(["sub-layer", "5 %", "median", "95 %"], lines)),
+    )
+
+
+def _gradients(out: Path, found: Content) -> str:
+    lines = [
+        [str(layer["layer"]), f"{layer['weights']:.4g}", f"{layer['connections']:.4g}"] for layer in found["layers"]
+    ]
+    return figure(
+        "gradients",
+        "Gradients",
+        f"Norm of each layer's gradient of the mean loss of {found['tokens']:,} tokens of validation data.",
+        _image(out / "gradients.png", "gradient norm per layer"),
+        _details(table(["layer", "weights", "connections"], lines)),
+    )
+
+
+def _losses(out: Path, found: Content) -> str:
+    lines = []
+    for run in found["runs"]:
+        against = ["", ""]
+        if run["baseline"] is not None:
+            against = [f"{run['difference']:+.4f}", earlier_in_words(run["earlier"])]
+        counts = [str(len(run[name])) for name in ("loss_spikes", "gradient_spikes")]
+        gain = f"{run['residual_gain'][-1][1]:.2f}" if run["residual_gain"] else ""
+        lines.append([_name(run, found), f"{run['loss']:.4f}", *against, *counts, gain])
+    heads = ["run", "loss", "difference", "times earlier", "loss spikes", "gradient spikes", "residual gain"]
+    pictures = [("losses.png", "training curves")]
+    if (out / "growth.png").exists():
+        pictures.append(("growth.png", "residual gain over iterations"))
+    return figure(
+        "losses",
+        "Training curves",
+        f"Losses are moving averages with decay {found['decay']:g}, corrected for their start. A run is x times "
+        f"earlier where it first has the loss at which its baseline ends, in brackets the 95 % interval of the "
+        f"steps' noise.",
+        *(_image(out / name, text) for name, text in pictures),
+        table(heads, lines),
+    )
+
+
+_SECTIONS: dict[str, Callable[[Path, Content], str]] = {
+    "losses": _losses,
+    "coefficients": _coefficients,
+    "similarity": _similarity,
+    "gradients": _gradients,
+}
+
+
+def earlier_in_words(found: Content) -> str:
+    """Say e.g. ``1.15x (1.02 to 1.31)``."""
+    if found["times"] is None:
+        return "not reached"
+    low = "not yet" if found["low"] is None else f"{found['low']:.2f}"
+    return f"{found['times']:.2f}x ({low} to {found['high']:.2f})"
+
+
+def _largest(values: Any) -> float:
+    return max(map(_largest, values)) if isinstance(values, list) else float(values)
+
+
+def _image(file: Path, text: str) -> str:
+    content = base64.b64encode(file.read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{content}" alt="{escape(text)}">'
+
+
+def _details(content: str) -> str:
+    return f"<details><summary>In numbers</summary>{content}</details>"

@@ -1,0 +1,1 @@
+import support.cpu_megatron  # noqa: F401

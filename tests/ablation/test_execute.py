@@ -1,0 +1,145 @@
+"""A suite on tiny models: killed and gone on with, recorded, compared; the same start for what variants share."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_fc.runs.metrics import read_metrics
+from megatron_fc.runs.summary import read_summary
+from support import fork_server
+from support.disk import SlowDisk
+from support.patience import wait_for_iteration
+from support.training_runs import config as config
+from support.training_runs import environment
+
+pytestmark = pytest.mark.slow
+VARIANTS: dict[str, Any] = {
+    "residual": {"connection": "residual", "copies": 1},
+    "dfc_x4": {"connection": "dfc", "rate": 4, "save_interval": 7},
+}
+SEEDS = [11, 12]
+
+
+@pytest.fixture
+def suite(config: Path) -> Path:
+    content = {"config": config.name, "seeds": SEEDS, "baseline": "residual", "variants": VARIANTS}
+    content["overrides"] = {"train_iters": 15, "save_interval": 10, "log_residual_gain": True}
+    content["keep_checkpoints_of"] = [11]
+    file = config.parent / "suite.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return file
+
+
+def command(suite: Path, *words: object) -> list[str]:
+    folders = ["--out", suite.parent / "runs", "--results", suite.parent / "results"]
+    return [fork_server.python(), "-m", "megatron_fc", "ablate", *map(str, [suite, *folders, *words])]
+
+
+def ablate(suite: Path, *words: object, code: int = 0) -> str:
+    done = subprocess.run(command(suite, *words), env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def starts(run_dir: Path) -> list[int]:
+    """The iteration that each start went on from."""
+    events = map(json.loads, (run_dir / "starts.jsonl").read_text().splitlines())
+    return [event["iteration"] for event in events if event["event"] == "start"]
+
+
+def test_a_killed_suite_goes_on_and_runs_nothing_twice(suite: Path) -> None:
+    runs, results = suite.parent / "runs", suite.parent / "results"
+    disk = SlowDisk(suite.parent / "seconds")
+    disk.hangs_at(14)  # only the second run saves there
+    victim = subprocess.Popen(
+        command(suite), env=environment() | disk.variables, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for_iteration(runs / "dfc_x4-seed11", 14, victim)
+    first = (results / "residual-seed11.json").read_bytes()
+    os.kill(fork_server.process_id(victim), signal.SIGKILL)
+    victim.wait()
+    disk.is_well()
+
+    printed = ablate(suite)
+    assert "residual-seed11 begins" not in printed
+    assert "dfc_x4-seed11 begins, 1 of 5 are done" in printed
+    assert (results / "residual-seed11.json").read_bytes() == first
+    assert starts(runs / "residual-seed11") == [0]
+    assert starts(runs / "dfc_x4-seed11") == [0, 7]
+    names = [f"{variant}-seed{seed}" for seed in SEEDS for variant in VARIANTS] + ["residual-seed11-copy1"]
+    assert {path.stem for path in results.glob("*seed*.json")} == set(names)
+    records = {name: json.loads((results / f"{name}.json").read_text()) for name in names}
+    for name, record in records.items():
+        summary = read_summary(runs / name)
+        assert summary is not None
+        assert record["validation_loss"] == summary["validation_loss"]
+        assert summary["iterations"] == 15
+        assert (runs / name / "checkpoints").exists() == (record["seed"] == 11)
+    # Within a seed the same data and weights: at the start the connections are identities.
+    losses = {name: record["first_loss"] for name, record in records.items()}
+    assert losses["residual-seed11"] == losses["dfc_x4-seed11"] != losses["dfc_x4-seed12"] == losses["residual-seed12"]
+    # A copy of h and one of o per sub-layer more than plain residuals: two rows of 32 values per layer and some.
+    assert records["residual-seed11"]["saved_bytes"] == 0
+    assert 2 * 32 * 4 <= records["dfc_x4-seed11"]["saved_bytes"] < 3 * 32 * 4
+    # A copy is the same run but for its rounding.
+    apart = abs(losses["residual-seed11"] - losses["residual-seed11-copy1"])
+    assert apart < 1e-5
+    curves = [read_metrics(runs / name).loss for name in ("residual-seed11", "residual-seed11-copy1")]
+    assert curves[0] != curves[1]
+    assert records["residual-seed11-copy1"]["validation_loss"] == pytest.approx(
+        records["residual-seed11"]["validation_loss"], abs=0.05
+    )
+    # The whole validation set was run, and the gain of the residual path has grown from that of the identity.
+    assert summary["config"]["optimizer"]["eval_iters"] == whole(suite)
+    gains = read_metrics(runs / "dfc_x4-seed12").scalars["residual-gain"]
+    assert list(gains) == list(range(1, 16))
+    assert 1 < records["dfc_x4-seed12"]["last_residual_gain"] == gains[15] < 2
+    assert records["residual-seed12"]["last_residual_gain"] is None
+
+    # On another machine, which has the records alone.
+    again = ablate(suite, "--out", suite.parent / "elsewhere")
+    assert "begins" not in again
+    assert not (suite.parent / "elsewhere").exists()
+    table = (results / "summary.md").read_text()
+    assert table in again
+    difference = sum(
+        records[f"dfc_x4-seed{seed}"]["validation_loss"] - records[f"residual-seed{seed}"]["validation_loss"]
+        for seed in SEEDS
+    )
+    assert f"{difference / 2:+.4f} ±" in table
+
+    # Other settings are not taken for these.
+    assert "residual-seed11.json is of a run with other settings: give another" in ablate(suite, "lr=0.1", code=2)
+
+
+def whole(suite: Path) -> int:
+    """Batches of the validation set."""
+    sections = yaml.safe_load((suite.parent / "tiny.yaml").read_text())
+    [prefix] = sections["data"]["valid_data_path"]
+    tokens = Path(f"{prefix}.bin").stat().st_size // 2
+    return int((tokens - 1) // 32 // 4)
+
+
+def test_a_run_that_diverges_has_a_record(suite: Path) -> None:
+    folders = ["--results", suite.parent / "diverged", "--out", suite.parent / "diverging"]
+    words = [*folders, "lr=1e30", "lr_warmup_iters=0", "--variants", "residual", "--seeds", 11]
+    assert "residual-seed11 diverged after iteration" in ablate(suite, *words)
+    record = json.loads((suite.parent / "diverged" / "residual-seed11.json").read_text())
+    assert record["diverged"]
+    assert record["validation_loss"] is None
+    assert record["iterations"] < 15
+    again = ablate(suite, *words)
+    assert "begins" not in again
+    assert "| residual | 0, 1 diverged |" in again
+
+
+def test_runs_that_fail_are_named(suite: Path) -> None:
+    words = ["hidden_dropout=2.0", "--variants", "residual", "--seeds", 11]
+    printed = ablate(suite, *words, "--results", suite.parent / "other", "--out", suite.parent / "failing", code=1)
+    assert "residual-seed11 failed with code" in printed
