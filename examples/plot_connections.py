@@ -5,7 +5,8 @@
 CHECKPOINTS is a run's folder of checkpoints, or one iter_ folder in it: runs/demo/dfc_x4/checkpoints after `make demo`.
 No model is built and no GPU is used. Drawn is the static part of Frac- and Hyper-Connections, minus its start: a column
 per sub-layer in the order of the network, with alpha (how slots mix), gamma (what the sub-layer reads) and beta (where
-its output goes). You should see white panels for a model at its start, coloured ones after training, and this line:
+its output goes). `megatron-fc analyze coefficients` has the dynamic part, too. You should see white panels for a model
+at its start, coloured ones after training, and this line:
 
     8 sites, 4 slots: alpha is within ... of the identity, drawn in ...
 """
