@@ -1,11 +1,12 @@
 # Every target sets up what it needs by itself; only the first call takes time. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: demo demo-first test test-quick soak mutate test-modelopt test-bridge test-te gpu-check compat lint types format lock clean help
+.PHONY: demo demo-first test test-quick soak mutate test-modelopt test-bridge test-te gpu-check compat lint types docs \
+	format lock release clean help
 
 # Where it is set, hundreds of Python processes compile the same sources.
 unexport PYTHONDONTWRITEBYTECODE
 
-# ARGS reaches the command behind demo, the tests and gpu-check: make test ARGS="-k doctor"
+# ARGS reaches the command behind demo, the tests, gpu-check and release: make test ARGS="-k doctor"
 ARGS :=
 # gpu-check installs nothing, so that it runs where there is no network: make gpu-check PYTHON=/path/to/python
 PYTHON = $(or $(wildcard .venv/bin/python),python3)
@@ -38,8 +39,8 @@ PYTEST = PATH="$(CURDIR)/.venv/bin:$$PATH" OMP_NUM_THREADS=1 .venv/bin/python -m
 test-modelopt: .modelopt/.installed  ## run the tests of quantisation and distillation with NVIDIA ModelOpt
 	@PYTHONPATH="$(CURDIR)/.modelopt" $(PYTEST) -n 3 -m modelopt $(ARGS)
 
-test-bridge: .bridge/.installed  ## run the test of a provider of NVIDIA Megatron-Bridge
-	@PYTHONPATH="$(CURDIR)/.bridge" $(PYTEST) -n 1 tests/megatron/test_bridge.py $(ARGS)
+test-bridge: .bridge/.installed  ## run the tests of a provider of NVIDIA Megatron-Bridge
+	@PYTHONPATH="$(CURDIR)/.bridge" $(PYTEST) -n 1 -k bridge tests/megatron/test_bridge.py tests/examples $(ARGS)
 
 # Its own dependencies would replace torch and ask for Transformer Engine.
 .bridge/.installed: .venv/.installed
@@ -75,11 +76,14 @@ compat: .venv/.installed  ## run the quick tests with every supported megatron-c
 lint: .venv/.installed  ## check style and formatting
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	.venv/bin/shellcheck -x launch/*.sh .ci/run $(filter-out %.py %__pycache__,$(wildcard scripts/*))
+	.venv/bin/shellcheck -x launch/*.sh examples/*.sh .ci/run $(filter-out %.py %__pycache__,$(wildcard scripts/*))
 	.venv/bin/hadolint docker/Dockerfile*
 
 types: .venv/.installed  ## check types
 	.venv/bin/mypy megatron_fc
+
+docs: .venv/.installed  ## build the site of docs/ into build/site; a broken link or a missing object fails
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict  # with --quiet it would not be strict
 
 format: .venv/.installed  ## correct what lint would complain about
 	.venv/bin/ruff check --fix
@@ -87,6 +91,9 @@ format: .venv/.installed  ## correct what lint would complain about
 
 lock: .venv/.installed  ## resolve every dependency anew and write constraints.txt
 	.venv/bin/python scripts/lock.py
+
+release: .venv/.installed  ## build wheel and sdist, check them in a new environment, print the release notes
+	@.venv/bin/python scripts/release.py $(ARGS)
 
 clean:  ## remove the environment, builds and caches; runs/ stays
 	rm -rf .venv .venv-te .modelopt build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from megatron_fc.connections.frac import FracConnection
 
 __all__ = ["FracConfig", "FracConnection", "HyperConfig", "ManifoldConfig", "UserError"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:

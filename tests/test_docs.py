@@ -13,11 +13,11 @@ from megatron_fc.connections.kinds import from_label
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_fc"
-PROSE = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("*/*.md"))]
+PROSE = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/*.md")), *sorted(ROOT.glob("docs/*/*.md"))]
 # Their comments name commands, too.
 SCRIPTS = [ROOT / "Makefile", *sorted(ROOT.glob("configs/*.yaml")), *sorted(ROOT.glob("launch/*.sh"))]
 SOURCES = [file for folder in (PACKAGE, ROOT / "benchmarks", ROOT / "scripts") for file in sorted(folder.rglob("*.py"))]
-FOLDERS = "tests|megatron_fc|configs|launch|benchmarks|docs|docker|scripts"
+FOLDERS = "tests|examples|megatron_fc|configs|launch|benchmarks|docs|docker|scripts"
 
 # What users and `make gpu-check` write, and scripts of Megatron's repository, which its wheel lacks.
 THEIR_SCRIPTS = {"pretrain_gpt.py", "pretrain_hybrid.py", "pretrain_vlm.py", "train_rl.py"}

@@ -44,7 +44,7 @@ WITHOUT_MEGATRON = (
 # Code for users' folders, which knows nothing of ours.
 COPIED_OUT = "megatron_fc.convert.remote_code"
 # Beside the rooms' own tests: what rooms do together, on other machines, or what is no room.
-OTHER_TESTS = {"support", "distributed", "launch", "gpu", "te", "benchmarks", "docker", "docs", "packaging"}
+OTHER_TESTS = {"support", "distributed", "launch", "gpu", "te", "benchmarks", "docker", "docs", "packaging", "examples"}
 
 
 @cache

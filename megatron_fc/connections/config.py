@@ -25,8 +25,8 @@ class FracConfig(ConnectionConfig):
         rate: frac-rate m, the number of fractions that the residual stream is split into; it divides the
             hidden size.
         dynamic: True predicts the weights per token (DFC, eq. 9-14); False keeps the static part alone (SFC).
-        dynamic_beta, dynamic_alpha: None goes with `dynamic`; False keeps beta, or gamma and alpha, static in a dynamic
-            connection (Algorithm 2).
+        dynamic_beta: None goes with `dynamic`; False keeps beta static in a dynamic connection (Algorithm 2).
+        dynamic_alpha: the same of gamma and alpha.
         norm: normalisation of each fraction before the prediction. Both norms have a weight and no bias.
         norm_affine: False leaves the weight out.
         tanh: bound the predicted part by tanh (eq. 12-14).
@@ -121,8 +121,8 @@ class HyperConfig(ConnectionConfig):
         slots: expansion rate n, the number of streams, a multiple of `fractions`.
         fractions: m, parts that a sub-layer's input and output are split into.
         dynamic: True predicts the weights per token (DHC, eq. 10-13); False keeps the static part alone (SHC).
-        dynamic_beta, dynamic_alpha: None goes with `dynamic`; False keeps beta, or gamma and alpha, static in a dynamic
-            connection.
+        dynamic_beta: None goes with `dynamic`; False keeps beta static in a dynamic connection.
+        dynamic_alpha: the same of gamma and alpha.
         norm: normalisation of each slot before the prediction. Both norms have a weight and no bias.
         norm_affine: False leaves the weight out, which the paper's counts do.
         tanh: bound the predicted part by tanh.

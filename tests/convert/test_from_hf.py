@@ -14,6 +14,7 @@ import rank
 from megatron_fc.cli.main import main
 from megatron_fc.runs.metrics import read_metrics
 from support import harness, olmo, tiny
+from support.olmo import save_model
 from support.training_runs import config as config
 
 
@@ -32,36 +33,6 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "1" if name == "WORLD_SIZE" else "0")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "0")
-
-
-def huggingface_model(architecture: str, **more: Any) -> Any:
-    from transformers import Olmo2Config, Olmo2ForCausalLM, OlmoeConfig, OlmoeForCausalLM
-
-    values: dict[str, Any] = {
-        "vocab_size": tiny.VOCABULARY,
-        "hidden_size": tiny.WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": tiny.SEQUENCE,
-        "eos_token_id": 126,
-        "pad_token_id": 127,
-    }
-    if architecture == "olmoe":
-        model: Any = OlmoeForCausalLM(
-            OlmoeConfig(**{**values, "intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, **more})
-        )
-    else:
-        model = Olmo2ForCausalLM(Olmo2Config(**{**values, "intermediate_size": 128, **more}))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-def save_model(architecture: str, target: Path, **more: Any) -> None:
-    huggingface_model(architecture, **more).save_pretrained(target)
 
 
 def convert(folder: Path, architecture: str, target: Path, *more: str, source: Path | None = None) -> int:

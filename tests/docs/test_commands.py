@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from support import fork_server
-from support.documented import ROOT, chunks, commands, snippets
+from support.documented import ROOT, chunks, commands, first_missing, snippets
 from support.documents import write_documents
 from support.site_files import TINY
 from support.training_runs import environment
@@ -45,7 +45,7 @@ SAMPLES = ["train_samples=8", "lr_decay_samples=8", "lr_warmup_samples=4", "save
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.soak if name in SOAK else pytest.mark.slow]
+    return [pytest.mark.soak if name in SOAK or "troubleshooting" in name else pytest.mark.slow]
 
 
 VARIABLES = {
@@ -92,7 +92,7 @@ def test_the_tests_that_run_the_others_exist() -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders `data` and `src`, documents, of all clones, and the text that they are made of."""
+    """The folders `data/demo` and `src`, documents, of all clones, and the text that they are made of."""
     folder = tmp_path_factory.mktemp("documented")
     (folder / "text").mkdir()
     (folder / "sitecustomize.py").write_text(HERE)
@@ -114,7 +114,8 @@ def clone(data: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / path).symlink_to(ROOT / path)
     for path in ("configs", "launch"):
         shutil.copytree(ROOT / path, tmp_path / path, ignore=shutil.ignore_patterns("site.sh"))
-    for path in ("data", "src"):
+    (tmp_path / "data").mkdir()
+    for path in ("data/demo", "src"):
         (tmp_path / path).symlink_to(data / path)
     shrink(tmp_path / "configs" / "demo.yaml", TO_PRUNE if name == "docs/modelopt.md" else {})
     programs = tmp_path / ".venv" / "bin"
@@ -153,21 +154,6 @@ def run(command: str, folder: Path, how: dict[str, Any]) -> str:
     done = subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == how.get("code", 0), f"{command}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done.stdout + done.stderr
-
-
-def first_missing(shown: list[str], printed: str) -> str | None:
-    """The first of the lines that was not printed behind the one before it.
-
-    Others may be between them, lines may break elsewhere, and `...` stands for anything.
-    """
-    text, place = " ".join(printed.split()), 0
-    for line in shown:
-        parts = re.split(r"\.\.\.(?: \(as above\))?", " ".join(line.split()))
-        found = re.compile(rf"(?<!\S){'.*?'.join(map(re.escape, parts))}(?!\S)").search(text, place)
-        if found is None:
-            return line
-        place = found.end()
-    return None
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in TEXTS])

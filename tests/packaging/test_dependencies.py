@@ -56,7 +56,7 @@ def test_train_is_what_the_rest_imports() -> None:
     assert EXTRAS["data"] <= used
     assert (set(TRAIN.values()), set(DATA.values())) == (EXTRAS["train"], EXTRAS["data"])
     assert all(extra in EXTRAS for extra in optional.values())
-    assert "megatron_fc[train,data,eval,mpi,muon]" in PROJECT["optional-dependencies"]["dev"]
+    assert "megatron_fc[train,data,eval,mpi,muon,docs]" in PROJECT["optional-dependencies"]["dev"]
 
 
 def test_every_extra_that_a_text_names_exists() -> None:

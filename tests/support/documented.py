@@ -1,14 +1,14 @@
 """What the texts for readers print in blocks: commands, their output, Python.
 
-The texts are README.md, docs/*.md, and the comments at the top of configs/*.yaml and launch/*.sh. A chunk is the lines
-of an indented block up to an empty one.
+The texts are README.md, those of docs/, and the comments at the top of configs/*.yaml and launch/*.sh. A chunk is the
+lines of an indented block up to an empty one.
 """
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_PROSE = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _COMMENTED = [*sorted((ROOT / "configs").glob("*.yaml")), *sorted((ROOT / "launch").glob("*.sh"))]
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -50,3 +50,18 @@ def snippets() -> dict[str, list[str]]:
     found = {_name(path): _FENCED.findall(path.read_text()) for path in _PROSE}
     assert all(language == "python" for blocks in found.values() for language, _ in blocks), "what is it?"
     return {name: [code for _, code in blocks] for name, blocks in found.items() if blocks}
+
+
+def first_missing(shown: list[str], printed: str) -> str | None:
+    """The first of the lines that was not printed behind the one before it.
+
+    Others may be between them, lines may break elsewhere, and `...` stands for anything.
+    """
+    text, place = " ".join(printed.split()), 0
+    for line in shown:
+        parts = re.split(r"\.\.\.(?: \(as above\))?", " ".join(line.split()))
+        found = re.compile(rf"(?<!\S){'.*?'.join(map(re.escape, parts))}(?!\S)").search(text, place)
+        if found is None:
+            return line
+        place = found.end()
+    return None

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megatron_fc.connections.base import ConnectionConfig
@@ -69,3 +70,35 @@ def write_config(folder: Path, architecture: str) -> Path:
     path = folder / f"{architecture}.yaml"
     path.write_text(yaml.safe_dump(sections))
     return path
+
+
+def huggingface_model(architecture: str, **more: Any) -> Any:
+    """A model of transformers with random weights, of the size that the config says."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM, OlmoeConfig, OlmoeForCausalLM
+
+    values: dict[str, Any] = {
+        "vocab_size": tiny.VOCABULARY,
+        "hidden_size": tiny.WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": tiny.SEQUENCE,
+        "eos_token_id": 126,
+        "pad_token_id": 127,
+    }
+    if architecture == "olmoe":
+        model: Any = OlmoeForCausalLM(
+            OlmoeConfig(**{**values, "intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, **more})
+        )
+    else:
+        model = Olmo2ForCausalLM(Olmo2Config(**{**values, "intermediate_size": 128, **more}))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def save_model(architecture: str, target: Path, **more: Any) -> None:
+    """Write one as a folder of Hugging Face."""
+    huggingface_model(architecture, **more).save_pretrained(target)
