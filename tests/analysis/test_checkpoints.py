@@ -109,7 +109,7 @@ def test_measures_are_those_by_hand(
 @pytest.mark.parametrize(
     ("connection", "layout", "ranks"),
     [
-        ("dfc_x4", PP2, 2),
+        pytest.param("dfc_x4", PP2, 2, marks=pytest.mark.soak),
         pytest.param("dhc_x4", TP2, 2, marks=pytest.mark.soak),
         pytest.param("dfc_x4", [*TP2, *PP2], 4, marks=pytest.mark.soak),
         pytest.param("dhc_x4", [*TP2, *PP2], 4, marks=pytest.mark.soak),

@@ -217,7 +217,8 @@ def test_blank_contexts_and_drawn_texts(trials: Trials, tmp_path: Path) -> None:
     assert len(set(texts)) == len(texts) == 8  # of two documents, which have the same prompt
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.soak  # tests/examples runs it on one rank
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_harness_s_own_command_line(ranks: int, trials: Trials, tmp_path: Path) -> None:
     words = ["run", "--model", "megatron_fc", "--tasks", "local_choice,local_text", "--include_path", trials.tasks]
     words += ["--model_args", f"checkpoint={trials.checkpoints['dfc_x4']}", f"config={trials.config}"]

@@ -153,13 +153,17 @@ def kept(config: Config, **options: Any) -> int:
 def test_a_group_keeps_one_stream_and_no_input_of_a_norm(
     config: Config, options: dict[str, Any], groups: tuple[int, ...]
 ) -> None:
-    """Of L layers 2L streams of r rows and 2L inputs of norms, or L/k streams; all else is the same, to the byte."""
+    """Of L layers 2L streams of r rows and 2L inputs of norms, or L/k streams; all else is the same.
+
+    To less than a row: once, in a full run, something of Megatron's with 128 bytes was alive in one of the two.
+    """
     row = 2 * tiny.SEQUENCE * tiny.WIDTH * (2 if options else 4)
     r, layers = config.slots // config.fractions, 4
     without = kept(config, **options)
     for k in groups:
         spared = 2 * layers * (r + 1) - r * math.ceil(layers / k)
-        assert without - kept(replace(config, stream_layers=k), **options) == spared * row, k
+        found = without - kept(replace(config, stream_layers=k), **options)
+        assert abs(found - spared * row) < row / 2, k
 
 
 @WIDE
