@@ -18,7 +18,6 @@ from support.patience import wait_for_iteration
 from support.training_runs import config as config
 from support.training_runs import environment
 
-pytestmark = pytest.mark.slow
 VARIANTS: dict[str, Any] = {
     "residual": {"connection": "residual", "copies": 1},
     "dfc_x4": {"connection": "dfc", "rate": 4, "save_interval": 7},
@@ -53,6 +52,7 @@ def starts(run_dir: Path) -> list[int]:
     return [event["iteration"] for event in events if event["event"] == "start"]
 
 
+@pytest.mark.slow
 def test_a_killed_suite_goes_on_and_runs_nothing_twice(suite: Path) -> None:
     runs, results = suite.parent / "runs", suite.parent / "results"
     disk = SlowDisk(suite.parent / "seconds")
@@ -139,6 +139,7 @@ def test_a_run_that_diverges_has_a_record(suite: Path) -> None:
     assert "| residual | 0, 1 diverged |" in again
 
 
+@pytest.mark.slow
 def test_runs_that_fail_are_named(suite: Path) -> None:
     words = ["hidden_dropout=2.0", "--variants", "residual", "--seeds", 11]
     printed = ablate(suite, *words, "--results", suite.parent / "other", "--out", suite.parent / "failing", code=1)

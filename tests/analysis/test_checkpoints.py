@@ -13,7 +13,6 @@ from support import training_runs as runs
 from support.compress_commands import run
 from support.evaluations import train
 
-pytestmark = pytest.mark.slow
 SAMPLES = 4
 CONNECTIONS = {
     "dfc_x4": [],
@@ -68,7 +67,12 @@ def same(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "connection", ["dfc_x4", "residual", *(pytest.param(name, marks=pytest.mark.soak) for name in ("mhc_x4", "dhc_x4"))]
+    "connection",
+    [
+        "dfc_x4",
+        pytest.param("residual", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("mhc_x4", "dhc_x4")),
+    ],
 )
 def test_measures_are_those_by_hand(
     connection: str,
@@ -151,6 +155,7 @@ def close(found: Any, expected: Any) -> None:
         assert found == expected
 
 
+@pytest.mark.slow
 def test_other_checkpoints_stand_beside(trained: Callable[[str], Path], tmp_path: Path) -> None:
     for connection in ("residual", "dfc_x4"):
         analyze("similarity", trained(connection), tmp_path / connection)
@@ -160,6 +165,7 @@ def test_other_checkpoints_stand_beside(trained: Callable[[str], Path], tmp_path
     assert "residual holds no readable gradients.json: give the --out of `analyze gradients`" in done.printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -281,6 +281,7 @@ def test_a_run_keeps_its_vocabulary(changed: str, config: Path, finished: Path, 
     assert done.stderr.startswith(f"megatron-fc: {sentence}")
 
 
+@pytest.mark.slow
 def test_an_interrupt_says_what_is_kept(config: Path) -> None:
     run_dir = config.parent / "interrupted"
     process = subprocess.Popen(

@@ -32,7 +32,10 @@ def documents(prefix: Path) -> list[list[int]]:
     return [ids.tolist() for ids in data[: len(data)]]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json.zst", "a.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.parquet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a.jsonl", "a.jsonl.gz", "a.json.zst"))],
+)
 def test_the_tokens_are_those_of_the_tokenizer_each_document_with_its_end(
     tmp_path: Path, tokenizer: Path, name: str
 ) -> None:
@@ -53,6 +56,7 @@ def test_the_tokens_are_those_of_the_tokenizer_each_document_with_its_end(
     assert manifest["text_bytes"] == sum(len(text.encode()) for text in written)
 
 
+@pytest.mark.slow
 def test_files_are_dealt_out_and_the_result_does_not_depend_on_the_workers(tmp_path: Path, tokenizer: Path) -> None:
     for number in range(5):
         write_documents(tmp_path / "in" / f"{number}.jsonl", texts(20 + number, seed=number))
@@ -66,6 +70,7 @@ def test_files_are_dealt_out_and_the_result_does_not_depend_on_the_workers(tmp_p
     assert [Path(source.path).name for source in job.shard(1)] == ["1.jsonl", "4.jsonl"]
 
 
+@pytest.mark.slow
 def test_validation_is_chosen_by_the_text(tmp_path: Path, tokenizer: Path) -> None:
     written = texts(400)
     write_documents(tmp_path / "a.jsonl", written)
@@ -119,6 +124,7 @@ def test_rows_of_parquet_that_are_no_text_are_bad_lines(tmp_path: Path, tokenize
     assert len(documents(tmp_path / "out" / "train-00000")) == 2
 
 
+@pytest.mark.slow
 def test_filters_drop_documents_by_kind(tmp_path: Path, tokenizer: Path) -> None:
     lines = [
         {"text": "one two three four", "max_stars_count": 2},
@@ -138,6 +144,7 @@ def test_filters_drop_documents_by_kind(tmp_path: Path, tokenizer: Path) -> None
     assert len(documents(tmp_path / "out" / "train-00000")) == 2
 
 
+@pytest.mark.slow
 def test_a_broken_archive_fails_its_task_by_name_and_leaves_the_others(tmp_path: Path, tokenizer: Path) -> None:
     for name in "abc":
         write_documents(tmp_path / "in" / f"{name}.jsonl.gz", texts(800, seed=ord(name)))
@@ -214,6 +221,7 @@ def test_killed_workers_and_jobs_leave_the_same_bytes(
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_disk_is_named_and_leaves_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
     for name, number in (("a", 300), ("b", 6_000)):

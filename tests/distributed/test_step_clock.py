@@ -34,6 +34,7 @@ def test_a_rank_that_hangs_is_named_and_the_others_end(how: str, rank: int, said
     assert [path.name for path in sorted(tmp_path.glob("noted*"))] == [f"noted{noted}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "advice"),
     [

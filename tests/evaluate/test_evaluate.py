@@ -31,6 +31,7 @@ LAYOUTS = {
 MORE = [("dfc_x4", "pp2"), ("dfc_x4", "dp2"), ("mhc_x4", "tp2"), ("residual", "ep2"), ("dhc_x4", "tp2_ep2")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("connection", "layout"),
     [
@@ -72,6 +73,7 @@ def direct(trials: Trials) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_results_are_those_of_a_direct_computation(direct: dict[str, Any], trials: Trials) -> None:
     found = json.loads((trials.on_one_rank["dhc_x4"] / "iter_0000006.json").read_text())["tasks"]
     assert found["local_choice"]["metrics"] == pytest.approx(direct["local_choice"])
@@ -82,6 +84,7 @@ def test_results_are_those_of_a_direct_computation(direct: dict[str, Any], trial
         assert min(abs(logprob - score) for score in scores) < CLOSE
 
 
+@pytest.mark.slow
 def test_perplexity_of_texts_and_of_indexed_files(direct: dict[str, Any], trials: Trials, tmp_path: Path) -> None:
     """By document the bits per byte of the harness, by chunk the loss by hand, on two ranks; one file of each kind."""
     tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(trials.config.read_text())["data"]["tokenizer_model"])
@@ -120,6 +123,7 @@ def test_perplexity_of_texts_and_of_indexed_files(direct: dict[str, Any], trials
         assert said in done.printed
 
 
+@pytest.mark.slow
 def test_no_request_is_run_twice_after_a_kill(trials: Trials, tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = Path(__file__).parents[1] / "support" / "killed_evaluation.py"
@@ -191,6 +195,7 @@ def test_a_second_call_adds_what_is_missing(trials: Trials, tmp_path: Path, monk
     assert f"run `megatron-fc evaluate fetch --to {tmp_path}` with the same --tasks" in missing.printed
 
 
+@pytest.mark.slow
 def test_blank_contexts_and_drawn_texts(trials: Trials, tmp_path: Path) -> None:
     """The harness moves blanks behind the context. A text that ends at an empty word does not end; each is drawn anew.
 
@@ -232,6 +237,7 @@ def test_the_harness_s_own_command_line(ranks: int, trials: Trials, tmp_path: Pa
     assert (tmp_path / "cache_rank0.db").exists()
 
 
+@pytest.mark.slow
 def test_a_chat_template_is_refused(trials: Trials, tmp_path: Path) -> None:
     words = ["--model_args", f"checkpoint={trials.checkpoints['dfc_x4']}", f"config={trials.config}"]
     words += ["--tasks", "local_choice", "--include_path", str(trials.tasks), "--apply_chat_template"]
@@ -240,6 +246,7 @@ def test_a_chat_template_is_refused(trials: Trials, tmp_path: Path) -> None:
     assert "--apply_chat_template: Megatron's tokenizers have no template, leave it out" in done.printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -262,6 +269,7 @@ def test_refusals(words: list[str], said: str, trials: Trials, tmp_path: Path) -
     assert "Traceback" not in done.printed
 
 
+@pytest.mark.slow
 def test_a_larger_tokenizer_is_refused(trials: Trials, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(trials.config.read_text())["data"]["tokenizer_model"])
     tokenizer.add_tokens([f"word{number}" for number in range(200)])

@@ -95,6 +95,7 @@ def test_every_example_is_run_here() -> None:
     assert not [name for name in names if f"[{name}]({name})" not in listed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["own_gpt_model.py", "hybrid_stack.py", "plain_pytorch.py"])
 def test_models(example: str, run: Callable[..., str]) -> None:
     printed = run("python", "-W", "ignore", EXAMPLES / example)

@@ -105,6 +105,7 @@ def megatron_says(worlds: list[tuple[int, ...]]) -> list[Any]:
     return list(json.loads(run.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_the_same_worlds_as_megatron() -> None:
     sizes = list(product((4, 6, 8, 24), (1, 2), (1, 2, 3), (1, 2), (1, 2, 4), (1, 2)))
     for (world, tp, pp, cp, ep, etp), answer in zip(sizes, megatron_says(sizes), strict=True):

@@ -87,6 +87,7 @@ def test_without_an_mpi_library_all_is_well() -> None:
     assert "no MPI library: apt install openmpi-bin, or load" in done.stdout.splitlines()[at + 1]
 
 
+@pytest.mark.slow
 def test_calls_out_the_apex_that_is_not_nvidias(ill: Report) -> None:
     assert ill["Apex"].status == "broken"
     assert "Apex broken: not NVIDIA's Apex, breaks Megatron: pip uninstall apex" in text_of(ill)

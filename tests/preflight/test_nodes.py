@@ -133,6 +133,7 @@ def wait_for_ever(*_: Any) -> Any:
 HOST = socket.gethostname()
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_makes_no_plan_is_named() -> None:
     assert two_ranks(1, wait_for_ever, {}).startswith(f"rank 1 on {HOST} hears nothing of the first rank at 127.0.0.1:")
 

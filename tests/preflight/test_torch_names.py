@@ -56,6 +56,7 @@ def test_a_topology_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(found.stdout) == json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_refusal_is_torchs_and_megatrons(capsys: pytest.CaptureFixture[str]) -> None:
     """Names start the process again, which says it once."""
     asked = ["plan", str(CONFIGS / "olmoe_7b.yaml"), "--nodes", "8", "--gpu", "h100", "adam_beta1=1.5"]

@@ -10,7 +10,7 @@ import torch
 
 from compiled import SHARED_MEMORY, SLOTS, WIDTHS, launched_as, read_table, shapes
 from laboratory.emulator.driver import Emulator
-from megatron_fc import FracConfig
+from megatron_fc import FracConfig, HyperConfig
 from megatron_fc.connections.kernels import cuts, launch
 from megatron_fc.connections.kernels.gluon import choice
 from support import kernel_cases, kernel_reference
@@ -21,9 +21,11 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def unsaid() -> Iterator[None]:
     """What was said before may be said again."""
-    choice._chosen.cache_clear()
+    for said in (choice._chosen, choice._chosen_for_depth):
+        said.cache_clear()
     yield
-    choice._chosen.cache_clear()
+    for said in (choice._chosen, choice._chosen_for_depth):
+        said.cache_clear()
 
 
 def make(width: int = 1024, dtype: torch.dtype = BF16, kind: str | None = "rmsnorm", **config: Any) -> Any:
@@ -141,3 +143,11 @@ def test_registers_and_shared_memory_are_as_compiled() -> None:
             assert found.cut.programs * (compiled.shared + 1024) <= SHARED_MEMORY[90] + 1024
             main += 1
     assert main >= 28
+
+
+def test_a_depth_connection_says_what_runs(emulator: Emulator, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "megatron_fc")
+    case = kernel_reference.make(HyperConfig(slots=4), 1024, 4, BF16, None)
+    for _ in range(2):
+        launch.depth_forward(launch.DepthInputs(case.o, case.h, *case.coefficients))
+    assert caplog.messages == ["Depth connections of d = 1024, m = 1, n = 4 run forward on the main kernel"]

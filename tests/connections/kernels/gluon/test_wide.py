@@ -3,7 +3,6 @@
 Every run watches for races between lanes and for memory that nothing was written to.
 """
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -152,14 +151,6 @@ def test_bytes_of_memory(emulator: Emulator) -> None:
     with counted(emulator) as moved:
         h = launch.depth_forward(depth)
     assert of(moved, case.o, case.h, h) == 9 * row
-
-
-def test_what_runs_is_said_once(emulator: Emulator, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "megatron_fc")
-    case = kernel_reference.make(FOUR, 1024, 4, BF16, None)
-    for _ in range(2):
-        launch.depth_forward(launch.DepthInputs(case.o, case.h, *case.coefficients))
-    assert caplog.messages == ["Depth connections of d = 1024, m = 1, n = 4 run forward on the main kernel"]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
