@@ -11,6 +11,7 @@ from support import harness
 from support.training_runs import config as config
 
 
+@pytest.mark.slow
 def test_exports_are_compared_with_their_checkpoints(config: Path, tmp_path: Path) -> None:
     run = [str(config), "connection=mhc", "qk_layernorm_over_heads=true"]
 

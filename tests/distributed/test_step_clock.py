@@ -12,6 +12,7 @@ from support import harness
 NAME = r"rank {} \(process \d+ on \S+\)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "rank", "said"),
     [

@@ -32,6 +32,7 @@ def names_read(file: Path) -> Iterator[str]:
     return (name for names in _READ.findall(file.read_text()) for name in names)
 
 
+@pytest.mark.slow
 def test_no_other_option_of_megatrons_is_read_by_nobody() -> None:
     files = [file for file in MEGATRON.rglob("*.py") if file.name != "yaml_arguments.py"]
     # muon_momentum and the like are looked up with the optimizer's prefix, the num_sms in a loop over both names.
