@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_fc.convert.check import huggingface_logits, some_tokens
@@ -42,3 +43,9 @@ def test_exports_are_compared_with_their_checkpoints(config: Path, tmp_path: Pat
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"out cannot be loaded, .*: convert the checkpoint again"):
         huggingface_logits(out, some_tokens(384, 32))
+
+
+def test_tokens_are_the_same_every_time() -> None:
+    tokens = some_tokens(97, 32)
+    assert torch.equal(tokens, some_tokens(97, 32))
+    assert 0 <= int(tokens.min()) < 48 < int(tokens.max()) < 97
