@@ -39,6 +39,10 @@ def test_a_path_behind_an_option_may_begin_in_a_home(monkeypatch: pytest.MonkeyP
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
         (["train", "c.yaml", "--dry"], "unrecognized arguments: --dry"),
+        (
+            ["data", "tokenize", "x", "--out=y", "--tokenizer=z", "--eos=", "--no-eos"],
+            "not allowed with argument --eos",
+        ),
         (["doctor", "stray"], "unrecognized arguments: stray"),
         (["doctor", "--", "--lr", "1"], "only `train` takes Megatron flags after --"),
     ],
