@@ -90,6 +90,8 @@ def blend(
         write_json(out, {**{split: _words(blended, split) for split in SPLITS}, "test": None})
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
+    if without := [share.folder.name for share in blended if not share.manifest["files"]["valid"]]:
+        report(f"note: no validation data in {', '.join(without)}")
     report(f"train with: per_split_data_args_path={out} tokenizer_model={folders[0] / 'tokenizer'}")
 
 

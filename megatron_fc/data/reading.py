@@ -143,7 +143,8 @@ class Reader:
         while block := stored.read(_BUFFER):  # its parts are read in another order than they lie
             self._hash.update(block)
         stored.seek(0)
-        with pq.ParquetFile(stored) as file:
+        # Column by column in small pieces: by default all that is stored of a column lies in memory.
+        with pq.ParquetFile(stored, buffer_size=_BUFFER, pre_buffer=False) as file:
             kind = text_type(file.schema_arrow, self._path, self.source.path)
             refuse_missing_columns(file.schema_arrow, self._others, self.source.path)
             number, step = 0, self.source.size / max(file.metadata.num_rows, 1)

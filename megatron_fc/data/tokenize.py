@@ -101,7 +101,8 @@ def tokenize(
             SlurmExecutor(job, where.workers, where.sbatch, where.srun, where.python).run()
             report(f"submitted; `megatron-fc data status {out}` shows how far it is")
             return False
-        _run_here(job, where.workers)
+        with job.held():
+            _run_here(job, where.workers)
     else:
         report(f"{out} is complete")
     if not job.finish():

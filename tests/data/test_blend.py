@@ -44,13 +44,14 @@ def blended(made: Path, out: Path, *names: str, **options: object) -> list[str]:
 
 
 def test_weights_are_shared_by_the_tokens_of_the_files(made: Path, tmp_path: Path) -> None:
-    table = blended(made, tmp_path / "blend.json", "a", "b/manifest.json", weights=[0.3, 0.7])[0]
+    table, note, _ = blended(made, tmp_path / "blend.json", "a", "b/manifest.json", weights=[0.3, 0.7])
 
     a, b = tokens(made / "a"), tokens(made / "b")
     wanted = {prefix: 0.3 * size / sum(a.values()) for prefix, size in a.items()}
     wanted |= dict.fromkeys(b, 0.7)
     assert written(tmp_path / "blend.json") == pytest.approx(wanted, rel=1e-9)
-    assert set(written(tmp_path / "blend.json", "valid")) == set(tokens(made / "a", "valid"))  # b has none
+    assert set(written(tmp_path / "blend.json", "valid")) == set(tokens(made / "a", "valid"))
+    assert note == "note: no validation data in b"
     assert json.loads((tmp_path / "blend.json").read_text())["test"] is None
     everything = sum(a.values()) + sum(b.values())
     assert f"{0.3 * everything / sum(a.values()):.2f}" in table
