@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-fc: {args.command} needs {missing}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"megatron-fc: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"megatron-fc: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
 
 

@@ -117,6 +117,8 @@ def _run_here(job: Job, workers: int) -> None:
     progress = Progress(job, sys.stdout)
     try:
         failures = LocalExecutor(job, workers).run(progress.show)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("interrupted: the same command goes on") from interrupt
     finally:
         progress.close()
     if failures:

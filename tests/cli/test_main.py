@@ -52,3 +52,15 @@ def test_usage_errors(words: list[str], sentence: str, capsys: pytest.CaptureFix
         main.main(words)
     assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("said", "sentence"), [((), "interrupted"), (("at step 7",), "at step 7")])
+def test_an_interrupt_says_so(
+    said: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: object) -> int:
+        raise KeyboardInterrupt(*said)
+
+    monkeypatch.setattr(train, "run", run)
+    assert main.main(["train", "c.yaml"]) == 130
+    assert capsys.readouterr().err == f"megatron-fc: {sentence}\n"

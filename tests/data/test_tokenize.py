@@ -205,8 +205,8 @@ def test_killed_workers_and_jobs_leave_the_same_bytes(
         job = start(half_a_minute_of_text, out, tokenizer)
         worker = half_written(job, out, task=0)
         if number == 0:
-            with pytest.raises(UserError, match="in use by the same command, which still runs"):
-                make([half_a_minute_of_text], out, tokenizer, max_bytes=32 << 20)
+            with pytest.raises(UserError, match="in use by the same command, which still runs"), Job.read(out).held():
+                pass
         if number % 4 == 1:  # the job instead, whose worker ends by itself
             job.kill()
             wait_until(lambda: writer(out, task=0) is None, "the end of the worker")
