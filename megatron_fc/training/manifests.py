@@ -64,7 +64,7 @@ def _read_once(path: Path, version: tuple[int, int]) -> tuple[dict[str, Any], di
 
 
 def _refuse_incomplete(said: dict[str, Any], path: Path) -> None:
-    """Somebody has edited it."""
+    """Raises UserError where entries that others read are missing, e.g. after an edit."""
     needed = {"prefix", "documents", "tokens", "text_bytes", "bytes", "sha256"}
     try:
         files = [set(file) for split in ("train", "valid") for file in said["files"][split]]
