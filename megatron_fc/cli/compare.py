@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
         summary = read_summary(run_dir)
         if summary is None:
             raise UserError(
-                f"{run_dir} has no summary.json: give the folder of a run that has finished; `megatron-fc analyze losses` "
-                f"compares runs under way"
+                f"{run_dir} has no summary.json: give the folder of a run that has finished; `megatron-fc analyze "
+                f"losses` compares runs under way"
             )
         summaries.append(summary)
     Console().print(comparison_table(summaries))
