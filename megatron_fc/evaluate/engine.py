@@ -58,6 +58,7 @@ class Engine:
             parallel_state.get_data_parallel_world_size(),
         )
         self._stages = args.pipeline_model_parallel_size
+        self._has_failed = False
         self._reports = (
             parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -105,8 +106,9 @@ class Engine:
             self._do(*order)
 
     def end(self) -> None:
-        """Let the others end."""
-        self._heard(None)
+        """Let the others end. Where a work has failed they do not listen: it failed there, too, or they hang in it."""
+        if not self._has_failed:
+            self._heard(None)
 
     @property
     def _writers(self) -> int:
@@ -122,8 +124,11 @@ class Engine:
         return heard[0]
 
     def _do(self, name: str, given: tuple[Any, ...]) -> Any:
+        self._has_failed = True
         with quiet():
-            return getattr(self, name)(*given)
+            done = getattr(self, name)(*given)
+        self._has_failed = False
+        return done
 
     def _load(self, checkpoint: Path) -> None:
         load_weights(self.args, self._chunks, checkpoint, _without)

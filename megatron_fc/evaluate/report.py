@@ -141,6 +141,7 @@ def plot_grid(
             axes.plot(smooth.keys(), smooth.values(), color=colour, linewidth=1.6, label=run.label)
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.25)
+        axes.locator_params(axis="x", nbins=4)  # numbers of tokens are long
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)

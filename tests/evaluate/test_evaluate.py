@@ -164,8 +164,8 @@ def test_a_second_call_adds_what_is_missing(trials: Trials, tmp_path: Path, monk
     (tmp_path / "list.yaml").write_text("tasks: {local_choice: {shots: 1}}")
     listed = ["--tasks", tmp_path / "list.yaml"]
 
-    def evaluated(*words: object, of: Path = checkpoints, to: Path = out) -> Done:
-        return evaluate(trials.config, of, folder, to, *words)
+    def evaluated(*words: object, of: Path = checkpoints, to: Path = out, ranks: int = 1) -> Done:
+        return evaluate(trials.config, of, folder, to, *words, ranks=ranks)
 
     done = evaluated(*listed, *offline)
     assert done.code == 0, done.printed
@@ -193,10 +193,11 @@ def test_a_second_call_adds_what_is_missing(trials: Trials, tmp_path: Path, monk
     other = evaluated(*plain, of=trials.checkpoints["residual"])
     assert other.code == 2, other.printed
     assert "is of another model, checkpoint: " in other.printed
-    corrupt(checkpoints / "iter_0000003", "decoder.")
-    without = evaluated(*listed, *offline, to=tmp_path / "without")
+    corrupt(checkpoints / "iter_0000006", "decoder.")
+    without = evaluated(*listed, *offline, to=tmp_path / "without", ranks=2)
     assert without.code == 2, without.printed
-    assert f"move {checkpoints / 'iter_0000003'} out of its folder, then the others are evaluated" in without.printed
+    assert f"move {checkpoints / 'iter_0000006'} out of its folder, then the others are evaluated" in without.printed
+    assert "Traceback" not in without.printed
     missing = evaluated("--tasks", "local_choice", "local_cloze", "--data", tmp_path)
     assert missing.code == 2
     assert "the data of local_choice, local_cloze are not in" in missing.printed
@@ -269,7 +270,7 @@ def test_a_chat_template_is_refused(trials: Trials, tmp_path: Path) -> None:
         (["moe_input_jitter_eps=0.1", "--tasks", "local_choice"], "set moe_input_jitter_eps=null"),
         (["moe_router_force_load_balancing=true", "--tasks", "local_choice"], "route at random, in evaluation too"),
         (["expert_model_parallel_size=2"], "and expert_model_parallel_size=2 take 2 ranks or a multiple, not 1: start"),
-        (["tokenizer_model=/nowhere"], "Megatron refuses the tokenizer: no tokenizer can be made of tokenizer_type"),
+        (["tokenizer_model=/usr"], "Megatron refuses the tokenizer: no tokenizer can be made of tokenizer_type"),
         (["--limit", "0"], "--limit 0: give a number from 1 on"),
         (["--every", "5"], "no complete checkpoint at a multiple of iteration 5: lower --every"),
     ],
