@@ -20,7 +20,7 @@ SOURCES = [file for folder in (PACKAGE, ROOT / "benchmarks", ROOT / "scripts") f
 FOLDERS = "tests|examples|megatron_fc|configs|launch|benchmarks|docs|docker|scripts"
 
 # What users and `make gpu-check` write, and scripts of Megatron's repository, which its wheel lacks.
-THEIR_SCRIPTS = {"pretrain_gpt.py", "pretrain_hybrid.py", "pretrain_vlm.py", "train_rl.py"}
+THEIR_SCRIPTS = {"preprocess_data.py", "pretrain_gpt.py", "pretrain_hybrid.py", "pretrain_vlm.py", "train_rl.py"}
 NOT_HERE = {"launch/site.sh", "benchmarks/results/fp8", *THEIR_SCRIPTS}
 # An image, and what the changelog says of earlier releases.
 NO_MODULES = {"megatron_fc.sqsh", "megatron_fc.megatron.arguments", "megatron_fc.megatron.order", "megatron_fc.traffic"}

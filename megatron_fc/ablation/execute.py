@@ -22,6 +22,7 @@ from megatron_fc.ablation.record import read_record, record_diverged, record_fin
 from megatron_fc.ablation.suite import Suite
 from megatron_fc.resilience.helpers import end_with
 from megatron_fc.resilience.rejected_results import REPEAT_ELSEWHERE, WRONG
+from megatron_fc.runs.start_record import read_events, read_state
 
 _LOOK_SECONDS = 0.2
 
@@ -35,14 +36,30 @@ class _Started:
 
 
 def left(suite: Suite, planned: Sequence[Planned], results: Path) -> list[Planned]:
-    """Return the runs without a record; what has finished gets its record here.
+    """Return the runs without a record; what has finished, or diverged on SLURM, gets its record here.
 
     Raises:
         UserError: a record or a folder is of other settings or data.
     """
-    return [
-        one for one in planned if read_record(results, one) is None and record_finished(suite, results, one) is None
-    ]
+    remaining = []
+    for one in planned:
+        if read_record(results, one) is not None or record_finished(suite, results, one) is not None:
+            continue
+        if _has_diverged(one):
+            record_diverged(suite, results, one)
+        else:
+            remaining.append(one)
+    return remaining
+
+
+def _has_diverged(planned: Planned) -> bool:
+    """Whether the launch scripts gave the run up after a loss that is not finite."""
+    events, _ = read_events(planned.run_dir)
+    return (
+        read_state(planned.run_dir) == "stuck"
+        and bool(events)
+        and events[-1].get("exit_code") in (REPEAT_ELSEWHERE, WRONG)
+    )
 
 
 def default_jobs() -> int:

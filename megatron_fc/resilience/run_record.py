@@ -105,23 +105,25 @@ class RunRecord(Callback):
 
     def failed(self, error: BaseException) -> BaseException:
         if isinstance(error, SystemExit):
-            self._end(self.why(error), step_is_done=not error.code)
+            code = error.code if isinstance(error.code, int) else None
+            self._end(self.why(error), step_is_done=not error.code, exit_code=code)
         elif isinstance(error, KeyboardInterrupt):
             self._end("interrupted")
         else:
             self._end(shorten(f"{type(error).__name__}: {error}", 300))
         return error
 
-    def _end(self, reason: str, step_is_done: bool = False) -> None:
+    def _end(self, reason: str, step_is_done: bool = False, exit_code: int | None = None) -> None:
         if is_log_rank():
-            self.note(reason, step_is_done)
+            self.note(reason, step_is_done, exit_code)
 
-    def note(self, reason: str, step_is_done: bool = False) -> None:
+    def note(self, reason: str, step_is_done: bool = False, exit_code: int | None = None) -> None:
         """Note the end of a run whose start was noted, on whichever rank calls it; the last one counts.
 
         Args:
             reason: in words.
             step_is_done: the step that Megatron began last is finished.
+            exit_code: that Megatron chose.
         """
         if self._start is None:
             return
@@ -132,6 +134,7 @@ class RunRecord(Callback):
                 consumed_samples=self._args.consumed_train_samples,
                 target_samples=self._target(),
                 reason=reason,
+                exit_code=exit_code,
             )
 
     def explain(self, finding: str) -> None:

@@ -45,11 +45,34 @@ def record_start(
     _write_state(run_dir, "continue")
 
 
-def record_end(run_dir: Path, *, iteration: int, consumed_samples: int, target_samples: int, reason: str) -> None:
-    """Note that a run ends; `reason` is REACHED, a signal, which rank was lost, or the text of an error."""
+def record_end(
+    run_dir: Path,
+    *,
+    iteration: int,
+    consumed_samples: int,
+    target_samples: int,
+    reason: str,
+    exit_code: int | None = None,
+) -> None:
+    """Note that a run ends.
+
+    Args:
+        run_dir: folder of the run.
+        iteration: that was done last.
+        consumed_samples: up to there.
+        target_samples: at which the run is done.
+        reason: REACHED, a signal, which rank was lost, or the text of an error.
+        exit_code: that Megatron chose, where it ended the run.
+    """
     facts = {"iteration": iteration, "consumed_samples": consumed_samples, "target_samples": target_samples}
-    _append(run_dir, "end", facts | {"reason": reason})
+    _append(run_dir, "end", facts | {"reason": reason, "exit_code": exit_code})
     _write_state(run_dir, "done" if reason == REACHED else "continue")
+
+
+def read_state(run_dir: Path) -> str | None:
+    """Return the word of `run_dir/state`, None if there is none."""
+    state = run_dir / STATE
+    return state.read_text().strip() if state.exists() else None
 
 
 def read_events(run_dir: Path) -> tuple[list[dict[str, Any]], int]:

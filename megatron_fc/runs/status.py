@@ -18,7 +18,7 @@ from megatron_fc.connections.kinds import KINDS
 from megatron_fc.errors import UserError
 from megatron_fc.runs.arguments import read_arguments
 from megatron_fc.runs.log_lines import parse_iteration, parse_validation
-from megatron_fc.runs.start_record import read_events
+from megatron_fc.runs.start_record import read_events, read_state
 
 _FILES, _FOLDERS = ("starts.jsonl", "summary.json"), ("logs", "tensorboard", "checkpoints")
 _TAIL_BYTES = 1 << 18
@@ -191,8 +191,7 @@ def _state(
     iterations: int | None,
     silent: float | None,
 ) -> str:
-    word = run_dir / "state"
-    if word.exists() and (said := word.read_text().strip()) in ("done", "stuck"):
+    if (said := read_state(run_dir)) in ("done", "stuck"):
         return said
     if iterations and iteration >= iterations:
         return "done"
