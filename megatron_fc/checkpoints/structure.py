@@ -6,7 +6,7 @@ from typing import Any
 from megatron_fc.checkpoints.integrity import INDEX
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.errors import UserError
-from megatron_fc.megatron.stored_connections import difference
+from megatron_fc.megatron.stored_connections import difference, fitting_overrides
 
 
 def refuse_other_connection(checkpoint: Path, connection: ConnectionConfig | None, hidden_size: int) -> None:
@@ -19,6 +19,19 @@ def refuse_other_connection(checkpoint: Path, connection: ConnectionConfig | Non
         return
     if differs := difference(checkpoint, connection, hidden_size):
         raise UserError(f"{differs}: give the run another run_dir, or the connection that it was started with")
+
+
+def refuse_misread_connection(checkpoint: Path, connection: ConnectionConfig | None, hidden_size: int) -> None:
+    """Check that a config's connections are those of a checkpoint that is only read: evaluated, converted.
+
+    Raises:
+        UserError: they differ; names both and the settings that are the checkpoint's.
+    """
+    if not (checkpoint / INDEX).exists():
+        return
+    if differs := difference(checkpoint, connection, hidden_size):
+        fitting = " ".join(fitting_overrides(checkpoint, connection))
+        raise UserError(f"{differs}: " + (f"add {fitting}" if fitting else "give the config that it was written with"))
 
 
 def has_optimizer(checkpoint: Path) -> bool:

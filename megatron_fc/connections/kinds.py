@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from megatron_fc.connections.base import ConnectionConfig
@@ -23,6 +24,7 @@ MEMBERS: dict[str, tuple[type[ConnectionConfig], dict[str, Any]]] = {
     "mhc": (ManifoldConfig, {"fractions": 1}),
     "mfc": (ManifoldConfig, {}),
 }
+_NAMED = ("connection", "rate", "fractions")  # settings of which a label is made
 _LABEL = re.compile(rf"(?P<name>{'|'.join(MEMBERS)})_x(?P<rate>[1-9]\d*)(?:_m(?P<fractions>[1-9]\d*))?")
 
 
@@ -65,6 +67,41 @@ def from_label(label: str) -> ConnectionConfig | None:
         match["name"], int(match["rate"]), int(match["fractions"]) if match["fractions"] else None
     )
     return config
+
+
+def overrides(config: ConnectionConfig | None, other: ConnectionConfig | None) -> list[str]:
+    """Return the settings that turn a config file's connections into others, e.g. ``connection=dhc``.
+
+    Args:
+        config: the connections that are wanted, None for plain residuals.
+        other: those of the file.
+    """
+    if config is None:
+        return [] if other is None else ["connection=residual"]
+    usual = from_label(config.label)
+    if usual is None or usual.fractions != config.fractions:  # only flags make it
+        return []
+    there = {name: value for name, value in _settings(usual).items() if name not in _NAMED} | {"fractions": 1}
+    if other is not None:
+        theirs, defaults = _settings(other), _settings(from_label(other.label))
+        # A default is not in the file, and each kind has its own.
+        there |= {name: value for name, value in theirs.items() if name in _NAMED or defaults.get(name) != value}
+    return [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in _settings(config).items()
+        if name not in there or there[name] != value
+    ]
+
+
+def _settings(config: ConnectionConfig | None) -> dict[str, Any]:
+    """A configuration as a config file has it, without what changes no result."""
+    match = _LABEL.fullmatch(config.label) if config is not None else None
+    if config is None or match is None:
+        return {}
+    named = {"connection": match["name"], "rate": config.slots}
+    named |= {"fractions": config.fractions} if isinstance(config, HyperConfig) else {}
+    fixed = {config.slots_option, config.fractions_option, *MEMBERS[match["name"]][1]}
+    return named | {f.name: getattr(config, f.name) for f in fields(config) if f.compare and f.name not in fixed}
 
 
 def is_connection_key(key: str) -> bool:

@@ -20,7 +20,7 @@ from megatron_fc.checkpoints.location import find_checkpoint, refuse_existing
 from megatron_fc.checkpoints.modelopt_state import refuse_state
 from megatron_fc.checkpoints.staging import staged
 from megatron_fc.checkpoints.stored_tensors import StoredTensors, is_weight
-from megatron_fc.checkpoints.structure import refuse_other_connection
+from megatron_fc.checkpoints.structure import refuse_misread_connection
 from megatron_fc.convert.olmo_config import architecture_of, huggingface_config
 from megatron_fc.convert.olmo_tensors import Part, parts
 from megatron_fc.convert.one_rank import one_rank, recipe_on_one_rank
@@ -54,7 +54,7 @@ def to_hf(config: Path, overrides: Sequence[str], source: Path, target: Path, sh
     with one_rank(recipe) as args:
         architecture = architecture_of(args, recipe)
         refuse_other_model(checkpoint, args)
-        refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
+        refuse_misread_connection(checkpoint, recipe.connection, args.hidden_size)
         refuse_corrupt(checkpoint, of=is_weight)
     stored = StoredTensors(checkpoint)
     if not stored.keys() >= {_EMBEDDING}:

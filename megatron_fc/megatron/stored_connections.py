@@ -74,6 +74,13 @@ def difference(checkpoint: Path, connection: ConnectionConfig | None, hidden_siz
     return None
 
 
+def fitting_overrides(checkpoint: Path, connection: ConnectionConfig | None) -> list[str]:
+    """Return the settings that make a config's connections those of a checkpoint; [] where none do."""
+    stored = stored_structure(checkpoint)
+    config = (_stamp(checkpoint) or kinds.recognise(stored)) if stored else None
+    return [] if stored and config is None else kinds.overrides(config, connection)
+
+
 def refuse_other_checkpoint(args: Namespace | None, connection: ConnectionConfig) -> None:
     """Check the checkpoint that Megatron's arguments name, before a model of a named spec is built for it.
 

@@ -9,7 +9,7 @@ from megatron_fc.checkpoints.changes import refuse_other_model
 from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.integrity import refuse_corrupt, step_of
 from megatron_fc.checkpoints.stored_tensors import is_weight
-from megatron_fc.checkpoints.structure import refuse_other_connection
+from megatron_fc.checkpoints.structure import refuse_misread_connection
 from megatron_fc.errors import UserError
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
@@ -57,7 +57,7 @@ def load_model(
     join_world()
     args = parse(recipe, settle)
     refuse_other_model(checkpoint, args)
-    refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
+    refuse_misread_connection(checkpoint, recipe.connection, args.hidden_size)
     with refusals_named("the tokenizer"):
         set_global_variables(args)
     with refusals_named("the layout"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_fc import UserError
 from megatron_fc.connections import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.kinds import KINDS, from_label, is_connection_key, member, recognise
+from megatron_fc.connections.kinds import KINDS, from_label, is_connection_key, member, overrides, recognise
 from megatron_fc.connections.per_slot import PerSlotParameters
 
 D = 48
@@ -189,6 +189,28 @@ def test_a_label_names_its_member(config: ConnectionConfig) -> None:
     assert found is not None
     assert (type(found), found.slots, found.fractions) == (type(config), config.slots, config.fractions)
     assert found.label == config.label
+
+
+@pytest.mark.parametrize(
+    ("wanted", "other", "expected"),
+    [
+        (None, FracConfig(), "connection=residual"),
+        (None, None, ""),
+        (FracConfig(rate=2, tanh=False), None, "connection=dfc rate=2 tanh=false"),
+        (FracConfig(), FracConfig(rate=2, norm="none", backend="torch"), "rate=4 norm=rmsnorm"),
+        (FracConfig(), HyperConfig(), "connection=dfc"),
+        (HyperConfig(), FracConfig(tanh=False), "connection=dhc tanh=true"),
+        (HyperConfig(slots=4), HyperConfig(slots=4, fractions=2), "fractions=1"),
+        (HyperConfig(slots=4, fractions=2), None, "connection=dhc rate=4 fractions=2"),
+        (FracConfig(), ManifoldConfig(), "connection=dfc"),
+        (ManifoldConfig(leave="learned"), FracConfig(), "connection=mhc leave=learned"),
+        (ManifoldConfig(slots=4, fractions=4), ManifoldConfig(), "connection=mfc"),
+    ],
+)
+def test_overrides_turn_one_into_another(
+    wanted: ConnectionConfig | None, other: ConnectionConfig | None, expected: str
+) -> None:
+    assert " ".join(overrides(wanted, other)) == expected
 
 
 @pytest.mark.parametrize(

@@ -321,7 +321,7 @@ def test_files_hold_the_same_in_parts(folder: Path, tmp_path: Path, capsys: pyte
         ),
         ("olmoe", "dfc_x4", ["family=hybrid"], "family=hybrid has no Hugging Face class"),
         ("olmo2", "dfc_x4", ["kv_channels=8"], "kv_channels=8: OLMo2 has heads that are together as wide as the model"),
-        ("olmo2", "dfc_x4", ["connection=dhc"], "has dfc_x4 connections, this run has dhc_x4 connections"),
+        ("olmo2", "dfc_x4", ["connection=dhc"], "this run has dhc_x4 connections: add connection=dfc"),
         (
             "olmo2",
             "plain",

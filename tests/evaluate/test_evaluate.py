@@ -282,6 +282,10 @@ def test_a_chat_template_is_refused(trials: Trials, tmp_path: Path) -> None:
         (["moe_expert_capacity_factor=1.0", "--tasks", "local_choice"], "set moe_expert_capacity_factor=null"),
         (["padded_vocab_size=256", "--tasks", "local_choice"], "padded_vocab_size=256, but"),
         (["hidden_size=64", "--tasks", "local_choice"], "hidden_size: 32 in "),
+        (
+            ["connection=residual", "--tasks", "local_choice"],
+            "this run has plain residual connections: add connection=dfc rate=4",
+        ),
         (["moe_router_topk=1", "--tasks", "local_choice"], "moe_router_topk: 2 in "),
         (["moe_input_jitter_eps=0.1", "--tasks", "local_choice"], "set moe_input_jitter_eps=null"),
         (["moe_router_force_load_balancing=true", "--tasks", "local_choice"], "route at random, in evaluation too"),
