@@ -139,7 +139,8 @@ class Topology:
             lines.insert(-1, f"schedule   batches of {sizes} on; shown is a step of the last")
         if self.tokens != self.target_tokens:
             lines[-1] += f" (the target is {self.target_tokens:,}: whole batches only)"
-        if self.repetition:
+        warned = self.repetition is not None and self.repetition.startswith("WARNING: ")
+        if self.repetition and not warned:
             lines.append(f"data       {self.repetition}")
         if self.flops_per_token is None:
             lines.append("compute    not known without vocab_size in the config")
@@ -151,7 +152,8 @@ class Topology:
         if self.gpu_hours is not None:
             days = self.gpu_hours / layout.world / 24
             lines.append(f"GPU-hours  {self.gpu_hours:,.0f} in all, {days:,.1f} days, {self.throughput}")
-        return lines + [f"note: {note}" for note in self.unchecked]
+        lines += [f"note: {note}" for note in self.unchecked]
+        return [*lines, self.repetition] if self.repetition and warned else lines
 
 
 def topology(
