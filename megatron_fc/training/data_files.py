@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_fc.errors import UserError
 from megatron_fc.training.hub_tokenizer import is_hub_name, load_tokenizer, refuse_tokenizer_out_of_reach
 from megatron_fc.training.indexed_files import IndexedFiles, missing
-from megatron_fc.training.manifests import listed, manifest_of, refuse_other_sizes, tokenizer_hash
+from megatron_fc.training.manifests import manifest_of, refuse_other_sizes, tokenizer_hash
 from megatron_fc.training.refusal import refusals_named
 
 _SPLITS = ("train", "valid", "test")
@@ -166,10 +166,11 @@ def _refuse_other_manifests(args: argparse.Namespace, vocabulary: int | None) ->
     hashed: dict[str, str] = {}
     for blend in blends(args):
         for prefix in blend.prefixes:
-            if (manifest := manifest_of(prefix)) is None:
+            if (found := manifest_of(prefix)) is None:
                 continue
+            manifest, file = found
             setting, made = blend.named(prefix), manifest["tokenizer"]
-            refuse_other_sizes(prefix, listed(manifest, Path(prefix).name) or {})
+            refuse_other_sizes(prefix, file)
             if args.tokenizer_type == "HuggingFaceTokenizer":
                 name = args.tokenizer_model
                 if name not in hashed:
