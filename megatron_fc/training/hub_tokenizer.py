@@ -6,6 +6,7 @@ it is by Megatron. Here one short request tells first whether there is a connect
 
 import os
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from megatron_fc.errors import UserError
@@ -55,24 +56,32 @@ def refuse_tokenizer_out_of_reach(args: Namespace) -> None:
         refuse_out_of_reach(args.tokenizer_model, f"tokenizer_model={args.tokenizer_model}")
 
 
-def load_tokenizer(name: str, setting: str) -> Any:
-    """Load a tokenizer of transformers.
+def load_tokenizer(name: Path | str, setting: str) -> Any:
+    """Load a tokenizer of transformers from a folder, or by its name on the hub, which is no Path.
 
     Args:
         name, setting: as in `refuse_out_of_reach`.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: there is none.
     """
-    refuse_out_of_reach(name, setting)
+    path = Path(name)
+    if path.is_file():
+        raise UserError(f"{setting} cannot be loaded: it is a file, give its folder")
+    if isinstance(name, Path) and not path.exists():
+        raise UserError(f"{setting} cannot be loaded: the folder does not exist")
+    refuse_out_of_reach(str(name), setting)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{setting} cannot be loaded, {str(error).splitlines()[0]}: give a folder that holds it"
-        ) from None
+    except Exception as error:  # of a broken file, the library's own
+        reason = str(error).partition("\n")[0]
+        if not path.exists():
+            reason = f"it is no folder here, and the hub says: {reason}"
+        elif not (path / "tokenizer.json").exists():
+            reason = "the folder has no tokenizer.json"
+        raise UserError(f"{setting} cannot be loaded: {reason}") from None
 
 
 def _no_connection() -> str | None:
