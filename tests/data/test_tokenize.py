@@ -303,7 +303,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, tokenizer: Path) -> None:
         make([path], tmp_path / "out", tokenizer, append_eos=False)
     write_documents(path, texts(6))
     with pytest.raises(
-        UserError, match=r"with other sources \(\S+/a\.jsonl [\d,]+ bytes there, [\d,]+ bytes here\): choose"
+        UserError, match=r"other sources \(\S+/a\.jsonl [\d,]+ bytes there, [\d,]+ bytes here\): choose"
     ):
         make([path], tmp_path / "out", tokenizer)
     assert contents(tmp_path / "out") == before
