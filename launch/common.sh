@@ -84,13 +84,14 @@ read_site() { # without a site file, what would be done is shown with the exampl
   source "$SITE"
 }
 
+# shellcheck disable=SC2153 # the scripts set NAME
 run_name() { # NAME, and behind it connections that are not the script's own: runs of two kinds share no folder
-  local own own_rate kind rate name
+  local own own_rate kind rate label
   read -r own own_rate < <(last_connection "$(setting connection)" "$(setting rate)" "${OVERRIDES[@]}")
   read -r kind rate < <(last_connection "$own" "$own_rate" "${SITE_OVERRIDES[@]}" "${WORDS[@]}")
-  name=$kind
-  [[ $kind == residual || $rate == "$own_rate" ]] || name+=_x$rate
-  if [[ $kind == "$own" && $name == "$kind" || $NAME == *"-$name" ]]; then echo "$NAME"; else echo "$NAME-$name"; fi
+  label=$kind
+  [[ $kind == residual || $rate == "$own_rate" ]] || label+=_x$rate
+  if [[ $kind == "$own" && $label == "$kind" || $NAME == *"-$label" ]]; then echo "$NAME"; else echo "$NAME-$label"; fi
 }
 
 last_connection() { # last_connection KIND RATE OVERRIDES: these, or what overrides make of them

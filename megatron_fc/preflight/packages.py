@@ -1,8 +1,8 @@
 """Packages that a run on GPUs needs of the Python that starts it: Transformer Engine, or Apex for the optimizer.
 
-Megatron's distributed optimizer writes with torch's Adam, but does not read back what that needs: torch counts the steps
-of each parameter, and `DistributedOptimizer._set_main_param_and_optimizer_states` of megatron-core 0.19 takes that count
-from where it was not written.
+Megatron writes the distributed optimizer with torch's Adam, but does not read back what that needs: torch counts the
+steps of each parameter, and `DistributedOptimizer._set_main_param_and_optimizer_states` of megatron-core 0.19 takes
+that count from where it was not written.
 """
 
 import sys
