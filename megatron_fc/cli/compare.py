@@ -24,7 +24,10 @@ def run(args: argparse.Namespace) -> int:
     for run_dir in args.runs:
         summary = read_summary(run_dir)
         if summary is None:
-            raise UserError(f"{run_dir} has no summary.json: give the folder of a run that has finished")
+            raise UserError(
+                f"{run_dir} has no summary.json: give the folder of a run that has finished; `megatron-fc analyze "
+                f"losses` compares runs under way"
+            )
         summaries.append(summary)
     Console().print(comparison_table(summaries))
     if args.plot is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fc.data import build_demo_data
+from megatron_fc.demo.seeds import among_seeds
 from megatron_fc.errors import UserError
 from megatron_fc.runs.plot import plot_losses
 from megatron_fc.runs.summary import comparison_table, read_summary
@@ -56,6 +57,9 @@ def run_demo(out: Path, data: Path, overrides: Sequence[str]) -> int:
     Console().print(comparison_table(summaries))
     png = plot_losses([(name, out / name) for name in CONNECTIONS], out / "losses.png")
     print(f"curves  {png}")
+    if not overrides:
+        residual, connected = (summary["mean_last_loss"] for summary in summaries)
+        print(f"seeds   {among_seeds(connected - residual)}")
     print(f"runs    {', '.join(str(out / name) for name in CONNECTIONS)}: summary.json, checkpoints, tensorboard, logs")
     print(f"time    {time.perf_counter() - start:.0f} s")
     return 0

@@ -39,7 +39,15 @@ def sweep_table(sweep: Sweep) -> RenderableType:
     if sweep.fitting:
         words = overrides(sweep.fitting[0], sweep.base) or ["nothing to change: the config's own is the fastest"]
         lines.insert(0, Text(f"the fastest: {' '.join(words)}"))
+        if sweep.base.fits:
+            lines.insert(1, Text(_own(sweep)))
     return Group(table, *lines)
+
+
+def _own(sweep: Sweep) -> str:
+    base, slower = sweep.base, 1 - sweep.base.tokens_per_second / sweep.fitting[0].tokens_per_second
+    own = f"{_layout(base)} micro-batch {base.layout.micro_batch}"
+    return f"the config's own, {own}: {base.tokens_per_second:,.0f} tokens/s, {slower:.0%} fewer"
 
 
 def _left_out(sweep: Sweep) -> list[str]:

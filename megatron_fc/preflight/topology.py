@@ -45,8 +45,8 @@ class Throughput:
         if self.tokens_per_second is not None:
             return f"at the given {self.tokens_per_second:,.0f} tokens/s per GPU"
         return (
-            f"assuming {self.mfu:.0%} of {self.peak_tflops:,.0f} TFLOP/s per GPU, an assumption and no measurement: "
-            f"give --tokens-per-second-per-gpu"
+            f"assuming {self.mfu:.0%} of {self.peak_tflops:,.0f} TFLOP/s per GPU in any layout: `megatron-fc plan` "
+            f"estimates this one, or give --tokens-per-second-per-gpu"
         )
 
 

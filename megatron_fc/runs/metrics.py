@@ -6,8 +6,10 @@ are the exact record. A resumed run adds a file; where it repeats steps, the new
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 Series = dict[int, float]
+_VALIDATION = "lm loss validation"
 
 
 @dataclass
@@ -17,8 +19,8 @@ class Metrics:
     Attributes:
         loss: language-model loss of each training iteration, in nats per token.
         step_seconds: wall time per iteration, averaged over the logging interval.
-        validation: loss on the validation set.
-        test: loss on the test set, which Megatron evaluates once at the end.
+        validation: loss on the validation set, the later of two at one step.
+        test: loss on the test set, which Megatron evaluates once at the end if there is one.
         scalars: everything that was logged, by Megatron's tags.
     """
 
@@ -41,12 +43,20 @@ def read_metrics(run_dir: Path) -> Metrics:
             values: dict[int, list[float]] = {}
             for event in events.Scalars(tag):
                 values.setdefault(event.step, []).append(event.value)
-            metrics.scalars.setdefault(tag, {}).update({step: listed[0] for step, listed in values.items()})
-            if tag == "lm loss validation":
+            if tag == _VALIDATION and _has_test_set(events):
                 # Megatron logs the test set under the same tag, after the validation set.
-                metrics.test |= {step: listed[1] for step, listed in values.items() if len(listed) > 1}
+                metrics.test |= {step: listed.pop() for step, listed in values.items() if len(listed) > 1}
+            metrics.scalars.setdefault(tag, {}).update({step: listed[-1] for step, listed in values.items()})
     metrics.scalars = {tag: dict(sorted(series.items())) for tag, series in metrics.scalars.items()}
     metrics.loss = metrics.scalars.get("lm loss", {})
     metrics.step_seconds = metrics.scalars.get("iteration-time", {})
-    metrics.validation = metrics.scalars.get("lm loss validation", {})
+    metrics.validation = metrics.scalars.get(_VALIDATION, {})
     return metrics
+
+
+def _has_test_set(events: Any) -> bool:
+    """Whether Megatron, which logs its arguments as texts, was given one."""
+    tag = "do_test/text_summary"
+    if tag not in events.Tags()["tensors"]:
+        return False
+    return any(event.tensor_proto.string_val == [b"1"] for event in events.Tensors(tag))

@@ -94,13 +94,27 @@ def run_log(
             elif record := parse_validation(line):
                 display.validation(record)
 
-        with contextlib.redirect_stdout(_Tee(log, on_line)), contextlib.redirect_stderr(log):
-            logging.basicConfig(stream=log, level=logging.INFO, force=True)
+        with contextlib.redirect_stdout(_Tee(log, on_line)), contextlib.redirect_stderr(log), _logging_into(log):
             try:
                 yield log_path
             finally:
                 if display is not None:
                     display.close()
+
+
+@contextlib.contextmanager
+def _logging_into(stream: _Log) -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:  # the stream is closed next
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def real_stdout() -> TextIO:

@@ -48,7 +48,8 @@ def read_summary(run_dir: Path) -> dict[str, Any] | None:
 
 def comparison_table(summaries: Sequence[dict[str, Any]]) -> Table:
     """Return a table with one column per run and the difference to the first where it means something."""
-    table = Table(title="Connections against plain residuals" if len(summaries) > 1 else None)
+    against = "plain residuals" if summaries[0]["connection"] == "residual" else summaries[0]["connection"]
+    table = Table(title=f"Connections against {against}" if len(summaries) > 1 else None)
     table.add_column("")
     for summary in summaries:
         table.add_column(summary["connection"], justify="right")

@@ -1,6 +1,7 @@
 """What planning says of a run, against Megatron itself: its models, optimizer, saved tensors and own counts."""
 
 import gc
+import io
 import itertools
 import json
 from dataclasses import replace
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
 from megatron.training.theoretical_memory_usage import compute_activation_memory, compute_weight_and_optimizer_memory
 from megatron.training.training import num_floating_point_operations
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_fc import FracConfig, HyperConfig, ManifoldConfig
@@ -39,6 +41,7 @@ from megatron_fc.planning.devices import device
 from megatron_fc.planning.layout import Layout
 from megatron_fc.planning.shape import Recompute, Shape, Training
 from megatron_fc.planning.sweep import overrides, sweep
+from megatron_fc.planning.table import sweep_table
 from megatron_fc.preflight.estimate import plan_of, shape_of, training_of
 from megatron_fc.preflight.validation import Validated, validate
 from megatron_fc.training.setup import model_config
@@ -640,7 +643,12 @@ def test_json_says_the_same_and_the_sweep_is_sound(capsys: pytest.CaptureFixture
 )
 def test_overrides_of_any_base_are_accepted_and_train_the_same_model(base: list[str]) -> None:
     plan = plan_of(CONFIGS / "olmoe_7b.yaml", [*HERE, *base], 8, device("h100"))
-    fitting = sweep(plan).fitting
+    found = sweep(plan)
+    fitting = found.fitting
+    printed = io.StringIO()
+    Console(width=200, file=printed).print(sweep_table(found))
+    fewer = 1 - plan.tokens_per_second / max(tried.tokens_per_second for tried in fitting)
+    assert f": {plan.tokens_per_second:,.0f} tokens/s, {fewer:.0%} fewer" in printed.getvalue()
     for tried in fitting[:: len(fitting) // 4]:
         words = overrides(tried, plan)
         accepted = run("olmoe_7b", *base, *words)

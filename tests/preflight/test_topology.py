@@ -34,8 +34,8 @@ def test_a_run_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         "run        715,256 steps, 3,000,001,101,824 tokens",
         "compute    7.866e+09 FLOPs per token, forward and backward, by Megatron's count, which leaves out "
         "the connections",
-        "GPU-hours  22,093 in all, 14.4 days, assuming 30% of 989 TFLOP/s per GPU, an assumption and no measurement: "
-        "give --tokens-per-second-per-gpu",
+        "GPU-hours  22,093 in all, 14.4 days, assuming 30% of 989 TFLOP/s per GPU in any layout: `megatron-fc plan` "
+        "estimates this one, or give --tokens-per-second-per-gpu",
         "disk       checkpoints of the whole run: 716 x 96.9 GB = 69.4 TB",
     ]
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)

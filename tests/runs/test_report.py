@@ -48,8 +48,11 @@ def test_other_lines(line: str) -> None:
     assert parse_validation(line) is None
 
 
-def log_events(run_dir: Path, losses: dict[int, float], validation: list[float] = (), suffix: str = "a") -> None:  # type: ignore[assignment]
+def log_events(
+    run_dir: Path, losses: dict[int, float], validation: list[float] = (), suffix: str = "a", test_set: bool = False
+) -> None:  # type: ignore[assignment]
     with SummaryWriter(str(run_dir / "tensorboard"), filename_suffix=f".{suffix}") as writer:
+        writer.add_text("do_test", str(int(test_set)), 0)
         for step, loss in losses.items():
             writer.add_scalar("lm loss", loss, step)
             writer.add_scalar("iteration-time", 0.5, step)
@@ -61,11 +64,19 @@ def test_resumed_run_counts_repeated_steps_once(tmp_path: Path, monkeypatch: pyt
     clock = iter(range(1000, 2000))
     monkeypatch.setattr("time.time", lambda: float(next(clock)))  # the files are named and ordered by the second
     log_events(tmp_path, {1: 5.0, 2: 4.0, 3: 3.5}, suffix="first")
-    log_events(tmp_path, {3: 3.0, 4: 2.0}, [2.5, 2.75], suffix="second")
+    log_events(tmp_path, {3: 3.0, 4: 2.0}, [2.25, 2.5, 2.75], suffix="second", test_set=True)
     metrics = read_metrics(tmp_path)
     assert metrics.loss == {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}
     assert metrics.validation == {4: 2.5}
     assert metrics.test == {4: 2.75}
+
+
+def test_the_later_of_two_validations_counts_and_is_no_test(tmp_path: Path) -> None:
+    """Megatron validates after a step of `eval_interval`, and at the end again, on the batches that follow."""
+    log_events(tmp_path, {1: 5.0, 2: 4.0}, [2.5, 2.25])
+    metrics = read_metrics(tmp_path)
+    assert metrics.validation == {2: 2.25}
+    assert metrics.test == {}
 
 
 def test_no_run_yet(tmp_path: Path) -> None:
