@@ -1,7 +1,7 @@
 """Packages that a run on GPUs needs of the Python that starts it: Transformer Engine, or Apex for the optimizer.
 
-Megatron's distributed optimizer writes its state with torch's Adam as well, but cannot read it: to load, it first asks a
-fresh optimizer for the steps in its state, of which torch's has none yet, and ends in an assertion without a word
+Megatron's distributed optimizer writes its state with torch's Adam as well, but cannot read it: to load, it first asks
+a fresh optimizer for the steps in its state, of which torch's has none yet, and ends in an assertion without a word
 (`DistributedOptimizer.state_dict` of megatron-core 0.19, for every format of the checkpoint).
 """
 
