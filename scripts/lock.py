@@ -19,7 +19,8 @@ EXTRAS_HEADER = "# What the extras modelopt and mpi add to constraints.txt. Writ
 def main() -> None:
     locked = resolved(".[dev]", *PINNED)
     write("constraints.txt", HEADER, locked)
-    write("docker/extras.txt", EXTRAS_HEADER, resolved(".[train,modelopt,mpi]", "-c", "constraints.txt") - locked)
+    of_image = resolved(".[train,data,eval,modelopt,mpi]", "-c", "constraints.txt")
+    write("docker/extras.txt", EXTRAS_HEADER, of_image - locked)
 
 
 def resolved(project: str, *arguments: str) -> set[str]:

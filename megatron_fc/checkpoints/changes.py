@@ -175,8 +175,8 @@ def refuse_other_vocabulary(checkpoint: Path, args: Namespace) -> None:
             f"was written with, and a make_vocab_size_divisible_by whose product with "
             f"tensor_model_parallel_size={size} is what it was"
         )
-    digests = getattr(stored, "tokenizer_digest", None), args.tokenizer_digest
-    if None not in digests and digests[0] != digests[1]:
+    of_stored, digest = getattr(stored, "tokenizer_digest", None), args.tokenizer_digest
+    if None not in (of_stored, digest) and not digest.startswith(of_stored):  # an older checkpoint has half of it
         raise UserError(
             f"tokenizer_model={args.tokenizer_model} makes other tokens of a text than the one that {checkpoint} was "
             f"trained with, {getattr(stored, 'tokenizer_model', None)}: give that one, or begin a run of its own, "

@@ -41,15 +41,18 @@ def refuse_damaged(checkpoint: Path) -> None:
         raise UserError(f"{damage}: {way_on(checkpoint)}")
 
 
-def refuse_corrupt(checkpoint: Path, of: Callable[[str], bool] = lambda _: True) -> None:
+def refuse_corrupt(
+    checkpoint: Path, of: Callable[[str], bool] = lambda _: True, remedy: Callable[[Path], str] | None = None
+) -> None:
     """Check that everything in a checkpoint has its checksum; every rank calls it and reads its share.
 
     Args:
         checkpoint: its folder.
         of: true for the keys that are read later; the others may be corrupt.
+        remedy: says what to do without a checkpoint, None for `way_on`.
 
     Raises:
-        UserError: on all ranks; names the corrupt file and the checkpoint to use instead.
+        UserError: on all ranks; names the corrupt file and the remedy.
     """
     import torch
 
@@ -60,7 +63,7 @@ def refuse_corrupt(checkpoint: Path, of: Callable[[str], bool] = lambda _: True)
     found: list[str | None] = [None] * ranks
     torch.distributed.all_gather_object(found, next(filter(None, map(_corruption, share)), None))
     if damages := list(filter(None, found)):
-        raise UserError(f"{damages[0]}: {way_on(checkpoint)}")
+        raise UserError(f"{damages[0]}: {(remedy or way_on)(checkpoint)}")
 
 
 def iteration_folders(folder: Path) -> list[Path]:

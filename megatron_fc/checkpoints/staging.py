@@ -8,6 +8,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from megatron_fc.checkpoints.location import refuse_existing
+from megatron_fc.errors import UserError
 
 
 @contextmanager
@@ -20,11 +21,15 @@ def staged(target: Path) -> Iterator[Path]:
         target: folder that does not exist or is empty.
 
     Raises:
-        UserError: something is there, before the block or, written by another process meanwhile, behind it.
+        UserError: something is there, before the block or, written by another process meanwhile, behind it; or the
+            system makes no folder there.
     """
     refuse_existing(target)
     staging = target.parent / f".{target.name}.{uuid4().hex[:8]}.incomplete"
-    staging.mkdir(parents=True)
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written, {error.strerror}: give another folder") from error
     try:
         yield staging
         refuse_existing(target)

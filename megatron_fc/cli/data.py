@@ -42,8 +42,9 @@ def _add_tokenize(kinds: Commands) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, or of the same command before")
     parser.add_argument("--tokenizer", required=True, metavar="NAME", help="a folder, or a name on the hub")
     parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column (default: %(default)s)")
-    parser.add_argument("--eos", metavar="TOKEN", help="ends a document (default: the tokenizer's)")
-    parser.add_argument("--no-eos", action="store_true", help="write documents without an end")
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument("--eos", metavar="TOKEN", help="ends a document (default: the tokenizer's)")
+    end.add_argument("--no-eos", action="store_true", help="write documents without an end")
     parser.add_argument("--tasks", type=int, metavar="N", help="parts of the work (default: one per file, up to 100)")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="tasks at once (default: one per core; with SLURM, as it likes)"

@@ -54,9 +54,12 @@ def _sets(words: list[str], data: Path) -> dict[str, Path]:
     for word in words:
         name, equals, path = word.partition("=")
         if equals:
-            found[name] = Path(path).expanduser()
+            new = {name: Path(path).expanduser()}
         elif word.endswith((".yaml", ".yml")):
-            found |= {name: data / name for name in read_task_list([word]).perplexity}
+            new = {name: data / name for name in read_task_list([word]).perplexity}
         else:
             raise UserError(f"--sets {word}: write NAME=FILE, or the path of a list")
+        for name, file in new.items():
+            if found.setdefault(name, file) != file:
+                raise UserError(f"--sets: {name} is given twice, as {found[name]} and {file}: give one another name")
     return found

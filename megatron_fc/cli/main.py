@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"megatron-fc: {args.command} needs {missing}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"megatron-fc: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"megatron-fc: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -80,12 +80,15 @@ def _parser() -> tuple[argparse.ArgumentParser, Container[str]]:
 
 
 def _quieten() -> None:
-    """Keep import-time warnings off the terminal: that Apex or TE is missing is said once, by our own notes."""
+    """Keep libraries' warnings off the terminal: that Apex or TE is missing is said once, by our own notes.
+
+    On the CPU lane torch's functions are called by the lane, and their warnings are of its module.
+    """
     import logging
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers)\b")
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformers|megatron_fc\.training\.cpu_lane)\b")
     for talkative in ("torch.utils.cpp_extension", "matplotlib"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
 

@@ -53,8 +53,8 @@ def to_hf(config: Path, overrides: Sequence[str], source: Path, target: Path, sh
     recipe = recipe_on_one_rank(config, overrides)
     with one_rank(recipe) as args:
         architecture = architecture_of(args, recipe)
-        refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
         refuse_other_model(checkpoint, args)
+        refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
         refuse_corrupt(checkpoint, of=is_weight)
     stored = StoredTensors(checkpoint)
     if not stored.keys() >= {_EMBEDDING}:

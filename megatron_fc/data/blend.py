@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megatron_fc.data.job import SPLITS, write_json
 from megatron_fc.errors import UserError, unknown
-from megatron_fc.training.manifests import MANIFEST, read_manifest
+from megatron_fc.training.manifests import folder_of, read_manifest, refuse_other_sizes
 
 _ROUNDING = 1e-3  # of weights that are written with a few digits
 
@@ -62,7 +62,9 @@ def blend(
     """
     if mix is not None:
         manifests, weights = _of_mix(mix, manifests)
-    folders = [(path.parent if path.name == MANIFEST else path).absolute() for path in map(Path, manifests)]
+    if not max_epochs > 0:
+        raise UserError(f"--max-epochs={max_epochs:g}: give a number above 0")
+    folders = [folder_of(Path(path)).absolute() for path in manifests]
     if len(set(folders)) != len(folders):
         raise UserError("a manifest is named twice: add its weights up")
     read = [read_manifest(folder) for folder in folders]
@@ -73,6 +75,9 @@ def blend(
     shares = [size / sum(sizes) for size in sizes] if weights is None else _checked(weights, folders)
     blended = [Share(*parts) for parts in zip(folders, read, shares, strict=True)]
     _refuse_other_tokenizers(blended)
+    for share in blended:
+        for file in (file for split in SPLITS for file in share.manifest["files"][split]):
+            refuse_other_sizes(str(share.folder / file["prefix"]), file)
     budget = tokens if tokens is not None else sum(sizes)
     report(_table(blended, budget))
     for share in blended:
@@ -81,11 +86,16 @@ def blend(
                 f"{share.folder} would be read {epochs:.2f} times, and --max-epochs is {max_epochs:g}: give it a "
                 f"smaller weight, fewer --tokens, or a larger limit"
             )
-    write_json(out, {**{split: _words(blended, split) for split in SPLITS}, "test": None})
+    try:
+        write_json(out, {**{split: _words(blended, split) for split in SPLITS}, "test": None})
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
+    if without := [share.folder.name for share in blended if not share.manifest["files"]["valid"]]:
+        report(f"note: no validation data in {', '.join(without)}")
     report(f"train with: per_split_data_args_path={out} tokenizer_model={folders[0] / 'tokenizer'}")
 
 
-def count(words: str) -> int:
+def count(words: str, setting: str = "--tokens") -> int:
     """Return a number of tokens: 3T, 57.2B, 5_000_000."""
     factor = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(words[-1:].upper(), 0)
     try:
@@ -93,7 +103,7 @@ def count(words: str) -> int:
     except ValueError:
         number = math.nan
     if not (math.isfinite(number) and number >= 1):
-        raise UserError(f"--tokens={words}: give a number, e.g. 3T, 57.2B or 5000000")
+        raise UserError(f"{setting}={words}: give a number, e.g. 3T, 57.2B or 5000000")
     return round(number)
 
 
@@ -103,12 +113,14 @@ def _of_mix(mix: Path, words: Sequence[str]) -> tuple[list[str], list[float]]:
 
     try:
         sources = yaml.safe_load(mix.read_text("utf-8"))["sources"]
-        published = {name: count(str(said["tokens"])) for name, said in sources.items()}
+        published = {name: count(str(said["tokens"]), f"{mix}: {name}.tokens") for name, said in sources.items()}
     except OSError as error:
         raise UserError(f"--mix={mix} cannot be read: {error.strerror or error}") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError):
         raise UserError(f"--mix={mix} must have sources, each with its tokens") from None
     given = dict(word.partition("=")[::2] for word in words)
+    if len(given) != len(words):
+        raise UserError("a source of the mix is named twice: leave one out")
     for name in given:
         if name not in published:
             raise UserError(unknown("source of the mix", name, published))

@@ -7,10 +7,12 @@ writes lies in `unfinished/` until it is whole. `logs/` is datatrove's: logs, an
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -99,6 +101,25 @@ class Job:
         if not is_free:
             raise UserError(f"{self.folder} is in use by something else: choose an empty or a new folder")
         write_json(self.folder / _JOB, self._said())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes of this machine from the same job; the lock ends with the process, however that ends.
+
+        Raises:
+            UserError: another one holds it.
+        """
+        with (self.folder / _JOB).open("r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.folder} is in use by the same command, which still runs: wait for it, "
+                    f"`megatron-fc data status {self.folder}` shows how far it is"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     def shard(self, task: int) -> Sequence[Source]:
         return shard(self.sources, task, self.options.tasks)

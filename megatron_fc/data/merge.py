@@ -16,7 +16,7 @@ from megatron_fc.data.indexed import HashedFile, token_type, write_index
 from megatron_fc.data.job import total, write_json
 from megatron_fc.errors import UserError
 from megatron_fc.training.indexed_files import IndexedFiles
-from megatron_fc.training.manifests import MANIFEST, read_manifest, refuse_other_sizes
+from megatron_fc.training.manifests import MANIFEST, folder_of, read_manifest, refuse_other_sizes
 
 _CHUNK = 1 << 24
 
@@ -27,7 +27,10 @@ def merge(folder: Path, target: Path, *, report: Callable[[str], None]) -> None:
     Raises:
         UserError: files are not those of the manifest, the target exists or has no room.
     """
+    folder = folder_of(folder)
     manifest = read_manifest(folder)
+    if not (folder / "tokenizer").is_dir():
+        raise UserError(f"{folder / 'tokenizer'} does not exist: copy it again")
     if target.exists():
         raise UserError(f"{target} is in use: choose a new folder")
     target = target.absolute()
@@ -57,8 +60,8 @@ def _merge(folder: Path, files: list[dict[str, Any]], prefix: Path, manifest: di
     try:
         for file in files:
             source = str(folder / file["prefix"])
-            indexed = IndexedFiles.read(source, source)
             refuse_other_sizes(source, file)
+            indexed = IndexedFiles.read(source, source)
             if indexed.dtype != dtype:
                 raise UserError(f"{source} has tokens of type {indexed.dtype}, and its vocabulary asks for {dtype}")
             _copy(Path(f"{source}.bin"), data, file["sha256"]["bin"])

@@ -143,11 +143,10 @@ class Reader:
         while block := stored.read(_BUFFER):  # its parts are read in another order than they lie
             self._hash.update(block)
         stored.seek(0)
-        with pq.ParquetFile(stored) as file:
+        # Column by column in small pieces: by default all that is stored of a column lies in memory.
+        with pq.ParquetFile(stored, buffer_size=_BUFFER, pre_buffer=False) as file:
             kind = text_type(file.schema_arrow, self._path, self.source.path)
-            for name in self._others:
-                if name not in file.schema_arrow.names:
-                    raise UserError(f"{self.source.path} has no column {name}: leave out the filter that reads it")
+            refuse_missing_columns(file.schema_arrow, self._others, self.source.path)
             number, step = 0, self.source.size / max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(_ROWS, columns=[self._path[0], *self._others]):
                 column = batch.column(self._path[0])
@@ -192,6 +191,13 @@ def text_type(schema: Any, path: list[str], name: str) -> Any:
     raise UserError(
         f"{name}: column {'.'.join(path)} is {kind} and no text: give --text-field the column of strings in it"
     )
+
+
+def refuse_missing_columns(schema: Any, others: Sequence[str], name: str) -> None:
+    """Raises UserError where the file of this name lacks a column that a filter reads."""
+    for column in others:
+        if column not in schema.names:
+            raise UserError(f"{name} has no column {column}: leave out the filter that reads it")
 
 
 def _columns(schema: Any) -> list[str]:

@@ -104,6 +104,8 @@ def _listed(word: str) -> list[Source]:
             infos = filesystem.glob(path, detail=True) if any(sign in path for sign in "*?[") else {}
     except OSError as error:
         raise UserError(f"{word} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # elsewhere, each library has its own
+        raise UserError(f"{word} cannot be read: {type(error).__name__}, {error}") from None
     files = {name: info for name, info in infos.items() if info["type"] == "file"}
     if not files:
         raise UserError(f"{word} does not exist, or has no files in it")

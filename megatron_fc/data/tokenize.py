@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fc.data.filters import FILTER_KINDS
+from megatron_fc.data.filters import FILTER_KINDS, Filters
 from megatron_fc.data.job import Job, Options, TokenizerFacts, versions
-from megatron_fc.data.reading import BAD_KINDS, Document, Reader, text_type
+from megatron_fc.data.look import load_tokenizer
+from megatron_fc.data.reading import BAD_KINDS, BadLine, Reader, refuse_missing_columns, text_type
 from megatron_fc.data.sources import Source, find, open_source
 from megatron_fc.data.status import Progress
 from megatron_fc.errors import NodeError, UserError
@@ -18,6 +20,12 @@ from megatron_fc.training.manifests import read_manifest, tokenizer_hash
 
 _MOST_TASKS = 100  # by default: one per file up to here
 _LOOKED_AT = 100  # lines of the first file
+_REMEDIES = {
+    "json": "write a JSON object per line",
+    "utf8": "write it in UTF-8, and let .gz, .zst, .bz2 or .lz4 end the name of what is packed",
+    "empty": "leave it out",
+    "long": "give a larger --max-bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,8 @@ def tokenize(
         report(f"note: {len(left_out):,} files are left out by their endings, e.g. {left_out[0]}")
     if tasks is not None and not 1 <= tasks <= len(sources):
         raise UserError(f"--tasks={tasks}: give 1 to {len(sources):,}, a file is not divided")
-    _refuse_without_text(sources[0], options["text_field"], options["max_bytes"])
+    _refuse_own_output(inputs, out, sources)
+    _refuse_without_text(sources[0], options["text_field"], options["max_bytes"], options["filters"])
     loaded = _load(tokenizer)
     facts = _facts(loaded, tokenizer, eos, options["append_eos"])
     settled = Options(tasks=tasks or min(len(sources), _MOST_TASKS), **options)
@@ -92,7 +101,8 @@ def tokenize(
             SlurmExecutor(job, where.workers, where.sbatch, where.srun, where.python).run()
             report(f"submitted; `megatron-fc data status {out}` shows how far it is")
             return False
-        _run_here(job, where.workers)
+        with job.held():
+            _run_here(job, where.workers)
     else:
         report(f"{out} is complete")
     if not job.finish():
@@ -107,6 +117,8 @@ def _run_here(job: Job, workers: int) -> None:
     progress = Progress(job, sys.stdout)
     try:
         failures = LocalExecutor(job, workers).run(progress.show)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("interrupted: the same command goes on") from interrupt
     finally:
         progress.close()
     if failures:
@@ -125,35 +137,50 @@ def _refuse_shares(options: dict[str, Any]) -> None:
         raise UserError(f"--max-bytes={options['max_bytes']}: give 1 or more")
 
 
-def _refuse_without_text(source: Source, field: str, limit: int) -> None:
-    """A field that is misspelt would make a bad line of every document."""
+def _refuse_own_output(inputs: Sequence[str], out: Path, sources: Sequence[Source]) -> None:
+    """What a job writes would be among its sources when the same command goes on."""
+    folder = out.resolve()
+    for word in inputs:
+        if "://" not in word and Path(word).is_dir() and folder.is_relative_to(Path(word).resolve()):
+            raise UserError(f"--out={out} lies in {word}, all of which is read: choose a folder outside of it")
+    if inside := next((source.path for source in sources if Path(source.path).is_relative_to(out.absolute())), None):
+        raise UserError(f"{inside} lies in --out={out}, where this command writes: leave it out, or choose another one")
+
+
+def _refuse_without_text(source: Source, field: str, limit: int, filters: Filters) -> None:
+    """A field that is misspelt would make a bad line of every document, or drop them all."""
     if source.kind == "parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             with open_source(source) as stored:
-                text_type(pq.read_schema(stored), field.split("."), source.path)
+                schema = pq.read_schema(stored)
         except pa.ArrowException as error:
             raise UserError(f"{source.path} is broken: {error}: get it again") from None
+        text_type(schema, field.split("."), source.path)
+        refuse_missing_columns(schema, filters.fields, source.path)
         return
-    reader = iter(Reader(source, field, limit))
-    looked_at = [item for item, _ in zip(reader, range(_LOOKED_AT), strict=False)]
-    if looked_at and not any(isinstance(item, Document) for item in looked_at):
-        kinds = sorted({BAD_KINDS[item.kind] for item in looked_at if not isinstance(item, Document)})
+    looked_at = [item for item, _ in zip(Reader(source, field, limit), range(_LOOKED_AT), strict=False)]
+    documents = [item for item in looked_at if not isinstance(item, BadLine)]
+    if looked_at and not documents:
+        kinds = Counter(item.kind for item in looked_at if isinstance(item, BadLine))
+        said = ", ".join(sorted(BAD_KINDS[kind] for kind in kinds))
+        remedy = f"give --text-field the name of the field with the text, it is {field}"
         raise UserError(
-            f"{source.path} has no document in its first {len(looked_at)} lines ({', '.join(kinds)}): "
-            f"give --text-field the name of the field with the text, it is {field}"
+            f"{source.path} has no document in its first {len(looked_at)} lines ({said}): "
+            f"{_REMEDIES.get(kinds.most_common(1)[0][0], remedy)}"
         )
+    for name in filters.fields:
+        if documents and not any(name in document.fields for document in documents):
+            raise UserError(
+                f"{source.path} has no field {name} in its first {len(looked_at)} lines: give --stars-field the name "
+                f"of the one that has the stars, or leave out --min-stars"
+            )
 
 
 def _load(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    loaded = load_tokenizer(name)
     if not loaded.is_fast:
         raise UserError(f"the tokenizer {name} has no tokenizer.json: give one of the library tokenizers")
     return loaded

@@ -14,7 +14,7 @@ from megatron_fc.data.look import document_text, load_tokenizer
 from megatron_fc.data.sources import Source, open_source
 from megatron_fc.errors import UserError
 from megatron_fc.training.indexed_files import IndexedFiles
-from megatron_fc.training.manifests import MANIFEST, read_manifest, refuse_other_sizes
+from megatron_fc.training.manifests import folder_of, read_manifest, refuse_other_sizes
 
 _CHUNK = 1 << 24  # bytes that are read together
 
@@ -29,7 +29,7 @@ def verify(folder: Path, *, sources: bool, report: Callable[[str], None]) -> Non
     Raises:
         UserError: the first thing that does not fit.
     """
-    folder = folder.parent if folder.name == MANIFEST else folder
+    folder = folder_of(folder)
     manifest = read_manifest(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     for split in SPLITS:
@@ -41,6 +41,8 @@ def verify(folder: Path, *, sources: bool, report: Callable[[str], None]) -> Non
             report(f"{split}: {len(listed):,} pairs of files, {documents:,} documents, {tokens:,} tokens: all right")
             shown = document_text(folder / listed[0]["prefix"], 0, tokenizer)
             report(f"{split}, first document: {shown[:200]!r}")
+    if not any(manifest["files"].values()):
+        report("no documents, and no files")
     if sources:
         for source in manifest["sources"]:
             _verify_source(source)
@@ -49,8 +51,8 @@ def verify(folder: Path, *, sources: bool, report: Callable[[str], None]) -> Non
 
 def _verify_files(prefix: Path, said: dict[str, Any], manifest: dict[str, Any]) -> None:
     setting = str(prefix)
-    files = IndexedFiles.read(setting, setting)
     refuse_other_sizes(setting, said)
+    files = IndexedFiles.read(setting, setting)
     files.refuse_damage(None)
     vocabulary, start = manifest["tokenizer"]["vocabulary"], 0
     for chunk in _chunks(f"{prefix}.bin", said["sha256"]["bin"]):

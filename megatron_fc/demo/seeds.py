@@ -21,7 +21,7 @@ def among_seeds(difference: float) -> str:
     mean = interval(values)
     below = sum(value < difference for value in values)
     return (
-        f"{difference:+.4f} is one seed's. Over seeds {min(recorded)} to {max(recorded)} the mean of the last 10 "
-        f"differed by {values[0]:+.4f} to {values[-1]:+.4f}, on average by {mean.mean:+.4f} ± {mean.half:.4f} (95 %); "
-        f"{below} of these {len(values)} are below this run's"
+        f"{difference:+.4f} is one seed's; over seeds {min(recorded)} to {max(recorded)} the mean of the last 10 differed "
+        f"by {mean.mean:+.4f} ± {mean.half:.4f} (95 %),\n        each by {values[0]:+.4f} to {values[-1]:+.4f}; {below} "
+        f"of these {len(values)} are below this run's"
     )

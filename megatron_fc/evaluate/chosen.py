@@ -16,6 +16,7 @@ from megatron_fc.evaluate.engine import Engine, NothingToDo, open_engine
 from megatron_fc.evaluate.questions import Questions
 from megatron_fc.evaluate.recipes import recipe_without_data
 from megatron_fc.evaluate.results import add_results, read_results, results_file
+from megatron_fc.runs.writable import refuse_unwritable
 
 _NUMBERS = ("fp8", "fp4", "moe_router_dtype", "moe_router_load_balancing_type")  # settings of how a model computes
 
@@ -82,6 +83,8 @@ def evaluate_each(
         asks = True
         prepare()
         left.extend(path for path in chosen_checkpoints(asked.source, asked.every) if lacks(args, path))
+        if left:
+            refuse_unwritable(out)
         return left[0] if left else None
 
     try:

@@ -7,6 +7,7 @@ the harness's other models are left as they are.
 """
 
 import contextlib
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,21 @@ _OPEN = contextlib.ExitStack()  # what the harness has made of words; it closes 
 
 
 def run_command_line() -> None:
-    """Run the harness's own command line, of the words in `sys.argv`."""
+    """Run the harness's own command line, of the words in `sys.argv`.
+
+    Raises:
+        UserError: the harness itself refuses them, an unknown task say.
+    """
     from lm_eval.__main__ import cli_evaluate
 
     with _OPEN:
-        cli_evaluate()
+        try:
+            cli_evaluate()
+        except ValueError as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if not str(frame.f_globals.get("__name__")).startswith("lm_eval."):
+                raise
+            raise UserError(f"the harness refuses this: {' '.join(str(error).split())}") from error
 
 
 @register_model("megatron_fc")

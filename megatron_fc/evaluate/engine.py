@@ -5,6 +5,7 @@ So everything but the model, the harness, data and files, is the first rank's al
 
 import contextlib
 import datetime
+import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -57,6 +58,7 @@ class Engine:
             parallel_state.get_data_parallel_world_size(),
         )
         self._stages = args.pipeline_model_parallel_size
+        self._has_failed = False
         self._reports = (
             parallel_state.is_pipeline_last_stage(ignore_virtual=True)
             and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -104,8 +106,9 @@ class Engine:
             self._do(*order)
 
     def end(self) -> None:
-        """Let the others end."""
-        self._heard(None)
+        """Let the others end. Where a work has failed they do not listen: it failed there, too, or they hang in it."""
+        if not self._has_failed:
+            self._heard(None)
 
     @property
     def _writers(self) -> int:
@@ -121,11 +124,14 @@ class Engine:
         return heard[0]
 
     def _do(self, name: str, given: tuple[Any, ...]) -> Any:
+        self._has_failed = True
         with quiet():
-            return getattr(self, name)(*given)
+            done = getattr(self, name)(*given)
+        self._has_failed = False
+        return done
 
     def _load(self, checkpoint: Path) -> None:
-        load_weights(self.args, self._chunks, checkpoint)
+        load_weights(self.args, self._chunks, checkpoint, _without)
 
     def _score(self, rows: list[Row], size: int, length: int) -> list[Score]:
         first = self._replica * self._stages
@@ -190,7 +196,7 @@ def open_engine(
 
     with ended_world():
         with quiet():
-            args, chunks, _ = load_model(recipe, checkpoint, partial(_settle, checkpoint), ready)
+            args, chunks, _ = load_model(recipe, checkpoint, partial(_settle, checkpoint), ready, _without)
         engine = Engine(args, chunks, control[0], batch_size)
         try:
             yield engine
@@ -199,11 +205,16 @@ def open_engine(
                 engine.end()
 
 
+def _without(checkpoint: Path) -> str:
+    return f"put a copy in its place, or move {checkpoint} out of its folder, then the others are evaluated without it"
+
+
 def _settle(checkpoint: Path, args: Namespace) -> None:
     if args.context_parallel_size > 1:
         raise UserError(
             f"context_parallel_size={args.context_parallel_size}: evaluation keeps sequences whole, set it to 1"
         )
+    _refuse_other_ranks(args)
     if args.moe_expert_capacity_factor is not None:
         raise UserError(
             f"moe_expert_capacity_factor={args.moe_expert_capacity_factor} drops tokens, and what is dropped depends "
@@ -222,6 +233,19 @@ def _settle(checkpoint: Path, args: Namespace) -> None:
     args.global_batch_size = args.rampup_batch_size = args.step_batch_size_schedule = None
     args.finetune = False
     keep_vocabulary(checkpoint, args)
+
+
+def _refuse_other_ranks(args: Namespace) -> None:
+    """Check that the layout divides the ranks that were started; a run's config has the layout of its training."""
+    tensor, stages = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    of_experts = (args.expert_tensor_parallel_size or tensor) * args.expert_model_parallel_size
+    needed = math.lcm(tensor, of_experts) * stages
+    if args.world_size % needed:
+        raise UserError(
+            f"tensor_model_parallel_size={tensor}, pipeline_model_parallel_size={stages} and expert_model_parallel_size"
+            f"={args.expert_model_parallel_size} take {needed} ranks or a multiple, not {args.world_size}: start them, "
+            f"torchrun --nproc-per-node={needed} -m megatron_fc ..., or set other sizes, which are free"
+        )
 
 
 def keep_vocabulary(checkpoint: Path, args: Namespace) -> None:

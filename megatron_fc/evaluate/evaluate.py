@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +34,25 @@ def evaluate(asked: Evaluation, wanted: TaskList, data: Path | None) -> None:
         UserError: a task is unknown, its data are missing, or the checkpoints cannot be evaluated by this config.
     """
     tasks: list[Tasks] = []
-    settings = {name: _settings(one, asked.limit) for name, one in wanted.tasks.items()}
+    settings: dict[str, dict[str, Any]] = {}
+
+    def prepare() -> None:
+        tasks.append(Tasks(wanted, data))
+        settings.update({name: _settings(one, tasks[0].shots(name), asked.limit) for name, one in wanted.tasks.items()})
 
     evaluate_each(
         asked,
         "tasks",
-        lambda: tasks.append(Tasks(wanted, data)),
+        prepare,
         lambda results: lacking(results, "tasks", settings),
         lambda questions, names: _evaluated(questions, names, tasks[0], wanted, asked.limit),
     )
 
 
-def _settings(wanted: Wanted, limit: int | None) -> dict[str, Any]:
-    given = {key: value for key, value in asdict(wanted).items() if value is not None}
-    return {**given, "limit": limit}
+def _settings(wanted: Wanted, shots: int | None, limit: int | None) -> dict[str, Any]:
+    """What a result depends on; whichever metric stands for a task, the file has all of them."""
+    metric = {} if wanted.metric is None else {"metric": wanted.metric}
+    return {**metric, "shots": shots, "limit": limit}
 
 
 def _evaluated(
@@ -73,12 +77,11 @@ def _result(found: Any, name: str, tasks: Tasks, wanted: Wanted, limit: int | No
     metrics = _mean([_metrics(found["results"][leaf]) for leaf in leaves]) | _metrics(of_name)
     metric = wanted.metric or next(iter(metrics))
     error = of_name.get(f"{metric}_stderr,none")
-    shots = {found["n-shot"][leaf] for leaf in leaves}
     return {
         "metric": metric,
         "value": metrics[metric],
         "stderr": error if isinstance(error, float) else None,  # the harness writes "N/A"
-        "shots": shots.pop() if len(shots) == 1 else None,
+        "shots": tasks.shots(name),
         "documents": sum(found["n-samples"][leaf]["effective"] for leaf in leaves),
         "limit": limit,
         "metrics": metrics,

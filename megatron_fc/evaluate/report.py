@@ -12,6 +12,7 @@ from megatron_fc.evaluate.results import results_of, values_of
 from megatron_fc.evaluate.task_list import TaskList
 from megatron_fc.runs.metrics import Series
 from megatron_fc.runs.plot import COLOURS, smoothed
+from megatron_fc.runs.writable import refuse_unwritable
 
 _COLUMNS = 4
 _SHARES = re.compile(r"acc(_.*)?|exact_match|em|f1|mc[12]|pass@.*")  # metrics that are written in percent
@@ -57,12 +58,12 @@ def write_report(folders: Sequence[Path], wanted: TaskList, to: Path, decay: flo
         The files.
 
     Raises:
-        UserError: a folder has no results.
+        UserError: a folder has no results, or `to` cannot be written.
     """
     if not 0 <= decay < 1:
         raise UserError(f"--decay {decay}: give a number from 0 on, below 1")
     runs = read_runs(folders)
-    to.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(to)
     written = [to / "results.md"]
     written[0].write_text(markdown(runs, wanted))
     grids: tuple[tuple[str, Callable[[dict[str, Any]], dict[str, float]]], ...] = (
@@ -140,6 +141,7 @@ def plot_grid(
             axes.plot(smooth.keys(), smooth.values(), color=colour, linewidth=1.6, label=run.label)
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.25)
+        axes.locator_params(axis="x", nbins=4)  # numbers of tokens are long
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)

@@ -67,12 +67,12 @@ def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskLi
     for word in words:
         if not word.endswith((".yaml", ".yml")):
             _refuse_no_name(word)
-            found.tasks[word] = Wanted()
+            _add(found.tasks, word, Wanted())
             continue
         path = Path(word)
         content = _content(path)
         for name, values in content.get("tasks", {}).items():
-            found.tasks[name] = _wanted(path, name, values or {})
+            _add(found.tasks, name, _wanted(path, name, values or {}))
         found.averages |= content.get("averages", {})
         found.paper |= content.get("paper", {})
         found.perplexity += content.get("perplexity", [])
@@ -94,6 +94,19 @@ def read_task_list(words: Sequence[str], folders: Sequence[Path] = ()) -> TaskLi
 def average(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """Return the weighted mean of tasks' values."""
     return sum(weight * values[name] for name, weight in weights.items()) / sum(weights.values())
+
+
+def _add(tasks: dict[str, Wanted], name: str, wanted: Wanted) -> None:
+    if (before := tasks.setdefault(name, wanted)) != wanted:
+        raise UserError(
+            f"the task {name} is given twice, with {_said(before)} and {_said(wanted)}: leave one of them out"
+        )
+
+
+def _said(wanted: Wanted) -> str:
+    """Settings in words, e.g. ``metric acc and shots 5``."""
+    given = [f"{name} {value}" for name, value in vars(wanted).items() if value is not None]
+    return " and ".join(given) or "what it says itself"
 
 
 def _refuse_no_name(word: str) -> None:

@@ -16,6 +16,7 @@ from lm_eval.tasks import TaskManager
 
 from megatron_fc.errors import UserError
 from megatron_fc.evaluate.task_list import TaskList, Wanted
+from megatron_fc.runs.writable import refuse_unwritable
 
 
 class Tasks:
@@ -66,6 +67,11 @@ class Tasks:
             task for item in self.built[name] for task in (item.get_all_tasks() if isinstance(item, Group) else [item])
         ]
 
+    def shots(self, name: str) -> int | None:
+        """Examples before the questions of a name's tasks, None where these have different numbers of them."""
+        found = {int(task.get_config("num_fewshot") or 0) for task in self.leaves(name)}
+        return found.pop() if len(found) == 1 else None
+
     def _settle(self, name: str, wanted: Wanted) -> None:
         for task in self.leaves(name):
             if wanted.shots is not None:
@@ -89,9 +95,9 @@ def fetch(wanted: TaskList, folder: Path, report: Callable[[str], None]) -> None
         report: told a line per task.
 
     Raises:
-        UserError: a task is unknown, or its data cannot be had.
+        UserError: a task is unknown, its data cannot be had, or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(folder)
     with _stored_in(folder):
         tasks = Tasks(wanted, None)
     for name in wanted.tasks:
@@ -146,6 +152,8 @@ def _downloading(download: Callable[..., None]) -> Iterator[Callable[..., None]]
     def named(*given: Any, **settings: Any) -> None:
         try:
             download(*given, **settings)
+        except _NoDataError:  # of a function that is replaced here in its turn
+            raise
         except Exception as error:
             raise _NoDataError(_said(error)) from error
 

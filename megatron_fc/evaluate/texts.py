@@ -40,12 +40,14 @@ def find_set(path: Path) -> Path:
         path: of the file, or without its ending.
 
     Raises:
-        UserError: there is none, or an index without its tokens.
+        UserError: there is none, or an index without its tokens, or the first line has no text.
     """
     for found in (path, *(path.with_name(path.name + ending) for ending in (".idx", *_TEXTS))):
         if found.is_file() and found.name.endswith((".idx", *_TEXTS)):
             if found.suffix == ".idx":
                 _indexed(found)
+            else:
+                next(_texts(found), None)
             return found
     raise UserError(f"no validation set {path}: give a file {path}.idx with its .bin, {path}.jsonl or {path}.jsonl.gz")
 

@@ -60,9 +60,9 @@ def difference(checkpoint: Path, connection: ConnectionConfig | None, hidden_siz
     stored = stored_structure(checkpoint)
     wanted = connection.last_dimensions(hidden_size) if connection is not None else {}
     if stored != wanted:
-        return (
-            f"the checkpoint {checkpoint} has {describe_structure(stored)}, this run has {describe_structure(wanted)}"
-        )
+        has, asked = describe_structure(stored), describe_structure(wanted)
+        where = "" if has != asked else f" for another width than hidden_size={hidden_size}"
+        return f"the checkpoint {checkpoint} has {has}{where}, this run has {asked}"
     stamped = _stamp(checkpoint)
     if connection is not None and stamped is not None and stamped != connection:
         theirs, ours = stamped.to_dict(), connection.to_dict()

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Literal
 
-from megatron_fc.extras import TRAIN
+from megatron_fc.extras import DATA, EVAL, TRAIN
 from megatron_fc.preflight.plain_table import plain_table
 
 TESTED_MEGATRON = (0, 19)
@@ -103,6 +103,8 @@ _APEX = Component(
 _MODELOPT = Component("ModelOpt", "megatron-fc quantize and distill", "nothing else needs it")
 _MPI4PY = Component("mpi4py", "ranks from mpirun", "torchrun or srun", need="when asked for")
 _TRAIN = Component("megatron_fc[train]", "megatron-fc train and all other commands", "the plugin in your own pipeline")
+_DATA = Component("megatron_fc[data]", "megatron-fc data tokenize", "data in Megatron's format", need="when asked for")
+_EVAL = Component("megatron_fc[eval]", "evaluation on tasks", "megatron-fc evaluate perplexity", need="when asked for")
 
 
 def inspect_environment() -> list[Component]:
@@ -118,7 +120,9 @@ def inspect_environment() -> list[Component]:
         _inspect_apex,
         _inspect_modelopt,
         _inspect_mpi4py,
-        _inspect_train,
+        partial(_inspect_extra, _TRAIN, TRAIN, _TRAIN_PROBE),
+        partial(_inspect_extra, _DATA, DATA),
+        partial(_inspect_extra, _EVAL, EVAL),
     ]
     with ThreadPoolExecutor() as pool:
         components = list(pool.map(lambda inspection: inspection(), inspections))
@@ -278,11 +282,12 @@ def _inspect_mpi4py() -> Component:
     return row
 
 
-def _inspect_train() -> Component:
-    missing = [package for module, package in TRAIN.items() if find_spec(module) is None]
+def _inspect_extra(row: Component, modules: Mapping[str, str], probe: str = "") -> Component:
+    """Look at what one of the extras of pyproject.toml brings."""
+    missing = [package for module, package in modules.items() if find_spec(module) is None]
     if missing:
-        return replace(_TRAIN, note=f"no {', '.join(missing)}: pip install 'megatron_fc[train]'")
-    return _inspect(_TRAIN, "yaml", _TRAIN_PROBE, "megatron_fc")
+        return replace(row, note=f"no {', '.join(missing)}: pip install '{row.name}'")
+    return _inspect(row, next(iter(modules)), probe or f"import {', '.join(modules)}", "megatron_fc")
 
 
 def _has_cuda(components: Sequence[Component]) -> bool:

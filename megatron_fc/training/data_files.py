@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_fc.errors import UserError
 from megatron_fc.training.indexed_files import IndexedFiles
-from megatron_fc.training.manifests import listed, manifest_of, refuse_other_sizes, tokenizer_hash
+from megatron_fc.training.manifests import manifest_of, refuse_other_sizes, tokenizer_hash
 from megatron_fc.training.refusal import refusals_named
 
 _SPLITS = ("train", "valid", "test")
@@ -143,10 +143,11 @@ def _refuse_other_manifests(args: argparse.Namespace, vocabulary: int | None) ->
     hashed: dict[str, str] = {}
     for blend in blends(args):
         for prefix in blend.prefixes:
-            if (manifest := manifest_of(prefix)) is None:
+            if (found := manifest_of(prefix)) is None:
                 continue
+            manifest, file = found
             setting, made = f"{blend.setting}={prefix}", manifest["tokenizer"]
-            refuse_other_sizes(prefix, listed(manifest, Path(prefix).name) or {})
+            refuse_other_sizes(prefix, file)
             if vocabulary is not None and made["vocabulary"] > vocabulary:
                 raise UserError(
                     f"{setting}: its tokenizer {made['name']} has {made['vocabulary']:,} tokens, and the model's "

@@ -53,7 +53,7 @@ class IndexedFiles:
         idx, bin_ = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
         for file in (idx, bin_):
             if not file.is_file():
-                raise UserError(f"{setting}: {file} does not exist; `megatron-fc data demo` makes the demo's data")
+                raise UserError(f"{setting}: {file} does not exist: correct the path, or make it again")
             if not os.access(file, os.R_OK):
                 raise UserError(f"{setting}: {file} cannot be read: change who may")
         with idx.open("rb") as stream:

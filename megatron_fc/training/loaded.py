@@ -21,6 +21,7 @@ def load_model(
     checkpoint: Path,
     check: Callable[[Namespace], None] = lambda _: None,
     ready: Callable[[Namespace], Path | None] = lambda _: None,
+    remedy: Callable[[Path], str] | None = None,
 ) -> tuple[Namespace, list[Any], float]:
     """Build a recipe's model and load a checkpoint into it; the caller ends Megatron's world (`setup.silence`).
 
@@ -30,6 +31,7 @@ def load_model(
         check: called with Megatron's arguments before it validates them.
         ready: called with them once the ranks are joined, before anything is built; may return another checkpoint, for
             ranks that did not look at the same time.
+        remedy: as for `load_weights`.
 
     Returns:
         Megatron's arguments, this rank's chunks in Megatron's precision wrapper, and the floating-point operations that
@@ -54,23 +56,27 @@ def load_model(
 
     join_world()
     args = parse(recipe, settle)
-    refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
     refuse_other_model(checkpoint, args)
-    set_global_variables(args)
+    refuse_other_connection(checkpoint, recipe.connection, args.hidden_size)
+    with refusals_named("the tokenizer"):
+        set_global_variables(args)
     with refusals_named("the layout"):
         training.initialize_megatron()
     checkpoint = ready(args) or checkpoint
     chunks = build(args, recipe)
-    return args, chunks, load_weights(args, chunks, checkpoint)
+    return args, chunks, load_weights(args, chunks, checkpoint, remedy)
 
 
-def load_weights(args: Namespace, chunks: list[Any], checkpoint: Path) -> float:
+def load_weights(
+    args: Namespace, chunks: list[Any], checkpoint: Path, remedy: Callable[[Path], str] | None = None
+) -> float:
     """Load a checkpoint of the same run into its model; every rank calls it.
 
     Args:
         args: Megatron's; its iteration and consumed samples become the checkpoint's.
         chunks: of `load_model`.
         checkpoint: a folder of the run.
+        remedy: says what to do without a corrupt checkpoint, None for training's.
 
     Returns:
         The floating-point operations that it counts.
@@ -80,7 +86,7 @@ def load_weights(args: Namespace, chunks: list[Any], checkpoint: Path) -> float:
     """
     from megatron.training.checkpointing import load_checkpoint
 
-    refuse_corrupt(checkpoint, of=is_weight)
+    refuse_corrupt(checkpoint, is_weight, remedy)
     _point_at(args, checkpoint)
     # Megatron expects a run that has seen nothing yet.
     args.consumed_train_samples = args.skipped_train_samples = args.consumed_valid_samples = 0

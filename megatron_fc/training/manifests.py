@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,11 @@ from megatron_fc.errors import UserError
 
 BUILDER = "megatron-fc data tokenize"
 MANIFEST = "manifest.json"
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder of data, given it or its manifest's path."""
+    return path.parent if path.name == MANIFEST else path
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -29,26 +35,44 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"the manifest {path} cannot be read, {reason}: {remedy}") from None
     if not isinstance(said, dict) or said.get("builder") != BUILDER:
         raise UserError(f"{path} is no manifest of `{BUILDER}`")
+    _refuse_incomplete(said, path)
     return said
 
 
-def manifest_of(prefix: str) -> dict[str, Any] | None:
-    """Return the manifest that lists the files of a prefix, None where there is none beside them."""
+def manifest_of(prefix: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return the manifest beside the files of a prefix and what it says of them, None where none lists them."""
     path = Path(prefix).parent / MANIFEST
     try:
-        said = json.loads(path.read_text("utf-8"))
+        stat = path.stat()
+        said, files = _read_once(path, (stat.st_size, stat.st_mtime_ns))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the manifest {path} cannot be read: {error}: make the data again, or remove it") from None
+    file = files.get(Path(prefix).name)
+    return None if file is None else (said, file)
+
+
+@lru_cache(maxsize=100)
+def _read_once(path: Path, version: tuple[int, int]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return a manifest and its files by name, none if it is not ours; a blend asks for each of thousands of files."""
+    said = json.loads(path.read_text("utf-8"))
     if not isinstance(said, dict) or said.get("builder") != BUILDER:
-        return None
-    return said if listed(said, Path(prefix).name) else None
+        return {}, {}
+    _refuse_incomplete(said, path)
+    return said, {file["prefix"]: file for files in said["files"].values() for file in files}
 
 
-def listed(manifest: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """Return what a manifest says of the files of this name."""
-    return next((file for files in manifest["files"].values() for file in files if file["prefix"] == name), None)
+def _refuse_incomplete(said: dict[str, Any], path: Path) -> None:
+    """Raises UserError where entries that others read are missing, e.g. after an edit."""
+    needed = {"prefix", "documents", "tokens", "text_bytes", "bytes", "sha256"}
+    try:
+        files = [set(file) for split in ("train", "valid") for file in said["files"][split]]
+        is_whole = {"name", "sha256", "vocabulary"} <= set(said["tokenizer"]) and all(needed <= file for file in files)
+    except (KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"the manifest {path} lacks entries: copy it again, or make the data again")
 
 
 def refuse_other_sizes(prefix: str, said: dict[str, Any]) -> None:
@@ -58,7 +82,10 @@ def refuse_other_sizes(prefix: str, said: dict[str, Any]) -> None:
         UserError: they are others.
     """
     for kind, size in said["bytes"].items():
-        found = Path(f"{prefix}.{kind}").stat().st_size
+        path = Path(f"{prefix}.{kind}")
+        if not path.exists():
+            raise UserError(f"{path} does not exist, and {MANIFEST} beside it lists it: copy it, or make it again")
+        found = path.stat().st_size
         if found != size:
             raise UserError(
                 f"{prefix}.{kind} has {found:,} bytes, and {size:,} by {MANIFEST} beside it: copy both again, or make "

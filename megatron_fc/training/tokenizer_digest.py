@@ -15,7 +15,11 @@ _TEXT = (
 
 
 def tokenizer_digest(args: Namespace, tokenizer: Any) -> str | None:
-    """Return the digest of the vocabulary's size and of a text's tokens, None for a tokenizer that reads no text.
+    """Return two digests in one, None for a tokenizer that reads no text: of what a text becomes, and of all tokens.
+
+    The first 16 digits are of the vocabulary's size and of a text's tokens, and are all that checkpoints of version
+    0.2.0 have. The other 16 are of the tokens by number; a tokenizer that cannot list them, such as that of bytes, has
+    none.
 
     Args:
         args: Megatron's.
@@ -23,5 +27,10 @@ def tokenizer_digest(args: Namespace, tokenizer: Any) -> str | None:
     """
     if args.tokenizer_type.startswith("Null"):
         return None
-    seen = [tokenizer.vocab_size, *map(int, tokenizer.tokenize(_TEXT))]
+    first = _digest([tokenizer.vocab_size, *map(int, tokenizer.tokenize(_TEXT))])
+    tokens = getattr(tokenizer, "inv_vocab", None)
+    return first + _digest(sorted(tokens.items())) if isinstance(tokens, dict) else first
+
+
+def _digest(seen: list[Any]) -> str:
     return hashlib.sha256(str(seen).encode()).hexdigest()[:16]

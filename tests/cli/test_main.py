@@ -39,6 +39,10 @@ def test_a_path_behind_an_option_may_begin_in_a_home(monkeypatch: pytest.MonkeyP
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
         (["train", "c.yaml", "--dry"], "unrecognized arguments: --dry"),
+        (
+            ["data", "tokenize", "x", "--out=y", "--tokenizer=z", "--eos=", "--no-eos"],
+            "not allowed with argument --eos",
+        ),
         (["doctor", "stray"], "unrecognized arguments: stray"),
         (["doctor", "--", "--lr", "1"], "only `train` takes Megatron flags after --"),
     ],
@@ -48,3 +52,15 @@ def test_usage_errors(words: list[str], sentence: str, capsys: pytest.CaptureFix
         main.main(words)
     assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("said", "sentence"), [((), "interrupted"), (("at step 7",), "at step 7")])
+def test_an_interrupt_says_so(
+    said: tuple[str, ...], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: object) -> int:
+        raise KeyboardInterrupt(*said)
+
+    monkeypatch.setattr(train, "run", run)
+    assert main.main(["train", "c.yaml"]) == 130
+    assert capsys.readouterr().err == f"megatron-fc: {sentence}\n"

@@ -52,7 +52,8 @@ def digest(folder: Path) -> str | None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    seen = SimpleNamespace(vocab_size=len(tokenizer), tokenize=tokenizer.encode)
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    seen = SimpleNamespace(vocab_size=len(tokenizer), tokenize=tokenizer.encode, inv_vocab=tokens)
     return tokenizer_digest(Namespace(tokenizer_type="HuggingFaceTokenizer"), seen)
 
 
@@ -391,6 +392,8 @@ def test_what_is_there_stays(folder: Path, tmp_path: Path, capsys: pytest.Captur
     assert export(folder, "olmo2", "plain", tmp_path / "out") == 2
     assert "exists and is never overwritten" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert export(folder, "olmo2", "plain", tmp_path / "out" / "mine" / "below") == 2
+    assert "below cannot be written, Not a directory: give another folder" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("one_process")
@@ -412,12 +415,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
 def test_a_tokenizer_with_other_tokens_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The numbers of 13 and 0, which the digest's text has as words or unknown ones, are exchanged."""
+    """The numbers of 40 and 41, which the digest's text does not have, are exchanged."""
     shutil.copytree(folder / "tokenizer", tmp_path / "other")
     file = tmp_path / "other" / "tokenizer.json"
     content = json.loads(file.read_text())
     words = content["model"]["vocab"]
-    words["0"], words["13"] = words["13"], words["0"]
+    words["40"], words["41"] = words["41"], words["40"]
     file.write_text(json.dumps(content))
     assert export(folder, "olmo2", "plain", tmp_path / "out", f"tokenizer_model={tmp_path / 'other'}") == 2
     assert "makes other tokens of a text than the one that" in capsys.readouterr().err

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from support.documents import make, save_tokenizer, texts, write_documents
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `a`, two tasks and a validation split, `b`, and `other`, of another tokenizer."""
+    """Folder with `a`, two tasks and a validation split, `b`, `other`, of another tokenizer, and `cut`."""
     root = tmp_path_factory.mktemp("blend")
     for name, size in (("small", 300), ("large", 320)):
         save_tokenizer(root / name, size)
@@ -20,6 +21,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make([root / "in_a"], root / "a", root / "small", validation=0.1)
     make([root / "in_b"], root / "b", root / "small", tasks=1)
     make([root / "in_b"], root / "other", root / "large")
+    shutil.copytree(root / "a", root / "cut")
+    (root / "cut" / "train-00001.bin").write_bytes(b"")
     return root
 
 
@@ -41,13 +44,14 @@ def blended(made: Path, out: Path, *names: str, **options: object) -> list[str]:
 
 
 def test_weights_are_shared_by_the_tokens_of_the_files(made: Path, tmp_path: Path) -> None:
-    table = blended(made, tmp_path / "blend.json", "a", "b/manifest.json", weights=[0.3, 0.7])[0]
+    table, note, _ = blended(made, tmp_path / "blend.json", "a", "b/manifest.json", weights=[0.3, 0.7])
 
     a, b = tokens(made / "a"), tokens(made / "b")
     wanted = {prefix: 0.3 * size / sum(a.values()) for prefix, size in a.items()}
     wanted |= dict.fromkeys(b, 0.7)
     assert written(tmp_path / "blend.json") == pytest.approx(wanted, rel=1e-9)
-    assert set(written(tmp_path / "blend.json", "valid")) == set(tokens(made / "a", "valid"))  # b has none
+    assert set(written(tmp_path / "blend.json", "valid")) == set(tokens(made / "a", "valid"))
+    assert note == "note: no validation data in b"
     assert json.loads((tmp_path / "blend.json").read_text())["test"] is None
     everything = sum(a.values()) + sum(b.values())
     assert f"{0.3 * everything / sum(a.values()):.2f}" in table
@@ -72,6 +76,11 @@ def test_a_published_mix_gives_the_shares(made: Path, tmp_path: Path) -> None:
         blend(manifests[1:], tmp_path / "blend.json", mix=tmp_path / "mix.yaml", **settings)
     with pytest.raises(UserError, match="unknown source of the mix 'cod': did you mean 'code'"):
         blend(["cod=x"], tmp_path / "blend.json", mix=tmp_path / "mix.yaml", **settings)
+    with pytest.raises(UserError, match="a source of the mix is named twice"):
+        blend([*manifests, "web=x"], tmp_path / "blend.json", mix=tmp_path / "mix.yaml", **settings)
+    (tmp_path / "mix.yaml").write_text("sources:\n  web: {tokens: many}\n")
+    with pytest.raises(UserError, match=r"mix\.yaml: web\.tokens=many: give a number"):
+        blend(manifests, tmp_path / "blend.json", mix=tmp_path / "mix.yaml", **settings)
 
 
 def test_what_is_no_blend_is_refused(made: Path, tmp_path: Path) -> None:
@@ -83,10 +92,14 @@ def test_what_is_no_blend_is_refused(made: Path, tmp_path: Path) -> None:
         (("a", "other"), r"other was made with the tokenizer large, and .* with another one, small", {}),
         (("a", "b"), r"a would be read \d+\.\d+ times, and --max-epochs is 4", {"tokens": 10**9}),
         (("nothing",), r"the manifest .*nothing cannot be read", {}),
+        (("a", "b"), r"--max-epochs=nan: give a number above 0", {"max_epochs": float("nan")}),
+        (("a", "cut"), r"train-00001\.bin has 0 bytes, and .* by manifest\.json beside it", {}),
     ]:
         with pytest.raises(UserError, match=said):
             blended(made, tmp_path / "blend.json", *names, **options)
     assert not (tmp_path / "blend.json").exists()
+    with pytest.raises(UserError, match=r"--out=\S+ cannot be written: Is a directory"):
+        blended(made, tmp_path, "a", "b")
 
 
 def test_published_mixes_have_the_published_totals() -> None:

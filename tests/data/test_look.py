@@ -45,6 +45,8 @@ def test_what_is_not_there_is_refused(made: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(made / "tokenizer")
     with pytest.raises(UserError, match=r"--sample=9999: .* has \d+ samples of 16, from 0 on"):
         look_at_sample(made / "train-00000", 9999, tokenizer, sequence_length=16, seed=1)
+    with pytest.raises(UserError, match="--seq-length=0: give 1 or more"):
+        look_at_sample(made / "train-00000", 0, tokenizer, sequence_length=0, seed=1)
     write_indexed(tmp_path / "short", [np.arange(5).tolist()], 300, eod=0)
     with pytest.raises(UserError, match="has 6 tokens, and a sample takes 16 and one more"):
         look_at_sample(tmp_path / "short", 0, tokenizer, sequence_length=16, seed=1)

@@ -204,6 +204,9 @@ def test_killed_workers_and_jobs_leave_the_same_bytes(
     for number in range(kills):
         job = start(half_a_minute_of_text, out, tokenizer)
         worker = half_written(job, out, task=0)
+        if number == 0:
+            with pytest.raises(UserError, match="in use by the same command, which still runs"), Job.read(out).held():
+                pass
         if number % 4 == 1:  # the job instead, whose worker ends by itself
             job.kill()
             wait_until(lambda: writer(out, task=0) is None, "the end of the worker")
@@ -257,7 +260,18 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, tokeni
     rows = tmp_path / "a.parquet"
     pq.write_table(pa.table({"body": ["x"], "n": [1]}), rows)
     (tmp_path / "a.md").write_text("x")
+    packed, array, inside = tmp_path / "packed.jsonl", tmp_path / "array.json", tmp_path / "in"
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    array.write_text(json.dumps([{"text": "a"}], indent=1))
+    write_documents(inside / "a.jsonl", texts(5))
+    stars = {"filters": Filters(min_stars=2)}
     for inputs, said, options in [
+        ([packed], r"packed\.jsonl has no document .*not UTF-8\): write it in UTF-8, and let \.gz", {}),
+        ([array], r"array\.json has no document .*: write a JSON object per line", {}),
+        ([lines], r"over the length limit\): give a larger --max-bytes", {"max_bytes": 9}),
+        ([lines], r"a\.jsonl has no field max_stars_count in its first 5 lines: give --stars-field", stars),
+        ([rows], r"has no column max_stars_count: leave out the filter", {"text_field": "body", **stars}),
+        (["none://there"], r"none://there cannot be read", {}),
         ([lines], r"has no document in its first 5 lines \(no text field\)", {"text_field": "body"}),
         ([rows], r"has no column text: give --text-field one of body, n", {}),
         ([rows], r"column n is int64 and no text", {"text_field": "n"}),
@@ -270,9 +284,15 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, tokeni
     ]:
         with pytest.raises(UserError, match=said):
             make(inputs, tmp_path / "out", tokenizer, **options)
-    with pytest.raises(UserError, match=r"the tokenizer .* cannot be loaded"):
-        make([lines], tmp_path / "out", tmp_path)
+    for name, said in [(inside, "the folder has no tokenizer.json"), (tokenizer / "tokenizer.json", "it is a file")]:
+        with pytest.raises(UserError, match=rf"the tokenizer .* cannot be loaded: {said}"):
+            make([lines], tmp_path / "out", name)
+    with pytest.raises(UserError, match=r"--out=\S+/in/out lies in \S+/in, all of which is read"):
+        make([inside], inside / "out", tokenizer)
+    with pytest.raises(UserError, match=r"in/a\.jsonl lies in --out=\S+/in, where this command writes"):
+        make([inside / "a.jsonl"], inside, tokenizer)
     assert not (tmp_path / "out").exists()
+    assert list(inside.iterdir()) == [inside / "a.jsonl"]
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path, tokenizer: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +52,16 @@ def swap(folder: Path) -> None:
         (folder / f"train-00001.{kind}").write_bytes((folder / f"train-00002.{kind}").read_bytes())
 
 
+def forget(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["train"][1]["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def lose(folder: Path) -> None:
+    (folder / "train-00001.idx").unlink()
+
+
 def change_source(folder: Path) -> None:
     path = folder.parent / "in" / "0.jsonl"
     path.write_bytes(path.read_bytes().replace(b"of", b"or"))
@@ -63,6 +74,8 @@ def change_source(folder: Path) -> None:
         (foreign_token, r"train-00001\.bin has the token 300 at 7, and the vocabulary has 300"),
         (cut, r"train-00001\.bin has .* bytes"),
         (swap, r"train-00001\.bin has .* bytes, and .* by manifest\.json beside it"),
+        (forget, r"the manifest .*manifest\.json lacks entries: copy it again"),
+        (lose, r"train-00001\.idx does not exist, and manifest\.json beside it lists it"),
         (change_source, r"0\.jsonl has changed since it was tokenized"),
     ],
 )
@@ -73,7 +86,7 @@ def test_what_does_not_fit_is_named(made: Path, harm: Callable[[Path], None], sa
 
 
 def test_merged_files_are_those_that_megatron_joins(made: Path, tmp_path: Path) -> None:
-    merge(made, tmp_path / "merged", report=ignore)
+    merge(made / "manifest.json", tmp_path / "merged", report=ignore)
 
     for split in ("train", "valid"):
         builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
@@ -94,4 +107,9 @@ def test_merging_what_is_damaged_leaves_nothing(made: Path, tmp_path: Path) -> N
     damage_token(made)
     with pytest.raises(UserError, match="its SHA-256 differs"):
         merge(made, tmp_path / "merged", report=ignore)
+    shutil.rmtree(made / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer does not exist: copy it again"):
+        merge(made, tmp_path / "merged", report=ignore)
+    with pytest.raises(UserError, match="tokenizer cannot be loaded: the folder does not exist"):
+        verify(made, sources=False, report=ignore)
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]

@@ -24,5 +24,5 @@ def test_recorded_differences_are_those_of_the_records() -> None:
 def test_a_difference_is_set_among_them() -> None:
     values = sorted(recorded_differences().values())
     said = among_seeds((values[1] + values[2]) / 2)
-    assert f"differed by {values[0]:+.4f} to {values[-1]:+.4f}" in said
+    assert f"each by {values[0]:+.4f} to {values[-1]:+.4f}" in said
     assert said.endswith(f"2 of these {len(values)} are below this run's")

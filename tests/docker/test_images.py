@@ -35,13 +35,20 @@ def test_pip_fails_rather_than_replace_the_base(tmp_path: Path) -> None:
     assert "conflict" in refused.stderr
 
 
+def test_the_gpu_image_has_the_extras_whose_versions_are_pinned() -> None:
+    texts = [(REPOSITORY / path).read_text() for path in ("docker/Dockerfile", "scripts/lock.py")]
+    extras = [set(re.findall(r"\.\[([\w,]+,\w+)\]", text)[0].split(",")) for text in texts]
+    assert extras[0] == extras[1] == {"train", "data", "eval", "modelopt", "mpi"}
+
+
 def test_pins_of_the_extras_do_not_repeat_the_others() -> None:
     def names(path: str) -> set[str]:
         return {
             line.partition("==")[0].lower() for line in (REPOSITORY / path).read_text().splitlines() if "==" in line
         }
 
-    assert {"nvidia-modelopt", "mpi4py"} <= names("docker/extras.txt") | names("constraints.txt")
+    pinned = {"nvidia-modelopt", "mpi4py", "datatrove", "pyarrow", "orjson", "lm_eval", "datasets"}
+    assert pinned <= names("docker/extras.txt") | names("constraints.txt")
     assert not names("docker/extras.txt") & names("constraints.txt")
 
 

@@ -149,7 +149,7 @@ def test_no_request_is_run_twice_after_a_kill(trials: Trials, tmp_path: Path) ->
 
 
 def test_a_second_call_adds_what_is_missing(trials: Trials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several checkpoints, one with a corrupt optimizer; a limit, and data from a folder after their source is gone."""
+    """Several checkpoints, one with a corrupt optimizer; shots, a limit, data from a folder without their source."""
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     checkpoints = shutil.copytree(trials.checkpoints["dfc_x4"], tmp_path / "dfc_x4" / "checkpoints")
     corrupt(checkpoints / "iter_0000003", "optimizer.")
@@ -161,34 +161,43 @@ def test_a_second_call_adds_what_is_missing(trials: Trials, tmp_path: Path, monk
     for file in folder.glob("*.jsonl"):
         file.unlink()
     out, offline = tmp_path / "out", ["--data", tmp_path / "data", "--every", 3, "--limit", 2]
+    (tmp_path / "list.yaml").write_text("tasks: {local_choice: {shots: 1}}")
+    listed = ["--tasks", tmp_path / "list.yaml"]
 
-    def evaluated(*words: object, of: Path = checkpoints) -> Done:
-        return evaluate(trials.config, of, folder, out, *words)
+    def evaluated(*words: object, of: Path = checkpoints, to: Path = out, ranks: int = 1) -> Done:
+        return evaluate(trials.config, of, folder, to, *words, ranks=ranks)
 
-    done = evaluated("--tasks", "local_choice", *offline)
+    done = evaluated(*listed, *offline)
     assert done.code == 0, done.printed
     assert "git" not in done.printed
     assert [path.name for path in sorted(out.glob("*.json"))] == ["iter_0000003.json", "iter_0000006.json"]
-    done = evaluated("--tasks", "local_choice", "local_text", *offline)
+    done = evaluated(*listed, "local_text", *offline)
     assert done.code == 0, done.printed
     results = json.loads((out / "iter_0000003.json").read_text())
     assert results["tokens"] == 3 * 4 * 32
     assert {name: task["documents"] for name, task in results["tasks"].items()} == {"local_choice": 2, "local_text": 2}
-    again = evaluated("--tasks", "local_choice", "local_text", *offline)
+    assert {name: task["shots"] for name, task in results["tasks"].items()} == {"local_choice": 1, "local_text": 0}
+    again = evaluated(*listed, "local_text", *offline)
     assert again.code == 0
     assert again.printed.splitlines()[-1] == f"nothing to do: {out} has all of these results"
     for words, said in (
+        ([*offline, "--tasks", "local_choice"], "has a result already, with shots=1, and not 0: give another --out"),
         (["--data", tmp_path / "data", "--limit", 1], "has a result already, with limit=2, and not 1: give another"),
         ([*offline, "bf16=true"], "is of another model, precision: torch.float32 there, torch.bfloat16 here"),
         ([*offline, "seq_length=16"], "is of another model, seq_length: 32 there, 16 here: give another --out"),
     ):
-        refused = evaluated(*words, "--tasks", "local_choice")
+        refused = evaluated(*words, *([] if "--tasks" in words else listed))
         assert refused.code == 2, refused.printed
         assert said in refused.printed
-    plain = ["connection=residual", *offline, "--tasks", "local_choice"]
+    plain = ["connection=residual", *offline, *listed]
     other = evaluated(*plain, of=trials.checkpoints["residual"])
     assert other.code == 2, other.printed
     assert "is of another model, checkpoint: " in other.printed
+    corrupt(checkpoints / "iter_0000006", "decoder.")
+    without = evaluated(*listed, *offline, to=tmp_path / "without", ranks=2)
+    assert without.code == 2, without.printed
+    assert f"move {checkpoints / 'iter_0000006'} out of its folder, then the others are evaluated" in without.printed
+    assert "Traceback" not in without.printed
     missing = evaluated("--tasks", "local_choice", "local_cloze", "--data", tmp_path)
     assert missing.code == 2
     assert "the data of local_choice, local_cloze are not in" in missing.printed
@@ -235,6 +244,9 @@ def test_the_harness_s_own_command_line(ranks: int, trials: Trials, tmp_path: Pa
     assert found["local_choice"]["acc_norm,none"] == expected["local_choice"]["metrics"]["acc_norm"]
     assert found["local_text"]["bits_per_byte,none"] == pytest.approx(expected["local_text"]["value"], abs=CLOSE)
     assert (tmp_path / "cache_rank0.db").exists()
+    unknown = run(tmp_path, "lm-eval", *["local_choices" if "local_choice" in str(word) else word for word in words])
+    assert unknown.code == 2, unknown.printed
+    assert unknown.printed.splitlines()[-1] == "megatron-fc: the harness refuses this: Tasks not found: local_choices"
 
 
 @pytest.mark.slow
@@ -253,11 +265,12 @@ def test_a_chat_template_is_refused(trials: Trials, tmp_path: Path) -> None:
         (["context_parallel_size=2", "--tasks", "local_choice"], "context_parallel_size=2: evaluation keeps sequences"),
         (["moe_expert_capacity_factor=1.0", "--tasks", "local_choice"], "set moe_expert_capacity_factor=null"),
         (["padded_vocab_size=256", "--tasks", "local_choice"], "padded_vocab_size=256, but"),
-        (["norm_epsilon=0.5", "--tasks", "local_choice"], "norm_epsilon"),
+        (["hidden_size=64", "--tasks", "local_choice"], "hidden_size: 32 in "),
         (["moe_router_topk=1", "--tasks", "local_choice"], "moe_router_topk: 2 in "),
         (["moe_input_jitter_eps=0.1", "--tasks", "local_choice"], "set moe_input_jitter_eps=null"),
         (["moe_router_force_load_balancing=true", "--tasks", "local_choice"], "route at random, in evaluation too"),
-        (["expert_model_parallel_size=2"], "Megatron refuses the layout: world_size"),
+        (["expert_model_parallel_size=2"], "and expert_model_parallel_size=2 take 2 ranks or a multiple, not 1: start"),
+        (["tokenizer_model=/usr"], "Megatron refuses the tokenizer: no tokenizer can be made of tokenizer_type"),
         (["--limit", "0"], "--limit 0: give a number from 1 on"),
         (["--every", "5"], "no complete checkpoint at a multiple of iteration 5: lower --every"),
     ],

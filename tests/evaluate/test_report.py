@@ -74,3 +74,6 @@ def test_refusals(runs: list[Path], tmp_path: Path) -> None:
         write_report([tmp_path], read_task_list([]), tmp_path / "report", 0.5)
     with pytest.raises(UserError, match="--decay 1: give a number from 0 on, below 1"):
         write_report(runs, read_task_list([]), tmp_path / "report", 1)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file cannot be written, File exists: give another folder"):
+        write_report(runs, read_task_list([]), tmp_path / "file", 0.5)

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_fc import UserError
 from megatron_fc.evaluate.task_list import TaskList, Wanted, average, read_task_list
-from megatron_fc.evaluate.tasks import Tasks
+from megatron_fc.evaluate.tasks import Tasks, fetch
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
 LISTS = [str(CONFIGS / name) for name in ("olmoe.yaml", "olmo2.yaml")]
@@ -56,6 +56,11 @@ def test_refusals(text: str, said: str, tmp_path: Path) -> None:
     ("tasks", "folders", "said"),
     [
         (["piqa,copa"], [], "unknown task 'piqa,copa': put blanks between tasks, --tasks piqa copa"),
+        (
+            [LISTS[0], "piqa"],
+            [],
+            "piqa is given twice, with metric acc_norm and shots 0 and what it says itself",
+        ),
         (["piqa", "rate=2"], [], "--tasks rate=2: overrides such as rate=2 stand before --tasks, behind the config"),
         (["piqa"], ["rate=2"], "--include rate=2: overrides such as rate=2 stand before --include, behind the config"),
     ],
@@ -72,6 +77,9 @@ def test_a_task_that_cannot_be_built_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump({**broken, "doc_to_target": "{{answer}}"}))
     with pytest.raises(UserError, match=r"the harness cannot build the task broken, TemplateSyntaxError: .*: correct"):
         Tasks(read_task_list(["broken"], [tmp_path]), None)
+    (tmp_path / "questions.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no data of broken, broken: FileNotFoundError: "):
+        fetch(read_task_list(["broken"], [tmp_path]), tmp_path / "data", print)
 
 
 def test_a_list_that_is_not_there() -> None:

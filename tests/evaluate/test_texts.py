@@ -70,6 +70,12 @@ def test_refusals(name: str, content: bytes, said: str, tmp_path: Path) -> None:
         by_document(find_set(tmp_path / "set"), Bytes(), 258, whole, None)
 
 
+def test_a_set_without_texts_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "set.jsonl").write_text('{"question": "a"}\n')
+    with pytest.raises(UserError, match=r'line 1 of .* is no JSON object with a "text"'):
+        find_set(tmp_path / "set")
+
+
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set.bin").write_bytes(b"\1\0")
     (tmp_path / "set.idx").write_bytes(b"no index")

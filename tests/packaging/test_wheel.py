@@ -92,6 +92,7 @@ def test_doctor_prints_a_table_and_ends_with_0(base: Installed, tmp_path: Path) 
     assert "missing" in rows[at]
     assert "megatron-fc train and all other commands" in rows[at]
     assert "no huggingface-hub, matplotlib, psutil, rich, safetensors," in rows[at + 1]
+    assert "no lm-eval, datasets: pip install 'megatron_fc[eval]'" in done.stdout
     assert "To correct" not in done.stdout
 
 

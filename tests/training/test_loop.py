@@ -181,7 +181,7 @@ def test_checkpoint_knows_its_connections(finished: Path) -> None:
         (["connection=residual"], "has dfc_x4 connections, this run has plain residual connections"),
         (["connection=dhc"], "has dfc_x4 connections, this run has dhc_x4 connections: give the run another run_dir"),
         (["connection=mhc"], "has dfc_x4 connections, this run has mhc_x4 connections"),
-        (["connection=mfc"], "has dfc_x4 connections, this run has mfc_x4 connections"),
+        (["hidden_size=64"], "has dfc_x4 connections for another width than hidden_size=64, this run has dfc_x4 conn"),
         (["connection=dhc", "cuda_graph_impl=local"], "cuda_graph_impl=local captures layers whose input is hidden"),
         (["norm=none"], "has dfc_x4 connections, this run has dfc_x4 connections without norm"),
         (["tanh=false"], "was trained with tanh=True, this run has tanh=False"),

@@ -52,6 +52,9 @@ def test_files_that_are_not_those_of_the_manifest_are_refused(made: Path, tmp_pa
         shutil.copy(tmp_path / "b" / f"train-00000.{kind}", tmp_path / "data")
     with pytest.raises(UserError, match=r"train-00000\.bin has .* bytes, and .* by manifest\.json beside it"):
         look(tmp_path, tokenizer_model=str(made / "small"))
+    (tmp_path / "data" / "manifest.json").write_text('{"builder": "megatron-fc data tokenize"}')
+    with pytest.raises(UserError, match=r"the manifest \S+ lacks entries"):
+        look(tmp_path, tokenizer_model=str(made / "small"))
     (tmp_path / "data" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"the manifest \S+ cannot be read"):
         look(tmp_path, tokenizer_model=str(made / "small"))
