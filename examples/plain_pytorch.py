@@ -75,7 +75,7 @@ def main() -> None:
     for connection in (None, FracConfig(rate=4), HyperConfig(slots=4), ManifoldConfig(slots=4)):
         torch.manual_seed(1)
         model = Transformer(connection)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         losses = []
         for _ in range(10):
             loss = cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())

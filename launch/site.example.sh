@@ -24,6 +24,7 @@ CHECK_PYTHON=$PWD/.venv/bin/python
 SITE_OVERRIDES=(
   'train_data_path=[/scratch/data/dolma/train]'
   'valid_data_path=[/scratch/data/dolma/valid]'
+  # 'per_split_data_args_path=/scratch/data/blend.json' # a blend, in place of the two lines above
   'tokenizer_model=/scratch/data/tokenizer'
 )
 

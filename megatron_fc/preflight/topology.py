@@ -149,7 +149,8 @@ class Topology:
             lines.insert(-1, f"schedule   batches of {sizes} on; shown is a step of the last")
         if self.tokens != self.target_tokens:
             lines[-1] += f" (the target is {self.target_tokens:,}: whole batches only)"
-        if self.repetition:
+        warned = self.repetition is not None and self.repetition.startswith("WARNING: ")
+        if self.repetition and not warned:
             lines.append(f"data       {self.repetition}")
         if self.flops_per_token is None:
             lines.append("compute    not known without vocab_size in the config")
@@ -164,7 +165,8 @@ class Topology:
         if self.disk_space and (whole := self.disk_space.of_the_whole_run()):
             lines.append(f"disk       checkpoints of the whole run: {whole}")
         lines += [f"note: {note}" for note in self.unchecked]
-        return lines + [f"WARNING: {self.lacking}"] * bool(self.lacking)
+        lines += [f"WARNING: {self.lacking}"] * bool(self.lacking)
+        return [*lines, self.repetition] if self.repetition and warned else lines
 
 
 def topology(

@@ -90,8 +90,9 @@ class MegatronArguments:
             return [option] if value else []
         if isinstance(value, bool):
             raise UserError(f"{name} takes a value, not {str(value).lower()}")
-        if isinstance(value, (list, tuple)) and action.nargs is not None:
-            return [option, *map(str, value)]
+        if isinstance(value, (list, tuple)):
+            # One word, as that of moe_layer_freq, which Megatron wants without blanks.
+            return [option, *map(str, value)] if action.nargs is not None else [option, f"[{','.join(map(str, value))}]"]
         return [option, str(value)]
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:

@@ -39,6 +39,8 @@ def rehearse_schedule(args: Namespace) -> None:
 
     if args.lr is None and not args.skip_train:
         raise UserError("lr is not set: set it")
+    if args.eval_interval is None and not (args.skip_train or args.full_validation):
+        raise UserError("eval_interval is not set: set it; eval_iters=0 leaves validation out")
     _refuse_long_warmup(args)
     args, before = copy.deepcopy(args), (global_vars._GLOBAL_ARGS, micro_batches._GLOBAL_NUM_MICROBATCHES_CALCULATOR)
     global_vars._GLOBAL_ARGS, micro_batches._GLOBAL_NUM_MICROBATCHES_CALCULATOR = args, None

@@ -156,6 +156,18 @@ def test_the_clusters_packages_count_not_this_machines(capsys: pytest.CaptureFix
             "Megatron refuses the model: Please use --moe-router",
         ),
         (["global_batch_size=null"], 8, "global_batch_size is not set: set it"),
+        (
+            ["train_iters=1000"],
+            8,
+            "both set: set train_samples=1024000 for these iterations and drop train_iters, or set train_samples=null "
+            "lr_decay_samples=null lr_warmup_samples=null and the learning rate's schedule in iterations",
+        ),
+        (
+            ["train_iters=1000", "train_samples=null"],
+            8,
+            "count in two units: set lr_decay_samples=null lr_warmup_samples=null and lr_decay_iters and lr_warmup_ite",
+        ),
+        (["train_data_path=[x]", "per_split_data_args_path=y"], 8, "are both set: remove the latter, e.g. from SITE_"),
         (["train_samples=null"], 8, "the run has no end: set train_samples or train_iters"),
         (["num_layer=3"], 8, "unknown key in section model: 'num_layer': did you mean 'num_layers'?"),
         (["connection=mhc", "cuda_graph_impl=local"], 8, "hidden_size=2048 wide, and the stream of mhc_x4 has 8192"),
@@ -199,7 +211,10 @@ def test_damaged_data_and_foreign_tokens_are_a_file_check(
     words += ["--nodes", "1", "--gpus-per-node", "1"]
     assert main([*words, "--check-files"]) == 0
     epochs = 100 * 4 * 32 / (Path(f"{prefix}.bin").stat().st_size / 2)
-    assert f"data       the run reads {prefix} {epochs:.2f} times over\n" in capsys.readouterr().out
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"WARNING: the run reads {prefix} {epochs:.2f} times over, more than 4: add data")
+    assert main([*words, "train_iters=30", "lr_decay_iters=30", "--check-files"]) == 0
+    assert f"data       the run reads {prefix} {epochs * 0.3:.2f} times over\n" in capsys.readouterr().out
     write_tokens(prefix, vocabulary=5000)
     assert main([*words, "--check-files"]) == 2
     assert ", and the model's vocabulary has 384: give the tokenizer that made these data" in capsys.readouterr().err

@@ -44,6 +44,6 @@ def __getattr__(name: str) -> Any:
         raise UserError(
             f"--spec megatron_fc.megatron.specs {name}: there is no such name; there are "
             f"{', '.join(f'{member}_x4' for member in MEMBERS)}, with any number of slots, dhc_x4_m2 of two fractions, "
-            f"and from_args, all of them with hybrid_ before it for hybrid models"
+            f"and from_args; docs/plug-in.md says which scripts take them with layer_ or hybrid_ in front"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
