@@ -19,8 +19,8 @@ def add(commands: Commands) -> None:
     )
     help = "with averages and the paper's numbers, such as configs/eval/olmoe.yaml"
     report.add_argument("--tasks", nargs="+", default=[], metavar="LIST.yaml", help=help)
-    help = "of the moving average over checkpoints, corrected for its start; 0 for none (default: %(default)s)"
-    report.add_argument("--decay", type=float, default=0.5, metavar="D", help=help)
+    help = "of the moving average over checkpoints, corrected for its start; 0 for none (default: 0.5, below ten 0)"
+    report.add_argument("--decay", type=float, metavar="D", help=help)
     report.set_defaults(run=run)
 
 

@@ -38,39 +38,39 @@ def evaluate(asked: Evaluation, wanted: TaskList, data: Path | None) -> None:
 
     def prepare() -> None:
         tasks.append(Tasks(wanted, data))
-        settings.update({name: _settings(one, tasks[0].shots(name), asked.limit) for name, one in wanted.tasks.items()})
+        settings.update({name: _settings(one, name, tasks[0], asked.limit) for name, one in wanted.tasks.items()})
 
     evaluate_each(
         asked,
         "tasks",
         prepare,
         lambda results: lacking(results, "tasks", settings),
-        lambda questions, names: _evaluated(questions, names, tasks[0], wanted, asked.limit),
+        lambda questions, names: _evaluated(questions, names, tasks[0], wanted, settings),
     )
 
 
-def _settings(wanted: Wanted, shots: int | None, limit: int | None) -> dict[str, Any]:
+def _settings(wanted: Wanted, name: str, tasks: Tasks, limit: int | None) -> dict[str, Any]:
     """What a result depends on; whichever metric stands for a task, the file has all of them."""
     metric = {} if wanted.metric is None else {"metric": wanted.metric}
-    return {**metric, "shots": shots, "limit": limit}
+    return {**metric, "shots": tasks.shots(name), "limit": limit, "digest": tasks.digest(name)}
 
 
 def _evaluated(
-    questions: Questions, names: list[str], tasks: Tasks, wanted: TaskList, limit: int | None
+    questions: Questions, names: list[str], tasks: Tasks, wanted: TaskList, settings: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # its many bars and hints
         found: Any = evaluator.simple_evaluate(
             model=HarnessModel(questions),
             tasks=[item for name in names for item in tasks.built[name]],
-            limit=limit,
+            limit=settings[names[0]]["limit"],
             bootstrap_iters=_BOOTSTRAP,
             log_samples=False,
             task_manager=tasks.manager,
         )
-    return {name: _result(found, name, tasks, wanted.tasks[name], limit) for name in names}
+    return {name: _result(found, name, tasks, wanted.tasks[name], settings[name]) for name in names}
 
 
-def _result(found: Any, name: str, tasks: Tasks, wanted: Wanted, limit: int | None) -> dict[str, Any]:
+def _result(found: Any, name: str, tasks: Tasks, wanted: Wanted, settings: dict[str, Any]) -> dict[str, Any]:
     """A task's value and all that the harness says of it; of a tag or a group without one the mean of its tasks."""
     leaves = [task.task_name for task in tasks.leaves(name)]
     of_name = found["results"].get(name) or {}
@@ -81,9 +81,8 @@ def _result(found: Any, name: str, tasks: Tasks, wanted: Wanted, limit: int | No
         "metric": metric,
         "value": metrics[metric],
         "stderr": error if isinstance(error, float) else None,  # the harness writes "N/A"
-        "shots": tasks.shots(name),
         "documents": sum(found["n-samples"][leaf]["effective"] for leaf in leaves),
-        "limit": limit,
+        **settings,
         "metrics": metrics,
     }
 

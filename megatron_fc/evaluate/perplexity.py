@@ -11,7 +11,7 @@ from megatron_fc.evaluate.chosen import Evaluation, evaluate_each
 from megatron_fc.evaluate.engine import Engine
 from megatron_fc.evaluate.questions import Questions
 from megatron_fc.evaluate.results import lacking
-from megatron_fc.evaluate.texts import TextSet, by_chunk, by_document, find_set, written
+from megatron_fc.evaluate.texts import TextSet, by_chunk, by_document, digest_of, find_set
 from megatron_fc.evaluate.windows import windows
 
 
@@ -33,7 +33,7 @@ def perplexity(asked: Evaluation, sets: Mapping[str, Path], by: str) -> None:
     def prepare() -> None:
         for name, path in sets.items():
             file = find_set(path)
-            settings[name] = {"by": by, "limit": limit, "file": str(file.resolve()), "written": written(file)}
+            settings[name] = {"by": by, "limit": limit, "file": str(file.resolve()), "digest": digest_of(file)}
 
     def missing(results: dict[str, Any]) -> list[str]:
         return lacking(results, "perplexity", settings)

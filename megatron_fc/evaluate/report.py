@@ -15,6 +15,7 @@ from megatron_fc.runs.plot import COLOURS, smoothed
 from megatron_fc.runs.writable import refuse_unwritable
 
 _COLUMNS = 4
+_DECAY, _SMOOTHED_FROM = 0.5, 10  # of curves with so many points
 _SHARES = re.compile(r"acc(_.*)?|exact_match|em|f1|mc[12]|pass@.*")  # metrics that are written in percent
 
 
@@ -45,14 +46,14 @@ def read_runs(folders: Sequence[Path]) -> list[Evaluated]:
     ]
 
 
-def write_report(folders: Sequence[Path], wanted: TaskList, to: Path, decay: float) -> list[Path]:
+def write_report(folders: Sequence[Path], wanted: TaskList, to: Path, decay: float | None) -> list[Path]:
     """Write the table and the curves of runs, of which the first is the baseline.
 
     Args:
         folders: of the runs' results.
         wanted: averages and published numbers; its tasks come first.
         to: folder of results.md, accuracy.png and loss.png.
-        decay: of the curves' moving average over checkpoints, 0 for none.
+        decay: of the curves' moving average over checkpoints, 0 for none; None for that of `default_decay`.
 
     Returns:
         The files.
@@ -60,20 +61,26 @@ def write_report(folders: Sequence[Path], wanted: TaskList, to: Path, decay: flo
     Raises:
         UserError: a folder has no results, or `to` cannot be written.
     """
-    if not 0 <= decay < 1:
+    if decay is not None and not 0 <= decay < 1:
         raise UserError(f"--decay {decay}: give a number from 0 on, below 1")
     runs = read_runs(folders)
     refuse_unwritable(to)
+    decay = default_decay(runs) if decay is None else decay
     written = [to / "results.md"]
     written[0].write_text(markdown(runs, wanted))
-    grids: tuple[tuple[str, Callable[[dict[str, Any]], dict[str, float]]], ...] = (
-        ("accuracy", lambda results: values_of(results, wanted)),
-        ("loss", losses_of),
+    grids: tuple[tuple[str, str, Callable[[dict[str, Any]], dict[str, float]]], ...] = (
+        ("accuracy", "", lambda results: values_of(results, wanted)),
+        ("loss", "nats per token", losses_of),
     )
-    for name, values in grids:
+    for name, unit, values in grids:
         if any(values(results) for run in runs for results in run.results):
-            written.append(plot_grid(runs, values, list(wanted.tasks), to / f"{name}.png", decay))
+            written.append(plot_grid(runs, values, list(wanted.tasks), to / f"{name}.png", decay, unit))
     return written
+
+
+def default_decay(runs: Sequence[Evaluated]) -> float:
+    """Of the moving average: none where a run has few checkpoints, so that its curve ends at the table's number."""
+    return _DECAY if min(len(run.results) for run in runs) >= _SMOOTHED_FROM else 0.0
 
 
 def losses_of(results: dict[str, Any]) -> dict[str, float]:
@@ -93,15 +100,20 @@ def markdown(runs: Sequence[Evaluated], wanted: TaskList) -> str:
         task: dict[str, Any] = next(of_task, {})
         metric = task.get("metric", "average" if name in wanted.averages else "")
         is_share = _is_share(name, newest, wanted)
-        cells = [_number(column.get(name), is_share) for column in (*wanted.paper.values(), *values)]
+        cells = [_number(column.get(name), is_share, {}) for column in wanted.paper.values()]
+        cells += [
+            _number(column.get(name), is_share, results.get("tasks", {}).get(name, {}))
+            for column, results in zip(values, newest, strict=True)
+        ]
         lines.append(_row(name, metric, str(task.get("shots", "")), *cells))
     losses = [losses_of(results) for results in newest]
     for name in _names([losses], []):
         cells = ["" for _ in wanted.paper] + [f"{column[name]:.4f}" if name in column else "" for column in losses]
-        lines.append(_row(name, "loss", "", *cells))
+        lines.append(_row(name, "loss, nats per token", "", *cells))
     limited = sorted({name for results in newest for name, task in results.get("tasks", {}).items() if task["limit"]})
-    note = f"\nA part of the documents only: {', '.join(limited)}.\n" if limited else ""
-    return "\n".join(lines) + "\n" + note
+    notes = "\nBehind ± the standard error, in parentheses the number of documents.\n"
+    notes += f"\nA part of the documents only: {', '.join(limited)}.\n" if limited else ""
+    return "\n".join(lines) + "\n" + notes
 
 
 def plot_grid(
@@ -110,6 +122,7 @@ def plot_grid(
     first: Sequence[str],
     out: Path,
     decay: float,
+    unit: str = "",
 ) -> Path:
     """Draw a curve over tokens for each value and run: the points, and their moving average, corrected for its start.
 
@@ -119,6 +132,7 @@ def plot_grid(
         first: names that come first.
         out: the PNG.
         decay: of the moving average.
+        unit: of the values.
     """
     import matplotlib
 
@@ -147,6 +161,8 @@ def plot_grid(
         axes.set_visible(False)
     for axes in grid[-1]:
         axes.set_xlabel("tokens")
+    for axes in grid[:, 0]:
+        axes.set_ylabel(unit)
     grid.flat[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"EMA {decay:g}" if decay else "", fontsize=9)
     figure.savefig(out, dpi=140)
@@ -174,7 +190,15 @@ def _is_share(name: str, newest: Sequence[dict[str, Any]], wanted: TaskList) -> 
     return metric is None or _SHARES.fullmatch(metric) is not None
 
 
-def _number(value: float | None, is_share: bool) -> str:
+def _number(value: float | None, is_share: bool, found: dict[str, Any]) -> str:
+    """A value with its standard error and its number of documents, as far as a task's result has them."""
     if value is None:
         return ""
-    return f"{100 * value:.2f} %" if is_share else f"{value:.4g}"
+    factor, form = (100, ".2f") if is_share else (1, ".4g")
+    error, count = found.get("stderr"), found.get("documents")
+    return (
+        f"{factor * value:{form}}"
+        + (f" ± {factor * error:{form}}" if error is not None else "")
+        + (" %" if is_share else "")
+        + (f" ({count:,})" if count is not None else "")
+    )

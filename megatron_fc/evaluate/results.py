@@ -74,19 +74,25 @@ def lacking(results: dict[str, Any], section: str, wanted: Mapping[str, dict[str
     Args:
         results: of a checkpoint.
         section: of them.
-        wanted: by name, the settings that a result depends on (limit and the like).
+        wanted: by name, the settings that a result depends on (limit and the like), and the digest of what was read.
 
     Raises:
-        UserError: a result is there with other settings, and would be lost.
+        UserError: a result is there with other settings or of other documents, and would be lost.
     """
     there = results.get(section, {})
     for name in wanted.keys() & there.keys():
         for key, value in wanted[name].items():
-            if (before := there[name].get(key)) != value:
+            if (before := there[name].get(key)) == value:
+                continue
+            if key == "digest":
+                what = name if section == "tasks" else f"the file of {name}"
                 raise UserError(
-                    f"{name} of {results['checkpoint']} has a result already, with {key}={before}, and not {value}: "
-                    f"give another --out"
+                    f"{what} has changed since the result of {results['checkpoint']} was written: give another --out"
                 )
+            raise UserError(
+                f"{name} of {results['checkpoint']} has a result already, with {key}={before}, and not {value}: "
+                f"give another --out"
+            )
     return [name for name in wanted if name not in there]
 
 

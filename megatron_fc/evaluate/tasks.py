@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,6 +18,9 @@ from lm_eval.tasks import TaskManager
 from megatron_fc.errors import UserError
 from megatron_fc.evaluate.task_list import TaskList, Wanted
 from megatron_fc.runs.writable import refuse_unwritable
+
+# Settings that say where a task and its documents are.
+_PLACES = {"dataset_path", "dataset_name", "dataset_kwargs", "custom_dataset", "metadata"}
 
 
 class Tasks:
@@ -72,6 +76,21 @@ class Tasks:
         found = {int(task.get_config("num_fewshot") or 0) for task in self.leaves(name)}
         return found.pop() if len(found) == 1 else None
 
+    def digest(self, name: str) -> str:
+        """Of what a name's tasks ask and count: their settings and documents, wherever these lie."""
+        digest = hashlib.sha256()
+        for item in self.built[name]:
+            if isinstance(item, Group):
+                digest.update(_written((item.to_dict() or {}).get("aggregate_metric_list")))
+        for task in self.leaves(name):
+            settings = task.config.to_dict(keep_callable=True)
+            digest.update(_written({key: value for key, value in settings.items() if key not in _PLACES}))
+            examples = task.fewshot_docs() if task.get_config("num_fewshot") else None
+            for documents in (task.eval_docs, examples):
+                for document in documents or ():
+                    digest.update(_written(document))
+        return digest.hexdigest()[:32]
+
     def _settle(self, name: str, wanted: Wanted) -> None:
         for task in self.leaves(name):
             if wanted.shots is not None:
@@ -107,6 +126,20 @@ def fetch(wanted: TaskList, folder: Path, report: Callable[[str], None]) -> None
 
 class _NoDataError(Exception):
     """A task's data cannot be had: of files, the network, each library's own."""
+
+
+def _written(value: Any) -> bytes:
+    """A line of JSON; functions as their source."""
+    return (json.dumps(value, sort_keys=True, default=_source) + "\n").encode()
+
+
+def _source(value: Any) -> str:
+    if not callable(value):
+        return str(value)
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):  # of no file
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def _said(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """Validation sets as rows to score: Megatron's indexed files, or texts as lines of JSON."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import zlib
@@ -52,9 +53,17 @@ def find_set(path: Path) -> Path:
     raise UserError(f"no validation set {path}: give a file {path}.idx with its .bin, {path}.jsonl or {path}.jsonl.gz")
 
 
-def written(file: Path) -> int:
-    """When what `find_set` returns was written, in ns."""
-    return (file.with_suffix(".bin") if file.suffix == ".idx" else file).stat().st_mtime_ns
+def digest_of(file: Path) -> str:
+    """Of the bytes of what `find_set` returns, those of the tokens among them; a copy has the same."""
+    files = (file, file.with_suffix(".bin")) if file.suffix == ".idx" else (file,)
+    digests = []
+    for path in files:
+        try:
+            with path.open("rb") as stream:
+                digests.append(hashlib.file_digest(stream, "sha256").hexdigest()[:32])
+        except OSError as error:
+            raise UserError(f"{path} cannot be read, {error.strerror}: repair that, or give another set") from error
+    return "-".join(digests)
 
 
 def documents(file: Path, tokenizer: Any, vocabulary: int) -> Iterator[tuple[list[int], int]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -110,12 +111,21 @@ def test_perplexity_of_texts_and_of_indexed_files(direct: dict[str, Any], trials
             assert found["lines"]["value"] == pytest.approx(direct["chunk_loss"], abs=CLOSE)
             assert found["lines"]["tokens"] == direct["chunk_tokens"]
             assert found["lines"]["perplexity"] == pytest.approx(math.exp(direct["chunk_loss"]), rel=CLOSE)
+    for name in ("indexed.idx", "indexed.bin"):
+        os.utime(tmp_path / name, (0, 0))
+    done = run(tmp_path, *words, "chunk")
+    assert done.code == 0, done.printed
+    assert "nothing to do: " in done.printed
+    with (tmp_path / "indexed.bin").open("r+b") as tokens:
+        tokens.seek(-4, os.SEEK_END)
+        tokens.write(bytes(2))
     (tmp_path / "other.jsonl").write_text('{"text": "another text"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     for given, said in (
         ("c4=/nowhere/c4", "no validation set /nowhere/c4"),
         ("c4", "--sets c4: write NAME=FILE"),
         (f"lines={tmp_path / 'other'}", "has a result already, with file="),
+        (f"indexed={tmp_path / 'indexed'}", "the file of indexed has changed since the result of "),
         (f"empty={tmp_path / 'empty'}", "has no token to score, not one chunk of seq_length=32: give --by document"),
     ):
         done = run(tmp_path, *words[:-3], given, "--by", "chunk")
@@ -189,6 +199,12 @@ def test_a_second_call_adds_what_is_missing(trials: Trials, tmp_path: Path, monk
         refused = evaluated(*words, *([] if "--tasks" in words else listed))
         assert refused.code == 2, refused.printed
         assert said in refused.printed
+    path = folder / "local_text.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "description": "Code."}))
+    refused = evaluated(*listed, "local_text", *offline)
+    assert refused.code == 2, refused.printed
+    said = f"local_text has changed since the result of {checkpoints / 'iter_0000003'} was written: give another --out"
+    assert said in refused.printed
     plain = ["connection=residual", *offline, *listed]
     other = evaluated(*plain, of=trials.checkpoints["residual"])
     assert other.code == 2, other.printed

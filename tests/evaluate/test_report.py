@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fc import UserError
-from megatron_fc.evaluate.report import write_report
+from megatron_fc.evaluate.report import Evaluated, default_decay, write_report
 from megatron_fc.evaluate.results import add_results
 from megatron_fc.evaluate.task_list import read_task_list
 
@@ -25,9 +25,11 @@ def run(folder: Path, connection: str, shift: float) -> Path:
     for iteration in (10, 20):
         facts = {"connection": connection, "iteration": iteration, "tokens": 100 * iteration}
         tasks = {
-            name: {"value": value + shift * iteration, "metric": metric, "shots": 0, "limit": None}
+            name: {"value": value + shift * iteration, "metric": metric, "shots": 0, "limit": None, "documents": 1200}
             for name, value, metric in (("first", 0.4, "acc"), ("second", 0.2, "acc"), ("text", 0.71, "bits_per_byte"))
         }
+        tasks["first"]["stderr"] = 0.0211
+        tasks["second"]["stderr"] = None
         path = folder / f"iter_{iteration:07d}.json"
         add_results(path, facts, "tasks", tasks)
         add_results(path, facts, "perplexity", {"c4": {"value": 3.0 - shift * iteration}})
@@ -45,13 +47,14 @@ def test_table_and_curves(runs: list[Path], tmp_path: Path) -> None:
     written = write_report(runs, wanted, tmp_path / "report", 0.5)
     assert [path.name for path in written] == ["results.md", "accuracy.png", "loss.png"]
     assert all(path.stat().st_size > 10_000 for path in written[1:])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written[0].read_text().splitlines()]
+    lines = [line for line in written[0].read_text().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert rows[0] == ["", "metric", "shots", "paper: residual", "residual, 2,000 tokens", "dfc_x4, 2,000 tokens"]
     values = {row[0]: row[3:] for row in rows[2:]}
-    assert values["first"] == ["50.00 %", "40.00 %", "60.00 %"]
+    assert values["first"] == ["50.00 %", "40.00 ± 2.11 % (1,200)", "60.00 ± 2.11 % (1,200)"]
     assert values["both"] == ["", "25.00 %", "45.00 %"]  # (0.4 + 3 * 0.2) / 4
     assert values["half"] == ["25.00 %", "32.50 %", "52.50 %"]
-    assert values["text"] == ["", "0.71", "0.91"]
+    assert values["text"] == ["", "0.71 (1,200)", "0.91 (1,200)"]
     assert values["c4"] == ["", "3.0000", "2.8000"]
 
 
@@ -63,10 +66,18 @@ def test_curves_are_over_tokens(runs: list[Path], tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         Axes, "plot", lambda axes, x, y, *a, **k: (drawn.append((list(x), list(y))), original(axes, x, y, *a, **k))[1]
     )
+    units: set[str] = set()
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, unit: units.add(unit))
     write_report(runs[1:], read_task_list([]), tmp_path / "report", 0.5)
+    assert units == {"", "nats per token"}
     # Points and moving average of first: (0.5 * 0.5 + 0.25 * 0.5 ...) with Adam's correction.
     assert drawn[0] == ([1000, 2000], pytest.approx([0.5, 0.6]))
     assert drawn[1] == ([1000, 2000], pytest.approx([0.5, (0.25 * 0.5 + 0.5 * 0.6) / 0.75]))
+    # By default a curve of ten points is smoothed, and one of fewer ends at the table's number.
+    assert default_decay([Evaluated("dfc_x4", [{}] * 10)]) == 0.5
+    drawn.clear()
+    write_report(runs[1:], read_task_list([]), tmp_path / "report", None)
+    assert drawn[1] == drawn[0]
 
 
 def test_refusals(runs: list[Path], tmp_path: Path) -> None:

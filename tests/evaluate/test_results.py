@@ -24,6 +24,10 @@ def test_a_result_is_not_replaced(tmp_path: Path) -> None:
     assert lacking(read_results(tmp_path / "iter_0000002.json"), "tasks", {"piqa": {"limit": 1}}) == ["piqa"]
     with pytest.raises(UserError, match="piqa of run/iter_0000001 has a result already, with limit=None, and not 1"):
         lacking(results, "tasks", {"piqa": {"limit": 1}})
+    results = add_results(path, FACTS, "perplexity", {"c4": {"value": 3.0, "digest": "a"}})
+    assert lacking(results, "perplexity", {"c4": {"digest": "a"}}) == []
+    with pytest.raises(UserError, match="the file of c4 has changed since the result of run/iter_0000001 was written"):
+        lacking(results, "perplexity", {"c4": {"digest": "b"}})
 
 
 def test_the_results_of_a_release_are_found(tmp_path: Path) -> None:

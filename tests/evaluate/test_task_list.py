@@ -1,5 +1,6 @@
 """Lists of tasks: their form, the paper's, and that the harness knows what they name."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,28 @@ def test_a_task_that_cannot_be_built_is_named(tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").unlink()
     with pytest.raises(UserError, match=r"no data of broken, broken: FileNotFoundError: "):
         fetch(read_task_list(["broken"], [tmp_path]), tmp_path / "data", print)
+
+
+def test_a_digest_is_of_what_a_task_asks(tmp_path: Path) -> None:
+    """Wherever its documents lie: an answer, an example and a setting change it, another place does not."""
+
+    def digest(folder: str, shots: int = 0, right: str = " 2", example: str = " 3", **more: str) -> str:
+        here = tmp_path / folder
+        here.mkdir()
+        for split, answer in (("test", right), ("train", example)):
+            (here / f"{split}.jsonl").write_text(json.dumps({"question": f"{split}: 1 + 1 =", "answer": answer}) + "\n")
+        files = {split: str(here / f"{split}.jsonl") for split in ("train", "test")}
+        values = {"task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
+        values |= {"training_split": "train", "fewshot_split": "train", "output_type": "loglikelihood"}
+        values |= {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", **more}
+        (here / "sums.yaml").write_text(yaml.safe_dump(values))
+        return Tasks(TaskList({"sums": Wanted(shots=shots)}, folders=[here]), None).digest("sums")
+
+    first, with_example = digest("first"), digest("with_example", shots=1)
+    assert digest("again") == digest("other_example", example=" 2") == first
+    assert digest("again_with_example", shots=1) == with_example
+    changed = digest("answer", right=" 4"), digest("setting", description="Sums."), digest("other", 1, example=" 2")
+    assert len({first, with_example, *changed}) == 5
 
 
 def test_a_list_that_is_not_there() -> None:
