@@ -5,7 +5,7 @@
 #   examples/evaluate.sh [CHECKPOINTS [CONFIG]]     # by default those of the demo, from the repository's folder
 #
 # All options are the harness's; tasks of the harness go in place of --include_path and --tasks, e.g. --tasks arc_easy,
-# whose data the harness fetches. Needs pip install 'megatron_fc[train,eval]'.
+# whose data the harness fetches. Needs pip install 'THIS_CHECKOUT[train,eval]'.
 #
 # You should see the harness's table, with an accuracy for the twelve questions of examples/tasks/python_words.jsonl:
 #

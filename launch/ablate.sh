@@ -56,6 +56,7 @@ submit() { # in place of one job: an array
     fail "--gpus-per-node=$(gpus) and --ntasks-per-node=$(option ntasks-per-node) differ: every GPU has a task, give both"
   [[ ! $IMAGE ]] || here=$CHECK_PYTHON # its Python is not here
   check_folders
+  [[ $DRY_RUN ]] || make_folders
   said=$RUN_DIR/words
   [[ ! $DRY_RUN ]] || said=$(mktemp -d)
   [[ ! $IS_EXAMPLE ]] || SITE_OVERRIDES=()

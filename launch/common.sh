@@ -66,7 +66,7 @@ prepare() { # reads words and site; sets what `read_words` does, RUN_DIR, and AR
   read_words "$@"
   read_site
   IS_OWN_RUN_DIR=$RUN_DIR
-  RUN_DIR=${RUN_DIR:-$RUNS/$NAME}
+  RUN_DIR=${RUN_DIR:-$RUNS/$(run_name)}
   ARGS=("$CONFIG" "${OVERRIDES[@]}" "${SITE_OVERRIDES[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR")
 }
 
@@ -82,6 +82,24 @@ read_site() { # without a site file, what would be done is shown with the exampl
   fi
   # shellcheck source=launch/site.example.sh
   source "$SITE"
+}
+
+# shellcheck disable=SC2153 # the scripts set NAME
+run_name() { # NAME, and behind it connections that are not the script's own: runs of two kinds share no folder
+  local own own_rate kind rate label
+  read -r own own_rate < <(last_connection "$(setting connection)" "$(setting rate)" "${OVERRIDES[@]}")
+  read -r kind rate < <(last_connection "$own" "$own_rate" "${SITE_OVERRIDES[@]}" "${WORDS[@]}")
+  label=$kind
+  [[ $kind == residual || $rate == "$own_rate" ]] || label+=_x$rate
+  if [[ $kind == "$own" && $label == "$kind" || $NAME == *"-$label" ]]; then echo "$NAME"; else echo "$NAME-$label"; fi
+}
+
+last_connection() { # last_connection KIND RATE OVERRIDES: these, or what overrides make of them
+  local word kind=${1:-dfc} rate=${2:-4} # as `megatron-fc train` has it
+  for word in "${@:3}"; do
+    case ${word#connections.} in connection=*) kind=${word#*=} ;; rate=*) rate=${word#*=} ;; esac
+  done
+  echo "$kind" "$rate"
 }
 
 no_options() { # no_options WHY
@@ -116,6 +134,7 @@ submit() {
   check_folders
   [[ ${CHECK:-} == no ]] || check
   if [[ ! $DRY_RUN ]]; then
+    make_folders
     [[ $(state) != stuck ]] || rm "$RUN_DIR/state" "$RUN_DIR/launches"
     if [[ $(option dependency) == singleton ]]; then
       hand_in "${words[@]}"
@@ -127,15 +146,33 @@ submit() {
       release
     fi
   elif [[ ! $IS_EXAMPLE ]] && type sbatch >/dev/null 2>&1; then
-    said=$(sbatch --test-only "${words[@]}" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
-    echo "$said"
+    test_only "${words[@]}"
   fi
+}
+
+test_only() { # test_only WORDS: what SLURM would say; a login node may have sbatch, and a cluster only elsewhere
+  local said
+  if said=$(sbatch --test-only "$@" 2>&1); then
+    echo "$said"
+  elif [[ $said =~ "configuration source"|"contact slurm controller" ]]; then
+    echo "note: sbatch reaches no cluster here, so SLURM is not asked: ${said##*$'\n'}" >&2
+  else
+    refused "$said"
+  fi
+}
+
+refused() { # refused SAID: a run that is not submitted leaves no folder
+  if [[ ! $DRY_RUN ]]; then
+    [[ $(trap -p EXIT) != *release* ]] || release
+    rmdir "$RUN_DIR" 2>/dev/null || true
+  fi
+  fail "sbatch refuses: ${1##*$'\n'}"
 }
 
 hand_in() { # hand_in WORDS: to sbatch; sets ID, which is the job's whatever sbatch is told to print
   local said line
   ID=''
-  said=$(sbatch --parsable "$@" 2>&1) || fail "sbatch refuses: ${said##*$'\n'}"
+  said=$(sbatch --parsable "$@" 2>&1) || refused "$said"
   while IFS= read -r line; do
     if [[ $line =~ ^[0-9]+(\;.*)?$ ]]; then ID=$line; else echo "$line" >&2; fi
   done <<<"$said"
@@ -154,7 +191,10 @@ check_folders() { # a job whose log cannot be written fails without a word
   can_make "$log" || fail "the log folder $log cannot be written: give --output=FILE"
   [[ $IS_EXAMPLE && ! $IS_OWN_RUN_DIR ]] || can_make "$RUN_DIR" ||
     fail "run_dir=$RUN_DIR cannot be written: choose another"
-  [[ $DRY_RUN ]] || mkdir -p "$log" "$RUN_DIR"
+}
+
+make_folders() {
+  mkdir -p "$(dirname "$(option output)")" "$RUN_DIR"
 }
 
 can_make() {
@@ -164,9 +204,9 @@ can_make() {
 }
 
 check() { # names, values, files and layout, before a node is asked for
-  local python=$PYTHON files=(--check-files) mount
+  local python=$PYTHON files=(--check-files) packages=(--check-packages) mount
   if [[ $IMAGE ]]; then # its Python is not here
-    python=$CHECK_PYTHON
+    python=$CHECK_PYTHON packages=()
     for mount in ${MOUNTS//,/ }; do
       [[ $mount: == "${mount%%:*}:${mount%%:*}:"* ]] || files=()
     done
@@ -178,5 +218,6 @@ check() { # names, values, files and layout, before a node is asked for
   fi
   ((${#files[@]})) || [[ $IS_EXAMPLE ]] ||
     echo "note: MOUNTS gives folders other names, so data are looked for in the job only" >&2
-  "$python" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option ntasks-per-node)" "${files[@]}"
+  "$python" -m megatron_fc topology "${ARGS[@]}" --nodes "$(option nodes)" --gpus-per-node "$(option ntasks-per-node)" "${files[@]}" \
+    "${packages[@]}"
 }

@@ -16,7 +16,7 @@
 #
 #   launch/dense1b.sh --dry-run --nodes=4                show what would be submitted, and check it
 #   launch/dense1b.sh --nodes=4                          check and submit; options as for sbatch, e.g. -N 4
-#   launch/dense1b.sh connection=residual run_dir=...    overrides of configs/olmo2_1b.yaml: the baseline
+#   launch/dense1b.sh connection=residual                overrides of configs/olmo2_1b.yaml: the baseline
 #
 # launch/moe7b.sh describes how it goes on from job to job.
 

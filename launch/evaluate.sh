@@ -28,7 +28,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 
 CONFIG=${1:-}
 source launch/common.sh
-OVERRIDES=()
+OVERRIDES=(save_interval=null) # it writes no checkpoint, and needs no room for one
 [[ -e $CONFIG ]] || fail "'$CONFIG' is no file: launch/evaluate.sh CONFIG.yaml of=RUN_DIR tasks=LIST [key=value ...]"
 
 OF='' TASKS='' SETS='' EVERY=1 BY=chunk AGAIN='' DATA='' LIMIT=''

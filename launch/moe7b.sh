@@ -16,7 +16,7 @@
 #
 #   launch/moe7b.sh --dry-run --nodes=8                  show what would be submitted, and check it
 #   launch/moe7b.sh --nodes=8                            check and submit; options as for sbatch, e.g. -N 8
-#   launch/moe7b.sh connection=residual run_dir=...      overrides of configs/olmoe_7b.yaml: the baseline
+#   launch/moe7b.sh connection=residual                  overrides of configs/olmoe_7b.yaml: the baseline
 #   . launch/site.sh && sbatch launch/moe7b.sh           the same without the check
 #
 # Ten minutes before the time limit (--signal above: longer than a step, a validation and a checkpoint take) the run

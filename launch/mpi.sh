@@ -5,7 +5,7 @@
 #   launch/mpi.sh srun --mpi=pmix -- configs/olmoe_7b.yaml keep_every=25000 run_dir=/scratch/runs/moe7b
 #
 # What stands before -- starts one process per GPU. All nodes need mpi4py and an MPI library: pip install
-# 'megatron_fc[train,mpi]'. A run that breaks off is started again from its last checkpoint, as long as there is progress.
+# 'THIS_CHECKOUT[train,mpi]'. A run that breaks off is started again from its last checkpoint, as long as there is progress.
 # USR1 and TERM to this script let the run save and end, with exit code 75: start the same again. --dry-run behind the
 # config shows the command.
 

@@ -29,7 +29,7 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
 CONFIG=${1:-}
 NAME=profile-$(basename "$CONFIG" .yaml)
 source launch/common.sh
-OVERRIDES=()
+OVERRIDES=(save_interval=null) # it writes no checkpoint, and needs no room for one
 [[ -e $CONFIG ]] || fail "'$CONFIG' is no file: launch/profile.sh CONFIG.yaml [from_step=K] [steps=N] [key=value ...]"
 
 FROM_STEP='' STEPS='' TWIN=yes

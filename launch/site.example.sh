@@ -10,12 +10,13 @@ export SBATCH_PARTITION=CHANGE_ME
 # Folders of runs go here: a file system that all nodes see, with room for checkpoints.
 RUNS=/scratch/$USER/runs
 
-# Bare environment: the Python of an environment that all nodes see. In a container: its Python.
-PYTHON=$PWD/.venv/bin/python
-
+# On GPUs: the image of docker/README.md. The .venv of `make` has no Transformer Engine: layers need more memory, and
+# Megatron cannot read back the state of the configs' distributed optimizer, so pre-flight refuses the run.
 # Container through pyxis/enroot: a .sqsh file or registry address; empty for the bare environment.
 IMAGE=
 MOUNTS=$PWD:$PWD,/scratch:/scratch
+# In a container its Python: python3. Bare environment: the Python of an environment that all nodes see.
+PYTHON=$PWD/.venv/bin/python
 # With an image: a Python here with megatron_fc, which checks config and data before a job is submitted; no GPU needed.
 CHECK_PYTHON=$PWD/.venv/bin/python
 
@@ -23,6 +24,7 @@ CHECK_PYTHON=$PWD/.venv/bin/python
 SITE_OVERRIDES=(
   'train_data_path=[/scratch/data/dolma/train]'
   'valid_data_path=[/scratch/data/dolma/valid]'
+  # 'per_split_data_args_path=/scratch/data/blend.json' # a blend, in place of the two lines above
   'tokenizer_model=/scratch/data/tokenizer'
 )
 

@@ -39,4 +39,7 @@ if [[ $IMAGE ]]; then # its Python is not here
   srun=(--srun="--container-image=$IMAGE" ${MOUNTS:+"--srun=--container-mounts=$MOUNTS"} --srun="--container-workdir=$PWD")
 fi
 words=("$here" -m megatron_fc data tokenize "$@" --executor slurm --python "$PYTHON" "${sbatch[@]}" "${srun[@]}")
-if [[ $dry_run ]]; then show "${words[@]}"; else exec "${words[@]}"; fi
+[[ $dry_run ]] || exec "${words[@]}"
+show "${words[@]}"
+echo "note: that hands an array of the tasks that are not done, at most --workers at once, to" \
+  "$(show sbatch "${sbatch[@]/#--sbatch=/--}")with the script that it writes into logs/ of --out" >&2

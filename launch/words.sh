@@ -17,8 +17,8 @@ read_words() { # sets DRY_RUN, OPTIONS (sbatch's, as --name=value), WORDS (overr
     case $word in
       --dry-run) DRY_RUN=yes && continue ;;
       -h | --help) usage && exit ;;
-      --?*=*) OPTIONS+=("$word") && continue ;;
-      --?*) name=${word#--} value='' ;;
+      --?*=*) name=${word%%=*} && refuse_setting "${name#--}" "$word" && OPTIONS+=("$word") && continue ;;
+      --?*) name=${word#--} value='' && refuse_setting "$name" "$word=${1:-VALUE}" ;;
       -?*) long_name "${word:1:1}" && name=$LONG value=${word:2} ;;
       save=* | *.save=*) fail "$word: checkpoints lie in run_dir, drop save" ;;
       ckpt_step=* | *.ckpt_step=*)
@@ -39,6 +39,11 @@ read_words() { # sets DRY_RUN, OPTIONS (sbatch's, as --name=value), WORDS (overr
     [[ $value && $value != =* ]] || fail "$word has no value: write --$name=VALUE"
     OPTIONS+=("--$name=$value")
   done
+}
+
+refuse_setting() { # refuse_setting NAME AS_GIVEN: a key of the config behind --, which sbatch would get
+  local key=${1//-/_}
+  [[ ! $(setting "$key") ]] || fail "--$1 is no option of sbatch; an override is $key=${2#*=}"
 }
 
 own_words() { # own_words 'NAME ...' WORDS: NAME=VALUE sets NAME in capitals and is among OWN; REST are the others
@@ -70,7 +75,7 @@ long_name() { # sets LONG to the name of sbatch's option -$1
 
 # What the scripts read, or refuse, has to be written out: sbatch takes --gpus-per-n, too.
 WRITTEN_OUT="nodes ntasks-per-node gpus-per-node gpus-per-task gpus-per-socket ntasks-per-gpu gres tres-per-task \
-cpus-per-task array signal output dependency job-name wait wrap"
+cpus-per-task array signal output dependency job-name time wait wrap"
 
 refuse_options() { # those that change the number of ranks or GPUs, or what the script rests on; sbatch's variables, too
   local word name known
@@ -85,6 +90,29 @@ refuse_options() { # those that change the number of ranks or GPUs, or what the 
     word=SBATCH_${name^^} && word=${word//-/_}
     [[ ! ${!word:-} ]] || refuse_option "${name%-inx}" "${!word}" "$word=${!word}"
   done
+  refuse_short_time
+}
+
+refuse_short_time() { # the run would be told to save and end when it starts, in every job
+  local limit signal seconds
+  limit=$(option time) signal=$(option signal)
+  [[ $signal == *@* ]] || signal+=@60 # as sbatch has it
+  seconds=$(seconds_of "$limit")
+  [[ ! $seconds ]] || ((seconds == 0 || seconds > 10#${signal#*@})) || # 0 is no limit
+    fail "--time=$limit is not longer than the ${signal#*@} s of --signal=$signal: give more --time, or a smaller" \
+      "--signal=B:USR1@SECONDS"
+}
+
+seconds_of() { # seconds_of TIME: as sbatch reads it, M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; nothing for other words
+  local days=0 clock=$1 a b c
+  [[ $1 =~ ^([0-9]+-)?[0-9]+(:[0-9]+){0,2}$ ]] || return 0
+  [[ $1 != *-* ]] || days=${1%%-*} clock=${1#*-}
+  IFS=: read -r a b c <<<"$clock"
+  if [[ $1 == *-* || $c ]]; then
+    echo $((10#$days * 86400 + 10#$a * 3600 + 10#${b:-0} * 60 + 10#${c:-0}))
+  else
+    echo $((10#$a * 60 + 10#${b:-0}))
+  fi
 }
 
 refuse_option() { # refuse_option NAME VALUE AS_GIVEN
@@ -105,9 +133,15 @@ option() { # option NAME: the value given to sbatch, else in its variable, else 
   case $1 in
     gpus-per-node) value=${SBATCH_GPUS_PER_NODE:-$value} ;;
     output) value=${SBATCH_OUTPUT:-$value} ;;
+    signal) value=${SBATCH_SIGNAL:-$value} ;;
+    time) value=${SBATCH_TIMELIMIT:-$value} ;;
   esac
   for word in "${OPTIONS[@]}"; do [[ $word == "--$1="* ]] && value=${word#*=}; done
   echo "$value"
+}
+
+setting() { # setting NAME: its value in CONFIG
+  sed -n "/^ \+$1:/{s/^[^:]*: *\([^ #]*\).*/\1/p;q}" "${CONFIG:-}" 2>/dev/null
 }
 
 show() { # quoted where a shell needs it

@@ -4,6 +4,7 @@ Megatron's own `save_retain_interval` deletes the one before as soon as the newe
 be damaged nothing recent is left, so here only what is older than N complete checkpoints goes.
 """
 
+import math
 import shutil
 import threading
 from dataclasses import dataclass
@@ -62,6 +63,23 @@ class Retention:
             if complete == self.last:
                 return [path for path in checkpoints[at + 1 :] if self.every is None or step_of(path) % self.every]
         return []
+
+
+def kept_checkpoints(rule: Retention | None, steps: int, interval: int) -> tuple[int, int]:
+    """How many checkpoints of a whole run the disk must hold.
+
+    Args:
+        rule: None if all stay.
+        steps: of the run.
+        interval: steps between checkpoints; the last step has one, too.
+
+    Returns:
+        The newest ones and the one that is being written; those that stay for ever.
+    """
+    written = math.ceil(steps / interval)
+    if rule is None:
+        return 0, written
+    return min(1 + rule.last, written), steps // math.lcm(interval, rule.every) if rule.every else 0
 
 
 class Pruner(Callback):

@@ -169,9 +169,11 @@ def run_blend(args: argparse.Namespace) -> int:
 
 
 def run_look(args: argparse.Namespace) -> int:
-    from megatron_fc.data.look import load_tokenizer, look_at_document, look_at_sample
+    from megatron_fc.data.look import look_at_document, look_at_sample
+    from megatron_fc.training.hub_tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer or args.prefix.parent / "tokenizer")
+    folder = args.tokenizer or args.prefix.parent / "tokenizer"
+    tokenizer = load_tokenizer(folder, f"the tokenizer {folder}")
     if args.document is not None:
         lines = look_at_document(args.prefix, args.document, tokenizer)
     else:

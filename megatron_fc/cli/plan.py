@@ -80,8 +80,11 @@ def _print(args: argparse.Namespace, gpu: "Device", assumed: dict[str, float]) -
         print(json.dumps(plan.to_dict() | ({"sweep": found.to_dict()} if found else {}), indent=2))
         return 0
     console = Console(highlight=False)
-    console.print(plan_table(plan))
-    if found:
-        console.print()
-        console.print(sweep_table(found))
+    with console.capture() as printed:
+        console.print(plan_table(plan))
+        if found:
+            console.print()
+            console.print(sweep_table(found))
+    # Tables fill their lines with blanks, which a diff or an editor would show.
+    print("\n".join(line.rstrip() for line in printed.get().splitlines()))
     return 0

@@ -13,7 +13,7 @@ def add(commands: Commands) -> None:
         help="check a config for a number of nodes: layout, batch, steps, GPU-hours; needs no GPU and no data",
         allow_abbrev=False,
         usage="megatron-fc topology CONFIG.yaml [key=value ...] --nodes N --gpus-per-node G [--check-files]\n"
-        "       [--json] [--tokens-per-second-per-gpu T | --mfu SHARE --peak-tflops P]",
+        "       [--check-packages] [--json] [--tokens-per-second-per-gpu T | --mfu SHARE --peak-tflops P]",
     )
     topology.add_argument("config", type=Path, metavar="CONFIG.yaml")
     topology.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. expert_model_parallel_size=4")
@@ -26,6 +26,9 @@ def add(commands: Commands) -> None:
     )
     topology.add_argument(
         "--check-files", action="store_true", help="data, tokenizer and room for checkpoints must be on this machine"
+    )
+    topology.add_argument(
+        "--check-packages", action="store_true", help="this Python will start the run: warn of packages that it lacks"
     )
     topology.add_argument("--json", action="store_true", help="machine-readable")
     topology.set_defaults(run=run)
@@ -42,7 +45,15 @@ def _print(args: argparse.Namespace) -> int:
 
     throughput = Throughput(args.tokens_per_second_per_gpu, args.mfu, args.peak_tflops)
     found = topology(
-        args.config, args.overrides, args.nodes, args.gpus_per_node, throughput, check_files=args.check_files
+        args.config,
+        args.overrides,
+        args.nodes,
+        args.gpus_per_node,
+        throughput,
+        check_files=args.check_files,
+        check_packages=args.check_packages,
     )
-    print(json.dumps(found.to_dict(), indent=2) if args.json else "\n".join(found.lines()))
+    print(json.dumps(found.to_dict(), indent=2) if args.json else "\n".join(found.lines()), flush=True)
+    if args.check_files and found.disk_space:
+        found.disk_space.check()
     return 0

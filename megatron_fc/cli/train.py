@@ -49,8 +49,8 @@ def train_recipe(recipe: "Recipe", brief: bool = False, callbacks: "Sequence[Cal
     from megatron_fc.training.loop import train
 
     if is_log_rank() and not brief:
-        for note in recipe.notes:
-            print(f"note: {note}", flush=True)
+        for line in recipe.told():
+            print(line, flush=True)
     trained = train(recipe, callbacks)
     if is_log_rank():
         facts = {

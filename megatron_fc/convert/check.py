@@ -1,5 +1,6 @@
 """`megatron-fc convert check`: the logits of a checkpoint and of its export on the same tokens, both in fp32."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,11 @@ def check(config: Path, overrides: Sequence[str], source: Path, export: Path, to
     """
     if not (export / "config.json").is_file():
         raise UserError(f"{export} holds no config.json: give the folder that `megatron-fc convert to-hf` wrote")
-    checkpoint = find_checkpoint(source)
-    with session(recipe_on_one_rank(config, overrides, fp32=True), checkpoint) as run:
+    checkpoint, recipe = find_checkpoint(source), recipe_on_one_rank(config, overrides, fp32=True)
+    name = str((json.loads((export / "config.json").read_text()).get("architectures") or [None])[0])
+    if name.startswith("Connected") != (recipe.connection is not None):
+        raise UserError(f"{export} is {name}, and the run of {checkpoint} has {recipe.label}: it is no export of it")
+    with session(recipe, checkpoint) as run:
         tokens = some_tokens(run.args.padded_vocab_size, min(TOKENS, run.args.seq_length))
         expected = megatron_logits(run.model, tokens)
     found = huggingface_logits(export, tokens)

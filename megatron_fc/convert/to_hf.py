@@ -25,6 +25,7 @@ from megatron_fc.convert.olmo_config import architecture_of, huggingface_config
 from megatron_fc.convert.olmo_tensors import Part, parts
 from megatron_fc.convert.one_rank import one_rank, recipe_on_one_rank
 from megatron_fc.errors import UserError
+from megatron_fc.training.hub_tokenizer import load_tokenizer
 from megatron_fc.training.refusal import refusals_named
 from megatron_fc.training.tokenizer_digest import tokenizer_digest
 
@@ -149,20 +150,14 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path, shard_by
 
 def _write_tokenizer(checkpoint: Path, args: Namespace, rows: int, folder: Path) -> dict[str, Any]:
     """Write tokenizer and generation config; returns the special tokens for the model's config."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     if args.tokenizer_type != "HuggingFaceTokenizer":
         raise UserError(
             f"tokenizer_type={args.tokenizer_type} cannot go with the weights: set HuggingFaceTokenizer and "
             f"tokenizer_model to a tokenizer that Hugging Face knows"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer_model={args.tokenizer_model} cannot be loaded, {str(error).splitlines()[0]}: give a folder "
-            f"that holds it"
-        ) from None
+    tokenizer = load_tokenizer(args.tokenizer_model, f"tokenizer_model={args.tokenizer_model}")
     if len(tokenizer) > rows:
         raise UserError(
             f"the embedding has {rows} rows and the tokenizer {args.tokenizer_model} {len(tokenizer)} tokens: give the "

@@ -10,6 +10,7 @@ from megatron_fc.checkpoints.location import find_checkpoint, refuse_existing
 from megatron_fc.checkpoints.modelopt_state import refuse_state
 from megatron_fc.checkpoints.upcycle import refuse_connected, to_residual, upcycle
 from megatron_fc.errors import UserError
+from megatron_fc.training.hub_tokenizer import refuse_tokenizer_out_of_reach
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.setup import build, join_world, parse, silence
 
@@ -39,6 +40,7 @@ def upcycle_checkpoint(recipe: Recipe, source: Path, target: Path) -> str:
         args = parse(recipe)
         args.tensorboard_dir = None
         args.wandb_project = ""
+        refuse_tokenizer_out_of_reach(args)
         set_global_variables(args)
         training.initialize_megatron()
         refuse_corrupt(checkpoint)

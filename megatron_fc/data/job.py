@@ -25,6 +25,7 @@ from megatron_fc.training.manifests import BUILDER, MANIFEST
 
 SPLITS = ("train", "valid")
 _JOB = "job.json"
+_TOLD = 3  # differences between two jobs
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ class Job:
         """
         if (self.folder / _JOB).exists():
             settled = Job.read(self.folder)._said()
-            if differing := [name for name, value in self._said().items() if settled[name] != value]:
+            here = self._said()
+            if differing := [name for name in here if settled[name] != here[name]]:
+                said = "; ".join(_difference(settled[name], here[name]) for name in differing)
                 raise UserError(
-                    f"{self.folder} is in use by a job with other {' and '.join(differing)}: choose another folder, or "
-                    f"give those in its {_JOB}"
+                    f"{self.folder} is in use by a job with other {' and '.join(differing)} ({said}): choose another "
+                    f"folder, or give those in its {_JOB}"
                 )
             return
         # Hidden: what a start that was killed has left.
@@ -205,6 +208,22 @@ class Job:
     def _records(self) -> Iterator[dict[str, Any]]:
         for task in range(self.options.tasks):
             yield json.loads(self.record(task).read_text("utf-8"))
+
+
+def _difference(there: Any, here: Any) -> str:
+    """Say in what two settings differ, e.g. `validation 0.05 there, 0.01 here`."""
+    if isinstance(there, list):
+        there, here = ({source["path"]: f"{source['size']:,} bytes" for source in said} for said in (there, here))
+    flat = [dict(_flat(said)) for said in (there, here)]
+    names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
+    told = [f"{name} {flat[0].get(name, 'not')} there, {flat[1].get(name, 'not')} here" for name in names[:_TOLD]]
+    more = [f"{len(names) - _TOLD:,} more"] if len(names) > _TOLD else []
+    return ", ".join([*told, *more]) or "their order"
+
+
+def _flat(said: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in said.items():
+        yield from _flat(value) if isinstance(value, dict) else [(name, value)]
 
 
 def total(parts: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -13,30 +13,6 @@ from megatron_fc.errors import UserError
 from megatron_fc.training.indexed_files import IndexedFiles
 
 
-def load_tokenizer(name: Path | str) -> Any:
-    """Load a tokenizer of transformers from a folder, or by its name on the hub, which is no Path.
-
-    Raises:
-        UserError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    path = Path(name)
-    if path.is_file():
-        raise UserError(f"the tokenizer {name} cannot be loaded: it is a file, give its folder")
-    if isinstance(name, Path) and not path.exists():
-        raise UserError(f"the tokenizer {name} cannot be loaded: the folder does not exist")
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # of a broken file, the library's own
-        reason = str(error).partition("\n")[0]
-        if not path.exists():
-            reason = f"it is no folder here, and the hub says: {reason}"
-        elif not (path / "tokenizer.json").exists():
-            reason = "the folder has no tokenizer.json"
-        raise UserError(f"the tokenizer {name} cannot be loaded: {reason}") from None
-
-
 def document_text(prefix: Path, number: int, tokenizer: Any) -> str:
     """Return a document, special tokens as they are written.
 

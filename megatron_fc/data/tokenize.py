@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 
 from megatron_fc.data.filters import FILTER_KINDS, Filters
 from megatron_fc.data.job import Job, Options, TokenizerFacts, versions
-from megatron_fc.data.look import load_tokenizer
 from megatron_fc.data.reading import BAD_KINDS, BadLine, Reader, refuse_missing_columns, text_type
 from megatron_fc.data.sources import Source, find, open_source
 from megatron_fc.data.status import Progress
 from megatron_fc.errors import NodeError, UserError
+from megatron_fc.training.hub_tokenizer import load_tokenizer
 from megatron_fc.training.manifests import read_manifest, tokenizer_hash
 
 _MOST_TASKS = 100  # by default: one per file up to here
@@ -164,13 +165,14 @@ def _refuse_without_text(source: Source, field: str, limit: int, filters: Filter
     looked_at = [item for item, _ in zip(Reader(source, field, limit), range(_LOOKED_AT), strict=False)]
     documents = [item for item in looked_at if not isinstance(item, BadLine)]
     if looked_at and not documents:
-        kinds = Counter(item.kind for item in looked_at if isinstance(item, BadLine))
+        bad = [item for item in looked_at if isinstance(item, BadLine)]
+        kinds = Counter(item.kind for item in bad)
         said = ", ".join(sorted(BAD_KINDS[kind] for kind in kinds))
-        remedy = f"give --text-field the name of the field with the text, it is {field}"
-        raise UserError(
-            f"{source.path} has no document in its first {len(looked_at)} lines ({said}): "
-            f"{_REMEDIES.get(kinds.most_common(1)[0][0], remedy)}"
-        )
+        most = kinds.most_common(1)[0][0]
+        remedy = _REMEDIES.get(most)
+        if remedy is None:
+            remedy = f"--text-field is {field}, and {_fields(next(item for item in bad if item.kind == most))}"
+        raise UserError(f"{source.path} has no document in its first {len(looked_at)} lines ({said}): {remedy}")
     for name in filters.fields:
         if documents and not any(name in document.fields for document in documents):
             raise UserError(
@@ -179,8 +181,17 @@ def _refuse_without_text(source: Source, field: str, limit: int, filters: Filter
             )
 
 
+def _fields(line: BadLine) -> str:
+    """What of a line may be the text, in words."""
+    try:
+        names = ", ".join(json.loads(line.content)) or "no field"
+    except ValueError:  # its end is not kept
+        return "no field has text under this name"
+    return f"line {line.number} has: {names}"
+
+
 def _load(name: str) -> Any:
-    loaded = load_tokenizer(name)
+    loaded = load_tokenizer(name, f"--tokenizer={name}")
     if not loaded.is_fast:
         raise UserError(f"the tokenizer {name} has no tokenizer.json: give one of the library tokenizers")
     return loaded

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from megatron_fc.data.job import SPLITS
-from megatron_fc.data.look import document_text, load_tokenizer
+from megatron_fc.data.look import document_text
 from megatron_fc.data.sources import Source, open_source
 from megatron_fc.errors import UserError
+from megatron_fc.training.hub_tokenizer import load_tokenizer
 from megatron_fc.training.indexed_files import IndexedFiles
 from megatron_fc.training.manifests import folder_of, read_manifest, refuse_other_sizes
 
@@ -31,7 +32,7 @@ def verify(folder: Path, *, sources: bool, report: Callable[[str], None]) -> Non
     """
     folder = folder_of(folder)
     manifest = read_manifest(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer", f"the tokenizer {folder / 'tokenizer'}")
     for split in SPLITS:
         listed = manifest["files"][split]
         for file in listed:

@@ -47,8 +47,8 @@ def run_demo(out: Path, data: Path, overrides: Sequence[str]) -> int:
         f"valid_data_path=['{built.valid_prefix}']",
         f"tokenizer_model={built.tokenizer}",
     ]
-    for note in load_recipe(CONFIG, [*CONNECTIONS["dfc_x4"], *files, *overrides]).notes:
-        print(f"note: {note}", flush=True)
+    for line in load_recipe(CONFIG, [*CONNECTIONS["dfc_x4"], *files, *overrides]).told():
+        print(line, flush=True)
     for name, connection in CONNECTIONS.items():
         code = _train(name, [*connection, *files, *overrides, f"run_dir={out / name}"])
         if code:

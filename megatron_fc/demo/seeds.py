@@ -20,8 +20,9 @@ def among_seeds(difference: float) -> str:
     values = sorted(recorded.values())
     mean = interval(values)
     below = sum(value < difference for value in values)
+    seeds = f"seeds {min(recorded)} to {max(recorded)}"
     return (
-        f"{difference:+.4f} is one seed's; over seeds {min(recorded)} to {max(recorded)} the mean of the last 10 differed "
-        f"by {mean.mean:+.4f} ± {mean.half:.4f} (95 %),\n        each by {values[0]:+.4f} to {values[-1]:+.4f}; {below} "
-        f"of these {len(values)} are below this run's"
+        f"{difference:+.4f} is one seed's; over {seeds} the mean of the last 10 differed by {mean.mean:+.4f} ± "
+        f"{mean.half:.4f} (95 %),\n        each by {values[0]:+.4f} to {values[-1]:+.4f}; {below} of these "
+        f"{len(values)} are below this run's"
     )

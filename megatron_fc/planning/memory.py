@@ -112,6 +112,25 @@ def checkpoint_bytes(shape: Shape, training: Training) -> tuple[float, float]:
     return weights, weights + (_FP32 + training.moment_bytes) * whole.total
 
 
+def kept_bytes(kept: tuple[int, int], checkpoint: float) -> str:
+    """Return in words what the checkpoints of a whole run need, e.g. ``(4 + 28) x 96.9 GB = 3.1 TB``.
+
+    Args:
+        kept: the newest ones, and those that stay for ever.
+        checkpoint: bytes of one.
+    """
+    newest, for_ever = kept
+    many = f"({newest:,} + {for_ever:,})" if newest and for_ever else f"{newest + for_ever:,}"
+    return f"{many} x {_decimal(checkpoint)} = {_decimal(checkpoint * sum(kept))}"
+
+
+def _decimal(count: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:,.1f} {units[0]}"
+
+
 def in_flight(training: Training, layout: Layout, stage: int) -> list[int]:
     """Micro-batches whose activations a stage keeps at its peak, by model chunk.
 

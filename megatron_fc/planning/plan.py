@@ -31,6 +31,7 @@ class Plan:
         assumed: shares of the peaks.
         notes: what could not be checked, in words.
         pipeline_settings: those of the config that suit its own pipeline alone, by Megatron's names.
+        kept_checkpoints: for which the whole run needs room, the newest ones and those that stay for ever.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Plan:
     assumed: Assumptions
     notes: tuple[str, ...] = ()
     pipeline_settings: tuple[str, ...] = ()
+    kept_checkpoints: tuple[int, int] = (0, 0)
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -203,6 +205,7 @@ class Plan:
             "target_tokens": self.training.target_tokens,
             "days": self.days,
             "checkpoint_bytes": {"weights": weights, "total": checkpoint},
+            "checkpoints": sum(self.kept_checkpoints),
             "assumptions": asdict(self.assumed) | {"network_gb_per_second": self.network},
             "notes": list(self.notes),
         }

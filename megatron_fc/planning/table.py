@@ -4,7 +4,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_fc.planning import calibration, parameters
+from megatron_fc.planning import calibration, memory, parameters
 from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.sweep import Sweep, overrides
 
@@ -89,6 +89,8 @@ def _run(plan: Plan) -> Table:
     table.add_row("FLOPs/token", _flops(plan))
     weights, checkpoint = plan.checkpoint_bytes
     table.add_row("checkpoint", f"{checkpoint / _GB:,.1f} GB, of it weights {weights / _GB:,.1f} GB")
+    if any(plan.kept_checkpoints):
+        table.add_row("disk", f"checkpoints of the whole run: {memory.kept_bytes(plan.kept_checkpoints, checkpoint)}")
     return table
 
 

@@ -1,4 +1,4 @@
-"""Disk space that a run's checkpoints still need where they lie."""
+"""Disk space that a run's checkpoints need where they lie: what they still need soon, and what the whole run does."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_fc.checkpoints.integrity import intact_checkpoints
 from megatron_fc.errors import UserError
 from megatron_fc.planning.memory import checkpoint_bytes
-from megatron_fc.preflight.estimate import shape_of, training_of
+from megatron_fc.preflight.estimate import kept_of, shape_of, training_of
 from megatron_fc.preflight.nodes import DiskSpace
 from megatron_fc.preflight.validation import Validated, layout_of, set_padded_vocabulary
 from megatron_fc.training.recipe import Recipe
@@ -24,7 +24,7 @@ def disk_space_of(recipe: Recipe, args: Namespace) -> DiskSpace | None:
     there = intact_checkpoints(Path(args.save))
     size = _size_of(there[0]) if there else _expected_size(recipe, args)
     at_once = 1 + (recipe.retention.last if recipe.retention else 1)  # one more while the next is written
-    return DiskSpace(Path(args.save), size, max(1, at_once - len(there)))
+    return DiskSpace(Path(args.save), size, max(1, at_once - len(there)), kept_of(recipe, args))
 
 
 def _size_of(checkpoint: Path) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_fc.checkpoints.retention import Retention, kept_checkpoints
 from megatron_fc.connections.base import ConnectionConfig
 from megatron_fc.connections.config import FracConfig, HyperConfig, ManifoldConfig
 from megatron_fc.connections.kernels.availability import has_main_kernels, without_kernels
@@ -14,8 +15,10 @@ from megatron_fc.planning.calibration import assumptions
 from megatron_fc.planning.devices import Device
 from megatron_fc.planning.plan import Plan
 from megatron_fc.planning.shape import Latent, Recompute, Shape, Training
+from megatron_fc.preflight.batch_schedule import steps_and_samples
 from megatron_fc.preflight.validation import Validated, validate
 from megatron_fc.training.precision import refuse_on_device
+from megatron_fc.training.recipe import Recipe
 
 # Change memory, bytes or time, and are refused while nobody has counted how.
 _LEFT_OUT = (
@@ -237,6 +240,14 @@ def _recompute(args: Namespace, connection: ConnectionConfig | None) -> Recomput
     )
 
 
+def kept_of(recipe: Recipe, args: Namespace) -> tuple[int, int]:
+    """`kept_checkpoints` of a run; none where it saves nothing."""
+    if not (args.save and args.save_interval):
+        return 0, 0
+    megatrons = Retention(1, args.save_retain_interval) if args.save_retain_interval else None
+    return kept_checkpoints(recipe.retention or megatrons, steps_and_samples(args)[0], args.save_interval)
+
+
 def plan_of(
     config: Path,
     overrides: Sequence[str],
@@ -278,4 +289,5 @@ def plan_of(
         assumed=replace(assumptions(gpu, training.products), **assumed or {}),
         notes=(*run.unchecked, *_of_connections(shape, training)),
         pipeline_settings=tuple(option for option, name in _OF_A_PIPELINE.items() if getattr(run.args, name)),
+        kept_checkpoints=kept_of(run.recipe, run.args),
     )

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_fc.errors import NodeError, UserError
+from megatron_fc.planning.memory import kept_bytes
 from megatron_fc.preflight.rendezvous import Rendezvous
 from megatron_fc.runs.writable import failure_to_write
 
@@ -35,11 +36,13 @@ class DiskSpace:
         folder: of its checkpoints; it need not exist yet.
         checkpoint_bytes: size of one, of the last or estimated; None where neither can be.
         checkpoints: how many are written before one is deleted.
+        kept: how many the whole run needs room for, the newest ones and those that stay for ever.
     """
 
     folder: Path
     checkpoint_bytes: int | None
     checkpoints: int
+    kept: tuple[int, int]
 
     def check(self) -> str:
         """Return in words what is free, and needed.
@@ -55,6 +58,10 @@ class DiskSpace:
         if free < needed:
             raise UserError(f"{self.folder} has {_size(free)} free, {need}: make room or choose another run_dir")
         return f"{_size(free)} free, {need}"
+
+    def of_the_whole_run(self) -> str | None:
+        """Return what all its checkpoints need, in words; None where the size of one is not known."""
+        return None if self.checkpoint_bytes is None else kept_bytes(self.kept, self.checkpoint_bytes)
 
 
 @dataclass(frozen=True)

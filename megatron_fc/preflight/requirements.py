@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.nodes import Requirements
+from megatron_fc.preflight.packages import is_on_devices, refuse_unreadable_optimizer
 from megatron_fc.preflight.validation import layout_of, refuse_impossible
 from megatron_fc.training.data_files import blends, data_files, index_folder, refuse_damaged_files
 from megatron_fc.training.recipe import Recipe
@@ -22,13 +23,12 @@ def requirements_of(recipe: Recipe) -> Requirements:
     args = parse(recipe, _refuse_impossible)
     rehearse(args, recipe)
     refuse_damaged_files(args, remember=True)
-    # Without a CUDA device the recipe adapts itself to the CPU lane; on a cluster only a config that says so means it.
-    asked = {name: value for values in recipe.sections.values() for name, value in values.items()}
+    refuse_unreadable_optimizer(recipe, args)
     return Requirements(
         folders=written_folders(args, recipe.run_dir),
         files=data_files(args),
         indexes=_indexes(args),
-        on_devices=asked.get("distributed_backend", "nccl") == "nccl",
+        on_devices=is_on_devices(recipe),
         disk_space=disk_space_of(recipe, args),
     )
 

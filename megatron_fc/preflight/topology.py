@@ -10,7 +10,9 @@ from megatron_fc.errors import UserError
 from megatron_fc.planning.layout import Layout
 from megatron_fc.preflight.batch_schedule import batch_sizes
 from megatron_fc.preflight.disk_space import disk_space_of
-from megatron_fc.preflight.validation import Validated, validate
+from megatron_fc.preflight.nodes import DiskSpace
+from megatron_fc.preflight.packages import lacking_packages
+from megatron_fc.preflight.validation import validate
 from megatron_fc.training.data_files import refuse_damaged_files, refuse_missing_files, repetition
 
 
@@ -63,6 +65,9 @@ class Topology:
         throughput: basis of the GPU-hours.
         unchecked: what this machine could not check, in words.
         repetition: how often the data are read, in words; None without a look at them, or where once is enough.
+        disk_space: that checkpoints need; None if the run saves none.
+        lacking: packages that this Python, which will start the run, does not have, in words; None if it has all, or
+            another one starts it.
     """
 
     layout: Layout
@@ -75,6 +80,8 @@ class Topology:
     throughput: Throughput
     unchecked: list[str]
     repetition: str | None
+    disk_space: DiskSpace | None
+    lacking: str | None
 
     @property
     def tokens_per_step(self) -> int:
@@ -114,6 +121,9 @@ class Topology:
             "gpu_hours_basis": str(self.throughput),
             "unchecked": self.unchecked,
             "repetition": self.repetition,
+            "checkpoint_bytes": self.disk_space and self.disk_space.checkpoint_bytes,
+            "checkpoints": sum(self.disk_space.kept) if self.disk_space else 0,
+            "lacking": self.lacking,
         }
 
     def lines(self) -> list[str]:
@@ -139,7 +149,8 @@ class Topology:
             lines.insert(-1, f"schedule   batches of {sizes} on; shown is a step of the last")
         if self.tokens != self.target_tokens:
             lines[-1] += f" (the target is {self.target_tokens:,}: whole batches only)"
-        if self.repetition:
+        warned = self.repetition is not None and self.repetition.startswith("WARNING: ")
+        if self.repetition and not warned:
             lines.append(f"data       {self.repetition}")
         if self.flops_per_token is None:
             lines.append("compute    not known without vocab_size in the config")
@@ -151,7 +162,11 @@ class Topology:
         if self.gpu_hours is not None:
             days = self.gpu_hours / layout.world / 24
             lines.append(f"GPU-hours  {self.gpu_hours:,.0f} in all, {days:,.1f} days, {self.throughput}")
-        return lines + [f"note: {note}" for note in self.unchecked]
+        if self.disk_space and (whole := self.disk_space.of_the_whole_run()):
+            lines.append(f"disk       checkpoints of the whole run: {whole}")
+        lines += [f"note: {note}" for note in self.unchecked]
+        lines += [f"WARNING: {self.lacking}"] * bool(self.lacking)
+        return [*lines, self.repetition] if self.repetition and warned else lines
 
 
 def topology(
@@ -162,20 +177,24 @@ def topology(
     throughput: Throughput,
     *,
     check_files: bool = False,
+    check_packages: bool = False,
 ) -> Topology:
     """Check a config for a number of nodes and work out what it comes to; needs no GPU.
 
     Args:
         config, overrides, nodes, gpus_per_node: as in `validate`.
         throughput: basis of the GPU-hours.
-        check_files: data, tokenizer and disk space for checkpoints are to be here, as on a login node.
+        check_files: data and tokenizer are to be here, as on a login node. Whether the disk has room is for the caller
+            to ask, `Topology.disk_space`.
+        check_packages: this Python is the one that will start the run.
 
     Raises:
-        UserError: as `validate`, or a file or disk space is missing.
+        UserError: as `validate`, or a file is missing.
     """
     run = validate(config, overrides, nodes, gpus_per_node)
     if check_files:
-        _refuse_missing(run)
+        refuse_missing_files(run.args)
+        refuse_damaged_files(run.args)
     return Topology(
         layout=run.layout,
         sequence=run.args.seq_length,
@@ -187,14 +206,9 @@ def topology(
         throughput=throughput,
         unchecked=run.unchecked,
         repetition=repetition(run.args) if check_files else None,
+        disk_space=disk_space_of(run.recipe, run.args),
+        lacking=lacking_packages(run.recipe, run.args) if check_packages else None,
     )
-
-
-def _refuse_missing(run: Validated) -> None:
-    refuse_missing_files(run.args)
-    refuse_damaged_files(run.args)
-    if space := disk_space_of(run.recipe, run.args):
-        space.check()
 
 
 def _flops_per_token(args: Namespace) -> float | None:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,21 @@ from megatron_fc.errors import UserError, unknown
 SECTIONS = ("model", "connections", "data", "optimizer", "parallel", "checkpoint", "logging")
 # A path in somebody's home, and one in a folder that a variable names.
 _HOME, _VARIABLE = re.compile(r"~[^/\s]*(/|$)"), re.compile(r"\$\w+(/|$)|\$\{\w+\}")
+# Names that people give settings, and what to write.
+_SHORT = {
+    "tp": "write tensor_model_parallel_size",
+    "pp": "write pipeline_model_parallel_size",
+    "vpp": "write num_virtual_stages_per_pipeline_rank",
+    "cp": "write context_parallel_size",
+    "ep": "write expert_model_parallel_size",
+    "etp": "write expert_tensor_parallel_size",
+    "dp": "data parallelism takes the ranks that tensor, pipeline and context parallelism leave",
+    "mbs": "write micro_batch_size",
+    "gbs": "write global_batch_size",
+    "nodes": "it is an option of topology and launch/, --nodes=N",
+    "gpus": "it is an option of topology, --gpus-per-node=G; launch/ takes sbatch's of that name",
+    "tokens": "write train_samples, the tokens divided by seq_length",
+}
 _OWN = {
     "family": "model",
     "precision": "optimizer",
@@ -97,12 +112,18 @@ def _connection_names() -> list[str]:
     return ["connection", "from_residual", *options]
 
 
+def _unknown(section: str, key: str, known: Iterable[str]) -> UserError:
+    if remedy := _SHORT.get(key):
+        return UserError(f"unknown key in section {section}: {key!r}: {remedy}")
+    return UserError(unknown(f"key in section {section}:", key, known))
+
+
 def _check_name(section: str, key: str, known: set[str]) -> None:
     if section == "connections":
         if key not in _connection_names():
-            raise UserError(unknown("key in section connections:", key, _connection_names()))
+            raise _unknown(section, key, _connection_names())
     elif key not in known or _OWN.get(key, section) != section:
-        raise UserError(unknown(f"key in section {section}:", key, known))
+        raise _unknown(section, key, known)
 
 
 def _override(sections: dict[str, dict[str, Any]], override: str, known: set[str]) -> None:
@@ -115,7 +136,7 @@ def _override(sections: dict[str, dict[str, Any]], override: str, known: set[str
     if not dot:
         section = _section_of(key, sections)
         if key not in known and section != "connections":  # it may be meant for any section
-            raise UserError(unknown(f"key in section {section}:", key, [*known, *_connection_names()]))
+            raise _unknown(section, key, [*known, *_connection_names()])
     _check_name(section, key, known)
     try:
         sections[section][key] = yaml.load(text, _Loader)

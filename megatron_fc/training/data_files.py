@@ -4,21 +4,21 @@ import argparse
 import copy
 import json
 import math
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fc.errors import UserError
-from megatron_fc.training.indexed_files import IndexedFiles
+from megatron_fc.training.hub_tokenizer import is_hub_name, load_tokenizer, refuse_tokenizer_out_of_reach
+from megatron_fc.training.indexed_files import IndexedFiles, missing
 from megatron_fc.training.manifests import manifest_of, refuse_other_sizes, tokenizer_hash
 from megatron_fc.training.refusal import refusals_named
 
 _SPLITS = ("train", "valid", "test")
 _DATA_KEYS = ("data_path", *(f"{split}_data_path" for split in _SPLITS))
 _DEFAULT_SPLIT = "969, 30, 1"  # Megatron's
-_REMEDY = "`megatron-fc data demo` makes the demo's data"
+_EPOCHS = 4  # the default limit of `data blend`
 # Options of Megatron's that take for granted what `megatron-fc data index` makes.
 OF_A_PREPARED_INDEX = ("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap")
 
@@ -31,11 +31,19 @@ class Blend:
         setting: that names them.
         prefixes: of their files.
         weights: shares of the samples, None where the sizes of the data sets are the shares.
+        file: that `per_split_data_args_path` names, where it stands in the place of the setting.
     """
 
     setting: str
     prefixes: tuple[str, ...]
     weights: tuple[float, ...] | None
+    file: str | None = None
+
+    def named(self, prefix: str) -> str:
+        """Return what a user has written, e.g. `train_data_path=/data/train`."""
+        if self.file is None:
+            return f"{self.setting}={prefix}"
+        return f"per_split_data_args_path={self.file}, {self.setting.partition('_')[0]} {prefix}"
 
 
 def blends(args: argparse.Namespace) -> list[Blend]:
@@ -44,33 +52,45 @@ def blends(args: argparse.Namespace) -> list[Blend]:
     Raises:
         UserError: weights are not those of a blend, or a file that lists data cannot be read.
     """
-    words = {name: getattr(args, name) for name in _DATA_KEYS}
-    one, per_split = (words["data_path"] or args.data_args_path), [f"{split}_data_path" for split in _SPLITS]
-    if one and (args.per_split_data_args_path or any(words[name] for name in per_split)):
-        raise UserError(f"data_path is for all splits, and Megatron would not read {', '.join(per_split)}: keep one")
-    if args.per_split_data_args_path and (paths := [name for name in per_split if words[name]]):
-        raise UserError(
-            f"per_split_data_args_path names all data, and Megatron would not read {' and '.join(paths)}: keep one, "
-            f"e.g. with {paths[0]}=null"
-        )
+    refuse_two_sources(args)
+    words, file = {name: getattr(args, name) for name in _DATA_KEYS}, args.per_split_data_args_path
     if args.data_args_path:
         words = {"data_args_path": _text(args.data_args_path, "data_args_path").split()}
-    elif args.per_split_data_args_path:
-        words = _per_split(args.per_split_data_args_path)
-    return [_blend(setting, listed) for setting, listed in words.items() if listed]
+    elif file:
+        words = _per_split(file)
+    return [_blend(setting, listed, file) for setting, listed in words.items() if listed]
+
+
+def refuse_two_sources(args: argparse.Namespace) -> None:
+    """Check that one setting names the data of a split, whether they are here or not.
+
+    Raises:
+        UserError: two do.
+    """
+    paths = [name for name in _DATA_KEYS[1:] if getattr(args, name)]
+    if (args.data_path or args.data_args_path) and (args.per_split_data_args_path or paths):
+        raise UserError(
+            f"data_path is for all splits, and Megatron would not read {', '.join(_DATA_KEYS[1:])}: keep one"
+        )
+    if args.data_path and args.data_args_path:
+        raise UserError("data_path and data_args_path are both set: keep one")
+    if args.per_split_data_args_path and paths:
+        raise UserError(
+            f"per_split_data_args_path and {' and '.join(paths)} are both set: remove the latter, e.g. from "
+            f"SITE_OVERRIDES, or by {' '.join(f'{name}=null' for name in paths)}"
+        )
 
 
 def data_files(args: argparse.Namespace) -> dict[Path, str]:
     """Return the files that a run reads, data and tokenizer, each with the setting that names it."""
     files = {
-        Path(prefix + suffix): f"{blend.setting}={prefix}"
+        Path(prefix + suffix): blend.named(prefix)
         for blend in blends(args)
         for prefix in blend.prefixes
         for suffix in (".bin", ".idx")
     }
     tokenizer = args.tokenizer_model
-    # A name on a hub has one slash and is no path; anything else must be there.
-    if tokenizer and (os.path.exists(tokenizer) or tokenizer.count("/") != 1 or tokenizer[0] in "./"):
+    if tokenizer and not is_hub_name(tokenizer):
         files[Path(tokenizer)] = f"tokenizer_model={tokenizer}"
     return files
 
@@ -81,7 +101,7 @@ def indexed_files(args: argparse.Namespace) -> list[IndexedFiles]:
     Raises:
         UserError: one is missing or damaged.
     """
-    settings = {prefix: f"{blend.setting}={prefix}" for blend in blends(args) for prefix in blend.prefixes}
+    settings = {prefix: blend.named(prefix) for blend in blends(args) for prefix in blend.prefixes}
     return [IndexedFiles.read(prefix, setting) for prefix, setting in settings.items()]
 
 
@@ -89,17 +109,20 @@ def refuse_missing_files(args: argparse.Namespace) -> None:
     """Check that a run's data and tokenizer are here, at a cost that does not grow with the data.
 
     Raises:
-        UserError: a file is missing or cut, a blend is none, no data are named, or a prepared index has no place.
+        UserError: a file is missing or cut, a blend is none, no data are named, a prepared index has no place, or a
+            tokenizer's name on the hub leads nowhere.
     """
     _refuse_index_without_place(args)
     for file, setting in data_files(args).items():
         if not file.exists():
-            raise UserError(f"{setting}: {file} does not exist; {_REMEDY}")
+            raise missing(file, setting)
     for files in indexed_files(args):
         if args.data_path or args.data_args_path:
             _refuse_empty_split(files, args.split)
     if not args.mock_data and not blends(args):
         raise UserError("no data: set data_path, or train_data_path and valid_data_path")
+    if not args.mock_data:
+        refuse_tokenizer_out_of_reach(args)
 
 
 def _refuse_index_without_place(args: argparse.Namespace) -> None:
@@ -146,29 +169,24 @@ def _refuse_other_manifests(args: argparse.Namespace, vocabulary: int | None) ->
             if (found := manifest_of(prefix)) is None:
                 continue
             manifest, file = found
-            setting, made = f"{blend.setting}={prefix}", manifest["tokenizer"]
+            setting, made = blend.named(prefix), manifest["tokenizer"]
             refuse_other_sizes(prefix, file)
-            if vocabulary is not None and made["vocabulary"] > vocabulary:
-                raise UserError(
-                    f"{setting}: its tokenizer {made['name']} has {made['vocabulary']:,} tokens, and the model's "
-                    f"vocabulary {vocabulary:,}: give the tokenizer that made these data"
-                )
             if args.tokenizer_type == "HuggingFaceTokenizer":
                 name = args.tokenizer_model
                 if name not in hashed:
-                    hashed[name] = _tokenizer_hash(name)
+                    hashed[name] = tokenizer_hash(load_tokenizer(name, f"tokenizer_model={name}"))
                 if hashed[name] != made["sha256"]:
                     raise UserError(
                         f"{setting}: the tokenizer {made['name']} made these data, and tokenizer_model={name} is "
                         f"another one: give {Path(prefix).parent / 'tokenizer'}"
                     )
-
-
-def _tokenizer_hash(name: str) -> str:
-    from transformers import AutoTokenizer
-
-    with refusals_named(f"tokenizer_model={name}"):
-        return tokenizer_hash(AutoTokenizer.from_pretrained(name))
+            if vocabulary is not None and made["vocabulary"] > vocabulary:
+                least = made["vocabulary"]
+                rows = "padded_vocab_size" if args.vocab_size is None else "vocab_size"
+                raise UserError(
+                    f"{setting}: the tokenizer {made['name']} that made these data has {least:,} tokens, and the "
+                    f"model's vocabulary {vocabulary:,}: set {rows} to at least {least}"
+                )
 
 
 def index_folder(args: argparse.Namespace, prefix: str) -> Path:
@@ -177,7 +195,7 @@ def index_folder(args: argparse.Namespace, prefix: str) -> Path:
 
 
 def repetition(args: argparse.Namespace) -> str | None:
-    """Say how often a run reads its training data, None where it reads no token twice.
+    """Say how often a run reads its training data, None where it reads no token twice; a WARNING of more than 4 times.
 
     Args:
         args: Megatron's, parsed.
@@ -189,7 +207,7 @@ def repetition(args: argparse.Namespace) -> str | None:
     begin, end = (0.0, 1.0) if blend.setting == "train_data_path" else _shares(args.split)[0] or (0.0, 0.0)
     if begin == end:
         return None
-    tokens = [IndexedFiles.read(prefix, blend.setting).tokens * (end - begin) for prefix in blend.prefixes]
+    tokens = [IndexedFiles.read(prefix, blend.named(prefix)).tokens * (end - begin) for prefix in blend.prefixes]
     if blend.weights is None and len(tokens) > 1 and args.dataloader_type != "cyclic":
         once = sum(int(count - 1) // args.seq_length for count in tokens)  # Megatron ends where they do, in mid-run
         if samples > once:
@@ -202,7 +220,10 @@ def repetition(args: argparse.Namespace) -> str | None:
         (samples * args.seq_length * weight / sum(weights) / count, prefix)
         for weight, count, prefix in zip(weights, tokens, blend.prefixes, strict=True)
     )
-    return f"the run reads {prefix} {epochs:.2f} times over" if epochs > 1 else None
+    if epochs <= 1:
+        return None
+    said = f"the run reads {prefix} {epochs:,.2f} times over"
+    return said if epochs <= _EPOCHS else f"WARNING: {said}, more than {_EPOCHS}: add data, or train for fewer tokens"
 
 
 def _shares(split: str | None) -> list[tuple[float, float] | None]:
@@ -238,7 +259,7 @@ def _vocabulary(args: argparse.Namespace) -> int | None:
     return known.padded_vocab_size or known.vocab_size
 
 
-def _blend(setting: str, words: Sequence[str]) -> Blend:
+def _blend(setting: str, words: Sequence[str], file: str | None) -> Blend:
     from megatron.core.datasets.utils import get_blend_from_list
 
     try:
@@ -252,7 +273,7 @@ def _blend(setting: str, words: Sequence[str]) -> Blend:
             raise UserError(
                 f"{setting}: the weight of {prefix} is {weight:g}, and must be a number above 0: leave the data set out"
             )
-    return Blend(setting, tuple(prefixes), tuple(weights) if weights else None)
+    return Blend(setting, tuple(prefixes), tuple(weights) if weights else None, file)
 
 
 def _half_weighted(setting: str, words: Sequence[str]) -> UserError:

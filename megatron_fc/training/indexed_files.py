@@ -17,6 +17,7 @@ from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType
 
 from megatron_fc.errors import UserError
 
+_DEMO = "/data/demo/"  # where `megatron-fc data demo` writes
 _HEADER = struct.Struct("<9sQBQQ")
 _CHUNK = 1 << 22  # entries that are looked at together
 _WINDOW, _SCANNED = 1 << 16, 1 << 24  # bytes of one look into .bin, and of all
@@ -53,7 +54,7 @@ class IndexedFiles:
         idx, bin_ = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
         for file in (idx, bin_):
             if not file.is_file():
-                raise UserError(f"{setting}: {file} does not exist: correct the path, or make it again")
+                raise missing(file, setting)
             if not os.access(file, os.R_OK):
                 raise UserError(f"{setting}: {file} cannot be read: change who may")
         with idx.open("rb") as stream:
@@ -163,3 +164,10 @@ class IndexedFiles:
 
 def _damaged(setting: str, what: str) -> UserError:
     return UserError(f"{setting}: {what}: copy both files again, or make the data again")
+
+
+def missing(file: Path, setting: str) -> UserError:
+    """Return the error of a file that is not here, with the remedy where it is one of the demo's."""
+    of_demo = _DEMO in f"/{file}"
+    remedy = "`megatron-fc data demo` makes it" if of_demo else "correct the path, or make it"
+    return UserError(f"{setting}: {file} does not exist: {remedy}")

@@ -11,6 +11,7 @@ from megatron_fc.checkpoints.integrity import refuse_corrupt, step_of
 from megatron_fc.checkpoints.stored_tensors import is_weight
 from megatron_fc.checkpoints.structure import refuse_misread_connection
 from megatron_fc.errors import UserError
+from megatron_fc.training.hub_tokenizer import refuse_tokenizer_out_of_reach
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
 from megatron_fc.training.setup import build, join_world, parse
@@ -58,6 +59,7 @@ def load_model(
     args = parse(recipe, settle)
     refuse_other_model(checkpoint, args)
     refuse_misread_connection(checkpoint, recipe.connection, args.hidden_size)
+    refuse_tokenizer_out_of_reach(args)
     with refusals_named("the tokenizer"):
         set_global_variables(args)
     with refusals_named("the layout"):

@@ -31,6 +31,7 @@ from megatron_fc.runs.writable import failure_to_write
 from megatron_fc.training import cpu_lane
 from megatron_fc.training.events import EventsOnDisk, outlive_full_disk
 from megatron_fc.training.exact_resume import exact_resume
+from megatron_fc.training.hub_tokenizer import refuse_tokenizer_out_of_reach
 from megatron_fc.training.perturbation import Perturbation
 from megatron_fc.training.precision import refuse_unquantizable
 from megatron_fc.training.recipe import Recipe
@@ -85,6 +86,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     bind_helpers()
     args = parse(recipe)
     rehearse(args, recipe)
+    refuse_tokenizer_out_of_reach(args)
     _refuse_async_save_without_device(args)
     options = StartOptions(recipe.run_dir, recipe.connection, recipe.on_damage, _say)
     start = choose_start(args, options)

@@ -91,8 +91,9 @@ class MegatronArguments:
         if isinstance(value, bool):
             raise UserError(f"{name} takes a value, not {str(value).lower()}")
         if isinstance(value, (list, tuple)):
-            # One word, as that of moe_layer_freq, which Megatron wants without blanks.
-            return [option, *map(str, value)] if action.nargs is not None else [option, f"[{','.join(map(str, value))}]"]
+            if action.nargs is not None:
+                return [option, *map(str, value)]
+            value = f"[{','.join(map(str, value))}]"  # as that of moe_layer_freq, which Megatron wants without blanks
         return [option, str(value)]
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:

@@ -21,7 +21,7 @@ from megatron_fc.errors import UserError, unknown
 from megatron_fc.megatron.flags import connection_flags
 from megatron_fc.training import cpu_lane
 from megatron_fc.training.config_file import SECTIONS, read_sections
-from megatron_fc.training.data_files import refuse_missing_files, repetition
+from megatron_fc.training.data_files import refuse_missing_files, refuse_two_sources, repetition
 from megatron_fc.training.machine import adaptations, device_capability, has_transformer_engine
 from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.precision import apply_precision, refuse_impossible, refuse_on_device
@@ -64,6 +64,10 @@ class Recipe:
     def label(self) -> str:
         """The connections as tables show them: residual, sfc_x4, dfc_x4, dhc_x4 ..."""
         return "residual" if self.connection is None else self.connection.label
+
+    def told(self) -> list[str]:
+        """Return the notes as a terminal shows them."""
+        return [note if note.startswith("WARNING: ") else f"note: {note}" for note in self.notes]
 
 
 _OF_ALL = ("connection", "from_residual", "rate", "fractions")
@@ -121,6 +125,7 @@ def load_recipe(
             f"layers from connections.connection and model.family, set those"
         )
     refuse_impossible(args)
+    refuse_two_sources(args)
     if not elsewhere:
         refuse_on_device(args, device_capability())
         refuse_missing_files(args)

@@ -4,9 +4,7 @@ The login node (`megatron-fc topology`), the pre-flight check and the run call t
 all refuse. None needs a GPU, data or a process group.
 """
 
-import contextlib
 import copy
-import io
 from argparse import Namespace
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +13,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.training.precision import has_dense_mlp
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
-from megatron_fc.training.setup import model_config
+from megatron_fc.training.setup import model_config, quiet
 
 
 def rehearse(args: Namespace, recipe: Recipe) -> None:
@@ -57,7 +55,7 @@ def rehearse_schedule(args: Namespace) -> None:
             )
         if args.skip_train:
             return
-        with refusals_named("the schedule"), contextlib.redirect_stdout(io.StringIO()):
+        with refusals_named("the schedule"), quiet():
             optimizer, _ = training.get_megatron_optimizer_config(args)
             _refuse_as_adam_does(optimizer)
             training.get_optimizer_param_scheduler(SimpleNamespace(param_groups=[]))

@@ -18,7 +18,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import connection_from_args
 from megatron_fc.megatron.model_config import prepare
 from megatron_fc.megatron.norm_options import MEGATRON_NORMS, NormOptions, norms_from_args
-from megatron_fc.training.counts import refuse_small_counts
+from megatron_fc.training.counts import refuse_small_counts, refuse_two_units
 from megatron_fc.training.megatron_arguments import add_run_args
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
@@ -58,6 +58,7 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
             norms_from_args(args)
             if check is not None:
                 check(args)
+            refuse_two_units(args)
             validate_args(args, {})
     except SystemExit:  # Megatron's way out of some arguments of earlier releases, with code 0
         raise UserError(f"Megatron refuses the arguments: {said.getvalue().strip().splitlines()[-1]}") from None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_fc.convert.check import huggingface_logits, some_tokens
+from megatron_fc.convert.check import check, huggingface_logits, some_tokens
 from megatron_fc.errors import UserError
 from support import harness
 from support.training_runs import config as config
@@ -28,6 +28,8 @@ def test_exports_are_compared_with_their_checkpoints(config: Path, tmp_path: Pat
     code, said = command("same", "convert", "check", source, str(out), *run, "--tolerance", "1e-5")
     assert code == 0
     assert f"logits of {source}/iter_0000001 and {out} on 64 tokens, in fp32: largest difference " in said
+    with pytest.raises(UserError, match=r"out is ConnectedOlmoeForCausalLM, and the run of .* has residual"):
+        check(config, ["connection=residual", "qk_layernorm_over_heads=true"], Path(source), out, 1e-4)
     refused = command("setting", "convert", "to-hf", source, *run, "norm_epsilon=0.5", "--to", str(tmp_path / "no"))
     assert refused[0] == 2
     assert "layernorm_epsilon: 1e-05 in " in refused[1]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from megatron_fc.data.indexed import write_indexed
-from megatron_fc.data.look import load_tokenizer, look_at_document, look_at_sample
+from megatron_fc.data.look import look_at_document, look_at_sample
 from megatron_fc.errors import UserError
+from megatron_fc.training.hub_tokenizer import load_tokenizer
 from support.documents import make, save_tokenizer, texts, write_documents
 
 
@@ -18,7 +19,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_document_is_its_text(made: Path) -> None:
-    tokenizer = load_tokenizer(made / "tokenizer")
+    tokenizer = load_tokenizer(made / "tokenizer", "the tokenizer")
     header, text = look_at_document(made / "train-00000", 7, tokenizer)
     assert text == texts(60, longest=6)[7] + "<|endoftext|>"
     assert header.startswith(f"document 7 of {made / 'train-00000'}: ")
@@ -30,7 +31,7 @@ def test_a_document_is_its_text(made: Path) -> None:
 def test_a_sample_is_whole_documents_with_their_ends(made: Path, masked: bool) -> None:
     before = sorted(made.rglob("*"))
     settings = {"sequence_length": 128, "seed": 5, "eod_mask_loss": masked, "reset_position_ids": masked}
-    lines = look_at_sample(made / "train-00000", 2, load_tokenizer(made / "tokenizer"), **settings)
+    lines = look_at_sample(made / "train-00000", 2, load_tokenizer(made / "tokenizer", "the tokenizer"), **settings)
 
     pieces = [line.removesuffix("<|endoftext|>") for line in lines[2::2]]
     assert set(pieces[1:-1]) <= set(texts(60, longest=6))
@@ -42,7 +43,7 @@ def test_a_sample_is_whole_documents_with_their_ends(made: Path, masked: bool) -
 
 
 def test_what_is_not_there_is_refused(made: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(made / "tokenizer")
+    tokenizer = load_tokenizer(made / "tokenizer", "the tokenizer")
     with pytest.raises(UserError, match=r"--sample=9999: .* has \d+ samples of 16, from 0 on"):
         look_at_sample(made / "train-00000", 9999, tokenizer, sequence_length=16, seed=1)
     with pytest.raises(UserError, match="--seq-length=0: give 1 or more"):
@@ -50,5 +51,5 @@ def test_what_is_not_there_is_refused(made: Path, tmp_path: Path) -> None:
     write_indexed(tmp_path / "short", [np.arange(5).tolist()], 300, eod=0)
     with pytest.raises(UserError, match="has 6 tokens, and a sample takes 16 and one more"):
         look_at_sample(tmp_path / "short", 0, tokenizer, sequence_length=16, seed=1)
-    with pytest.raises(UserError, match="the tokenizer .* cannot be loaded"):  # noqa: RUF043
-        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"the tokenizer cannot be loaded: the folder has no tokenizer\.json"):
+        load_tokenizer(tmp_path, "the tokenizer")

@@ -272,7 +272,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, tokeni
         ([lines], r"a\.jsonl has no field max_stars_count in its first 5 lines: give --stars-field", stars),
         ([rows], r"has no column max_stars_count: leave out the filter", {"text_field": "body", **stars}),
         (["none://there"], r"none://there cannot be read", {}),
-        ([lines], r"has no document in its first 5 lines \(no text field\)", {"text_field": "body"}),
+        ([lines], r"lines \(no text field\): --text-field is body, and line 1 has: text$", {"text_field": "body"}),
         ([rows], r"has no column text: give --text-field one of body, n", {}),
         ([rows], r"column n is int64 and no text", {"text_field": "n"}),
         ([tmp_path / "none"], r"none does not exist", {}),
@@ -285,7 +285,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(tmp_path: Path, tokeni
         with pytest.raises(UserError, match=said):
             make(inputs, tmp_path / "out", tokenizer, **options)
     for name, said in [(inside, "the folder has no tokenizer.json"), (tokenizer / "tokenizer.json", "it is a file")]:
-        with pytest.raises(UserError, match=rf"the tokenizer .* cannot be loaded: {said}"):
+        with pytest.raises(UserError, match=rf"--tokenizer=.* cannot be loaded: {said}"):
             make([lines], tmp_path / "out", name)
     with pytest.raises(UserError, match=r"--out=\S+/in/out lies in \S+/in, all of which is read"):
         make([inside], inside / "out", tokenizer)
@@ -299,10 +299,12 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     path = write_documents(tmp_path / "a.jsonl", texts(5))
     make([path], tmp_path / "out", tokenizer)
     before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match="in use by a job with other options"):
+    with pytest.raises(UserError, match=r"with other options \(append_eos True there, False here\): choose"):
         make([path], tmp_path / "out", tokenizer, append_eos=False)
     write_documents(path, texts(6))
-    with pytest.raises(UserError, match="in use by a job with other sources"):
+    with pytest.raises(
+        UserError, match=r"other sources \(\S+/a\.jsonl [\d,]+ bytes there, [\d,]+ bytes here\): choose"
+    ):
         make([path], tmp_path / "out", tokenizer)
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()

@@ -29,6 +29,7 @@ def test_demo_trains_compares_and_is_not_repeated(installed: Installed, tmp_path
         "        trains residual and then dfc_x4; interrupted, the same command goes on",
     ]
     assert "Connections against plain residuals" in first.stdout
+    assert "INFO:" not in first.stdout + first.stderr, "Megatron's log is the run's log"
     runs = tmp_path / "runs" / "demo"
     assert (runs / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert all((runs / name / "summary.json").exists() for name in ("residual", "dfc_x4"))

@@ -135,9 +135,9 @@ def test_dry_run_and_mistakes(site: Site, monkeypatch: pytest.MonkeyPatch) -> No
     site.write()
     done = run_on_login_node(site, f"profile.sh {CONFIG}", "--dry-run", "from_step=20", "steps=5", "rate=2")
     sbatch, srun = done.stdout.splitlines()[:2]
-    folder = site.run_dir("profile-olmoe_7b")
+    folder = site.run_dir("profile-olmoe_7b-dfc_x2")
     assert sbatch.rstrip().endswith(f"profile.sh {CONFIG} from_step=20 steps=5 rate=2 run_dir={folder} checked=2x8")
-    assert f"-m megatron_fc traffic run --from-step 20 --steps 5 {CONFIG} " in srun
+    assert f"-m megatron_fc traffic run --from-step 20 --steps 5 {CONFIG} save_interval=null " in srun
     assert srun.rstrip().endswith(f"rate=2 run_dir={folder}")
 
     done = run_on_login_node(site, "profile.sh configs/none.yaml", "--dry-run")

@@ -17,7 +17,21 @@ SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
 def login_node(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Without sbatch, and without the check of config and data, which has tests of its own."""
     programs = tmp_path_factory.mktemp("bin")
-    for name in ("bash", "basename", "date", "dirname", "env", "id", "ln", "mkdir", "readlink", "rm", "sed", "cat"):
+    for name in (
+        "bash",
+        "basename",
+        "date",
+        "dirname",
+        "env",
+        "id",
+        "ln",
+        "mkdir",
+        "readlink",
+        "rm",
+        "rmdir",
+        "sed",
+        "cat",
+    ):
         if path := shutil.which(name):
             (programs / name).symlink_to(path)
     monkeypatch.setenv("PATH", str(programs))
@@ -46,18 +60,29 @@ def test_dry_run_shows_both_commands(site: Site) -> None:
     assert srun.rstrip().endswith("connection=residual 'run_dir=/tmp/x y'")
 
 
-@pytest.mark.parametrize(("mounts", "files"), [("", True), ("/data:/data:ro,/x:/x", True), ("/data:/x", False)])
+@pytest.mark.parametrize(
+    ("image", "mounts", "files"),
+    [
+        ("/images/fc.sqsh", "", True),
+        ("/images/fc.sqsh", "/data:/data:ro,/x:/x", True),
+        ("/images/fc.sqsh", "/data:/x", False),
+        ("", "", True),
+    ],
+)
 def test_with_an_image_another_python_checks(
-    site: Site, mounts: str, files: bool, monkeypatch: pytest.MonkeyPatch
+    site: Site, image: str, mounts: str, files: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`echo` is that Python. Where mounts give folders other names, data cannot be looked for."""
     monkeypatch.delenv("CHECK")
-    site.write(more=f"IMAGE=/images/fc.sqsh MOUNTS={mounts} PYTHON=/opt/python CHECK_PYTHON=/bin/echo\n")
+    pythons = "PYTHON=/opt/python CHECK_PYTHON=/bin/echo" if image else "PYTHON=/bin/echo"
+    site.write(more=f"IMAGE={image} MOUNTS={mounts} {pythons}\n")
     done = run_on_login_node(site, "moe7b.sh", "--dry-run", "--nodes=4")
     _, srun, *_, checked = done.stdout.splitlines()
     assert ("--container-mounts" in srun) == bool(mounts)
     assert checked.startswith("-m megatron_fc topology configs/olmoe_7b.yaml ")
-    assert checked.endswith(" --nodes 4 --gpus-per-node 8" + " --check-files" * files)
+    # Which packages are there it can say only where it is the one that trains.
+    asked = " --check-files" * files + " --check-packages" * (not image)
+    assert checked.endswith(" --nodes 4 --gpus-per-node 8" + asked)
     assert ("MOUNTS gives folders other names" in done.stderr) != files
 
 
@@ -68,7 +93,7 @@ def test_with_an_image_another_python_checks(
         (["-N", "4"], "--nodes=4"),
         (["-N4"], "--nodes=4"),
         (["-N", "4", "--nodes=6"], "--nodes=4 --nodes=6"),
-        (["-p", "part", "-t", "10:00"], "--partition=part --time=10:00"),
+        (["-p", "part", "-t", "10:01"], "--partition=part --time=10:01"),
         (["--exclusive", "lr=1", "--exclusive=user", "-H"], "--exclusive --exclusive=user --hold"),
         (["--export", "ALL,LR=1", "--comment=lr=1"], "--export=ALL,LR=1 --comment=lr=1"),
     ],
@@ -177,8 +202,36 @@ def test_variants_are_overrides_and_runs_of_their_own(site: Site, variant: str, 
     assert f" keep_last=3 {overrides} num_layers=2 " in srun
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "name"),
+    [
+        ("moe7b.sh", "connection=dfc rate=4", "moe7b"),
+        ("moe7b.sh", "connection=residual rate=2", "moe7b-residual"),
+        ("moe7b.sh", "connections.connection=dhc", "moe7b-dhc"),
+        ("dense1b.sh", "rate=2", "dense1b-dfc_x2"),
+        ("moe1b3.sh dfc_x2", "rate=2", "moe1b3-dfc_x2"),
+        ("moe1b3.sh residual", "connection=residual", "moe1b3-residual"),
+        ("moe1b3.sh dfc_x4", "connection=mhc", "moe1b3-dfc_x4-mhc"),
+        ("profile.sh configs/olmoe_7b.yaml", "connection=dhc rate=2", "profile-olmoe_7b-dhc_x2"),
+        (
+            "evaluate.sh configs/olmoe_7b.yaml of=/runs/moe7b-residual sets=x",
+            "connection=residual",
+            "evaluate-moe7b-residual",
+        ),
+    ],
+)
+def test_runs_of_two_connections_share_no_folder(site: Site, script: str, words: str, name: str) -> None:
+    site.write()
+    done = run_on_login_node(site, script, "--dry-run", *words.split())
+    assert f" run_dir={site.run_dir(name)} checked=" in done.stdout, done.stderr
+
+
 CKPT_STEP = "would hold for every start: write 12 into run_dir's checkpoints/latest_checkpointed_iteration.txt instead"
 GEOMETRY = "the layout depends on the number of tasks and GPUs: give --nodes, --ntasks-per-node and --gpus-per-node"
+SHORT = (
+    "--time={} is not longer than the 600 s of --signal=B:USR1@600: give more --time, or a smaller "
+    "--signal=B:USR1@SECONDS"
+)
 IN_A_JOB = "nothing is submitted inside a job: give options to sbatch, before the script, and --dry-run outside"
 
 
@@ -213,6 +266,12 @@ IN_A_JOB = "nothing is submitted inside a job: give options to sbatch, before th
         (["--ntasks-per-gpu=1"], "", f"--ntasks-per-gpu=1: {GEOMETRY}"),
         (["--ntasks-per-n=4"], "", "--ntasks-per-n=4: write --ntasks-per-node out"),
         (["--node=4"], "", "--node=4: write --nodes out"),
+        (["--time=00:05:00"], "", SHORT.format("00:05:00")),
+        (["-t", "10"], "", SHORT.format("10")),
+        ([], "export SBATCH_TIMELIMIT=0-0:10:0\n", SHORT.format("0-0:10:0")),
+        (["--tim=30"], "", "--tim=30: write --time out"),
+        (["--lr", "1e-4"], "", "--lr is no option of sbatch; an override is lr=1e-4"),
+        (["--train-samples=8"], "", "--train-samples is no option of sbatch; an override is train_samples=8"),
         ([], "export SBATCH_GRES=gpu:4\n", f"SBATCH_GRES=gpu:4: {GEOMETRY}"),
         ([], "export SBATCH_GPUS=16\n", f"SBATCH_GPUS=16: {GEOMETRY}"),
         (
@@ -405,6 +464,24 @@ def test_a_job_is_written_down_whatever_sbatch_prints(
     assert (tmp_path / "run/job").read_text() == job
 
 
+@pytest.mark.parametrize("why", ["Could not establish a configuration source", "Unknown partition"])
+def test_a_refusal_of_sbatch(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """It leaves no folder; in a dry run, that sbatch is installed where no cluster is refuses nothing."""
+    (tmp_path / "sbatch").write_text(f"#!/bin/bash\necho 'sbatch: error: one' >&2; echo 'sbatch: {why}' >&2; exit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{os.environ['PATH']}:{tmp_path}")
+    site.write()
+    done = run_on_login_node(site, "moe7b.sh", f"run_dir={tmp_path / 'run'}")
+    assert (done.returncode, done.stderr) == (2, f"launch: sbatch refuses: sbatch: {why}\n")
+    assert not (tmp_path / "run").exists()
+    done = run_on_login_node(site, "moe7b.sh", f"run_dir={tmp_path / 'run'}", "--dry-run")
+    if "source" in why:
+        said = f"note: sbatch reaches no cluster here, so SLURM is not asked: sbatch: {why}\n"
+        assert (done.returncode, done.stderr) == (0, said)
+    else:
+        assert (done.returncode, done.stderr) == (2, f"launch: sbatch refuses: sbatch: {why}\n")
+
+
 def test_a_run_at_its_target_is_not_submitted(site: Site, tmp_path: Path) -> None:
     site.write()
     (tmp_path / "state").write_text("done\n")
@@ -458,7 +535,7 @@ def test_layout_and_data_are_checked(
     monkeypatch.delenv("CHECK")
     site.write(full_size=True)
     run_dir = tmp_path / "run"
-    done = run_on_login_node(site, "moe7b.sh", *words, f"run_dir={run_dir}", "--dry-run")
+    done = run_on_login_node(site, "moe7b.sh", *words, f"run_dir={run_dir}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"megatron-fc: {start}")
     assert done.stderr.count("\n") == 1

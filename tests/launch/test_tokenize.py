@@ -76,6 +76,7 @@ def test_what_is_wrong_is_said_on_the_login_node(cluster: Cluster, site: dict[st
     )
     assert "--sbatch has no time=" in cluster.run(SCRIPT, *words, check=False, **site).stderr
     assert "write options of sbatch as --NAME=VALUE" in cluster.run(SCRIPT, "-t", *words, check=False, **site).stderr
-    shown = cluster.run(SCRIPT, "--dry-run", "--time=10", *words, **site).stdout
-    assert shown.endswith(f"--executor slurm --python {sys.executable} --sbatch=time=10 \n")
+    shown = cluster.run(SCRIPT, "--dry-run", "--time=10", "--qos=low", *words, **site)
+    assert shown.stdout.endswith(f"--executor slurm --python {sys.executable} --sbatch=time=10 --sbatch=qos=low \n")
+    assert ", to sbatch --time=10 --qos=low with the script that it writes into logs/ of --out\n" in shown.stderr
     assert not (tmp_path / "out").exists()

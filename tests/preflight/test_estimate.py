@@ -543,9 +543,18 @@ def ask(*words: str, config: str = "olmoe_7b", nodes: int = 64, gpu: str = "h200
 
 
 def test_a_report_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ask() == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    for words in ("6,919,326,912, active 1,282,182,336", "connections 165,056", "fits", "not calibrated: none of"):
+    assert ask("keep_last=3", "keep_every=25000") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line != line.rstrip()]
+    printed = " ".join(" ".join(lines).split())
+    kept = "checkpoints of the whole run: (4 + 28) x 96.9 GB = 3.1 TB"
+    for words in (
+        "6,919,326,912, active 1,282,182,336",
+        "connections 165,056",
+        "fits",
+        "not calibrated: none of",
+        kept,
+    ):
         assert words in printed
     for words in ("exchange", "note:"):
         assert words not in printed

@@ -176,9 +176,9 @@ def test_room(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"checkpoints has \S+ .iB free, 4 more checkpoints need 4,194,304.0 GiB: make room or choose"
     ):
-        DiskSpace(folder, 1 << 50, 4).check()
-    assert DiskSpace(folder, 1 << 10, 1).check().endswith(" free, 1 more checkpoint needs 1.0 KiB")
-    assert DiskSpace(folder, None, 4).check().endswith(" free, what a checkpoint needs is not known")
+        DiskSpace(folder, 1 << 50, 4, (4, 0)).check()
+    assert DiskSpace(folder, 1 << 10, 1, (4, 28)).check().endswith(" free, 1 more checkpoint needs 1.0 KiB")
+    assert DiskSpace(folder, None, 4, (4, 0)).check().endswith(" free, what a checkpoint needs is not known")
     assert not folder.parent.exists()
 
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from megatron_fc.cli.main import main
+from megatron_fc.preflight import packages
 from megatron_fc.training.machine import has_transformer_engine
 from support.token_files import write_tokens
 
@@ -35,6 +36,7 @@ def test_a_run_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         "the connections",
         "GPU-hours  22,093 in all, 14.4 days, assuming 30% of 989 TFLOP/s per GPU in any layout: `megatron-fc plan` "
         "estimates this one, or give --tokens-per-second-per-gpu",
+        "disk       checkpoints of the whole run: 716 x 96.9 GB = 69.4 TB",
     ]
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
 
@@ -69,6 +71,43 @@ def test_a_measured_speed_replaces_the_assumption(capsys: pytest.CaptureFixture[
     printed = capsys.readouterr().out
     assert "GPU-hours  1,165 in all, 0.8 days, at the given 1,000 tokens/s per GPU\n" in printed
     assert "assum" not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["keep_last=3", "keep_every=25000"], "(4 + 28) x 96.9 GB = 3.1 TB"),  # 715,256 steps, one checkpoint in 1,000
+        (["keep_last=3"], "4 x 96.9 GB = 387.5 GB"),
+        (["keep_last=3", "keep_every=1500"], "(4 + 238) x 96.9 GB = 23.4 TB"),  # where there is one: each 3,000
+        (["save_retain_interval=50000"], "(2 + 14) x 96.9 GB = 1.5 TB"),
+        (["keep_last=3", "train_samples=1024000"], "1 x 96.9 GB = 96.9 GB"),
+        (["save_interval=null"], None),
+    ],
+)
+def test_checkpoints_of_the_whole_run(words: list[str], kept: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ask(*words) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("disk ")]
+    assert lines == ([f"disk       checkpoints of the whole run: {kept}"] if kept else [])
+
+
+@pytest.mark.parametrize(
+    ("words", "lacks"),
+    [
+        ([], ["no Transformer Engine, so", "use_distributed_optimizer: without Transformer Engine or Apex"]),
+        (["transformer_impl=local"], ["use_distributed_optimizer: without Transformer Engine or Apex"]),
+        (["save_interval=null"], ["no Transformer Engine, so"]),
+        (["distributed_backend=gloo"], []),
+    ],
+)
+def test_packages_that_this_python_lacks_are_a_warning(
+    words: list[str], lacks: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "has_transformer_engine", lambda: False)
+    assert ask(*words, "--check-packages") == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")]
+    assert len(warnings) == bool(lacks)
+    for said in ("no Transformer Engine, so", "use_distributed_optimizer: without Transformer Engine or Apex"):
+        assert (said in "".join(warnings)) == (said in lacks)
 
 
 def test_whole_batches_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +156,18 @@ def test_the_clusters_packages_count_not_this_machines(capsys: pytest.CaptureFix
             "Megatron refuses the model: Please use --moe-router",
         ),
         (["global_batch_size=null"], 8, "global_batch_size is not set: set it"),
+        (
+            ["train_iters=1000"],
+            8,
+            "both set: set train_samples=1024000 for these iterations and drop train_iters, or set train_samples=null "
+            "lr_decay_samples=null lr_warmup_samples=null and the learning rate's schedule in iterations",
+        ),
+        (
+            ["train_iters=1000", "train_samples=null"],
+            8,
+            "count in two units: set lr_decay_samples=null lr_warmup_samples=null and lr_decay_iters and lr_warmup_ite",
+        ),
+        (["train_data_path=[x]", "per_split_data_args_path=y"], 8, "are both set: remove the latter, e.g. from SITE_"),
         (["train_samples=null"], 8, "the run has no end: set train_samples or train_iters"),
         (["num_layer=3"], 8, "unknown key in section model: 'num_layer': did you mean 'num_layers'?"),
         (["connection=mhc", "cuda_graph_impl=local"], 8, "hidden_size=2048 wide, and the stream of mhc_x4 has 8192"),
@@ -143,8 +194,9 @@ def test_room_for_the_checkpoints_is_a_file_check(
     huge = "moe_ffn_hidden_size=16777216"  # a checkpoint of 1.4 petabytes
     assert ask(*words, huge) == 0
     assert ask(*words, huge, "--check-files") == 2
-    said = capsys.readouterr().err
+    printed, said = capsys.readouterr()
     assert said.startswith(f"megatron-fc: {tmp_path}/run/checkpoints has ")
+    assert "\nlayout     DP64 " in printed, "the rest is said all the same"
     assert " free, 4 more checkpoints need " in said
     assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -159,7 +211,10 @@ def test_damaged_data_and_foreign_tokens_are_a_file_check(
     words += ["--nodes", "1", "--gpus-per-node", "1"]
     assert main([*words, "--check-files"]) == 0
     epochs = 100 * 4 * 32 / (Path(f"{prefix}.bin").stat().st_size / 2)
-    assert f"data       the run reads {prefix} {epochs:.2f} times over\n" in capsys.readouterr().out
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"WARNING: the run reads {prefix} {epochs:.2f} times over, more than 4: add data")
+    assert main([*words, "train_iters=30", "lr_decay_iters=30", "--check-files"]) == 0
+    assert f"data       the run reads {prefix} {epochs * 0.3:.2f} times over\n" in capsys.readouterr().out
     write_tokens(prefix, vocabulary=5000)
     assert main([*words, "--check-files"]) == 2
     assert ", and the model's vocabulary has 384: give the tokenizer that made these data" in capsys.readouterr().err

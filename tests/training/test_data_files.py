@@ -36,9 +36,13 @@ def test_what_a_blend_is(tmp_path: Path) -> None:
     assert blends(arguments(data_args_path=str(tmp_path / "list"))) == [Blend("data_args_path", ("a", "b"), (0.5, 0.5))]
     (tmp_path / "json").write_text('{"train": ["a"], "valid": "b c", "test": null}')
     assert blends(arguments(per_split_data_args_path=str(tmp_path / "json"))) == [
-        Blend("train_data_path", ("a",), None),
-        Blend("valid_data_path", ("b", "c"), None),
+        Blend("train_data_path", ("a",), None, str(tmp_path / "json")),
+        Blend("valid_data_path", ("b", "c"), None, str(tmp_path / "json")),
     ]
+    with pytest.raises(UserError, match=r"^per_split_data_args_path=\S+/json, train a: a.bin does not exist: correct "):
+        refuse_missing_files(arguments(per_split_data_args_path=str(tmp_path / "json")))
+    with pytest.raises(UserError, match=r"^train_data_path=data/demo/no: .* exist: `megatron-fc data demo` makes it"):
+        refuse_missing_files(arguments(train_data_path=["data/demo/no"]))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,8 @@ def test_what_a_blend_is(tmp_path: Path) -> None:
         ({"data_path": ["a"], "valid_data_path": ["b"]}, "data_path is for all splits, and Megatron would not read"),
         (
             {"per_split_data_args_path": "x", "train_data_path": ["a"], "valid_data_path": ["b"]},
-            "Megatron would not read train_data_path and valid_data_path: keep one, e.g. with train_data_path=null",
+            "per_split_data_args_path and train_data_path and valid_data_path are both set: remove the latter, e.g. "
+            "from SITE_OVERRIDES, or by train_data_path=null valid_data_path=null",
         ),
         ({"data_args_path": "/nowhere"}, "data_args_path=/nowhere cannot be read: No such file"),
         ({"per_split_data_args_path": __file__}, "must be JSON with the keys train, valid, test"),
@@ -121,6 +126,8 @@ def test_how_often_data_are_read(tmp_path: Path) -> None:
     assert repetition(arguments(train_data_path=[a], train_iters=iterations)) is None
     said = repetition(arguments(train_data_path=[a], train_iters=3 * iterations))
     assert said == f"the run reads {a} {3 * iterations * 64 / tokens[a]:.2f} times over"
+    often = repetition(arguments(train_data_path=[a], train_iters=5 * iterations))
+    assert (often or "").startswith(f"WARNING: {said.partition(a)[0]}{a} ")
     samples = arguments(train_data_path=["3", a, "1", b], train_samples=8 * iterations)
     assert f"{a} {0.75 * 8 * iterations * 16 / tokens[a]:.2f} times over" in (repetition(samples) or "")
     half = repetition(arguments(data_path=[b], split="50,50,0", train_iters=2 * iterations))

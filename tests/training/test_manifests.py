@@ -24,7 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def look(made: Path, **settings: Any) -> None:
     named = {"data_path": None, "valid_data_path": None, "test_data_path": None, "data_args_path": None}
     named |= {"per_split_data_args_path": None, "data_cache_path": None, "tokenizer_type": "HuggingFaceTokenizer"}
-    named |= {"train_data_path": [str(made / "data" / "train-00000")], "padded_vocab_size": 384}
+    named |= {"train_data_path": [str(made / "data" / "train-00000")], "padded_vocab_size": 384, "vocab_size": None}
     refuse_damaged_files(Namespace(**named | settings))
 
 
@@ -40,8 +40,11 @@ def test_another_one_is_refused(made: Path) -> None:
 
 
 def test_a_smaller_vocabulary_is_refused(made: Path) -> None:
-    with pytest.raises(UserError, match="its tokenizer small has 300 tokens, and the model's vocabulary 299"):
+    said = "the tokenizer small that made these data has 300 tokens, and the model's vocabulary 299: set "
+    with pytest.raises(UserError, match=f"{said}padded_vocab_size to at least 300"):
         look(made, tokenizer_model=str(made / "small"), padded_vocab_size=299)
+    with pytest.raises(UserError, match=f"{said}vocab_size to at least 300"):
+        look(made, tokenizer_type="NullTokenizer", tokenizer_model=None, padded_vocab_size=299, vocab_size=299)
 
 
 def test_files_that_are_not_those_of_the_manifest_are_refused(made: Path, tmp_path: Path) -> None:

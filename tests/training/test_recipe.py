@@ -182,6 +182,8 @@ def test_gpt_layers_become_a_hybrid_pattern(base: Path) -> None:
         (["slots=4"], [], "unknown key in section model: 'slots'"),
         (["connection=mhc", "leave=sum"], [], "unknown leave 'sum': valid are learned, mean"),
         ([], ["--hyper-slots", "4"], "--hyper-slots behind -- would be a second source of the connection"),
+        (["tp=2"], [], "unknown key in section model: 'tp': write tensor_model_parallel_size"),
+        (["model.nodes=8"], [], "unknown key in section model: 'nodes': it is an option of topology and launch/, --no"),
         (["num_layers=many"], [], "argument --num-layers: invalid int value: 'many'"),
         (["swiglu=3"], [], "swiglu is a switch: set it to true or false, not 3"),
         (["num_layers=true"], [], "num_layers takes a value, not true"),
