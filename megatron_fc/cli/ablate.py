@@ -23,8 +23,7 @@ def add(commands: Commands) -> None:
     ablate.add_argument("--baseline", metavar="NAME", help="in place of the suite's")
     ablate.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU, else one)")
     ablate.add_argument("--out", type=Path, metavar="FOLDER", help="of runs (default: runs/ablation/SUITE)")
-    help = "of records and tables (default: ablation/SUITE in benchmarks/results)"
-    ablate.add_argument("--results", type=Path, metavar="FOLDER", help=help)
+    ablate.add_argument("--results", type=Path, metavar="FOLDER", help="of records and tables (default: OUT/results)")
     what = ablate.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="check all runs and say which are done; start nothing")
     what.add_argument("--table", action="store_true", help="start nothing: take in what has finished, write the tables")
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs {args.jobs}: give a number from 1 on")
     suite = read_suite(args.suite, args.overrides, args.baseline)
     out = args.out or Path("runs/ablation") / suite.name
-    results = args.results or Path("benchmarks/results", "ablation", suite.name)
+    results = args.results or out / "results"
     chosen = suite.chosen(args.variants, args.seeds)
     every = plan(suite, suite.runs, out)
     planned = [one for one in every if one.run in chosen]
@@ -73,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     records = [record for one in every if (record := read_record(results, one)) is not None]
     if failed and not records:
         return 1
-    command = f"megatron-fc ablate {shlex.join([str(args.suite), *args.overrides])}"
+    kept = ["--results", str(args.results)] if args.results else []
+    command = f"megatron-fc ablate {shlex.join([str(args.suite), *args.overrides, *kept])}"
     _, text, _ = files = write_report(suite, records, results, command)
     print(f"\n{text.read_text()}\n" + "\n".join(map(str, files)))
     return 1 if failed else 0

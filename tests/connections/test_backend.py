@@ -83,7 +83,9 @@ def test_shapes_strides_and_dtypes_that_do_not_fit() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "interpret", "cases"), [("torch", "0", 9), ("triton", "1", 4)])
+@pytest.mark.parametrize(
+    ("backend", "interpret", "cases"), [("torch", "0", 9), pytest.param("triton", "1", 4, marks=pytest.mark.soak)]
+)
 def test_under_torch_compile_without_a_graph_break(backend: str, interpret: str, cases: int) -> None:
     """In a process of its own: where the CPU lane is, torch.compile does nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}

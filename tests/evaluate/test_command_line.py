@@ -30,7 +30,7 @@ def test_words_are_refused(words: dict[str, Any], batch_size: Any, said: str) ->
         open_model(words, {"batch_size": batch_size})
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_harness_s_models_run_as_they_do_without_us(config: Path, tasks: Path, tmp_path: Path) -> None:
     """In a Python of its own: on the CPU lane, which our model needs, theirs do not load."""
     tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["data"]["tokenizer_model"])
