@@ -60,7 +60,7 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any]
     return result(folder, "kernels")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_contestant_is_measured_or_absent_for_a_reason(operations: tuple[dict[str, Any], str]) -> None:
     stored, page = operations
     names_its_machine(stored, page, "kernels.py")
