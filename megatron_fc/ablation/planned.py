@@ -50,13 +50,17 @@ def plan(suite: Suite, runs: Iterable[Run], out: Path) -> list[Planned]:
         out: folder of their folders.
 
     Raises:
-        UserError: as `load_recipe`, before any of them has begun; or the size of the validation set is not known.
+        UserError: as `load_recipe`, with the variant's name and before any run has begun; or the size of the validation
+            set is not known.
     """
     planned, known = [], {}
     for run in runs:
         words = [*suite.settings_of(run), f"run_dir={out / run.name}"]
-        recipe = load_recipe(suite.config, words)
-        args = megatron_arguments().parse(recipe.argv)
+        try:
+            recipe = load_recipe(suite.config, words)
+            args = megatron_arguments().parse(recipe.argv)
+        except UserError as error:
+            raise UserError(f"{run.variant} of {suite.file}: {error}") from None
         if not any(word.partition("=")[0].rpartition(".")[2] == "eval_iters" for word in words):
             words.append(f"eval_iters={_whole_validation(args, suite)}")
             recipe = load_recipe(suite.config, words)

@@ -80,6 +80,11 @@ VARIANTS = SUITE["variants"]
             [],
             "{file}: dfc_x4 has seed 8, which its baseline residual lacks: give the baseline as many seeds",
         ),
+        (
+            {"config": str(ROOT / "configs" / "demo.yaml"), "variants": {"typed": {"rat": 4}} | VARIANTS},
+            [],
+            "typed of {file}: unknown key in section model: 'rat': did you mean 'rate'?",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(
