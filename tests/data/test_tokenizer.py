@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from megatron_fc.data import tokenizer as bpe
 from megatron_fc.errors import UserError
@@ -103,6 +102,8 @@ def test_auto_tokenizer_loads_the_folder_without_a_network(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     bpe.save(trained, tmp_path / "tokenizer")
+
+    from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
 

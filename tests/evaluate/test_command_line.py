@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_fc import UserError
 from megatron_fc.evaluate.command_line import open_model
@@ -33,6 +32,8 @@ def test_words_are_refused(words: dict[str, Any], batch_size: Any, said: str) ->
 @pytest.mark.soak
 def test_the_harness_s_models_run_as_they_do_without_us(config: Path, tasks: Path, tmp_path: Path) -> None:
     """In a Python of its own: on the CPU lane, which our model needs, theirs do not load."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
     tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(config.read_text())["data"]["tokenizer_model"])
     tokenizer.save_pretrained(tmp_path / "hf")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

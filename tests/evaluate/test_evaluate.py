@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoTokenizer
 
 from megatron_fc.data.indexed import write_indexed
 from support import fork_server
@@ -88,6 +87,8 @@ def test_results_are_those_of_a_direct_computation(direct: dict[str, Any], trial
 @pytest.mark.slow
 def test_perplexity_of_texts_and_of_indexed_files(direct: dict[str, Any], trials: Trials, tmp_path: Path) -> None:
     """By document the bits per byte of the harness, by chunk the loss by hand, on two ranks; one file of each kind."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(trials.config.read_text())["data"]["tokenizer_model"])
     texts = [json.loads(line)["text"] for line in (trials.tasks / "texts.jsonl").read_text().splitlines()]
     write_indexed(
@@ -304,6 +305,8 @@ def test_refusals(words: list[str], said: str, trials: Trials, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_larger_tokenizer_is_refused(trials: Trials, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(yaml.safe_load(trials.config.read_text())["data"]["tokenizer_model"])
     tokenizer.add_tokens([f"word{number}" for number in range(200)])
     tokenizer.save_pretrained(tmp_path / "larger")

@@ -4,6 +4,8 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -25,8 +27,13 @@ def names(requirements: list[str]) -> set[str]:
     return {canonicalize_name(Requirement(text).name) for text in requirements}
 
 
-INSTALLED = packages_distributions()
 EXTRAS = {extra: names(requirements) for extra, requirements in PROJECT["optional-dependencies"].items()}
+
+
+@cache
+def installed() -> Mapping[str, list[str]]:
+    """Distributions by the modules that they bring."""
+    return packages_distributions()
 
 
 def imported_packages(*sources: Path) -> set[str]:
@@ -39,7 +46,7 @@ def imported_packages(*sources: Path) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules.add((node.module or "").partition(".")[0])
     others = modules - set(sys.stdlib_module_names) - {"megatron_fc"}
-    return {canonicalize_name(INSTALLED.get(name, [name])[0]) for name in others}
+    return {canonicalize_name(installed().get(name, [name])[0]) for name in others}
 
 
 def test_the_base_is_what_the_plugin_and_the_operators_import() -> None:
