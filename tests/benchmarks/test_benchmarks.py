@@ -55,7 +55,7 @@ def names_its_machine(stored: dict[str, Any], page: str, script: str) -> None:
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     folder = tmp_path_factory.mktemp("results")
-    size = ("--widths", str(WIDTH), "--tokens", str(TOKENS), "--connections", f"dfc_x{M}", "--rounds", "2")
+    size = ("--widths", str(WIDTH), "--tokens", str(TOKENS), "--connections", f"dfc_x{M}", "--rounds", "1")
     run("kernels.py", "--device", "cpu", *size, "--output", str(folder))
     return result(folder, "kernels")
 
@@ -112,7 +112,7 @@ def test_counted_bytes_and_rates(operations: tuple[dict[str, Any], str]) -> None
 
 @pytest.mark.slow
 def test_training_step(tmp_path: Path) -> None:
-    shape = ("--rounds", "2", "--steps", "1", "--micro-batches", "1", "--layers", "1")
+    shape = ("--rounds", "1", "--steps", "1", "--micro-batches", "1", "--layers", "1")
     run("step.py", "--device", "cpu", *shape, "--output", str(tmp_path))
     stored, page = result(tmp_path, "step")
     names_its_machine(stored, page, "step.py")
@@ -121,7 +121,7 @@ def test_training_step(tmp_path: Path) -> None:
     assert "Transformer Engine" in rows.pop("residual, fused_residual_rmsnorm")["absent"]
     for row in rows.values():
         assert not row["error"]
-        assert len(row["step_ms"]) == stored["rounds"] == 2
+        assert len(row["step_ms"]) == stored["rounds"] == 1
         assert all(0 < part < whole for part, whole in zip(row["gradients_ms"], row["step_ms"], strict=True))
         assert f"{row['tokens_per_s']:,.0f}" in page
     assert rows["residual"]["throughput_against_residual"] == 1
