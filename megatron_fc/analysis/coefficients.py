@@ -39,17 +39,18 @@ def analyze_coefficients(source: Source) -> dict[str, Any] | None:
 
 
 def _site(observed: Observed, number: int) -> dict[str, Any]:
-    """One site: a table's mean over tokens, and its standard deviation, the spread of the part that data decide."""
+    """One site: a table's start, mean over tokens and standard deviation, the spread of the part that data decide."""
     layer, name = observed.names[number]
-    beta, gamma, alpha = observed.coefficients[number]
+    found = observed.coefficients[number]
+    beta, alpha = found.beta, found.alpha
     slots = alpha.shape[-1]
     identity = torch.eye(slots)
     return {
         "layer": layer,
         "sub_layer": name,
         **{
-            key: {"mean": rows(table.mean(0)), "spread": rows(_deviation(table))}
-            for key, table in (("beta", beta), ("gamma", gamma), ("alpha", alpha))
+            key: {"start": rows(start[0]), "mean": rows(table.mean(0)), "spread": rows(_deviation(table))}
+            for key, start, table in zip(found._fields, observed.starts[number], found, strict=True)
         },
         # Frobenius norms of what separates them from a plain residual connection, per slot.
         "from_identity": {

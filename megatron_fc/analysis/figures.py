@@ -15,26 +15,34 @@ _NUMBERS = 4  # slots up to which values are written into matrices
 
 
 def plot_coefficients(found: Mapping[str, Any], out: Path) -> Path:
-    """Draw every site's alpha, gamma and beta as small matrices, a column per site."""
+    """Draw alpha, gamma and beta of every site as small matrices; colours show what training changed."""
     plt = _pyplot()
     sites, names = found["sites"], ("alpha", "gamma", "beta")
     slots = len(sites[0]["alpha"]["mean"])
-    tables = [[np.array(site[name]["mean"]).reshape(slots, -1) for site in sites] for name in names]
+
+    def tables(of: str) -> list[list[Any]]:
+        return [[np.array(site[name][of]).reshape(slots, -1) for site in sites] for name in names]
+
+    means, starts = tables("mean"), tables("start")
+    changes = [[mean - start for mean, start in zip(*both, strict=True)] for both in zip(means, starts, strict=True)]
+    most = max(0.01, *(abs(change).max() for row in changes for change in row))
     size = (1.1 + _INCH * len(sites), 0.9 + _INCH * (len(names) - 0.4))
     figure, grid = plt.subplots(
         len(names), len(sites), figsize=(max(size[0], 4.5), size[1]), squeeze=False, layout="constrained"
     )
     drawn = None
-    for row, (name, of_sites) in enumerate(zip(names, tables, strict=True)):
-        for axes, site, table in zip(grid[row], sites, of_sites, strict=True):
-            drawn = axes.imshow(table, cmap="RdBu_r", vmin=-1.2, vmax=1.2)
-            _write_values(axes, table, slots)
+    for row, name in enumerate(names):
+        for axes, site, mean, change in zip(grid[row], sites, means[row], changes[row], strict=True):
+            drawn = axes.imshow(change, cmap="RdBu_r", vmin=-most, vmax=most)
+            _write_values(axes, mean, abs(change) > 0.65 * most, slots)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if row == 0:
                 axes.set_title(f"{site['layer']} {_SHORT.get(site['sub_layer'], site['sub_layer'])}", fontsize=7)
         grid[row][0].set_ylabel(name, fontsize=9)
-    figure.colorbar(drawn, ax=grid, shrink=0.7, aspect=30, panchor=False)
+    bar = figure.colorbar(drawn, ax=grid, shrink=0.7, aspect=30, panchor=False)
+    bar.set_label("change since the start", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     figure.suptitle(
         f"{found['connection']}: mean over {found['tokens']:,} tokens; row: source slot, column: destination",
         fontsize=9,
@@ -42,11 +50,11 @@ def plot_coefficients(found: Mapping[str, Any], out: Path) -> Path:
     return _saved(figure, out)
 
 
-def _write_values(axes: Any, table: Any, slots: int) -> None:
+def _write_values(axes: Any, table: Any, dark: Any, slots: int) -> None:
     if slots > _NUMBERS:
         return
     for (row, column), value in np.ndenumerate(table):
-        colour = "white" if abs(value) > 0.8 else "black"
+        colour = "white" if dark[row, column] else "black"
         text = f"{value:.2f}".replace("0.", ".").replace("-.00", ".00")
         axes.text(column, row, text, ha="center", va="center", fontsize=4.5, color=colour)
 

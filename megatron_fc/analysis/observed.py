@@ -28,6 +28,7 @@ class Part:
         replica, tensor: its place.
         names: layer and name of its sub-layers, by number.
         coefficients: of its sites, by number.
+        starts: the coefficients that its sites had at their initial values, by number.
         cosines: between the inputs of a sub-layer and of the one before, by number.
         borders: inputs of its first and last sub-layer, by number.
         loss: of the data, where the last stage is.
@@ -37,6 +38,7 @@ class Part:
     tensor: int
     names: dict[int, tuple[int, str]] = field(default_factory=dict)
     coefficients: dict[int, list[Coefficients]] = field(default_factory=dict)
+    starts: dict[int, Coefficients] = field(default_factory=dict)
     cosines: dict[int, list[Tensor]] = field(default_factory=dict)
     borders: dict[int, list[Tensor]] = field(default_factory=dict)
     loss: float | None = None
@@ -49,6 +51,7 @@ class Observed:
     Attributes:
         names: layer and name of every sub-layer.
         coefficients: of every site, [T, ...]; empty where residuals are plain.
+        starts: what they were at the initial values, [1, ...].
         cosines: [T] between the inputs of each sub-layer from the second on and of the one before.
         tokens: T.
         loss: of the data.
@@ -56,6 +59,7 @@ class Observed:
 
     names: list[tuple[int, str]]
     coefficients: list[Coefficients]
+    starts: list[Coefficients]
     cosines: list[Tensor]
     tokens: int
     loss: float
@@ -110,6 +114,8 @@ class _Collector:
         if sub_layer.site is not None:
             found = coefficients(h, sub_layer.site.operands())
             self._part.coefficients.setdefault(number, []).append(Coefficients(*(table.cpu() for table in found)))
+            if number not in self._part.starts:
+                self._part.starts[number] = _start(sub_layer.site)
 
     def micro_batch_over(self) -> None:
         """The stage's last sub-layer has been seen; a stage of one has its border already."""
@@ -119,6 +125,12 @@ class _Collector:
         if number not in self._part.borders or number in self._part.cosines:
             self._part.borders.setdefault(number, []).append(x.cpu())
         self._before = None
+
+
+def _start(site: Any) -> Coefficients:
+    """The coefficients of a site at its initial values, which do not depend on data."""
+    fresh = site.config.build(site.hidden_size, site.sub_layer)
+    return coefficients(torch.zeros(1, site.stream_width), fresh.operands())
 
 
 def _together(parts: Sequence[Part]) -> Observed:
@@ -147,8 +159,10 @@ def _together(parts: Sequence[Part]) -> Observed:
         pieces = [piece for place in places for piece in of(number, place, "coefficients") or []]
         if pieces:
             sites.append(Coefficients(*(torch.cat(tables) for tables in zip(*pieces, strict=True))))
+    by_number = {number: start for part in parts for number, start in part.starts.items()}
+    starts = [by_number[number] for number in sorted(by_number)]
     losses = [part.loss for part in parts if part.loss is not None]
-    return Observed([names[n] for n in numbers], sites, cosines, _tokens(sites, cosines), losses[0])
+    return Observed([names[n] for n in numbers], sites, starts, cosines, _tokens(sites, cosines), losses[0])
 
 
 def _tokens(sites: Sequence[Coefficients], cosines: Sequence[Tensor]) -> int:

@@ -113,8 +113,9 @@ def _coefficients(out: Path, found: Content) -> str:
     return figure(
         "coefficients",
         "Coefficients",
-        f"Means over {found['tokens']:,} tokens of validation data. A plain residual connection has alpha = I and "
-        f"beta = 1. The spread is the largest standard deviation over tokens of a table's values: what data decide.",
+        f"Means over {found['tokens']:,} tokens of validation data, coloured by how far they moved from their initial "
+        f"values. A plain residual connection has alpha = I and beta = 1. The spread is the largest standard deviation "
+        f"over tokens of a table's values: what data decide.",
         _image(out / "coefficients.png", "alpha, gamma and beta of every site"),
         _details(table(heads, lines)),
     ) + figure(

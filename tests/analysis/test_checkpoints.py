@@ -57,6 +57,9 @@ def by_hand(config: Path, run_dir: Path, connection: str) -> dict[str, Any]:
     return found
 
 
+IDENTITY = [[float(row == column) for column in range(4)] for row in range(4)]
+
+
 def same(found: Any, expected: Any) -> None:
     if isinstance(expected, list):
         assert len(found) == len(expected)
@@ -99,6 +102,12 @@ def test_measures_are_those_by_hand(
     for site, by_name in zip(coefficients["sites"], expected["sites"], strict=True):
         for name, mean in by_name.items():
             same(site[name]["mean"], mean)
+            assert site[name]["start"] != site[name]["mean"]
+    if connection != "mhc_x4":
+        sites = coefficients["sites"]
+        assert all(site["alpha"]["start"] == IDENTITY and site["beta"]["start"] == [1] * 4 for site in sites)
+        read = IDENTITY if connection == "dfc_x4" else [[0], [0], [1], [0]]  # by the third of them
+        assert sites[2]["gamma"]["start"] == read
     for name in ("forward", "backward", "singular"):
         assert coefficients["gain"][name][0][3] == pytest.approx(expected[name], rel=1e-3)
         assert coefficients["gain"][name][3][0] is None
