@@ -88,7 +88,9 @@ def evaluate_each(
         return left[0] if left else None
 
     try:
-        with open_engine(recipe, find_checkpoint(asked.source), asked.batch_size, choose) as engine:
+        # The newest one: a run deletes the others.
+        newest = chosen_checkpoints(asked.source, asked.every)[-1]
+        with open_engine(recipe, newest, asked.batch_size, choose) as engine:
             if not engine.leads:
                 engine.follow()
                 return
@@ -109,7 +111,7 @@ def evaluate_each(
 
 
 def chosen_checkpoints(source: Path, every: int | None) -> list[Path]:
-    """Return the checkpoint that `source` stands for, or all of its complete ones at multiples of an iteration.
+    """Return the checkpoint that `source` stands for, or all of its complete ones at multiples, from the oldest on.
 
     Args:
         source: folder of checkpoints, or one of them.

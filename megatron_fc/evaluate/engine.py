@@ -206,7 +206,10 @@ def open_engine(
 
 
 def _without(checkpoint: Path) -> str:
-    return f"put a copy in its place, or move {checkpoint} out of its folder, then the others are evaluated without it"
+    return (
+        f"put a copy in its place; or move {checkpoint} out of its folder and evaluate the others, with --every or by "
+        f"their iter_ folders"
+    )
 
 
 def _settle(checkpoint: Path, args: Namespace) -> None:

@@ -28,12 +28,13 @@ def perplexity(asked: Evaluation, sets: Mapping[str, Path], by: str) -> None:
     """
     limit = asked.limit
     settings: dict[str, dict[str, Any]] = {}
+    files: dict[str, Path] = {}
     read: dict[str, TextSet] = {}
 
     def prepare() -> None:
         for name, path in sets.items():
-            file = find_set(path)
-            settings[name] = {"by": by, "limit": limit, "file": str(file.resolve()), "digest": digest_of(file)}
+            files[name] = find_set(path)
+            settings[name] = {"by": by, "limit": limit, "digest": digest_of(files[name])}
 
     def missing(results: dict[str, Any]) -> list[str]:
         return lacking(results, "perplexity", settings)
@@ -43,7 +44,7 @@ def perplexity(asked: Evaluation, sets: Mapping[str, Path], by: str) -> None:
         for name in names:
             if name not in read:
                 read[name] = _read(questions.engine, sets[name], by, limit)
-            found[name] = _loss(questions, read[name], name) | settings[name]
+            found[name] = _loss(questions, read[name], name) | settings[name] | {"file": str(files[name].resolve())}
         return found
 
     evaluate_each(asked, "perplexity", prepare, missing, ask)

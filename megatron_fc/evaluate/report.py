@@ -105,7 +105,8 @@ def markdown(runs: Sequence[Evaluated], wanted: TaskList) -> str:
             _number(column.get(name), is_share, results.get("tasks", {}).get(name, {}))
             for column, results in zip(values, newest, strict=True)
         ]
-        lines.append(_row(name, metric, str(task.get("shots", "")), *cells))
+        shots = task.get("shots")  # None: its tasks have different numbers
+        lines.append(_row(name, metric, "" if shots is None else str(shots), *cells))
     losses = [losses_of(results) for results in newest]
     for name in _names([losses], []):
         cells = ["" for _ in wanted.paper] + [f"{column[name]:.4f}" if name in column else "" for column in losses]

@@ -85,7 +85,7 @@ def lacking(results: dict[str, Any], section: str, wanted: Mapping[str, dict[str
             if (before := there[name].get(key)) == value:
                 continue
             if key == "digest":
-                what = name if section == "tasks" else f"the file of {name}"
+                what = name if section == "tasks" else f"the content of {name}"
                 raise UserError(
                     f"{what} has changed since the result of {results['checkpoint']} was written: give another --out"
                 )

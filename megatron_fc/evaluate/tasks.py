@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -77,7 +78,7 @@ class Tasks:
         return found.pop() if len(found) == 1 else None
 
     def digest(self, name: str) -> str:
-        """Of what a name's tasks ask and count: their settings and documents, wherever these lie."""
+        """Of what a name's tasks ask and count: settings, documents, files of functions, wherever these lie."""
         digest = hashlib.sha256()
         for item in self.built[name]:
             if isinstance(item, Group):
@@ -129,17 +130,21 @@ class _NoDataError(Exception):
 
 
 def _written(value: Any) -> bytes:
-    """A line of JSON; functions as their source."""
-    return (json.dumps(value, sort_keys=True, default=_source) + "\n").encode()
+    """A line of JSON; functions as the content of the file that they are from."""
+    return (json.dumps(value, sort_keys=True, default=_content) + "\n").encode()
 
 
-def _source(value: Any) -> str:
+def _content(value: Any) -> Any:
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
     if not callable(value):
         return str(value)
+    name = getattr(value, "__qualname__", type(value).__qualname__)
     try:
-        return inspect.getsource(value)
-    except (TypeError, OSError):  # of no file
-        return str(getattr(value, "__qualname__", type(value).__qualname__))
+        file = inspect.getsourcefile(value)
+    except TypeError:  # of no file
+        file = None
+    return [name, hashlib.sha256(Path(file).read_bytes()).hexdigest()] if file and Path(file).exists() else name
 
 
 def _said(error: Exception) -> str:

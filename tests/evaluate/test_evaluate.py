@@ -113,8 +113,9 @@ def test_perplexity_of_texts_and_of_indexed_files(direct: dict[str, Any], trials
             assert found["lines"]["tokens"] == direct["chunk_tokens"]
             assert found["lines"]["perplexity"] == pytest.approx(math.exp(direct["chunk_loss"]), rel=CLOSE)
     for name in ("indexed.idx", "indexed.bin"):
-        os.utime(tmp_path / name, (0, 0))
-    done = run(tmp_path, *words, "chunk")
+        shutil.copy(tmp_path / name, tmp_path / f"copy-of-{name}")
+    copied = [word.replace("/indexed", "/copy-of-indexed") if isinstance(word, str) else word for word in words]
+    done = run(tmp_path, *copied, "chunk")
     assert done.code == 0, done.printed
     assert "nothing to do: " in done.printed
     with (tmp_path / "indexed.bin").open("r+b") as tokens:
@@ -125,8 +126,8 @@ def test_perplexity_of_texts_and_of_indexed_files(direct: dict[str, Any], trials
     for given, said in (
         ("c4=/nowhere/c4", "no validation set /nowhere/c4"),
         ("c4", "--sets c4: write NAME=FILE"),
-        (f"lines={tmp_path / 'other'}", "has a result already, with file="),
-        (f"indexed={tmp_path / 'indexed'}", "the file of indexed has changed since the result of "),
+        (f"lines={tmp_path / 'other'}", "the content of lines has changed since the result of "),
+        (f"indexed={tmp_path / 'indexed'}", "the content of indexed has changed since the result of "),
         (f"empty={tmp_path / 'empty'}", "has no token to score, not one chunk of seq_length=32: give --by document"),
     ):
         done = run(tmp_path, *words[:-3], given, "--by", "chunk")
@@ -213,9 +214,13 @@ def test_a_second_call_adds_what_is_missing(trials: Trials, tmp_path: Path, monk
     corrupt(checkpoints / "iter_0000006", "decoder.")
     without = evaluated(*listed, *offline, to=tmp_path / "without", ranks=2)
     assert without.code == 2, without.printed
-    assert f"move {checkpoints / 'iter_0000006'} out of its folder, then the others are evaluated" in without.printed
+    assert f"move {checkpoints / 'iter_0000006'} out of its folder and evaluate the others, with" in without.printed
     assert "Traceback" not in without.printed
-    missing = evaluated("--tasks", "local_choice", "local_cloze", "--data", tmp_path)
+    shutil.move(checkpoints / "iter_0000006", tmp_path)
+    done = evaluated(*listed, *offline, to=tmp_path / "without")
+    assert done.code == 0, done.printed
+    assert [path.name for path in (tmp_path / "without").glob("*.json")] == ["iter_0000003.json"]
+    missing = evaluated("--tasks", "local_choice", "local_cloze", "--data", tmp_path, "--every", 3)
     assert missing.code == 2
     assert "the data of local_choice, local_cloze are not in" in missing.printed
     assert f"run `megatron-fc evaluate fetch --to {tmp_path}` with the same --tasks" in missing.printed

@@ -29,7 +29,7 @@ def run(folder: Path, connection: str, shift: float) -> Path:
             for name, value, metric in (("first", 0.4, "acc"), ("second", 0.2, "acc"), ("text", 0.71, "bits_per_byte"))
         }
         tasks["first"]["stderr"] = 0.0211
-        tasks["second"]["stderr"] = None
+        tasks["second"] |= {"stderr": None, "shots": None}  # a group whose tasks differ
         path = folder / f"iter_{iteration:07d}.json"
         add_results(path, facts, "tasks", tasks)
         add_results(path, facts, "perplexity", {"c4": {"value": 3.0 - shift * iteration}})
@@ -50,6 +50,7 @@ def test_table_and_curves(runs: list[Path], tmp_path: Path) -> None:
     lines = [line for line in written[0].read_text().splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert rows[0] == ["", "metric", "shots", "paper: residual", "residual, 2,000 tokens", "dfc_x4, 2,000 tokens"]
+    assert {row[0]: row[2] for row in rows[2:4]} == {"first": "0", "second": ""}
     values = {row[0]: row[3:] for row in rows[2:]}
     assert values["first"] == ["50.00 %", "40.00 ± 2.11 % (1,200)", "60.00 ± 2.11 % (1,200)"]
     assert values["both"] == ["", "25.00 %", "45.00 %"]  # (0.4 + 3 * 0.2) / 4

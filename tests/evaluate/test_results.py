@@ -26,7 +26,7 @@ def test_a_result_is_not_replaced(tmp_path: Path) -> None:
         lacking(results, "tasks", {"piqa": {"limit": 1}})
     results = add_results(path, FACTS, "perplexity", {"c4": {"value": 3.0, "digest": "a"}})
     assert lacking(results, "perplexity", {"c4": {"digest": "a"}}) == []
-    with pytest.raises(UserError, match="the file of c4 has changed since the result of run/iter_0000001 was written"):
+    with pytest.raises(UserError, match="the content of c4 has changed since the result of run/iter_0000001"):
         lacking(results, "perplexity", {"c4": {"digest": "b"}})
 
 

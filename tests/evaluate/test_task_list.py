@@ -84,25 +84,31 @@ def test_a_task_that_cannot_be_built_is_named(tmp_path: Path) -> None:
 
 
 def test_a_digest_is_of_what_a_task_asks(tmp_path: Path) -> None:
-    """Wherever its documents lie: an answer, an example and a setting change it, another place does not."""
+    """Wherever its documents lie: an answer, an example, a setting and code change it, another place does not."""
 
-    def digest(folder: str, shots: int = 0, right: str = " 2", example: str = " 3", **more: str) -> str:
+    def digest(
+        folder: str, shots: int = 0, right: str = " 2", example: str = " 3", ask: str = "{}", **more: str
+    ) -> str:
         here = tmp_path / folder
         here.mkdir()
+        (here / "code.py").write_text(
+            f"from functools import partial\n\nASK = {ask!r}\n\ndef _text(doc, end):\n"
+            f"    return ASK.format(doc['question']) + end\n\ntext = partial(_text, end='')\n"
+        )
         for split, answer in (("test", right), ("train", example)):
             (here / f"{split}.jsonl").write_text(json.dumps({"question": f"{split}: 1 + 1 =", "answer": answer}) + "\n")
         files = {split: str(here / f"{split}.jsonl") for split in ("train", "test")}
         values = {"task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
         values |= {"training_split": "train", "fewshot_split": "train", "output_type": "loglikelihood"}
-        values |= {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", **more}
-        (here / "sums.yaml").write_text(yaml.safe_dump(values))
+        values |= {"doc_to_text": "CODE", "doc_to_target": "{{answer}}", **more}
+        (here / "sums.yaml").write_text(yaml.safe_dump(values).replace("CODE", "!function code.text"))
         return Tasks(TaskList({"sums": Wanted(shots=shots)}, folders=[here]), None).digest("sums")
 
     first, with_example = digest("first"), digest("with_example", shots=1)
     assert digest("again") == digest("other_example", example=" 2") == first
     assert digest("again_with_example", shots=1) == with_example
     changed = digest("answer", right=" 4"), digest("setting", description="Sums."), digest("other", 1, example=" 2")
-    assert len({first, with_example, *changed}) == 5
+    assert len({first, with_example, *changed, digest("code", ask="Question: {}")}) == 6
 
 
 def test_a_list_that_is_not_there() -> None:
