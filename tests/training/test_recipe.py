@@ -14,6 +14,7 @@ from megatron_fc.connections.kinds import KINDS, overrides
 from megatron_fc.data.indexed import write_indexed
 from megatron_fc.megatron.flags import add_connection_args, is_connection_argument
 from megatron_fc.training.machine import has_transformer_engine
+from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.recipe import CONNECTIONS, Recipe, load_recipe
 
 BASE = {
@@ -47,6 +48,16 @@ def test_settings_become_megatrons_flags(base: Path) -> None:
     assert recipe.connection == FracConfig(rate=4)
     assert value(recipe, "--frac-rate") == "4"
     assert "--save" not in recipe.argv, "no save_interval, nothing to save"
+
+
+def test_lists_are_written_as_megatron_reads_them(base: Path) -> None:
+    """Its parser has three ways: several words, square brackets, round ones."""
+    words = ["window_size=[512,0]", "moe_layer_freq=[0, 1]", "num_experts=4", "recompute_modules=[mlp, moe]"]
+    args = megatron_arguments().parse(load_recipe(base, words).argv)
+    assert args.window_size == (512, 0)
+    assert args.moe_layer_freq == [0, 1]
+    assert args.recompute_modules == ["mlp", "moe"]
+    assert megatron_arguments().parse(load_recipe(base, ["window_size=[-1,0]"]).argv).window_size == (-1, 0)
 
 
 def test_overrides_find_their_section(base: Path) -> None:
