@@ -60,7 +60,8 @@ submit() { # in place of one job: an array
   said=$RUN_DIR/words
   [[ ! $DRY_RUN ]] || said=$(mktemp -d)
   [[ ! $IS_EXAMPLE ]] || SITE_OVERRIDES=()
-  numbers=$("$here" -m megatron_fc ablate "$SUITE" "${SITE_OVERRIDES[@]}" "${WORDS[@]}" --out "$RUN_DIR" --left "$said")
+  numbers=$("$here" -m megatron_fc ablate "$SUITE" "${SITE_OVERRIDES[@]}" "${WORDS[@]}" --out "$RUN_DIR" --left "$said" \
+    ${DRY_RUN:+--dry-run})
   [[ ! $DRY_RUN ]] || rm -r "$said"
   [[ $numbers ]] || { echo "no run is left: megatron-fc ablate $SUITE --out $RUN_DIR --table"; return; }
   words=(--job-name="$(basename "$RUN_DIR")" --array="$numbers${AT_ONCE:+%$AT_ONCE}" "${OPTIONS[@]}" "$0" "$SUITE"

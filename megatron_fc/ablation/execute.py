@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_fc.ablation.planned import Planned
-from megatron_fc.ablation.record import read_record, record_diverged, record_finished
+from megatron_fc.ablation.record import finished, read_record, record_diverged, record_finished
 from megatron_fc.ablation.suite import Suite
 from megatron_fc.resilience.helpers import end_with
 from megatron_fc.resilience.rejected_results import REPEAT_ELSEWHERE, WRONG
@@ -35,21 +35,34 @@ class _Started:
     began: float
 
 
-def left(suite: Suite, planned: Sequence[Planned], results: Path) -> list[Planned]:
+def left(suite: Suite, planned: Sequence[Planned], results: Path, *, record: bool = True) -> list[Planned]:
     """Return the runs without a record; what has finished, or diverged on SLURM, gets its record here.
+
+    Args:
+        suite: theirs.
+        planned: all runs.
+        results: folder of their records.
+        record: False for a dry run: what would get a record is left out, and nothing is written.
 
     Raises:
         UserError: a record or a folder is of other settings or data.
     """
     remaining = []
     for one in planned:
-        if read_record(results, one) is not None or record_finished(suite, results, one) is not None:
+        if read_record(results, one) is not None:
             continue
-        if _has_diverged(one):
-            record_diverged(suite, results, one)
-        else:
+        write = record_finished if finished(suite, one) else record_diverged if _has_diverged(one) else None
+        if write is None:
             remaining.append(one)
+        elif record:
+            write(suite, results, one)
     return remaining
+
+
+def diverged(planned: Sequence[Planned], results: Path) -> list[str]:
+    """Return the names of the runs that count as diverged, by their record or as the launch scripts gave them up."""
+    records = ((one, read_record(results, one)) for one in planned)
+    return [one.run.name for one, found in records if (_has_diverged(one) if found is None else found["diverged"])]
 
 
 def _has_diverged(planned: Planned) -> bool:

@@ -70,21 +70,29 @@ def read_record(results: Path, planned: Planned) -> dict[str, Any] | None:
     return record
 
 
-def record_finished(suite: Suite, results: Path, planned: Planned) -> dict[str, Any] | None:
-    """Write the record of a run whose folder has a summary; returns it, None where the run has not finished.
+def finished(suite: Suite, planned: Planned) -> dict[str, Any] | None:
+    """Return the summary in a run's folder, None where the run has not finished.
 
     Raises:
         UserError: the folder's run has other settings.
     """
     summary = read_summary(planned.run_dir)
-    if summary is None:
-        return None
-    if digest_of(summary["config"]) != planned.digest:
+    if summary is not None and digest_of(summary["config"]) != planned.digest:
         raise UserError(
             f"{planned.run_dir} holds a run with other settings than {planned.run.name} of {suite.file}: remove it, or "
             f"give another --out"
         )
-    return _write(suite, results, planned, summary)
+    return summary
+
+
+def record_finished(suite: Suite, results: Path, planned: Planned) -> dict[str, Any] | None:
+    """Write the record of a run that has `finished`; returns it, None where it has not.
+
+    Raises:
+        UserError: as `finished`.
+    """
+    summary = finished(suite, planned)
+    return None if summary is None else _write(suite, results, planned, summary)
 
 
 def record_diverged(suite: Suite, results: Path, planned: Planned) -> dict[str, Any]:

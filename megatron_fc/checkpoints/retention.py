@@ -66,7 +66,7 @@ class Retention:
 
 
 def kept_checkpoints(rule: Retention | None, steps: int, interval: int) -> tuple[int, int]:
-    """How many checkpoints of a whole run the disk must hold.
+    """How many checkpoints of a whole run the disk must hold at once.
 
     Args:
         rule: None if all stay.
@@ -74,12 +74,13 @@ def kept_checkpoints(rule: Retention | None, steps: int, interval: int) -> tuple
         interval: steps between checkpoints; the last step has one, too.
 
     Returns:
-        The newest ones and the one that is being written; those that stay for ever.
+        The newest ones and the one that is being written; older ones that stay for ever.
     """
     written = math.ceil(steps / interval)
     if rule is None:
         return 0, written
-    return min(1 + rule.last, written), steps // math.lcm(interval, rule.every) if rule.every else 0
+    newest = min(1 + rule.last, written)  # most lie there while the last one is written
+    return newest, (written - newest) * interval // math.lcm(interval, rule.every) if rule.every else 0
 
 
 class Pruner(Callback):

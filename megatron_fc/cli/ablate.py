@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
 from megatron_fc.cli.parsing import Commands
@@ -27,8 +28,8 @@ def add(commands: Commands) -> None:
     what = ablate.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="check all runs and say which are done; start nothing")
     what.add_argument("--table", action="store_true", help="start nothing: take in what has finished, write the tables")
-    # What launch/ablate.sh asks: numbers of the runs that are left, and a file of words for each.
-    what.add_argument("--left", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    # What launch/ablate.sh asks, in its dry run too: numbers of the runs that are left, and a file of words for each.
+    ablate.add_argument("--left", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     ablate.set_defaults(run=run)
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_fc.training import cpu_lane
 
     cpu_lane.install()
-    from megatron_fc.ablation.execute import default_jobs, execute, left
+    from megatron_fc.ablation.execute import default_jobs, diverged, execute, left
     from megatron_fc.ablation.planned import plan
     from megatron_fc.ablation.record import read_record
     from megatron_fc.ablation.report import write_report
@@ -52,10 +53,18 @@ def run(args: argparse.Namespace) -> int:
     planned = [one for one in every if one.run in chosen]
     if args.left is not None:
         args.left.mkdir(parents=True, exist_ok=True)
-        numbered = {suite.runs.index(one.run): one for one in left(suite, planned, results)}
+        remaining = left(suite, planned, results, record=not args.dry_run)
+        numbered = {suite.runs.index(one.run): one for one in remaining}
         for number, one in numbered.items():
             (args.left / str(number)).write_text("\n".join([str(suite.config), *one.words]) + "\n")
         print(",".join(map(str, numbered)))
+        if names := diverged(planned, results):
+            count = "1 run counts" if len(names) == 1 else f"{len(names)} runs count"
+            print(
+                f"{count} as diverged: {' '.join(names)}; to try one again, delete {results}/NAME.json and, in "
+                f"{out}/NAME, state and launches",
+                file=sys.stderr,
+            )
         return 0
     if args.dry_run:
         for one in planned:

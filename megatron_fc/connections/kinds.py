@@ -86,11 +86,19 @@ def overrides(config: ConnectionConfig | None, other: ConnectionConfig | None) -
         theirs, defaults = _settings(other), _settings(from_label(other.label))
         # A default is not in the file, and each kind has its own.
         there |= {name: value for name, value in theirs.items() if name in _NAMED or defaults.get(name) != value}
-    return [
-        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in _settings(config).items()
-        if name not in there or there[name] != value
-    ]
+    words = {name: value for name, value in _settings(config).items() if name not in there or there[name] != value}
+    words |= _taken_back(config, other)
+    return [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in words.items()]
+
+
+def _taken_back(config: ConnectionConfig, other: ConnectionConfig | None) -> dict[str, Any]:
+    """What a kind refuses in the file of another one; options of the prediction it does without."""
+    if other is None or config.kind == other.kind:
+        return {}
+    known = {field.name for field in fields(config)}
+    lacking = (field for field in fields(other) if not field.compare and field.name not in known)
+    found = {field.name: field.default for field in lacking if getattr(other, field.name) != field.default}
+    return found | ({"fractions": "null"} if isinstance(other, HyperConfig) and other.fractions > 1 else {})
 
 
 def _settings(config: ConnectionConfig | None) -> dict[str, Any]:

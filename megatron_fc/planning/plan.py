@@ -31,7 +31,7 @@ class Plan:
         assumed: shares of the peaks.
         notes: what could not be checked, in words.
         pipeline_settings: those of the config that suit its own pipeline alone, by Megatron's names.
-        kept_checkpoints: for which the whole run needs room, the newest ones and those that stay for ever.
+        kept_checkpoints: for which the whole run needs room, the newest ones and older ones that stay for ever.
     """
 
     name: str

@@ -21,7 +21,7 @@ class Sweep:
 
     Attributes:
         base: the plan whose topology was replaced.
-        fitting: plans in the order of their estimated speed, the fastest first.
+        fitting: plans in the order of their estimated speed, the fastest first; `base` among them if it fits.
         too_large: those that do not fit with full recompute either, the smallest first.
         impossible: by the rule that is broken, how many, and one of them in words.
     """
@@ -49,7 +49,7 @@ class Sweep:
 
 
 def sweep(plan: Plan) -> Sweep:
-    """Try other TP, PP, VPP, EP, CP and micro-batches, each with the least recompute that fits."""
+    """Try the plan itself, and other TP, PP, VPP, EP, CP and micro-batches, each with the least recompute that fits."""
     fitting: list[Plan] = []
     too_large: list[Plan] = []
     impossible: dict[str, tuple[int, str]] = {}
@@ -75,6 +75,8 @@ def sweep(plan: Plan) -> Sweep:
                 break
         else:
             too_large.append(tried)
+    if plan.fits and plan not in fitting:  # e.g. another micro-batch
+        fitting.insert(0, plan)
     return Sweep(
         plan,
         sorted(fitting, key=lambda tried: -tried.tokens_per_second),

@@ -36,7 +36,7 @@ class DiskSpace:
         folder: of its checkpoints; it need not exist yet.
         checkpoint_bytes: size of one, of the last or estimated; None where neither can be.
         checkpoints: how many are written before one is deleted.
-        kept: how many the whole run needs room for, the newest ones and those that stay for ever.
+        kept: how many the whole run needs room for, the newest ones and older ones that stay for ever.
     """
 
     folder: Path

@@ -67,18 +67,25 @@ def refuse_two_sources(args: argparse.Namespace) -> None:
     Raises:
         UserError: two do.
     """
+    whole = [name for name in ("data_path", "data_args_path") if getattr(args, name)]
     paths = [name for name in _DATA_KEYS[1:] if getattr(args, name)]
-    if (args.data_path or args.data_args_path) and (args.per_split_data_args_path or paths):
+    of_splits = ["per_split_data_args_path"] * bool(args.per_split_data_args_path) + paths
+    if len(whole) > 1:
+        raise UserError("data_path and data_args_path are both set: keep one, by data_path=null or data_args_path=null")
+    if whole and of_splits:
         raise UserError(
-            f"data_path is for all splits, and Megatron would not read {', '.join(_DATA_KEYS[1:])}: keep one"
+            f"{whole[0]} is for all splits, and Megatron would not read {', '.join(of_splits)}: remove the latter "
+            f"by {_unset(of_splits)}, or the former by {_unset(whole)}"
         )
-    if args.data_path and args.data_args_path:
-        raise UserError("data_path and data_args_path are both set: keep one")
     if args.per_split_data_args_path and paths:
         raise UserError(
             f"per_split_data_args_path and {' and '.join(paths)} are both set: remove the latter, e.g. from "
-            f"SITE_OVERRIDES, or by {' '.join(f'{name}=null' for name in paths)}"
+            f"SITE_OVERRIDES, or by {_unset(paths)}"
         )
+
+
+def _unset(names: Sequence[str]) -> str:
+    return " ".join(f"{name}=null" for name in names)
 
 
 def data_files(args: argparse.Namespace) -> dict[Path, str]:

@@ -20,7 +20,7 @@ class MegatronArguments:
     """What Megatron's own parser knows of its arguments."""
 
     def __init__(self) -> None:
-        from megatron.training.arguments import add_megatron_arguments
+        from megatron.training.arguments import add_megatron_arguments, tuple_type
 
         # Abbreviations would let a typo through as another argument.
         self._parser = add_run_args(add_megatron_arguments(_Parser(allow_abbrev=False, add_help=False)))
@@ -30,6 +30,7 @@ class MegatronArguments:
             for option in action.option_strings
             if option.startswith("--")
         }
+        self._tuple = tuple_type
 
     def names(self) -> set[str]:
         return {name for name in self._actions if not is_connection_argument(name)}
@@ -93,7 +94,9 @@ class MegatronArguments:
         if isinstance(value, (list, tuple)):
             if action.nargs is not None:
                 return [option, *map(str, value)]
-            value = f"[{','.join(map(str, value))}]"  # as that of moe_layer_freq, which Megatron wants without blanks
+            # Megatron wants window_size in round brackets, others as moe_layer_freq in square ones; none with blanks.
+            left, right = "()" if action.type is self._tuple else "[]"
+            value = f"{left}{','.join(map(str, value))}{right}"
         return [option, str(value)]
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:

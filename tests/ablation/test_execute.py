@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_fc.ablation.execute import diverged, left
+from megatron_fc.ablation.planned import Planned
+from megatron_fc.ablation.suite import read_suite
+from megatron_fc.cli.main import main
 from megatron_fc.runs.metrics import read_metrics
 from megatron_fc.runs.summary import read_summary
 from support import fork_server
@@ -144,6 +148,70 @@ def test_a_run_that_diverges_has_a_record(suite: Path) -> None:
     assert "| residual | 0, 1 diverged |" in ablate(suite, *words, "--table")
     same = json.loads(file.read_text())
     assert {**same, "seconds": None} == {**record, "seconds": None}
+
+
+END = {"event": "end", "reason": "exit"}
+
+
+def given_up(run_dir: Path, *events: dict[str, Any]) -> Path:
+    """A run that the launch scripts call stuck, without what it logged."""
+    run_dir.mkdir(parents=True)
+    (run_dir / "starts.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    (run_dir / "state").write_text("stuck\n")
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("events", "counts"),
+    [
+        ([{"event": "start"}, END | {"exit_code": 17}], True),
+        ([{"event": "start"}, END | {"exit_code": 16}], True),
+        ([{"event": "start"}, END | {"exit_code": None}], False),
+        ([END | {"exit_code": 17}, {"event": "start"}], False),
+        ([END | {"exit_code": 17}, {"event": "start"}, END | {"exit_code": 2}], False),
+        ([], False),
+    ],
+)
+def test_a_run_is_stuck_for_other_reasons_too(
+    suite: Path, tmp_path: Path, events: list[dict[str, Any]], counts: bool
+) -> None:
+    """Such a run, whose input was wrong or whose node was lost, is left and has no record."""
+    read, results = read_suite(suite), tmp_path / "results"
+    one = Planned(read.runs[0], [], given_up(tmp_path / "run", *events), "digest", "data")
+    assert left(read, [one], results, record=not counts) == ([] if counts else [one])
+    assert diverged([one], results) == ([one.run.name] if counts else [])
+    assert not results.exists()
+    (one.run_dir / "state").write_text("continue\n")
+    assert left(read, [one], results) == [one], "it goes on"
+
+
+def test_a_dry_run_writes_nothing(suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A submission records what has diverged, says so, and how it is tried again."""
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    run_dir = given_up(runs / "residual-seed11", END | {"exit_code": 17})
+    (run_dir / "launches").write_text("0\n")
+    said = "1 run counts as diverged: residual-seed11; to try one again, delete"
+    said += f" {results}/NAME.json and, in {runs}/NAME, state and launches\n"
+
+    def ask(*words: str) -> tuple[str, str]:
+        assert main(["ablate", str(suite), "--out", str(runs), "--results", str(results), *words]) == 0
+        return capsys.readouterr()
+
+    def files() -> set[Path]:
+        return set(tmp_path.rglob("*"))
+
+    before = files()
+    assert "residual-seed11  begun  " in ask("--dry-run")[0]
+    assert files() == before
+    words = str(tmp_path / "words")
+    assert ask("--dry-run", "--left", words) == ("1,2,3,4\n", said)
+    assert {path for path in files() - before if path.parent.name != "words"} == {tmp_path / "words"}
+    assert ask("--left", words) == ask("--left", words) == ("1,2,3,4\n", said)
+    assert json.loads((results / "residual-seed11.json").read_text())["diverged"]
+
+    for file in (results / "residual-seed11.json", run_dir / "state", run_dir / "launches"):
+        file.unlink()
+    assert ask("--left", words) == ("0,1,2,3,4\n", "")
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fc.checkpoints.integrity import intact_checkpoints, iteration_folders, way_on
-from megatron_fc.checkpoints.retention import Retention
+from megatron_fc.checkpoints.retention import Retention, kept_checkpoints
 from megatron_fc.errors import UserError
 from megatron_fc.preflight.disk_space import disk_space_of
 from megatron_fc.preflight.nodes import DiskSpace
@@ -39,6 +39,28 @@ def test_the_only_complete_checkpoints_stay(kept: Path, tmp_path: Path) -> None:
     assert rule.superseded(folder, newest=12) == [folder / "iter_0000006"], "the newest is damaged"
     (folder / "iter_0000010" / ".metadata").unlink()
     assert rule.superseded(folder, newest=12) == []
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "interval", "steps"),
+    [(1, None, 2, 9), (3, None, 2, 3), (3, 2, 2, 16), (2, 3, 2, 15), (3, 4, 2, 13), (2, 4, 2, 14), (1, 20, 3, 13)],
+)
+def test_what_the_disk_must_hold_at_once(
+    kept: Path, tmp_path: Path, last: int, every: int | None, interval: int, steps: int
+) -> None:
+    """One after the other is written, here linked, and what is superseded goes."""
+    rule, most = Retention(last, every), 0
+    for step in (*range(interval, steps, interval), steps):
+        (tmp_path / f"iter_{step:07d}").symlink_to(kept / "iter_0000012")
+        most = max(most, len(iteration_folders(tmp_path)))
+        for path in rule.superseded(tmp_path, step):
+            path.unlink()
+    assert sum(kept_checkpoints(rule, steps, interval)) == most
+
+
+def test_what_the_disk_must_hold_of_a_long_run() -> None:
+    assert kept_checkpoints(Retention(3, 25_000), 715_256, 1000) == (4, 28)
+    assert sum(kept_checkpoints(Retention(3, 1000), 715_256, 1000)) == 716 == kept_checkpoints(None, 715_256, 1000)[1]
 
 
 def test_what_is_not_named_by_megatron_is_no_checkpoint(kept: Path, tmp_path: Path) -> None:

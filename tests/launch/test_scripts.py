@@ -26,6 +26,7 @@ def login_node(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
         "id",
         "ln",
         "mkdir",
+        "mktemp",
         "readlink",
         "rm",
         "rmdir",
@@ -84,6 +85,19 @@ def test_with_an_image_another_python_checks(
     asked = " --check-files" * files + " --check-packages" * (not image)
     assert checked.endswith(" --nodes 4 --gpus-per-node 8" + asked)
     assert ("MOUNTS gives folders other names" in done.stderr) != files
+
+
+def test_a_dry_run_of_a_suite_records_nothing(site: Site, tmp_path: Path) -> None:
+    """`echo` stands for the Python that is asked which runs are left; what it answers becomes the array."""
+    site.write(more="IMAGE=/images/fc.sqsh MOUNTS= CHECK_PYTHON=/bin/echo\n")
+    folder = tmp_path / "ablated"
+    done = run_on_login_node(site, "ablate.sh configs/ablation/paper.yaml", "--dry-run", f"run_dir={folder}")
+    assert done.returncode == 0, done.stderr
+    asked = re.search(r"'--array=-m megatron_fc ablate \S+ .* --out (\S+) --left (\S+) --dry-run'", done.stdout)
+    assert asked is not None
+    assert asked[1] == str(folder)
+    assert not folder.exists()
+    assert not Path(asked[2]).exists()
 
 
 @pytest.mark.parametrize(

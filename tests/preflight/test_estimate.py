@@ -657,6 +657,24 @@ def test_overrides_of_any_base_are_accepted_and_train_the_same_model(base: list[
         assert training_of(accepted).recompute == tried.training.recompute, words
 
 
+def test_a_sweep_tries_the_layout_of_the_config_too() -> None:
+    """Its micro-batch is none of the others', and it is the fastest."""
+    plan = plan_of(CONFIGS / "olmo2_1b.yaml", ["micro_batch_size=16"], 1, device("b200"), gpus_per_node=2)
+    found = sweep(plan)
+    speeds = [tried.tokens_per_second for tried in found.fitting]
+    assert found.fitting[0] == plan
+    assert speeds == sorted(speeds, reverse=True)
+    printed = io.StringIO()
+    Console(width=200, file=printed).print(sweep_table(found))
+    assert "the fastest: nothing to change: the config's own is the fastest" in printed.getvalue()
+    assert f"micro-batch 16: {plan.tokens_per_second:,.0f} tokens/s, 0% fewer" in printed.getvalue()
+
+    again = sweep(found.fitting[1])
+    assert again.fitting.count(again.base) == 1, "its micro-batch is one of the others'"
+    slower = sweep(replace(plan, training=replace(plan.training, recompute=Recompute("full"))))
+    assert slower.fitting.index(slower.base) > 0
+
+
 def test_fsdp_divides_everything() -> None:
     """What a rank holds for good is a 64th; it sends weights for both passes of each micro-batch, and gradients."""
     words = ["use_megatron_fsdp=true", "ckpt_format=fsdp_dtensor", "connection=residual"]

@@ -78,7 +78,7 @@ def test_a_measured_speed_replaces_the_assumption(capsys: pytest.CaptureFixture[
     [
         (["keep_last=3", "keep_every=25000"], "(4 + 28) x 96.9 GB = 3.1 TB"),  # 715,256 steps, one checkpoint in 1,000
         (["keep_last=3"], "4 x 96.9 GB = 387.5 GB"),
-        (["keep_last=3", "keep_every=1500"], "(4 + 238) x 96.9 GB = 23.4 TB"),  # where there is one: each 3,000
+        (["keep_last=3", "keep_every=1500"], "(4 + 237) x 96.9 GB = 23.3 TB"),  # where there is one: each 3,000
         (["save_retain_interval=50000"], "(2 + 14) x 96.9 GB = 1.5 TB"),
         (["keep_last=3", "train_samples=1024000"], "1 x 96.9 GB = 96.9 GB"),
         (["save_interval=null"], None),

@@ -54,7 +54,20 @@ def test_what_a_blend_is(tmp_path: Path) -> None:
         ({"data_path": ["inf", "a"]}, "data_path: the weight of a is inf, and must be"),
         ({"data_path": ["0.5", "a", "b", "c"]}, "data_path=0.5 a b c: give every data set a weight before it, or none"),
         ({"data_path": ["0.5", "a", "b"]}, "data_path=0.5 a b: give every data set a weight before it, or none"),
-        ({"data_path": ["a"], "valid_data_path": ["b"]}, "data_path is for all splits, and Megatron would not read"),
+        (
+            {"data_path": ["a"], "train_data_path": ["b"], "valid_data_path": ["b"]},
+            "data_path is for all splits, and Megatron would not read train_data_path, valid_data_path: remove the "
+            "latter by train_data_path=null valid_data_path=null, or the former by data_path=null",
+        ),
+        (
+            {"data_args_path": "x", "per_split_data_args_path": "y"},
+            "data_args_path is for all splits, and Megatron would not read per_split_data_args_path: "
+            "remove the latter by per_split_data_args_path=null, or the former by data_args_path=null",
+        ),
+        (
+            {"data_path": ["a"], "data_args_path": "x", "test_data_path": ["b"]},
+            "data_path and data_args_path are both set: keep one, by data_path=null or data_args_path=null",
+        ),
         (
             {"per_split_data_args_path": "x", "train_data_path": ["a"], "valid_data_path": ["b"]},
             "per_split_data_args_path and train_data_path and valid_data_path are both set: remove the latter, e.g. "

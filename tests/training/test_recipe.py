@@ -10,10 +10,11 @@ import yaml
 from megatron_fc import FracConfig, HyperConfig, ManifoldConfig, UserError
 from megatron_fc.cli.main import main
 from megatron_fc.connections.base import ConnectionConfig
-from megatron_fc.connections.kinds import KINDS
+from megatron_fc.connections.kinds import KINDS, overrides
 from megatron_fc.data.indexed import write_indexed
 from megatron_fc.megatron.flags import add_connection_args, is_connection_argument
 from megatron_fc.training.machine import has_transformer_engine
+from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.recipe import CONNECTIONS, Recipe, load_recipe
 
 BASE = {
@@ -47,6 +48,16 @@ def test_settings_become_megatrons_flags(base: Path) -> None:
     assert recipe.connection == FracConfig(rate=4)
     assert value(recipe, "--frac-rate") == "4"
     assert "--save" not in recipe.argv, "no save_interval, nothing to save"
+
+
+def test_lists_are_written_as_megatron_reads_them(base: Path) -> None:
+    """Its parser has three ways: several words, square brackets, round ones."""
+    words = ["window_size=[512,0]", "moe_layer_freq=[0, 1]", "num_experts=4", "recompute_modules=[mlp, moe]"]
+    args = megatron_arguments().parse(load_recipe(base, words).argv)
+    assert args.window_size == (512, 0)
+    assert args.moe_layer_freq == [0, 1]
+    assert args.recompute_modules == ["mlp", "moe"]
+    assert megatron_arguments().parse(load_recipe(base, ["window_size=[-1,0]"]).argv).window_size == (-1, 0)
 
 
 def test_overrides_find_their_section(base: Path) -> None:
@@ -91,6 +102,20 @@ def test_members_of_the_family(base: Path, words: list[str], connection: Connect
     assert recipe.label == connection.label
     assert " ".join(recipe.argv).endswith(flags)
     assert recipe.backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["connection=dhc", "fractions=2", "tanh=false"], FracConfig()),
+        (["connection=dhc", "fractions=2", "stream_layers=2"], ManifoldConfig()),
+        (["connection=mhc", "leave=learned", "stream_layers=2"], FracConfig(rate=2)),
+        (["connection=dfc", "recompute=true", "input_norm=projection"], HyperConfig(slots=4, fractions=2)),
+    ],
+)
+def test_overrides_for_another_connection_are_accepted(base: Path, words: list[str], wanted: ConnectionConfig) -> None:
+    """Those that `evaluate` and `convert` name for a checkpoint."""
+    assert load_recipe(base, [*words, *overrides(wanted, load_recipe(base, words).connection)]).connection == wanted
 
 
 def test_a_runs_own_setting_wins_over_the_machines(base: Path) -> None:
