@@ -1,6 +1,5 @@
 """The figures of analyses as PNGs."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from megatron_fc.runs.plot import COLOURS
 _INCH = 0.78  # of a small matrix
 _SHORT = {"attention": "attn"}
 _NUMBERS = 4  # slots up to which values are written into matrices
+_LEAST = 1e-4  # distance of a cosine from 1 that is drawn
+_COSINES = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
 def plot_coefficients(found: Mapping[str, Any], out: Path) -> Path:
@@ -88,28 +89,39 @@ def plot_gain(found: Mapping[str, Any], out: Path) -> Path:
 
 
 def plot_similarity(analyses: Sequence[tuple[str, Mapping[str, Any]]], out: Path) -> Path:
-    """Draw median and 5-95 % band of the cosine per sub-layer, for each analysis."""
+    """Draw median and 5-95 % range of the cosine per sub-layer, for each analysis, spread out towards 1."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
+    lowest, highest = 0.0, _COSINES[-1]
     for number, (label, found) in enumerate(analyses):
-        pairs = found["pairs"]
-        places = list(range(2, len(pairs) + 2))
+        low, median, high = (np.array([pair[name] for pair in found["pairs"]]) for name in ("low", "median", "high"))
+        # Side by side: bands would hide each other.
+        places = np.arange(2, len(median) + 2) + 0.5 * ((number + 0.5) / len(analyses) - 0.5)
         colour = COLOURS[number % len(COLOURS)]
-        axes.fill_between(
-            places, [p["low"] for p in pairs], [p["high"] for p in pairs], color=colour, alpha=0.15, linewidth=0
+        axes.vlines(places, low, high, color=colour, alpha=0.35, linewidth=3)
+        axes.plot(
+            places, median, marker="o", markersize=4, color=colour, label=f"{label}: median {found['median']:.3f}"
         )
-        median = f"{label}: median {found['median']:.2f}"
-        axes.plot(places, [p["median"] for p in pairs], marker="o", markersize=3.5, color=colour, label=median)
-    axes.set(xlabel="sub-layer", ylabel="cosine", title="Cosine of a sub-layer's input with that of the one before")
-    axes.title.set_fontsize(10)
+        lowest, highest = min(lowest, *low), max(highest, *high)
+    axes.set_yscale("function", functions=(_from_one, lambda distance: 1 - 10**-distance))
+    axes.set_yticks([tick for tick in (-0.9, -0.5, *_COSINES) if tick > lowest or tick >= 0])
+    axes.yaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+    axes.set(ylim=(lowest, min(highest, 1 - _LEAST)), xlabel="sub-layer", ylabel="cosine")
+    axes.set_title("Cosine of a sub-layer's input with that of the one before, median and 5-95 %", fontsize=10)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     _finish(axes)
     return _saved(figure, out)
+
+
+def _from_one(cosine: Any) -> Any:
+    """The scale of cosines: 0.9 is as far from 0 as 0.99 from 0.9."""
+    return -np.log10(np.clip(1 - np.asarray(cosine, dtype=float), _LEAST, None))
 
 
 def plot_gradients(analyses: Sequence[tuple[str, Mapping[str, Any]]], out: Path) -> Path:
     """Draw the gradient norm per layer, that of connections dashed, for each analysis."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
     for number, (label, found) in enumerate(analyses):
         colour, layers = COLOURS[number % len(COLOURS)], found["layers"]
         places = [layer["layer"] for layer in layers]
@@ -127,7 +139,7 @@ def plot_gradients(analyses: Sequence[tuple[str, Mapping[str, Any]]], out: Path)
 def plot_growth(runs: Sequence[tuple[str, Sequence[Sequence[float]]]], out: Path) -> Path:
     """Draw the largest residual gain of runs over iterations."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
     for number, (label, points) in enumerate(runs):
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color=COLOURS[(number + 1) % len(COLOURS)], label=f"{label}: {values[-1]:.2f}")
@@ -138,7 +150,8 @@ def plot_growth(runs: Sequence[tuple[str, Sequence[Sequence[float]]]], out: Path
 
 
 def _finish(axes: Any) -> None:
-    axes.legend(frameon=False, fontsize=8, ncols=math.ceil(len(axes.get_legend_handles_labels()[0]) / 8))
+    """Put the legend beside the lines, which may be anywhere."""
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
