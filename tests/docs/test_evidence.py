@@ -1,5 +1,6 @@
 """docs/evidence.md: what it names exists, and no claim of the README's table is without its row."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -44,6 +45,21 @@ def test_each_row_of_the_readmes_tables_is_here() -> None:
     claims = {row.split(" | ")[0] for row in re.findall(r"^\| ([^\s|].* \| .*)\|$", part, re.MULTILINE)}
     assert len(claims) > 15
     assert not claims - CLAIMS.keys() - {"for every kind"}
+
+
+def test_printed_differences_are_those_recorded() -> None:
+    """Of variants to plain residuals, over seeds."""
+    suite = json.loads((ROOT / "benchmarks" / "results" / "ablation" / "paper" / "summary.json").read_text())
+    recorded = {
+        of["variant"]: (str(len(of["by_seed"])), f"{of['validation']['mean']:+.3f} ± {of['validation']['half']:.3f}")
+        for of in suite["variants"]
+        if of["variant"] != suite["baseline"]
+    }
+    for text in (README, (ROOT / "docs" / "science.md").read_text()):
+        printed = re.findall(r"^\| (\w+)[^|]* \| (\d+) \| ([+-]\d\.\d+ ± \d\.\d+) \|", text, re.MULTILINE)
+        assert len(printed) > 4
+        for variant, seeds, difference in printed:
+            assert (seeds, difference) == recorded[variant], variant
 
 
 def test_each_program_starts() -> None:
