@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("emulator")]
 # The norms are of fractions and of the sub-layer's input.
 HALF_CASES = [
     (FracConfig(rate=4), "rmsnorm", torch.bfloat16),
-    (FracConfig(rate=4), "rmsnorm", torch.float16),
+    pytest.param(FracConfig(rate=4), "rmsnorm", torch.float16, marks=pytest.mark.soak),
     (FracConfig(rate=8, dynamic=False), "rmsnorm", torch.bfloat16),
     (FracConfig(rate=2, norm="layernorm"), "layernorm", torch.float16),
     (FracConfig(rate=4, norm="none", tanh=False, scale=False), None, torch.bfloat16),

@@ -25,7 +25,7 @@ CASES = [
     (FracConfig(rate=4), 1024, 17, torch.bfloat16, "rmsnorm", False),
     (FracConfig(rate=2), 768, 17, torch.float16, "rmsnorm", True),  # 384 columns, padded
     (FracConfig(rate=8), 2048, 5, torch.bfloat16, "rmsnorm", False),
-    (FracConfig(rate=4), 4096, 5, torch.bfloat16, "rmsnorm", False),
+    pytest.param(FracConfig(rate=4), 4096, 5, torch.bfloat16, "rmsnorm", False, marks=pytest.mark.soak),
     (FracConfig(rate=2, norm="none", tanh=False, scale=False), 1024, 9, torch.float16, None, False),
 ]
 
