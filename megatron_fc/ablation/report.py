@@ -125,7 +125,7 @@ def markdown(
     lines += [
         "",
         "Saved bytes are what `megatron-fc plan` estimates that connections keep for backward, more than plain "
-        "residuals. Norms and gains are medians. Tokens/s are those of the runs, beside whatever else the machines did.",
+        "residuals. Norms and gains are medians. Tokens/s are those of the runs, beside other work of the machines.",
         "",
         "Noise, standard deviations of the validation loss:",
         "",
