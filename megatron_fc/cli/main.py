@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fc.cli import COMMANDS
-from megatron_fc.errors import NodeError, UserError
+from megatron_fc.errors import NodeError, UserError, unknown
 from megatron_fc.extras import remedy
 
 
@@ -20,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = _joined(words, names)
     # argparse takes the overrides in one piece only; those behind an option are handed back.
     args, behind = parser.parse_known_args(words)
+    if option := next((word for word in behind if word.startswith("--")), None):
+        parser.error(unknown(f"option of {args.command}", option.split("=")[0], _options(parser, words)))
     if any(word.startswith("-") for word in behind) or (behind and "overrides" not in args):
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
     if extra and args.command != "train":
@@ -77,6 +79,15 @@ def _parser() -> tuple[argparse.ArgumentParser, Container[str]]:
     for command in COMMANDS:
         command.add(commands)
     return parser, commands.choices
+
+
+def _options(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Options of the command that the words name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            at, word = next((at, word) for at, word in enumerate(words) if word in action.choices)
+            return _options(action.choices[word], words[at + 1 :])
+    return [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
 
 
 def _quieten() -> None:

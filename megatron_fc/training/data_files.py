@@ -1,7 +1,6 @@
 """The files that a run reads, data and tokenizer: whether they are here, and what they say themselves to be."""
 
 import argparse
-import copy
 import json
 import math
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from megatron_fc.training.hub_tokenizer import is_hub_name, load_tokenizer, refu
 from megatron_fc.training.indexed_files import IndexedFiles, missing
 from megatron_fc.training.manifests import manifest_of, refuse_other_sizes, tokenizer_hash
 from megatron_fc.training.refusal import refusals_named
+from megatron_fc.training.vocabulary import vocabulary_of
 
 _SPLITS = ("train", "valid", "test")
 _DATA_KEYS = ("data_path", *(f"{split}_data_path" for split in _SPLITS))
@@ -156,7 +156,7 @@ def refuse_damaged_files(args: argparse.Namespace, *, remember: bool = False) ->
     Raises:
         UserError: an index is damaged, or tokens are not of the model's vocabulary.
     """
-    vocabulary = _vocabulary(args)
+    vocabulary = vocabulary_of(args)
     _refuse_other_manifests(args, vocabulary)
     for files in indexed_files(args):
         note = index_folder(args, files.prefix) / f"{files.fingerprint(vocabulary)}.checked"
@@ -252,18 +252,6 @@ def _refuse_empty_split(files: IndexedFiles, split: str | None) -> None:
                 f"{files.setting}: split={split or _DEFAULT_SPLIT} leaves {name} nothing of {files.sequences:,} "
                 f"sequences: give it more, or 0"
             )
-
-
-def _vocabulary(args: argparse.Namespace) -> int | None:
-    """Rows of the model's embedding; where the arguments do not say, the tokenizer is asked."""
-    if args.padded_vocab_size is not None:
-        return int(args.padded_vocab_size)
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-    known = copy.copy(args)
-    with refusals_named("the tokenizer"):
-        build_tokenizer(known)
-    return known.padded_vocab_size or known.vocab_size
 
 
 def _blend(setting: str, words: Sequence[str], file: str | None) -> Blend:

@@ -42,6 +42,7 @@ from megatron_fc.training.setup import join_world, model_config, parse, written_
 from megatron_fc.training.steps import Steps
 from megatron_fc.training.token_data import TokenErrors
 from megatron_fc.training.tokenizer_digest import tokenizer_digest
+from megatron_fc.training.vocabulary import unread_vocabulary
 
 _INTERRUPTED = 130  # a shell's code for Ctrl-C
 
@@ -187,6 +188,8 @@ def _pretrain(args: Namespace, recipe: Recipe, record: RunRecord, steps: Steps, 
     set_global_variables(args)
     outlive_full_disk()
     args.tokenizer_digest = tokenizer_digest(args, get_tokenizer())
+    if said := unread_vocabulary(args, get_tokenizer()):
+        _say(f"note: {said}")
     record.listen()
     model = model_config(args, recipe)
     counts: list[ParameterCount] = []

@@ -38,7 +38,12 @@ def test_a_path_behind_an_option_may_begin_in_a_home(monkeypatch: pytest.MonkeyP
     [
         ([], "the following arguments are required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),
-        (["train", "c.yaml", "--dry"], "unrecognized arguments: --dry"),
+        (["train", "c.yaml", "--dry"], "unknown option of train '--dry': "),
+        (
+            ["data", "tokenize", "x", "--out=y", "--tokenizer=z", "--field=body"],
+            "unknown option of data '--field': did you mean '--text-field'?",
+        ),
+        (["train", "c.yaml", "-x"], "unrecognized arguments: -x"),
         (
             ["data", "tokenize", "x", "--out=y", "--tokenizer=z", "--eos=", "--no-eos"],
             "not allowed with argument --eos",
