@@ -109,13 +109,12 @@ no_options() { # no_options WHY
 # --- on the login node ------------------------------------------------------------------------------------------------
 
 submit() {
-  local words said placeholders=()
+  local words said site=()
   for said in SBATCH_ACCOUNT SBATCH_PARTITION; do # which sbatch itself reads
     if [[ ${!said-} == CHANGE_ME ]]; then
       [[ $IS_EXAMPLE ]] || fail "$said is not set: set it in $SITE (empty: the site's default)"
-      placeholders+=("$said=${!said}")
     fi
-    [[ ${!said-} ]] || unset "$said"
+    if [[ ${!said-} ]]; then site+=("$said=${!said}"); else unset "$said"; fi
   done
   refuse_options
   [[ $(option nodes) =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$(option nodes): give one number, the layout depends on it"
@@ -128,8 +127,10 @@ submit() {
   words=(--job-name="$(basename "$RUN_DIR")" "${OPTIONS[@]}" "$0" "${VARIANT[@]}" "${WORDS[@]}" "run_dir=$RUN_DIR"
     "checked=$(option nodes)x$(option ntasks-per-node)")
   if [[ $DRY_RUN ]]; then
-    show "${placeholders[@]}" sbatch "${words[@]}"
+    show "${site[@]}" sbatch "${words[@]}"
     show "${START[@]}" "${COMMAND[@]}" "${ARGS[@]}"
+    said=$(option output)
+    echo "job log    ${said//%x/$(basename "$RUN_DIR")}, time limit $(option time)"
   fi
   check_folders
   [[ ${CHECK:-} == no ]] || check

@@ -100,7 +100,11 @@ def run(args: argparse.Namespace) -> int:
     def lines(results: dict[str, Any]) -> Iterator[str]:
         for name in wanted.tasks:
             found = results["tasks"][name]
-            yield f"{name}  {found['metric']} {found['value']:.4f}  {found['documents']:,} documents"
+            first = found["metric"]
+            error = "" if found["stderr"] is None else f" ± {found['stderr']:.4f}"
+            others = [f"{metric} {value:.4f}" for metric, value in found["metrics"].items() if metric != first]
+            values = "  ".join([f"{first} {found['value']:.4f}{error}", *others])
+            yield f"{name}  {values}  {found['documents']:,} documents"
 
     asked = asked_of(args, lines)
     quieten_harness()

@@ -72,7 +72,8 @@ def train_recipe(recipe: "Recipe", brief: bool = False, callbacks: "Sequence[Cal
             from rich.console import Console
 
             Console().print(comparison_table([summary]))
-            print(f"{recipe.run_dir}: summary.json, tensorboard, logs")
+            folders = [name for name in ("checkpoints", "tensorboard", "logs") if (recipe.run_dir / name).is_dir()]
+            print(f"{recipe.run_dir}: {', '.join(['summary.json', *folders])}")
     return 0
 
 

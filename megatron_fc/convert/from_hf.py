@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_fc.checkpoints.location import refuse_existing
 from megatron_fc.checkpoints.streamed import Piece, write_streamed
 from megatron_fc.convert.hf_files import HuggingFaceFiles
-from megatron_fc.convert.olmo_config import NAMES, architecture_of, differences, huggingface_config
+from megatron_fc.convert.olmo_config import CONNECTED, NAMES, architecture_of, differences, huggingface_config
 from megatron_fc.convert.olmo_tensors import Part, parts
 from megatron_fc.convert.one_rank import one_rank, recipe_on_one_rank
 from megatron_fc.errors import UserError
@@ -42,6 +42,11 @@ def from_hf(source: str, config: Path, overrides: Sequence[str], target: Path) -
     refuse_existing(target)
     files = HuggingFaceFiles(source)
     architecture = files.model_type()
+    if architecture.removeprefix(CONNECTED) in NAMES and architecture not in NAMES:
+        raise UserError(
+            f"{source} has connections, and from-hf reads plain models alone: train on from the Megatron checkpoint "
+            f"that it was made of"
+        )
     if architecture not in NAMES:
         raise UserError(f"model_type={architecture} of {source} is not known: give a plain OLMoE or OLMo2")
     theirs = files.config()

@@ -13,6 +13,8 @@ from megatron_fc.training.recipe import Recipe
 
 Architecture = Literal["olmoe", "olmo2"]
 NAMES: dict[Architecture, str] = {"olmoe": "OLMoE", "olmo2": "OLMo2"}
+# How the types of models with connections begin.
+CONNECTED = "connected_"
 _CLASSES: dict[Architecture, str] = {"olmoe": "OlmoeForCausalLM", "olmo2": "Olmo2ForCausalLM"}
 _NOTHING = (None, False, 0)
 
@@ -77,7 +79,7 @@ def architecture_of(args: Namespace, recipe: Recipe) -> Architecture:
         if value not in values:
             raise UserError(
                 f"{name}={value} is not that of {NAMES[architecture]}, which has {values[0]}: "
-                f"only OLMoE and OLMo2 have Hugging Face classes here"
+                f"only OLMoE and OLMo2 have Hugging Face classes here, and a model has to be trained as one of them"
             )
     # Balanced by a loss, the best experts of each token are chosen as they are.
     for balancing in {"sinkhorn", "quantile_balancing"}.intersection(_balancing(args) if args.num_experts else ()):
@@ -137,7 +139,7 @@ def huggingface_config(
         model = f"Connected{_CLASSES[architecture]}"
         config |= {
             "architectures": [model],
-            "model_type": f"connected_{architecture}",
+            "model_type": f"{CONNECTED}{architecture}",
             "connection": _connection(connection),
             "auto_map": {
                 "AutoConfig": f"configuration_connected_olmo.{model.removesuffix('ForCausalLM')}Config",

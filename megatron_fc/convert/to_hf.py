@@ -26,6 +26,7 @@ from megatron_fc.convert.olmo_tensors import Part, parts
 from megatron_fc.convert.one_rank import one_rank, recipe_on_one_rank
 from megatron_fc.errors import UserError
 from megatron_fc.training.hub_tokenizer import load_tokenizer
+from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
 from megatron_fc.training.tokenizer_digest import tokenizer_digest
 
@@ -66,6 +67,7 @@ def to_hf(config: Path, overrides: Sequence[str], source: Path, target: Path, sh
     with staged(target) as staging:
         described |= _write_tokenizer(checkpoint, args, rows, staging)
         _write_code(described, staging)
+        _write_card(described, recipe, staging)
         (staging / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         written, files = _write_tensors(_tensors(stored, found), staging, shard_bytes)
     name = described["architectures"][0]
@@ -178,6 +180,24 @@ def _refuse_other_tokens(checkpoint: Path, args: Namespace, rows: int) -> None:
         tokenizer = build_tokenizer(seen)
     seen.padded_vocab_size, seen.tokenizer_digest = rows, tokenizer_digest(args, tokenizer)
     refuse_other_vocabulary(checkpoint, seen)
+
+
+def _write_card(config: dict[str, Any], recipe: Recipe, folder: Path) -> None:
+    """Write README.md, which the hub shows: what this is, and how who has transformers alone loads it."""
+    what, trust = "plain residual connections", ""
+    if recipe.connection is not None:
+        what, trust = f"{recipe.connection.description}, and its code", ", trust_remote_code=True"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "---",
+        f"{config['architectures'][0]} with {what}. In this folder:",
+        "",
+    ]
+    lines += ["    from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += [f'    model = AutoModelForCausalLM.from_pretrained("."{trust})']
+    lines += [f'    tokenizer = AutoTokenizer.from_pretrained("."{trust})']
+    (folder / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _write_code(config: dict[str, Any], folder: Path) -> None:

@@ -64,7 +64,7 @@ def blend(
         manifests, weights = _of_mix(mix, manifests)
     if not max_epochs > 0:
         raise UserError(f"--max-epochs={max_epochs:g}: give a number above 0")
-    folders = [folder_of(Path(path)).absolute() for path in manifests]
+    folders = [folder_of(Path(path)).resolve() for path in manifests]
     if len(set(folders)) != len(folders):
         raise UserError("a manifest is named twice: add its weights up")
     read = [read_manifest(folder) for folder in folders]
@@ -92,7 +92,7 @@ def blend(
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from None
     if without := [share.folder.name for share in blended if not share.manifest["files"]["valid"]]:
         report(f"note: no validation data in {', '.join(without)}")
-    report(f"train with: per_split_data_args_path={out} tokenizer_model={folders[0] / 'tokenizer'}")
+    report(f"train with: per_split_data_args_path={out.resolve()} tokenizer_model={folders[0] / 'tokenizer'}")
 
 
 def count(words: str, setting: str = "--tokens") -> int:
@@ -131,7 +131,7 @@ def _of_mix(mix: Path, words: Sequence[str]) -> tuple[list[str], list[float]]:
 
 def _checked(weights: Sequence[float], folders: Sequence[Path]) -> list[float]:
     if len(weights) != len(folders):
-        raise UserError(f"--weights has {len(weights)} numbers for {len(folders)} manifests: give one for each")
+        raise UserError(f"--weights has {len(weights)} numbers for {len(folders)} data sets: give one for each")
     for weight, folder in zip(weights, folders, strict=True):
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(f"--weights: that of {folder} is {weight:g}, and must be above 0: leave the data set out")

@@ -28,6 +28,12 @@ def refuse_unsupported_config(config: TransformerConfig, connection: ConnectionC
     if args is not None:
         refuse_with_connection(args, connection)
     refuse_with_stream_layers(config, connection)
+    stages, virtual = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    if stages == 2 and virtual > 1 and not config.overlap_p2p_comm:
+        raise UserError(
+            "overlap_p2p_comm=False with virtual stages on two pipeline ranks mixes up their messages: set "
+            "overlap_p2p_comm=True and batch_p2p_comm=False"
+        )
     if config.inference_fuse_tp_communication:
         raise UserError(
             "inference_fuse_tp_communication adds the residual inside the projections and would skip the depth "

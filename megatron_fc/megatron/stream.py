@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import Tensor, nn
 
 from megatron_fc.connections import ends
@@ -125,8 +126,8 @@ def widen[Models: Sequence[Any] | nn.Module](models: Models, connection: Connect
         The chunks.
 
     Raises:
-        UserError: the layers have another stream, or a stage of the embedding alone runs in Megatron's combined
-            schedule, which leaves that out.
+        UserError: the layers have no connections or another stream, or a stage of the embedding alone runs in
+            Megatron's combined schedule, which leaves that out.
     """
     if not isinstance(connection, ConnectionConfig):
         raise UserError(f"widen takes the models and the configuration of their connections, not {connection!r}")
@@ -137,7 +138,10 @@ def widen[Models: Sequence[Any] | nn.Module](models: Models, connection: Connect
 
 def _widen(chunk: Any, connection: ConnectionConfig) -> None:
     config, model = chunk.config, _unwrapped(chunk)
-    borders = [module.stream for module in getattr(model, "decoder", model).modules() if _has_border(module)]
+    modules = list(getattr(model, "decoder", model).modules())
+    borders = [module.stream for module in modules if _has_border(module)]
+    if not borders and any(isinstance(module, BaseTransformerLayer) for module in modules):
+        raise UserError(f"no layer of the model has connections: build it from connect(spec, {connection})")
     for border in borders:
         border.check(connection)
     is_plain = not connection.is_wide or config.pipeline_model_parallel_size == 1

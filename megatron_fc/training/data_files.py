@@ -230,7 +230,8 @@ def repetition(args: argparse.Namespace) -> str | None:
     if epochs <= 1:
         return None
     said = f"the run reads {prefix} {epochs:,.2f} times over"
-    return said if epochs <= _EPOCHS else f"WARNING: {said}, more than {_EPOCHS}: add data, or train for fewer tokens"
+    length = "train_samples" if args.train_samples else "train_iters"
+    return said if epochs <= _EPOCHS else f"WARNING: {said}, more than {_EPOCHS}: add data, or set a smaller {length}"
 
 
 def _shares(split: str | None) -> list[tuple[float, float] | None]:

@@ -169,5 +169,5 @@ def _damaged(setting: str, what: str) -> UserError:
 def missing(file: Path, setting: str) -> UserError:
     """Return the error of a file that is not here, with the remedy where it is one of the demo's."""
     of_demo = _DEMO in f"/{file}"
-    remedy = "`megatron-fc data demo` makes it" if of_demo else "correct the path, or make it"
+    remedy = "`megatron-fc data demo` makes it, or name yours" if of_demo else "correct the path, or make it"
     return UserError(f"{setting}: {file} does not exist: {remedy}")

@@ -171,7 +171,7 @@ def test_no_model_is_one_sentence(folder: Path, tmp_path: Path, capsys: pytest.C
     for source, sentence in (
         ("empty", "holds no config.json: give a folder that save_pretrained wrote"),
         ("llama", "model_type=llama of "),
-        ("connected", "model_type=connected_olmoe of "),
+        ("connected", "connected has connections, and from-hf reads plain models alone"),
         ("nowhere/to/be", "is no folder, and no name on the hub, which is OWNER/MODEL"),
     ):
         assert convert(folder, "olmo2", tmp_path / "out", source=tmp_path / source) == 2

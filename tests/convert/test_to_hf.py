@@ -75,6 +75,15 @@ def export(folder: Path, architecture: str, connection: str, target: Path, *more
     return main([*words, *olmo.WORDS[connection], "--to", str(target), *more])
 
 
+def shown(target: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the code of the model card makes, which a user of transformers alone copies."""
+    monkeypatch.chdir(target)
+    lines = (target / "README.md").read_text().splitlines()
+    made: dict[str, Any] = {}
+    exec("\n".join(line.removeprefix("    ") for line in lines if line.startswith("    ")), made)
+    return made
+
+
 def load(target: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -95,9 +104,14 @@ def megatron(folder: Path, architecture: str, connection: str) -> nn.Module:
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "connection"), CASES)
 @pytest.mark.usefixtures("one_process")
-def test_exported_model_is_megatrons(folder: Path, architecture: str, connection: str, tmp_path: Path) -> None:
+def test_exported_model_is_megatrons(
+    folder: Path, architecture: str, connection: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert export(folder, architecture, connection, tmp_path / "out") == 0
     model = load(tmp_path / "out")
+    card = shown(tmp_path / "out", monkeypatch)
+    assert type(card["model"]).__name__ == type(model).__name__
+    assert card["tokenizer"]("a")["input_ids"]
     stock = {"olmoe": "OlmoeForCausalLM", "olmo2": "Olmo2ForCausalLM"}[architecture]
     assert type(model).__name__ == (stock if connection == "plain" else f"Connected{stock}")
     with rank.one_rank():

@@ -87,7 +87,7 @@ def test_what_is_no_blend_is_refused(made: Path, tmp_path: Path) -> None:
     for names, said, options in [
         (("a", "b"), r"--weights add up to 0\.9, and must to 1", {"weights": [0.5, 0.4]}),
         (("a", "b"), r"b is -0\.5, and must be above 0", {"weights": [1.5, -0.5]}),
-        (("a", "b"), r"--weights has 1 numbers for 2 manifests", {"weights": [1.0]}),
+        (("a", "b"), r"--weights has 1 numbers for 2 data sets", {"weights": [1.0]}),
         (("a", "a/manifest.json"), r"named twice", {"weights": [0.5, 0.5]}),
         (("a", "other"), r"other was made with the tokenizer large, and .* with another one, small", {}),
         (("a", "b"), r"a would be read \d+\.\d+ times, and --max-epochs is 4", {"tokens": 10**9}),

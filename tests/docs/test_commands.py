@@ -52,7 +52,7 @@ VARIABLES = {
     "DEMO": " ".join(f"{name}={value}" for name, value in DEMO.items()),
     "SMALL": " ".join([*TINY, *SAMPLES, *DATA]),  # the other configs
     # What a user would write into the site file.
-    "FILLED_IN": f"RUNS=/scratch/runs PYTHON=.venv/bin/python; unset SBATCH_ACCOUNT SBATCH_PARTITION\n"
+    "FILLED_IN": f"RUNS=/scratch/runs PYTHON=.venv/bin/python; export SBATCH_ACCOUNT=my_account SBATCH_PARTITION=h100\n"
     f"SITE_OVERRIDES=({' '.join(f"'{word}'" for word in DATA)})",
 }
 # What Python reads first: the demo's data are made of little text, and disks have room for the largest models.

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,6 +46,7 @@ MORE = [("dfc_x4", "pp2"), ("dfc_x4", "dp2"), ("mhc_x4", "tp2"), ("residual", "e
 def test_every_request_has_the_answer_of_one_rank(connection: str, layout: str, trials: Trials, tmp_path: Path) -> None:
     done = trials.evaluate(connection, tmp_path / "out", *LAYOUTS[layout], ranks=2)
     assert done.code == 0, done.printed
+    assert re.search(r"local_choice  acc \d\.\d{4} ± \d\.\d{4}  acc_norm \d\.\d{4}  \d+ documents\n", done.printed)
     expected, found = answers(trials.on_one_rank[connection]), answers(tmp_path / "out")
     assert found.keys() == expected.keys()
     texts = 0

@@ -282,6 +282,12 @@ def test_refused_specs(spec: Any, sentence: str) -> None:
         connect(spec, SFC)
 
 
+@pytest.mark.parametrize("config", ["dfc_x4", 4, {"rate": 4}, get_gpt_layer_local_spec()])
+def test_what_is_no_configuration_is_refused(config: Any) -> None:
+    with pytest.raises(UserError, match=r"connect takes a spec and a FracConfig, HyperConfig or ManifoldConfig, not "):
+        connect(get_gpt_layer_local_spec(), config)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -295,6 +301,10 @@ def test_refused_specs(spec: Any, sentence: str) -> None:
         (
             {"cuda_graph_impl": "local", "recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
             "accumulates the width connection's gradients by itself",
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            "overlap_p2p_comm=False with virtual stages on two pipeline ranks",
         ),
         ({"hidden_size": 66, "num_attention_heads": 2}, "rate=4 does not divide hidden_size=66"),
     ],

@@ -172,6 +172,11 @@ def test_widen_is_given_the_layers_configuration(connection: Any, sentence: str)
         widen([tiny.build("dense", DHC)], connection)
 
 
+def test_a_model_without_connections_is_not_widened() -> None:
+    with pytest.raises(UserError, match=r"no layer of the model has connections: build it from connect\(spec, HyperC"):
+        widen(tiny.build("dense", None), DHC)
+
+
 def test_where_nobody_widens_the_first_forward_pass_says_so() -> None:
     model = tiny.build("dense", DHC)
     for slot in slots(model):
@@ -191,9 +196,11 @@ def test_a_stream_that_a_stage_has_cut_is_noticed() -> None:
 
 
 def test_a_stage_checks_what_it_sends() -> None:
-    model = tiny.build("dense", None)
+    model = tiny.build("dense", DHC)
     model.post_process, model.config.pipeline_model_parallel_size = False, 2
     widen([model], DHC)
+    # Layers that let the model's width through, as plain ones of a class that `widen` does not know would.
+    model.decoder.layers, model.decoder.final_layernorm = torch.nn.ModuleList(), None
     with pytest.raises(
         UserError, match="would send 64 values per token, and the next one takes 256: connect the layers"
     ):

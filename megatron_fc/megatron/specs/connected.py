@@ -56,9 +56,14 @@ def connect[Spec](spec: Spec, config: ConnectionConfig, *, exchanges_shapes: boo
             exchange the shape of a wider stream, at a synchronisation per message.
 
     Raises:
-        UserError: nothing to connect, a layer that is connected already, or a layer class that this release does
-            not know.
+        UserError: nothing to connect, a layer that is connected already, a layer class that this release does not
+            know, or `config` is no configuration.
     """
+    if not isinstance(config, ConnectionConfig):
+        raise UserError(
+            f"connect takes a spec and a FracConfig, HyperConfig or ManifoldConfig, not {config!r:.60}: e.g. "
+            f"connect(spec, FracConfig(rate=4))"
+        )
     if config.is_wide and _is_layer(spec):
         raise refuse_no_end(_name(spec), config)
     connected, sites = _Connecting(config, exchanges_shapes).connect(spec)
