@@ -30,9 +30,11 @@ from megatron_fc.connections.site import Site
 from megatron_fc.errors import UserError
 from megatron_fc.megatron import specs
 from megatron_fc.megatron.flags import stored_connection
+from megatron_fc.megatron.stored_connections import difference
 from megatron_fc.runs.metrics import read_metrics
 from support import fork_server, harness, tiny
 from support import training_runs as runs
+from support.compress_commands import run
 from support.megatron_world import parallel_state as parallel_state
 from support.megatron_world import seed as seed
 
@@ -481,6 +483,26 @@ def test_training_starts_from_a_plain_checkpoint(config: Path) -> None:
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.name == "iter_0000006"
+
+
+@pytest.mark.slow
+def test_the_documented_config_for_a_loop_of_ones_own(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "upcycle.md").read_text()
+    (tmp_path / "own.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    plain = (
+        "connection=residual",
+        "eval_interval=1",
+        "eval_iters=0",
+        "save_interval=1",
+        f"run_dir={tmp_path / 'plain'}",
+    )
+    done = run(tmp_path, "train", tmp_path / "own.yaml", *plain)
+    assert done.code == 0, done.printed
+    source, target = tmp_path / "plain" / "checkpoints", tmp_path / "connected"
+    done = run(tmp_path, "upcycle", "--from", source, "--to", target, tmp_path / "own.yaml")
+    assert done.code == 0, done.printed
+    assert difference(find_checkpoint(target), DFC, 64) is None
+    assert "this run has plain residual connections" in (difference(find_checkpoint(target), None, 64) or "")
 
 
 @pytest.mark.slow
