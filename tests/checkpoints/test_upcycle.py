@@ -35,6 +35,7 @@ from megatron_fc.runs.metrics import read_metrics
 from support import fork_server, harness, tiny
 from support import training_runs as runs
 from support.compress_commands import run
+from support.documented import snippets
 from support.megatron_world import parallel_state as parallel_state
 from support.megatron_world import seed as seed
 
@@ -487,8 +488,7 @@ def test_training_starts_from_a_plain_checkpoint(config: Path) -> None:
 
 @pytest.mark.slow
 def test_the_documented_config_for_a_loop_of_ones_own(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "upcycle.md").read_text()
-    (tmp_path / "own.yaml").write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    (tmp_path / "own.yaml").write_text(snippets("yaml")["docs/upcycle.md"][0])
     plain = (
         "connection=residual",
         "eval_interval=1",

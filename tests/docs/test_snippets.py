@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -17,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_fc import FracConfig, FracConnection, HyperConfig
+from megatron_fc.evaluate.task_list import Wanted, read_task_list
 from megatron_fc.megatron.parameter_order import connection_parameters_first
 from support import tiny
 from support.documented import snippets
@@ -52,9 +55,33 @@ def without_te(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_every_snippet_is_run_here() -> None:
-    here = {"README.md": 1, "docs/laboratory.md": 1, "docs/plug-in.md": 5, "docs/traffic.md": 1}
+    here = {"README.md": 1, "docs/laboratory.md": 1, "docs/plug-in.md": 6, "docs/traffic.md": 1}
     elsewhere = {"docs/plan.md": 1, "docs/train.md": 1}  # test_commands.py
     assert {name: len(of_text) for name, of_text in SNIPPETS.items()} == here | elsewhere
+    assert {name: len(of_text) for name, of_text in snippets("yaml").items()} == {
+        "docs/evaluate.md": 1,
+        "docs/upcycle.md": 1,  # tests/checkpoints/test_upcycle.py
+    }
+
+
+def test_a_list_of_tasks(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text(snippets("yaml")["docs/evaluate.md"][0])
+    (tmp_path / "tasks").mkdir()
+    listed = read_task_list([str(tmp_path / "list.yaml")])
+    assert listed.tasks == {"hellaswag": Wanted("acc_norm", 0), "my_task": Wanted("acc", 5)}
+    assert listed.folders == [tmp_path / "tasks"]
+
+
+def test_a_checkpoint_of_ones_own_is_compared(tmp_path: Path) -> None:
+    model = tiny.build("dense", FracConfig(rate=2))
+    folder = tmp_path / "checkpoints" / "iter_0000100"
+    folder.mkdir(parents=True)
+    dist_checkpointing.save(model.sharded_state_dict(), str(folder))
+    given = {"transformer_config": model.config, "Path": lambda name: tmp_path / name}
+    execute("docs/plug-in.md", 3, config=FracConfig(rate=2), **given)
+    for config, has in ((FracConfig(rate=4), "this run has dfc_x4"), (None, "this run has plain residual connections")):
+        with pytest.raises(SystemExit, match=has):
+            execute("docs/plug-in.md", 3, config=config, **given)
 
 
 def test_a_model_in_the_readme() -> None:
@@ -104,13 +131,13 @@ def test_flags_of_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     # It leaves a tokenizer, writers and timers behind.
     monkeypatch.setattr("megatron.training.arguments.set_global_variables", lambda args: None)
-    left = execute("docs/plug-in.md", 3, parse_and_validate_args=parse_and_validate_args)
+    left = execute("docs/plug-in.md", 4, parse_and_validate_args=parse_and_validate_args)
     assert (left["args"].frac_rate, left["args"].frac_norm) == (4, "rmsnorm")
 
 
 def test_a_connection_without_megatron() -> None:
     h, o = torch.randn(2, 3, 5, 2048).unbind(0)
-    left = execute("docs/plug-in.md", 4, h=h, o=o)
+    left = execute("docs/plug-in.md", 5, h=h, o=o)
     assert torch.equal(left["x"], h)
     torch.testing.assert_close(left["h"], h + o)
 

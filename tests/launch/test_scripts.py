@@ -51,8 +51,9 @@ def test_dry_run_shows_both_commands(site: Site) -> None:
     site.write()
     done = run_on_login_node(site, "moe7b.sh", "--dry-run", "--nodes=8", "connection=residual", "run_dir=/tmp/x y")
     assert done.returncode == 0, done.stderr
-    sbatch, srun = done.stdout.splitlines()[:2]
-    assert sbatch.startswith("sbatch '--job-name=x y' "), "singleton goes by it"
+    sbatch, srun, log = done.stdout.splitlines()[:3]
+    assert sbatch.startswith("SBATCH_PARTITION=batch sbatch '--job-name=x y' "), "singleton goes by it"
+    assert re.fullmatch(r"job log    \S+/logs/x y-%j\.log, time limit 24:00:00", log)
     assert sbatch.rstrip().endswith(
         "--nodes=8 " + f"{REPOSITORY}/launch/moe7b.sh connection=residual 'run_dir=/tmp/x y' checked=8x8"
     )
@@ -175,9 +176,11 @@ def test_without_a_site_file_a_dry_run_shows_placeholders(tmp_path: Path) -> Non
         assert done.stderr.startswith(f"note: {missing} is missing, so placeholders are shown, and data are not looked")
         assert "copy launch/site.example.sh to it and fill in SBATCH_ACCOUNT, " in done.stderr
         assert done.stderr.count("\n") == 1
-        *sbatch, start = done.stdout.splitlines()
+        lines = done.stdout.splitlines()
+        start = next(line for line in reversed(lines) if not line.startswith("job log "))
         if words[0] != "mpi.sh":
-            assert sbatch[0].startswith("SBATCH_ACCOUNT=CHANGE_ME SBATCH_PARTITION=CHANGE_ME sbatch --job-name=")
+            assert lines[-1].startswith("job log    logs/")
+            assert lines[0].startswith("SBATCH_ACCOUNT=CHANGE_ME SBATCH_PARTITION=CHANGE_ME sbatch --job-name=")
         assert "'train_data_path=[/scratch/data/dolma/train]'" in start
         assert "run_dir=/scratch/me/runs/" in start
     assert list(tmp_path.iterdir()) == []

@@ -45,11 +45,12 @@ def commands(chunk: list[str]) -> list[str]:
     return [command for line in lines if (command := re.split(" {2,}", line.strip())[0]) and command[0] != "#"]
 
 
-def snippets() -> dict[str, list[str]]:
-    """The fenced Python of every text that has some."""
+def snippets(language: str = "python") -> dict[str, list[str]]:
+    """The fenced blocks of a language, of every text that has some."""
     found = {_name(path): _FENCED.findall(path.read_text()) for path in _PROSE}
-    assert all(language == "python" for blocks in found.values() for language, _ in blocks), "what is it?"
-    return {name: [code for _, code in blocks] for name, blocks in found.items() if blocks}
+    assert {name for blocks in found.values() for name, _ in blocks} <= {"python", "yaml"}, "what is it?"
+    chosen = {name: [code for of, code in blocks if of == language] for name, blocks in found.items()}
+    return {name: blocks for name, blocks in chosen.items() if blocks}
 
 
 def first_missing(shown: list[str], printed: str) -> str | None:
