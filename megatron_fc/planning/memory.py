@@ -121,7 +121,8 @@ def kept_bytes(kept: tuple[int, int], checkpoint: float) -> str:
     """
     newest, for_ever = kept
     many = f"({newest:,} + {for_ever:,})" if newest and for_ever else f"{newest + for_ever:,}"
-    return f"{many} x {_decimal(checkpoint)} = {_decimal(checkpoint * sum(kept))}"
+    said = f"{many} x {_decimal(checkpoint)} = {_decimal(checkpoint * sum(kept))}"
+    return said if newest or for_ever == 1 else f"{said}, as all stay: keep_last=3 would delete older ones"
 
 
 def _decimal(count: float) -> str:
