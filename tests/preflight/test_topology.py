@@ -36,7 +36,8 @@ def test_a_run_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         "the connections",
         "GPU-hours  22,093 in all, 14.4 days, assuming 30% of 989 TFLOP/s per GPU in any layout: `megatron-fc plan` "
         "estimates this one, or give --tokens-per-second-per-gpu",
-        "disk       checkpoints of the whole run: 716 x 96.9 GB = 69.4 TB, as all stay: keep_last=3 would delete older ones",
+        "disk       checkpoints of the whole run: 716 x 96.9 GB = 69.4 TB, as all stay: keep_last=3 would delete older "
+        "ones",
     ]
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
 
