@@ -42,7 +42,7 @@ def from_hf(source: str, config: Path, overrides: Sequence[str], target: Path) -
     refuse_existing(target)
     files = HuggingFaceFiles(source)
     architecture = files.model_type()
-    if architecture.removeprefix(CONNECTED) in NAMES and architecture not in NAMES:
+    if architecture in [f"{CONNECTED}{name}" for name in NAMES]:
         raise UserError(
             f"{source} has connections, and from-hf reads plain models alone: train on from the Megatron checkpoint "
             f"that it was made of"
