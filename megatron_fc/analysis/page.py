@@ -39,6 +39,25 @@ def write_analysis(out: Path, name: str, found: Content, against: Sequence[Path]
     return [file, *_DRAW[name](out, _labelled([*others, (out, found)])), write_page(out)]
 
 
+def refuse_other_checkpoint(out: Path, name: str, checkpoint: Path) -> None:
+    """Check that a page would be of one checkpoint.
+
+    Args:
+        out: folder of analyses.
+        name: of the one that will be added, or made anew.
+        checkpoint: that it will be of.
+
+    Raises:
+        UserError: other analyses there are of another one.
+    """
+    for other in ANALYSES:
+        if other in (name, "losses") or not (out / f"{other}.json").exists():
+            continue
+        theirs = _read(out, other)["checkpoint"]
+        if Path(theirs).resolve() != checkpoint.resolve():
+            raise UserError(f"{out} holds {other} of {theirs}, not of {checkpoint}: give another --out")
+
+
 def write_page(out: Path) -> Path:
     """Make the page of all analyses in a folder."""
     there = {
@@ -191,8 +210,8 @@ def earlier_in_words(found: Content) -> str:
     """Say e.g. ``1.15x (1.02 to 1.31)``."""
     if found["times"] is None:
         return "not reached"
-    low = "not yet" if found["low"] is None else f"{found['low']:.2f}"
-    return f"{found['times']:.2f}x ({low} to {found['high']:.2f})"
+    low = "not reached" if found["low"] is None else f"{found['low']:.2f}"
+    return f"{found['times']:.2f}x (95 %: {low} to {found['high']:.2f})"
 
 
 def _largest(values: Any) -> float:

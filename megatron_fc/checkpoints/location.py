@@ -57,7 +57,10 @@ def find_checkpoint(path: Path, step: int | None = None) -> Path:
     Raises:
         UserError: there is none, it is damaged, or it is not in the `torch_dist` format.
     """
-    checkpoint = path if _FOLDER.fullmatch(path.name) and path.is_dir() else latest_checkpoint(path, step)
+    itself = _FOLDER.fullmatch(path.name) and path.is_dir()
+    if not itself and not step and not (path / TRACKER).exists() and (there := intact_checkpoints(path)):
+        raise UserError(f"{path / TRACKER} is missing, and nothing says which one is meant: give {there[0]} itself")
+    checkpoint = path if itself else latest_checkpoint(path, step)
     if checkpoint is None:
         raise UserError(f"{path} holds no checkpoint: give the folder with {TRACKER}, or an iter_ folder below it")
     refuse_damaged(checkpoint)

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         return _of_checkpoint(args)
     found = analyze_losses(args.runs, args.baseline, args.decay)
     for of in found["runs"]:
-        line = f"{of['connection']}  seed {of['seed']}  loss {of['loss']:.4f}"
+        line = f"{of['connection']}  seed {of['seed']}  smoothed loss {of['loss']:.4f}"
         if of["baseline"] is not None:
             line += f"  {of['difference']:+.4f}  times earlier: {earlier_in_words(of['earlier'])}"
         gain = f"  residual gain {of['residual_gain'][-1][1]:.2f}" if of["residual_gain"] else ""
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def _of_checkpoint(args: argparse.Namespace) -> int:
     from megatron_fc.analysis.coefficients import analyze_coefficients
     from megatron_fc.analysis.gradients import analyze_gradients
-    from megatron_fc.analysis.page import write_analysis
+    from megatron_fc.analysis.page import refuse_other_checkpoint, write_analysis
     from megatron_fc.analysis.similarity import analyze_similarity
     from megatron_fc.analysis.source import find_source
 
@@ -94,6 +94,7 @@ def _of_checkpoint(args: argparse.Namespace) -> int:
         "gradients": analyze_gradients,
     }
     source = find_source(args.source, args.config, args.overrides, args.samples)
+    refuse_other_checkpoint(args.out, args.action, source.checkpoint)
     found = analyses[args.action](source)
     if found is not None:  # this is the first rank
         print("\n".join(map(str, write_analysis(args.out, args.action, found, args.against))))

@@ -96,6 +96,7 @@ class Tasks:
         for task in self.leaves(name):
             if wanted.shots is not None:
                 task.set_config(key="num_fewshot", value=wanted.shots)
+            _refuse_too_many_shots(name, task)
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise UserError(
                     f"the task {name} runs code that the model writes, or shows pictures: leave it out; `megatron-fc "
@@ -104,6 +105,19 @@ class Tasks:
             known = getattr(task, "_metric_fn_list", {})
             if wanted.metric is not None and known and wanted.metric not in known:
                 raise UserError(f"the task {name} has no metric {wanted.metric}: give one of {', '.join(known)}")
+
+
+def _refuse_too_many_shots(name: str, task: Task) -> None:
+    """The harness draws one example more where the question itself may be among them, and fails at the first question."""
+    shots = int(task.get_config("num_fewshot") or 0)
+    if shots == 0:
+        return
+    drawn = getattr(task, "fewshot_cfg", None)  # a task that is a class of Python has none
+    one_more = drawn is not None and drawn.sampler == "default" and drawn.split == task.config.test_split
+    if (most := len(list(task.fewshot_docs() or ())) - one_more) < shots:
+        raise UserError(
+            f"the task {name} is to have {shots} shots, and its data have examples for {max(most, 0)}: give fewer"
+        )
 
 
 def fetch(wanted: TaskList, folder: Path, report: Callable[[str], None]) -> None:

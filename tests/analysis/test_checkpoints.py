@@ -1,6 +1,7 @@
 """`megatron-fc analyze` of checkpoints: against a computation by hand, and from every layout the same."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,9 @@ def test_other_checkpoints_stand_beside(trained: Callable[[str], Path], tmp_path
     done = run(tmp_path, "analyze", "gradients", trained("dfc_x4"), "--against", tmp_path / "residual")
     assert done.code == 2
     assert "residual holds no readable gradients.json: give the --out of `analyze gradients`" in done.printed
+    done = run(tmp_path, "analyze", "gradients", trained("dfc_x4"), "--out", tmp_path / "residual")
+    assert done.code == 2
+    assert re.search(r"holds similarity of \S+/residual/\S+, not of \S+/dfc_x4/\S+: give another --out", done.printed)
 
 
 @pytest.mark.slow

@@ -109,6 +109,11 @@ def test_a_digest_is_of_what_a_task_asks(tmp_path: Path) -> None:
     assert digest("again_with_example", shots=1) == with_example
     changed = digest("answer", right=" 4"), digest("setting", description="Sums."), digest("other", 1, example=" 2")
     assert len({first, with_example, *changed, digest("code", ask="Question: {}")}) == 6
+    with pytest.raises(UserError, match="the task sums is to have 2 shots, and its data have examples for 1: give f"):
+        digest("too_many", shots=2)
+    # The question may be among the examples.
+    with pytest.raises(UserError, match="the task sums is to have 1 shots, and its data have examples for 0: give f"):
+        digest("of_questions", shots=1, fewshot_split="test")
 
 
 def test_a_list_that_is_not_there() -> None:
