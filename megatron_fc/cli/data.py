@@ -172,6 +172,10 @@ def run_look(args: argparse.Namespace) -> int:
     from megatron_fc.data.look import look_at_document, look_at_sample
     from megatron_fc.training.hub_tokenizer import load_tokenizer
 
+    if args.prefix.is_dir():
+        raise UserError(
+            f"{args.prefix} is a folder: give a file's path without its ending, e.g. {args.prefix}/train-00000"
+        )
     folder = args.tokenizer or args.prefix.parent / "tokenizer"
     tokenizer = load_tokenizer(folder, f"the tokenizer {folder}")
     if args.document is not None:

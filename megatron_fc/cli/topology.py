@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from megatron_fc.cli.parsing import Commands
+from megatron_fc.errors import UserError
 
 
 def add(commands: Commands) -> None:
@@ -55,5 +57,9 @@ def _print(args: argparse.Namespace) -> int:
     )
     print(json.dumps(found.to_dict(), indent=2) if args.json else "\n".join(found.lines()), flush=True)
     if args.check_files and found.disk_space:
-        found.disk_space.check()
+        try:
+            found.disk_space.check()
+        except UserError as error:  # an exception would start the command again, with torch
+            print(f"megatron-fc: {error}", file=sys.stderr)
+            return 2
     return 0

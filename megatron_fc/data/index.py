@@ -16,7 +16,7 @@ from megatron_fc.convert.one_rank import ON_ONE_RANK, one_rank
 from megatron_fc.errors import UserError
 from megatron_fc.preflight.batch_schedule import steps_and_samples
 from megatron_fc.training.batches import data_config
-from megatron_fc.training.data_files import OF_A_PREPARED_INDEX
+from megatron_fc.training.data_files import OF_A_PREPARED_INDEX, repetition
 from megatron_fc.training.recipe import load_recipe
 from megatron_fc.training.token_data import TokenDataset
 
@@ -35,6 +35,8 @@ def index(config: Path, overrides: Sequence[str], *, report: Callable[[str], Non
     built = [f"{name}=false" for name in OF_A_PREPARED_INDEX]
     recipe = load_recipe(config, [*overrides, *ON_ONE_RANK, *built])
     with one_rank(recipe) as args:
+        if said := repetition(args):
+            report(said)
         if args.data_cache_path is None:
             raise UserError("data_cache_path is not set: name a folder that all nodes of the run see")
         from megatron.training.global_vars import set_args

@@ -108,7 +108,7 @@ class Tasks:
 
 
 def _refuse_too_many_shots(name: str, task: Task) -> None:
-    """The harness draws one example more where the question itself may be among them, and fails at the first question."""
+    """The harness draws one example more where the question may be among them, and fails at the first question."""
     shots = int(task.get_config("num_fewshot") or 0)
     if shots == 0:
         return

@@ -183,6 +183,8 @@ def _add_up(rank: int, ranks: int, on_devices: bool, store: Any) -> str:
     os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # else NCCL's watchdog kills the process, where a call could raise
     backend = "cpu:gloo,cuda:nccl" if on_devices else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_devices else torch.device("cpu")
+    if on_devices and not torch.cuda.is_available():
+        raise UserError("there is no GPU here: set distributed_backend=gloo to check a run on the CPU lane")
     wanted, seconds, is_right = float(sum(range(1, ranks + 1))), 0.0, True
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=CHECK)

@@ -14,6 +14,7 @@ from megatron_fc.preflight.nodes import DiskSpace
 from megatron_fc.preflight.packages import lacking_packages
 from megatron_fc.preflight.validation import validate
 from megatron_fc.training.data_files import refuse_damaged_files, refuse_missing_files, repetition
+from megatron_fc.training.warm_up import never_at_the_peak
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Topology:
         throughput: basis of the GPU-hours.
         unchecked: what this machine could not check, in words.
         repetition: how often the data are read, in words; None without a look at them, or where once is enough.
+        warm_up: a warning of a learning rate that never reaches its peak.
         disk_space: that checkpoints need; None if the run saves none.
         lacking: packages that this Python, which will start the run, does not have, in words; None if it has all, or
             another one starts it.
@@ -80,6 +82,7 @@ class Topology:
     throughput: Throughput
     unchecked: list[str]
     repetition: str | None
+    warm_up: str | None
     disk_space: DiskSpace | None
     lacking: str | None
 
@@ -121,6 +124,7 @@ class Topology:
             "gpu_hours_basis": str(self.throughput),
             "unchecked": self.unchecked,
             "repetition": self.repetition,
+            "warm_up": self.warm_up,
             "checkpoint_bytes": self.disk_space and self.disk_space.checkpoint_bytes,
             "checkpoints": sum(self.disk_space.kept) if self.disk_space else 0,
             "lacking": self.lacking,
@@ -166,6 +170,7 @@ class Topology:
             lines.append(f"disk       checkpoints of the whole run: {whole}")
         lines += [f"note: {note}" for note in self.unchecked]
         lines += [f"WARNING: {self.lacking}"] * bool(self.lacking)
+        lines += [self.warm_up] if self.warm_up else []
         return [*lines, self.repetition] if self.repetition and warned else lines
 
 
@@ -206,6 +211,7 @@ def topology(
         throughput=throughput,
         unchecked=run.unchecked,
         repetition=repetition(run.args) if check_files else None,
+        warm_up=never_at_the_peak(run.args),
         disk_space=disk_space_of(run.recipe, run.args),
         lacking=lacking_packages(run.recipe, run.args) if check_packages else None,
     )

@@ -285,8 +285,9 @@ def _is_number(word: str) -> bool:
 
 
 def _per_split(path: str) -> dict[str, list[str]]:
+    text = _text(path, "per_split_data_args_path")
     try:
-        content = json.loads(_text(path, "per_split_data_args_path"))
+        content = json.loads(text)
         listed = {split: content[split] for split in _SPLITS}
     except (ValueError, KeyError, TypeError):
         raise UserError(

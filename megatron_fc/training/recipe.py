@@ -25,6 +25,7 @@ from megatron_fc.training.data_files import refuse_missing_files, refuse_two_sou
 from megatron_fc.training.machine import adaptations, device_capability, has_transformer_engine
 from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.precision import apply_precision, refuse_impossible, refuse_on_device
+from megatron_fc.training.warm_up import never_at_the_peak
 
 CONNECTIONS = ("residual", *kinds.MEMBERS)
 FAMILIES = ("gpt", "hybrid")
@@ -129,8 +130,7 @@ def load_recipe(
     if not elsewhere:
         refuse_on_device(args, device_capability())
         refuse_missing_files(args)
-        if said := repetition(args):
-            notes.append(said)
+        notes += [said for said in (repetition(args), never_at_the_peak(args)) if said]
     return Recipe(
         sections,
         connection,

@@ -113,7 +113,12 @@ def test_packages_that_this_python_lacks_are_a_warning(
 
 def test_whole_batches_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert ask("train_samples=2000") == 0
-    assert "1 steps, 4,194,304 tokens (the target is 8,192,000: whole batches only)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 steps, 4,194,304 tokens (the target is 8,192,000: whole batches only)" in printed
+    warned = "WARNING: train_samples=2000 ends within lr_warmup_samples=2560000, so the learning rate never reaches its"
+    assert printed.splitlines()[-1].startswith(warned)
+    assert ask("train_samples=1000") == 2
+    assert "train_samples=1000 is less than one batch, global_batch_size=1024: set more" in capsys.readouterr().err
 
 
 def test_a_schedule_of_batches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,7 @@ def test_what_a_blend_is(tmp_path: Path) -> None:
             "from SITE_OVERRIDES, or by train_data_path=null valid_data_path=null",
         ),
         ({"data_args_path": "/nowhere"}, "data_args_path=/nowhere cannot be read: No such file"),
+        ({"per_split_data_args_path": "/nowhere"}, "per_split_data_args_path=/nowhere cannot be read: No such file"),
         ({"per_split_data_args_path": __file__}, "must be JSON with the keys train, valid, test"),
     ],
 )
