@@ -128,14 +128,16 @@ def refuse_other_model(checkpoint: Path, args: Namespace) -> None:
         args: Megatron's, validated.
 
     Raises:
-        UserError: names the setting and both values.
+        UserError: names the first setting with both values, and all others.
     """
-    for name, (before, now) in changes(stored_args(checkpoint), args).items():
-        if _MODEL.fullmatch(name):
-            raise UserError(
-                f"{name}: {_short(before)} in {checkpoint}, {_short(now)} here, which makes another model: give what "
-                f"it was written with"
-            )
+    changed = changes(stored_args(checkpoint), args)
+    if names := [name for name in changed if _MODEL.fullmatch(name)]:
+        before, now = map(_short, changed[names[0]])
+        others = f", as {'do' if len(names) > 2 else 'does'} {', '.join(names[1:])}" if names[1:] else ""
+        raise UserError(
+            f"{names[0]}: {before} in {checkpoint}, {now} here, which makes another model{others}: give what it was "
+            f"written with"
+        )
 
 
 def refuse_other_batch(checkpoint: Path, changed: Changes, args: Namespace) -> None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from megatron_fc import FracConfig, UserError
-from megatron_fc.checkpoints.changes import changes
+from megatron_fc.checkpoints.changes import changes, refuse_other_model, stored_args
 from megatron_fc.checkpoints.location import TRACKER
 from megatron_fc.checkpoints.start import Start, StartOptions, choose_start
 from megatron_fc.runs.metrics import read_metrics
@@ -134,6 +134,9 @@ def test_what_differs_from_the_checkpoint_is_refused_or_announced(saved: Path) -
             chosen(told, load=str(saved), **dict([given]))
         anew = chosen(told, load=str(saved), save="elsewhere", finetune=True, **dict([given]))[0]
         assert anew.changed == {}
+    other = Namespace(**vars(stored_args(checkpoint)) | {"num_layers": 5, "rotary_base": 500})
+    with pytest.raises(UserError, match="5 here, which makes another model, as does rotary_base: give what it was wri"):
+        refuse_other_model(checkpoint, other)
     chosen(told, load=str(saved), expert_model_parallel_size=2, no_load_optim=True)
     chosen(told, load=str(saved), global_batch_size=8)
     with pytest.raises(
