@@ -49,10 +49,11 @@ def test_each_row_of_the_readmes_tables_is_here() -> None:
 
 def test_printed_differences_are_those_recorded() -> None:
     """Of variants to plain residuals, over seeds."""
-    suite = json.loads((ROOT / "benchmarks" / "results" / "ablation" / "paper" / "summary.json").read_text())
+    folder = ROOT / "benchmarks" / "results" / "ablation"
     recorded = {
         of["variant"]: (str(len(of["by_seed"])), f"{of['validation']['mean']:+.3f} ± {of['validation']['half']:.3f}")
-        for of in suite["variants"]
+        for suite in ("paper", "depth")
+        for of in json.loads((folder / suite / "summary.json").read_text())["variants"]
         if len(of["by_seed"]) > 1
     }
     for text in (README, (ROOT / "docs" / "science.md").read_text()):
