@@ -52,7 +52,7 @@ def write_report(folders: Sequence[Path], wanted: TaskList, to: Path, decay: flo
     Args:
         folders: of the runs' results.
         wanted: averages and published numbers; its tasks come first.
-        to: folder of results.md, accuracy.png and loss.png.
+        to: folder of results.md, tasks.png and loss.png.
         decay: of the curves' moving average over checkpoints, 0 for none; None for that of `default_decay`.
 
     Returns:
@@ -68,13 +68,14 @@ def write_report(folders: Sequence[Path], wanted: TaskList, to: Path, decay: flo
     decay = default_decay(runs) if decay is None else decay
     written = [to / "results.md"]
     written[0].write_text(markdown(runs, wanted))
-    grids: tuple[tuple[str, str, Callable[[dict[str, Any]], dict[str, float]]], ...] = (
-        ("accuracy", "", lambda results: values_of(results, wanted)),
-        ("loss", "nats per token", losses_of),
+    newest = [run.results[-1] for run in runs]
+    grids: tuple[tuple[str, Callable[[str], str], Callable[[dict[str, Any]], dict[str, float]]], ...] = (
+        ("tasks", lambda name: _metric(name, newest, wanted), lambda results: values_of(results, wanted)),
+        ("loss", lambda _: "nats per token", losses_of),
     )
-    for name, unit, values in grids:
+    for name, metric, values in grids:
         if any(values(results) for run in runs for results in run.results):
-            written.append(plot_grid(runs, values, list(wanted.tasks), to / f"{name}.png", decay, unit))
+            written.append(plot_grid(runs, values, list(wanted.tasks), to / f"{name}.png", decay, metric))
     return written
 
 
@@ -98,7 +99,7 @@ def markdown(runs: Sequence[Evaluated], wanted: TaskList) -> str:
     for name in _names([values, list(wanted.paper.values())], list(wanted.tasks)):
         of_task = (results["tasks"][name] for results in newest if name in results.get("tasks", {}))
         task: dict[str, Any] = next(of_task, {})
-        metric = task.get("metric", "average" if name in wanted.averages else "")
+        metric = _metric(name, newest, wanted)
         is_share = _is_share(name, newest, wanted)
         cells = [_number(column.get(name), is_share, {}) for column in wanted.paper.values()]
         cells += [
@@ -123,7 +124,7 @@ def plot_grid(
     first: Sequence[str],
     out: Path,
     decay: float,
-    unit: str = "",
+    metric: Callable[[str], str],
 ) -> Path:
     """Draw a curve over tokens for each value and run: the points, and their moving average, corrected for its start.
 
@@ -133,7 +134,7 @@ def plot_grid(
         first: names that come first.
         out: the PNG.
         decay: of the moving average.
-        unit: of the values.
+        metric: what a value measures, by its name.
     """
     import matplotlib
 
@@ -155,15 +156,13 @@ def plot_grid(
             smooth = smoothed(curve, decay)
             axes.plot(smooth.keys(), smooth.values(), color=colour, linewidth=1.6, label=run.label)
         axes.set_title(name, fontsize=9)
+        axes.set_ylabel(metric(name), fontsize=8)
         axes.grid(alpha=0.25)
         axes.locator_params(axis="x", nbins=4)  # numbers of tokens are long
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel("tokens")
-    for axes in grid[:, 0]:
-        axes.set_ylabel(unit)
+    figure.supxlabel("tokens", fontsize=9)
     grid.flat[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"EMA {decay:g}" if decay else "", fontsize=9)
     figure.savefig(out, dpi=140)
@@ -181,13 +180,19 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _metric(name: str, newest: Sequence[dict[str, Any]], wanted: TaskList) -> str:
+    """What the value of a task or an average measures; nothing where only published numbers have it."""
+    if name in wanted.averages:
+        return "average"
+    return next((results["tasks"][name]["metric"] for results in newest if name in results.get("tasks", {})), "")
+
+
 def _is_share(name: str, newest: Sequence[dict[str, Any]], wanted: TaskList) -> bool:
     """A task's metric is a share, or those of all tasks of an average."""
     if name in wanted.averages:
         return all(_is_share(part, newest, wanted) for part in wanted.averages[name])
-    found = [results["tasks"][name]["metric"] for results in newest if name in results.get("tasks", {})]
     listed = wanted.tasks[name].metric if name in wanted.tasks else None
-    metric = next(iter(found), listed)
+    metric = _metric(name, newest, wanted) or listed
     return metric is None or _SHARES.fullmatch(metric) is not None
 
 

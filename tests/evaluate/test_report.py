@@ -45,7 +45,7 @@ def test_table_and_curves(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text(_LIST)
     wanted = read_task_list([str(tmp_path / "list.yaml")])
     written = write_report(runs, wanted, tmp_path / "report", 0.5)
-    assert [path.name for path in written] == ["results.md", "accuracy.png", "loss.png"]
+    assert [path.name for path in written] == ["results.md", "tasks.png", "loss.png"]
     assert all(path.stat().st_size > 10_000 for path in written[1:])
     lines = [line for line in written[0].read_text().splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
@@ -68,9 +68,9 @@ def test_curves_are_over_tokens(runs: list[Path], tmp_path: Path, monkeypatch: p
         Axes, "plot", lambda axes, x, y, *a, **k: (drawn.append((list(x), list(y))), original(axes, x, y, *a, **k))[1]
     )
     units: set[str] = set()
-    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, unit: units.add(unit))
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, unit, **k: units.add(unit))
     write_report(runs[1:], read_task_list([]), tmp_path / "report", 0.5)
-    assert units == {"", "nats per token"}
+    assert units == {"acc", "bits_per_byte", "nats per token"}
     # Points and moving average of first: (0.5 * 0.5 + 0.25 * 0.5 ...) with Adam's correction.
     assert drawn[0] == ([1000, 2000], pytest.approx([0.5, 0.6]))
     assert drawn[1] == ([1000, 2000], pytest.approx([0.5, (0.25 * 0.5 + 0.5 * 0.6) / 0.75]))
