@@ -16,27 +16,45 @@ from megatron_fc.runs.plot import plot_losses
 
 ANALYSES = ("losses", "coefficients", "similarity", "gradients")
 Content = Mapping[str, Any]
+Analyses = Sequence[tuple[Path, Content]]  # with their folders
 Labelled = Sequence[tuple[str, Content]]
 
 
-def write_analysis(out: Path, name: str, found: Content, against: Sequence[Path] = ()) -> list[Path]:
+def write_analysis(out: Path, name: str, found: Content, others: Analyses = ()) -> list[Path]:
     """Add an analysis to a folder and make its page anew.
 
     Args:
         out: the folder.
         name: one of ANALYSES.
         found: its values.
-        against: folders whose analyses of the same name stand beside it in figures, the first of them the baseline.
+        others: that stand beside it in figures, the first of them the baseline.
 
     Returns:
         The files that were written.
 
     Raises:
-        UserError: a folder of `against` has no such analysis, or `out` cannot be written.
+        UserError: `out` cannot be written.
     """
-    others = [(folder, _read(folder, name)) for folder in against]
     file = write_atomically(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
     return [file, *_DRAW[name](out, _labelled([*others, (out, found)])), write_page(out)]
+
+
+def read_analyses(folders: Sequence[Path], name: str) -> Analyses:
+    """Read analyses of one name.
+
+    Raises:
+        UserError: a folder has none.
+    """
+    return [(folder, _read(folder, name)) for folder in folders]
+
+
+def other_tokens(found: Content, others: Analyses) -> list[str]:
+    """Say which analyses are of another number of tokens than one that they stand beside."""
+    return [
+        f"note: {folder} is of {other['tokens']:,} tokens, this of {found['tokens']:,}: give both the same --samples"
+        for folder, other in others
+        if other["tokens"] != found["tokens"]
+    ]
 
 
 def refuse_other_checkpoint(out: Path, name: str, checkpoint: Path) -> None:
@@ -82,7 +100,7 @@ def _read(folder: Path, name: str) -> Content:
     return content
 
 
-def _labelled(analyses: Sequence[tuple[Path, Content]]) -> Labelled:
+def _labelled(analyses: Analyses) -> Labelled:
     """By connection, and by folder where several have the same."""
     connections = [content.get("connection") for _, content in analyses]
     return [

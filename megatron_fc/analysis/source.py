@@ -14,11 +14,14 @@ from megatron_fc.compress.session import Session, session
 from megatron_fc.errors import UserError
 from megatron_fc.evaluate.engine import keep_vocabulary
 from megatron_fc.runs.summary import read_summary
+from megatron_fc.training.config_file import read_sections
+from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.recipe import Recipe, load_recipe
 
 # The analysis runs batches of its own.
 _VALIDATION = ("full_validation=false", "multiple_validation_sets=false", "eval_iters=1", "perturbation=null")
 _OF_A_RUN = "from_residual=false"
+_UNREAD = ("train_data_path=null", "test_data_path=null")  # where validation data have a name of their own
 _VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")
 
 
@@ -51,16 +54,23 @@ def find_source(path: Path, config: Path | None, overrides: Sequence[str], sampl
     """
     run_dir = path if (path / "checkpoints").is_dir() else None
     checkpoint = find_checkpoint(path / "checkpoints" if run_dir else path)
-    words = [*overrides, *_VALIDATION, _OF_A_RUN]
     if config is not None:
-        return Source(checkpoint, load_recipe(config, words), samples)
+        return Source(checkpoint, _recipe(config, overrides), samples)
     summary = read_summary(run_dir or checkpoint.parents[1])
     if summary is None:
         raise UserError(f"{run_dir or path} has no summary.json, which would say what was trained: give --config")
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump({name: values for name, values in summary["config"].items() if values}, file)
         file.flush()
-        return Source(checkpoint, load_recipe(Path(file.name), words), samples)
+        return Source(checkpoint, _recipe(Path(file.name), overrides), samples)
+
+
+def _recipe(config: Path, overrides: Sequence[str]) -> Recipe:
+    words = [*overrides, *_VALIDATION, _OF_A_RUN]
+    sections = read_sections(config, words, megatron_arguments().names())
+    if any(values.get("valid_data_path") for values in sections.values()):
+        words += _UNREAD
+    return load_recipe(config, words)
 
 
 @contextmanager

@@ -82,9 +82,10 @@ def run(args: argparse.Namespace) -> int:
 def _of_checkpoint(args: argparse.Namespace) -> int:
     from megatron_fc.analysis.coefficients import analyze_coefficients
     from megatron_fc.analysis.gradients import analyze_gradients
-    from megatron_fc.analysis.page import refuse_other_checkpoint, write_analysis
+    from megatron_fc.analysis.page import other_tokens, read_analyses, refuse_other_checkpoint, write_analysis
     from megatron_fc.analysis.similarity import analyze_similarity
     from megatron_fc.analysis.source import find_source
+    from megatron_fc.runs.writable import refuse_unwritable
 
     if args.samples < 1:
         raise UserError(f"--samples {args.samples}: give a number from 1 on")
@@ -93,9 +94,12 @@ def _of_checkpoint(args: argparse.Namespace) -> int:
         "similarity": analyze_similarity,
         "gradients": analyze_gradients,
     }
+    others = read_analyses(args.against, args.action)
+    refuse_unwritable(args.out)
     source = find_source(args.source, args.config, args.overrides, args.samples)
     refuse_other_checkpoint(args.out, args.action, source.checkpoint)
     found = analyses[args.action](source)
     if found is not None:  # this is the first rank
-        print("\n".join(map(str, write_analysis(args.out, args.action, found, args.against))))
+        written = write_analysis(args.out, args.action, found, others)
+        print("\n".join([*other_tokens(found, others), *map(str, written)]))
     return 0

@@ -92,6 +92,8 @@ def test_measures_are_those_by_hand(
     same([pair["median"] for pair in similarity["pairs"]], expected["medians"])
     gradients = analyze("gradients", run_dir, out)
     same([[layer["weights"], layer["connections"]] for layer in gradients["layers"]], expected["gradients"])
+    elsewhere = analyze("gradients", run_dir, tmp_path / "elsewhere", "train_data_path=/not/here")
+    assert elsewhere["layers"] == gradients["layers"]
     if connection == "residual":
         done = run(tmp_path, "analyze", "coefficients", run_dir, "--out", out)
         assert done.code == 2
@@ -125,7 +127,7 @@ def test_measures_are_those_by_hand(
     [
         pytest.param("dfc_x4", PP2, 2, marks=pytest.mark.soak),
         pytest.param("dhc_x4", TP2, 2, marks=pytest.mark.soak),
-        pytest.param("dfc_x4", [*TP2, *PP2], 4, marks=pytest.mark.soak),
+        pytest.param("dfc_x4", [*TP2, *PP2], 4, marks=pytest.mark.slow),
         pytest.param("dhc_x4", [*TP2, *PP2], 4, marks=pytest.mark.soak),
         pytest.param(
             "mhc_x4", [*TP2, "expert_model_parallel_size=2", "expert_tensor_parallel_size=1"], 2, marks=pytest.mark.soak
@@ -169,7 +171,12 @@ def close(found: Any, expected: Any) -> None:
 def test_other_checkpoints_stand_beside(trained: Callable[[str], Path], tmp_path: Path) -> None:
     for connection in ("residual", "dfc_x4"):
         analyze("similarity", trained(connection), tmp_path / connection)
-    analyze("similarity", trained("dfc_x4"), tmp_path / "dfc_x4", "--against", tmp_path / "residual")
+    words = ["--out", tmp_path / "dfc_x4", "--against", tmp_path / "residual"]
+    done = run(tmp_path, "analyze", "similarity", trained("dfc_x4"), "--samples", 2 * SAMPLES, *words)
+    assert done.code == 0
+    assert "residual is of 128 tokens, this of 256: give both the same --samples" in done.printed
+    done = run(tmp_path, "analyze", "similarity", trained("dfc_x4"), "--samples", SAMPLES, *words)
+    assert (done.code, done.printed.count("note: ")) == (0, 0)
     done = run(tmp_path, "analyze", "gradients", trained("dfc_x4"), "--against", tmp_path / "residual")
     assert done.code == 2
     assert "residual holds no readable gradients.json: give the --out of `analyze gradients`" in done.printed
