@@ -129,6 +129,8 @@ class HyperConfig(ConnectionConfig):
         scale: multiply the predicted part by the learned scalars s_alpha and s_beta.
         initial_scale: initial value of both scalars.
         norm_eps: epsilon of the norm, the connection's own and independent of the model's.
+        scale_output_init: a fresh model's output projections start sqrt(n/m) times larger (2409.19606, section 3);
+            False: it starts as the plain model. No part of equality: weights that are loaded stay as they are.
         stream_layers: layers that keep one stream together for backward and compute the others again, as well as the
             inputs of their norms; 0: every sub-layer keeps its own. No part of equality: it changes no result.
         backend: as of `FracConfig`; the kernels are for 1, 2, 4, 8 and 16 slots.
@@ -153,6 +155,7 @@ class HyperConfig(ConnectionConfig):
     initial_scale: float = 0.01
     norm_eps: float = 1e-5
     # No part of what the connection computes.
+    scale_output_init: bool = field(default=True, compare=False)
     stream_layers: int = field(default=0, compare=False, metadata={"least": 0})
     backend: Backend = field(default="auto", compare=False)
 

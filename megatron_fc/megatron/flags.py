@@ -31,6 +31,7 @@ _HELP = {
     "initial_scale": "Initial value of the learned scalars.",
     "norm_eps": "Epsilon of the norm.",
     "recompute": "Keep the residual stream and the sub-layer's output for backward, compute the rest again.",
+    "scale_output_init": "The --no- form leaves a fresh model's output projections at the plain model's size.",
     "stream_layers": "Layers that keep the stream once together for backward, and compute the rest of it again.",
     "backend": "Implementation: Triton's fused kernels, plain torch, or auto, which takes Triton where it can run.",
     "input_norm": "What applies a norm that Transformer Engine can fuse into a projection.",

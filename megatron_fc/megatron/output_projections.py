@@ -16,7 +16,7 @@ def scale_output_projections(config: TransformerConfig, connection: ConnectionCo
 
     To be called before a model is built, once per config; weights that are loaded stay as they are. All streams are
     equal at first, and a sub-layer's output is written to each (arXiv 2409.19606, section 3). Other kinds have no
-    such rule.
+    such rule, and `scale_output_init=False` turns it off.
     """
     if _is_due(config, connection):
         factor = math.sqrt(connection.slots / connection.fractions)
@@ -29,14 +29,15 @@ def announce_unscaled(config: TransformerConfig, connection: ConnectionConfig) -
         warnings.warn(
             f"{connection.label} starts with output projections of the plain size: unless weights are loaded, call "
             f"megatron_fc.megatron.output_projections.scale_output_projections(config, connection) before the model "
-            f"is built",
+            f"is built, or set scale_output_init=False",
             stacklevel=2,
         )
 
 
 def _is_due(config: TransformerConfig, connection: ConnectionConfig) -> bool:
-    is_hyper = isinstance(connection, HyperConfig) and connection.is_wide
-    return is_hyper and not isinstance(config.output_layer_init_method, _Scaled)
+    if not isinstance(connection, HyperConfig) or not connection.scale_output_init:
+        return False
+    return connection.is_wide and not isinstance(config.output_layer_init_method, _Scaled)
 
 
 class _Scaled:

@@ -100,11 +100,13 @@ def test_mistakes_are_one_sentence(
 
 def test_the_suites_are_what_they_are_described_as() -> None:
     suites = {file.stem: read_suite(file) for file in (ROOT / "configs" / "ablation").glob("*.yaml")}
-    assert suites.keys() == {"paper", "depth", "noise", "stress"}
+    assert suites.keys() == {"paper", "depth", "noise", "stress", "reasons"}
     assert list(suites["paper"].variants) == [
         *("residual", "dfc_x4", "dfc_x2", "sfc_x4", "dhc_x4", "mhc_x4"),
         *("sfc_x2", "dfc_x1", "dfc_x8", "no_norm", "no_tanh", "no_scale", "dhc_x2", "mfc_x4"),
     ]
     assert min(len(variant.seeds) for variant in suites["paper"].variants.values()) >= 5
     assert min(len(variant.seeds) for variant in suites["depth"].variants.values()) >= 3
+    for name in ("residual", "dhc_x4", "dfc_x2", "no_scale"):  # their records are those of the paper's suite
+        assert suites["reasons"].variants[name].settings == suites["paper"].variants[name].settings
     assert {variant.copies for variant in suites["noise"].variants.values()} == {5, 0}

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import warnings
 from functools import partial
 from typing import Any
 
@@ -233,10 +234,18 @@ def test_a_layer_alone_has_no_end() -> None:
 
 
 def test_output_projections_of_hyper_connections_start_larger() -> None:
-    """By sqrt(n), once; those of no other kind."""
+    """By sqrt(n), once; those of no other kind, nor with the option off."""
     given = tiny.transformer_config("dense", output_layer_init_method=partial(torch.nn.init.constant_, val=3.0))
-    for connection in (FracConfig(rate=4), MHC, DHC, DHC):
+    for connection in (FracConfig(rate=4), MHC, dataclasses.replace(DHC, scale_output_init=False), DHC, DHC):
         scale_output_projections(given, connection)
     weight = torch.empty(2, 3)
     given.output_layer_init_method(weight)
     assert torch.equal(weight, torch.full((2, 3), 6.0))
+
+
+def test_a_plain_start_of_hyper_connections_is_announced_unless_asked_for() -> None:
+    with pytest.warns(UserWarning, match="dhc_x4 starts with output projections of the plain size: .* or set"):
+        tiny.build("dense", DHC)
+    with warnings.catch_warnings(record=True) as said:
+        tiny.build("dense", dataclasses.replace(DHC, scale_output_init=False))
+    assert not [warning for warning in said if "output projections" in str(warning.message)]
