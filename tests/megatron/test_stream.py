@@ -236,11 +236,17 @@ def test_a_layer_alone_has_no_end() -> None:
 def test_output_projections_of_hyper_connections_start_larger() -> None:
     """By sqrt(n), once; those of no other kind, nor with the option off."""
     given = tiny.transformer_config("dense", output_layer_init_method=partial(torch.nn.init.constant_, val=3.0))
-    for connection in (FracConfig(rate=4), MHC, dataclasses.replace(DHC, scale_output_init=False), DHC, DHC):
-        scale_output_projections(given, connection)
     weight = torch.empty(2, 3)
-    given.output_layer_init_method(weight)
-    assert torch.equal(weight, torch.full((2, 3), 6.0))
+    for connection, started in (
+        (FracConfig(rate=4), 3.0),
+        (MHC, 3.0),
+        (dataclasses.replace(DHC, scale_output_init=False), 3.0),
+        (DHC, 6.0),
+        (DHC, 6.0),
+    ):
+        scale_output_projections(given, connection)
+        given.output_layer_init_method(weight)
+        assert torch.equal(weight, torch.full((2, 3), started))
 
 
 def test_a_plain_start_of_hyper_connections_is_announced_unless_asked_for() -> None:
