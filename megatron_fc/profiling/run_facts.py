@@ -4,12 +4,15 @@ import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_fc.runs.summary import git_commit, package_versions
 
 # What decides the bytes of a step beside the fields of Megatron's configuration of a transformer, or has another name
 # among the arguments.
@@ -79,6 +82,18 @@ def layout(args: Namespace, hosts: Sequence[str]) -> dict[str, Any]:
     sizes = {name: getattr(args, argument) for name, argument in _LAYOUT.items()}
     sizes["vpp"] = sizes["vpp"] or 1
     return {"world_size": args.world_size, "nodes": len(set(hosts)), **sizes}
+
+
+def origin() -> dict[str, Any]:
+    """The device, the date of rank 0 and the versions, as `Run` has them; every rank calls it."""
+    date = [datetime.now(UTC).isoformat(timespec="seconds")]
+    torch.distributed.broadcast_object_list(date, src=0)
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "date": date[0],
+        "versions": package_versions(),
+        "git_commit": git_commit(),
+    }
 
 
 def coordinates() -> dict[str, int]:

@@ -21,6 +21,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron_fc import FracConfig, FracConnection, HyperConfig
 from megatron_fc.evaluate.task_list import Wanted, read_task_list
 from megatron_fc.megatron.parameter_order import connection_parameters_first
+from megatron_fc.profiling.files import read_report
 from support import tiny
 from support.documented import snippets
 from support.megatron_world import parallel_state as parallel_state
@@ -55,7 +56,7 @@ def without_te(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_every_snippet_is_run_here() -> None:
-    here = {"README.md": 1, "docs/laboratory.md": 1, "docs/plug-in.md": 6, "docs/traffic.md": 1}
+    here = {"README.md": 1, "docs/laboratory.md": 1, "docs/plug-in.md": 6, "docs/traffic.md": 2}
     elsewhere = {"docs/plan.md": 1, "docs/train.md": 1}  # test_commands.py
     assert {name: len(of_text) for name, of_text in SNIPPETS.items()} == here | elsewhere
     assert {name: len(of_text) for name, of_text in snippets("yaml").items()} == {
@@ -133,6 +134,19 @@ def test_flags_of_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron.training.arguments.set_global_variables", lambda args: None)
     left = execute("docs/plug-in.md", 4, parse_and_validate_args=parse_and_validate_args)
     assert (left["args"].frac_rate, left["args"].frac_norm) == (4, "rmsnorm")
+
+
+def test_a_loop_of_ones_own_is_profiled(tmp_path: Path) -> None:
+    model = tiny.build("dense", FracConfig(rate=4))
+    execute(
+        "docs/traffic.md",
+        1,
+        Path=lambda name: tmp_path / name,
+        models=[model],
+        loader=range(5),
+        train_step=lambda models, number: tiny.logits(models[0], tiny.tokens(seed=number)).sum().backward(),
+    )
+    assert read_report(tmp_path / "runs" / "traffic" / "mine").run.connection == "dfc_x4"
 
 
 def test_a_connection_without_megatron() -> None:

@@ -48,11 +48,14 @@ with warnings.catch_warnings():
     from megatron_fc.evaluate.scoring import token_scores
     from megatron_fc.megatron.slots import NormSlot
     from megatron_fc.megatron.stream import widen
-    from megatron_fc.planning.counts import NetworkCounts
+    from megatron_fc.planning.counts import DeviceCounts, NetworkCounts
     from megatron_fc.planning.network import Routing
+    from megatron_fc.profiling.counters.device import DeviceCounter
     from megatron_fc.profiling.counters.network import NetworkCounter, gather_hosts
     from megatron_fc.profiling.counters.phase import Whereabouts
     from megatron_fc.profiling.groups import group_names
+    from megatron_fc.profiling.own_loop import profile_loop
+    from megatron_fc.profiling.records import Report
     from megatron_fc.resilience import rank_watch
     from megatron_fc.resilience.hang import StepClock
     from megatron_fc.resilience.rank_watch import RankWatch
@@ -392,6 +395,31 @@ def count_network(layout: Layout, model: Model, more: dict[str, Any]) -> Counted
         losses=run.losses,
         plain_losses=plain_losses,
     )
+
+
+@dataclass
+class Profiled:
+    """A loop of one's own without and with a profile of its second step, and that step counted by hand."""
+
+    plain_losses: list[float]
+    losses: list[float]
+    device: DeviceCounts
+    report: Report | None
+
+
+def profile_own_loop(layout: Layout, model: Model, out: Path) -> Profiled:
+    layout.initialise()
+    by_hand = Run(layout, model, None, "adam", {})
+    by_hand.train(range(1))
+    with Whereabouts(by_hand.chunks) as where, DeviceCounter(where, "cpu") as counter:
+        by_hand.train(range(1, 2))
+    run = Run(layout, model, None, "adam", {})
+    batch = {"micro_batch_size": BATCH, "global_batch_size": MICRO_BATCHES * BATCH}
+    with profile_loop(run.chunks, out, sequence_length=tiny.SEQUENCE, **batch, from_step=1, steps=1) as profile:
+        for step in range(2):
+            profile.step()
+            run.train(range(step, step + 1))
+    return Profiled(by_hand.losses, run.losses, counter.counts, profile.report)
 
 
 def _padding(buffer: Any) -> int:

@@ -53,6 +53,12 @@ class Window:
     def is_over(self) -> bool:
         return len(self.step_seconds) == self._steps
 
+    def begin(self, step: int) -> None:
+        """A step begins, which its first forward pass would say as well; the step before ends."""
+        if step != self._current:
+            self._current = step
+            self._at_bound(step)
+
     @contextmanager
     def forward(self, step: int) -> Iterator[Callable[[Any], None]]:
         """Context of the forward pass of a micro-batch.
@@ -63,9 +69,7 @@ class Window:
         Yields:
             What to call with the output, so that the backward pass through it is timed.
         """
-        if step != self._current:
-            self._current = step
-            self._at_bound(step)
+        self.begin(step)
         start = time.time()
         try:
             yield self._watch_backward
