@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_fc.ablation.suite import Suite
+from megatron_fc.ablation.suite import Suite, Variant
 from megatron_fc.errors import UserError
 from megatron_fc.runs.statistics import Interval, differences, interval, values_needed
 
@@ -20,13 +20,14 @@ class Compared:
         variant, against: its name and its baseline's, which is its own where it is one.
         seeds: of its runs that did not diverge.
         diverged: how many did.
+        missing: how many have not finished.
         losses: validation loss by seed.
         validation, training: difference to the baseline, the latter of the last iterations' mean; None of a baseline.
         by_seed: difference of the validation loss.
         speed: tokens/s over the baseline's, None without one.
         saved_bytes: per token and layer more than plain residuals, estimated.
         parameters: that connections add.
-        loss_spikes, gradient_spikes: per run.
+        loss_spikes, gradient_spikes: per run that did not diverge, None without one.
         gradient_norm: median of the runs' medians.
         residual_gain: median of the runs' last ones, None where it was not logged.
         peak_memory_bytes: median.
@@ -36,6 +37,7 @@ class Compared:
     against: str
     seeds: tuple[int, ...]
     diverged: int
+    missing: int
     losses: dict[int, float]
     validation: Interval | None
     training: Interval | None
@@ -44,8 +46,8 @@ class Compared:
     speed: float | None
     saved_bytes: float | None
     parameters: int | None
-    loss_spikes: float
-    gradient_spikes: float
+    loss_spikes: float | None
+    gradient_spikes: float | None
     gradient_norm: float | None
     residual_gain: float | None
     peak_memory_bytes: float | None
@@ -78,21 +80,28 @@ def compare(suite: Suite, records: Sequence[Record]) -> list[Compared]:
     Raises:
         UserError: a baseline has no finished run, or runs of one seed read different data.
     """
+    if said := lacking_baselines(suite, records):
+        raise UserError(said)
     there = _by_seed(records)
     compared = []
     for name, variant in suite.variants.items():
         of = there.get(name, {})
         base = of if variant.against == name else there.get(variant.against, {})
-        if of and not base:
-            raise UserError(
-                f"the baseline {variant.against} of {name} has no finished run: run it, or give another --baseline"
-            )
         if of:
             _refuse_other_data(of, base)
-            compared.append(_compared(name, variant.against, of, base))
+            compared.append(_compared(name, variant, of, base))
     if not compared:
         raise UserError(f"no run of {suite.file} has finished: run `megatron-fc ablate {suite.file}`")
     return compared
+
+
+def lacking_baselines(suite: Suite, records: Sequence[Record]) -> str | None:
+    """Say which baseline has no finished run beside a variant that has; None where all have."""
+    there = _by_seed(records)
+    for name, variant in suite.variants.items():
+        if name in there and variant.against not in there:
+            return f"the baseline {variant.against} of {name} has no finished run: run it, or give another --baseline"
+    return None
 
 
 def noise(suite: Suite, records: Sequence[Record], compared: Sequence[Compared]) -> list[Noise]:
@@ -138,16 +147,17 @@ def _refuse_other_data(of: Mapping[int, Record], base: Mapping[int, Record]) -> 
             )
 
 
-def _compared(name: str, against: str, of: Mapping[int, Record], base: Mapping[int, Record]) -> Compared:
+def _compared(name: str, variant: Variant, of: Mapping[int, Record], base: Mapping[int, Record]) -> Compared:
     losses, before = _values(of, "validation_loss"), _values(base, "validation_loss")
     by_seed = differences(losses, before) if of is not base else {}
     training = differences(_values(of, "mean_last_loss"), _values(base, "mean_last_loss")) if of is not base else {}
     speed, speed_before = (_median(_values(records, "tokens_per_second")) for records in (of, base))
     return Compared(
         variant=name,
-        against=against,
+        against=variant.against,
         seeds=tuple(seed for seed, record in of.items() if not record["diverged"]),
         diverged=sum(record["diverged"] for record in of.values()),
+        missing=len(variant.seeds) - len(of),
         losses=losses,
         validation=interval(list(by_seed.values())) if by_seed else None,
         training=interval(list(training.values())) if training else None,
@@ -155,9 +165,9 @@ def _compared(name: str, against: str, of: Mapping[int, Record], base: Mapping[i
         tokens_per_second=speed,
         speed=speed / speed_before if of is not base and speed and speed_before else None,
         saved_bytes=_median(_values(of, "saved_bytes")),
-        parameters=next((record["connection_parameters"] for record in of.values()), None),
-        loss_spikes=statistics.fmean(record["loss_spikes"] for record in of.values()),
-        gradient_spikes=statistics.fmean(record["gradient_spikes"] for record in of.values()),
+        parameters=next(map(int, _values(of, "connection_parameters").values()), None),
+        loss_spikes=_mean([record["loss_spikes"] for record in of.values() if not record["diverged"]]),
+        gradient_spikes=_mean([record["gradient_spikes"] for record in of.values() if not record["diverged"]]),
         gradient_norm=_median(_values(of, "median_gradient_norm")),
         residual_gain=_median(_values(of, "last_residual_gain")),
         peak_memory_bytes=_median(_values(of, "peak_memory_bytes")),
@@ -170,6 +180,10 @@ def _values(records: Mapping[int, Record], key: str) -> dict[int, float]:
 
 def _median(values: Mapping[int, float]) -> float | None:
     return _or_none(statistics.median, list(values.values()), least=1)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return _or_none(statistics.fmean, values, least=1)
 
 
 def _deviation(values: Sequence[float]) -> float | None:

@@ -40,6 +40,7 @@ _OF_SUMMARY = (
     "git_commit",
     "machine",
 )
+_OF_RUN = ("variant", "seed", "copy", "settings", "diverged", "saved_bytes")
 CURVE_DECAY, CURVE_POINTS = 0.95, 60
 
 
@@ -60,14 +61,23 @@ def read_record(results: Path, planned: Planned) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(file.read_text())
         found = record["digest"], record["data"]
+        _ = [record[name] for name in (*_OF_RUN, *_OF_SUMMARY)]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{file} is no record of a run: delete it, and the run is done again") from None
     for what, there, here in zip(("settings", "data"), found, (planned.digest, planned.data), strict=True):
         if there != here:
+            said = _said(record["settings"], planned.words) if what == "settings" else ""
             raise UserError(
-                f"{file} is of a run with other {what}: give another --results and --out, or delete it to run it again"
+                f"{file} is of a run with other {what}{said}: give another --results and --out, or delete it to run it "
+                f"again"
             )
     return record
+
+
+def _said(there: Sequence[str], here: Sequence[str]) -> str:
+    """Words of settings that differ; those of the config's file are not in a record."""
+    changed = [word for word in there if word not in here]
+    return f", {' '.join(changed)} among them" if changed else " in the config or on the command line"
 
 
 def finished(suite: Suite, planned: Planned) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_fc.ablation.comparison import Compared, Noise, Record, compare, noise
 from megatron_fc.ablation.suite import Suite
+from megatron_fc.errors import UserError
 from megatron_fc.runs.plot import COLOURS
 from megatron_fc.runs.statistics import Interval
 
@@ -36,6 +37,20 @@ def write_report(suite: Suite, records: Sequence[Record], out: Path, command: st
     files[1].write_text(markdown(suite, records, compared, noises, command))
     plot(compared, files[2])
     return files
+
+
+def refuse_other_suite(out: Path, suite: Suite) -> None:
+    """Check that a folder's table, which will be made anew, is of this suite.
+
+    Raises:
+        UserError: it is of another one.
+    """
+    try:
+        theirs = json.loads((out / NAMES[0]).read_text())["suite"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if theirs != suite.name:
+        raise UserError(f"{out} holds the table of the suite {theirs}, not of {suite.name}: give another --results")
 
 
 def _content(
@@ -70,7 +85,7 @@ def markdown(
     lines = [f"# {suite.name}", "", f"    {command}", ""]
     machines, hosts = _distinct(records, "machine"), {record["machine"]["host"] for record in records}
     lines += [
-        f"{len(records)} runs on {len(hosts)} machine{'s' if len(hosts) > 1 else ''} "
+        f"{len(records)} of {len(suite.runs)} runs on {len(hosts)} machine{'s' if len(hosts) > 1 else ''} "
         f"({', '.join(sorted({machine['system'] for machine in machines}))}), "
         f"{_span([record['iterations'] for record in records])} iterations, "
         f"{_span([record['tokens'] for record in records if record['tokens']])} tokens each. Differences are means "
@@ -79,10 +94,11 @@ def markdown(
         "",
     ]
     lines += _table(
-        ["", "seeds", "validation loss", "difference", "training loss, last 10", "by seed"],
+        ["", "to", "seeds", "validation loss", "difference", "training loss, last 10", "by seed"],
         [
             [
                 of.variant,
+                "" if of.variant == of.against else of.against,
                 _seeds(of),
                 _number(_mean(of.losses.values()), ".4f"),
                 _difference(of.validation, of),
@@ -116,8 +132,8 @@ def markdown(
                 _number(None if of.peak_memory_bytes is None else of.peak_memory_bytes / 2**20, ",.0f", " MiB"),
                 _number(of.loss_spikes, ".1f"),
                 _number(of.gradient_spikes, ".1f"),
-                _number(of.gradient_norm, ".3f"),
-                _number(of.residual_gain, ".2f"),
+                _number(of.gradient_norm, ".4g"),
+                _number(of.residual_gain, ".4g"),
             ]
             for of in compared
         ],
@@ -147,7 +163,8 @@ def markdown(
 
 
 def _seeds(of: Compared) -> str:
-    return str(len(of.seeds)) + (f", {of.diverged} diverged" if of.diverged else "")
+    more = {"diverged": of.diverged, "not there": of.missing}
+    return ", ".join([str(len(of.seeds)), *(f"{count} {what}" for what, count in more.items() if count)])
 
 
 def _difference(found: Interval | None, of: Compared) -> str:
@@ -179,28 +196,35 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(compared: Sequence[Compared], out: Path) -> Path:
-    """Draw each variant's differences: a point per seed, the mean and its interval."""
+    """Draw each variant's differences: a point per seed, the mean and its interval; and which runs diverged."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [of for of in compared if of.validation is not None]
+    shown = [of for of in compared if of.validation is not None or (of.diverged and of.variant != of.against)]
     figure, axes = plt.subplots(figsize=(8, 1.5 + 0.42 * max(1, len(shown))), layout="constrained")
     axes.axvline(0, color=COLOURS[0], linewidth=1)
     for place, of in enumerate(shown):
-        assert of.validation is not None
+        if of.diverged:
+            axes.text(1, place - 0.22, f"{of.diverged} diverged ", transform=axes.get_yaxis_transform(), ha="right")
+        if of.validation is None:
+            continue
         points = list(of.by_seed.values())
         axes.plot(points, [place + 0.18] * len(points), "o", color=COLOURS[2], markersize=4, alpha=0.45)
         colour = COLOURS[1] if of.validation.excludes_zero else COLOURS[2]
         axes.errorbar(
             of.validation.mean, place, xerr=of.validation.half, fmt="o", color=colour, capsize=4, linewidth=1.8
         )
-    axes.set_yticks(range(len(shown)), [f"{of.variant}  ({len(of.by_seed)})" for of in shown])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
     against = {of.against for of in shown}
+    to = {of.variant: f" to {of.against}" if len(against) > 1 else "" for of in shown}
+    axes.set_yticks(range(len(shown)), [f"{of.variant}{to[of.variant]}  ({len(of.by_seed)})" for of in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel(f"validation loss minus that of {against.pop() if len(against) == 1 else 'the baseline'}")
-    axes.set_title("Mean over seeds (their number in brackets) with its 95 % interval, and every seed", fontsize=10)
+    axes.set_title(
+        "Mean over seeds (their number in brackets) with its 95 % interval, orange where that excludes 0; every seed",
+        fontsize=9,
+    )
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -16,6 +16,8 @@ further runs of the first seed, whose first weights are moved by 1e-7 of themsel
 """
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,12 @@ from typing import Any
 import yaml
 
 from megatron_fc.errors import UserError, unknown
+from megatron_fc.training.strict_yaml import StrictLoader
 
+# Of runs' folders and records, and of words of commands.
+_NAME = re.compile(r"[\w+-][\w.+-]*")
+_OWN = ("seed", "perturbation", "run_dir")
+_MOST_SEED = 2**31 - 1
 _KEYS = ("config", "overrides", "seeds", "baseline", "variants", "half_width", "keep_checkpoints_of")
 _NEEDED = ("config", "seeds", "baseline", "variants")
 HALF_WIDTH = 0.02
@@ -107,9 +114,15 @@ class Suite:
         for seed in seeds:
             if seed not in known:
                 raise UserError(f"seed {seed} is none of {self.file}: it has {', '.join(map(str, sorted(known)))}")
-        return [
+        found = [
             run for run in self.runs if (not variants or run.variant in variants) and (not seeds or run.seed in seeds)
         ]
+        if not found:
+            raise UserError(
+                f"{' and '.join(variants)} of {self.file} has no run of seed {' or '.join(map(str, seeds))}: give "
+                f"another seed"
+            )
+        return found
 
     def settings_of(self, run: Run) -> list[str]:
         """`key=value` words of a run; later ones win."""
@@ -145,8 +158,8 @@ def read_suite(file: Path, overrides: Sequence[str] = (), baseline: str | None =
         (*_settings(_mapping(file, "overrides", content.get("overrides") or {})), *overrides),
         variants,
         baseline,
-        float(content.get("half_width", HALF_WIDTH)),
-        None if kept is None else frozenset(_seeds(file, kept, "keep_checkpoints_of")),
+        _half_width(file, content.get("half_width", HALF_WIDTH)),
+        None if kept is None else _kept(file, kept, seeds),
     )
     _refuse_own_settings(suite, overrides)
     _refuse_lacking_baselines(suite)
@@ -155,7 +168,9 @@ def read_suite(file: Path, overrides: Sequence[str] = (), baseline: str | None =
 
 def _content(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.load(file.read_text(), StrictLoader)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read the suite {file}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -171,14 +186,35 @@ def _mapping(file: Path, what: str, content: Any) -> dict[str, Any]:
 
 def _seeds(file: Path, content: Any, key: str) -> tuple[int, ...]:
     seeds = content if isinstance(content, list) else [content]
-    if any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 1 for seed in seeds):
-        raise UserError(f"{file}: {key} must be whole numbers from 1 on, not {content!r}")
+    if any(not isinstance(seed, int) or isinstance(seed, bool) or not 1 <= seed <= _MOST_SEED for seed in seeds):
+        raise UserError(
+            f"{file}: {key} must be whole numbers from 1 to {_MOST_SEED}, not {content!r}: write e.g. {key}: [1, 2, 3]"
+        )
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{file}: {key} {content!r} names one twice: keep one")
     return tuple(seeds)
 
 
+def _half_width(file: Path, content: Any) -> float:
+    is_number = isinstance(content, (int, float)) and not isinstance(content, bool)
+    if not is_number or not math.isfinite(content) or content <= 0:
+        raise UserError(f"{file}: half_width={content!r} must be a loss above 0, e.g. {HALF_WIDTH}")
+    return float(content)
+
+
+def _kept(file: Path, content: Any, seeds: tuple[int, ...]) -> frozenset[int]:
+    kept = _seeds(file, content, "keep_checkpoints_of")
+    if other := [seed for seed in kept if seed not in seeds]:
+        raise UserError(
+            f"{file}: keep_checkpoints_of names seed {other[0]}, which is none of the suite: the checkpoints of all "
+            f"others are deleted, so give some of {', '.join(map(str, seeds))}, or [] to keep none"
+        )
+    return frozenset(kept)
+
+
 def _variant(file: Path, name: str, content: Any, seeds: tuple[int, ...], baseline: str) -> Variant:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{file}: {name!r} names folders of runs: call the variant by letters, digits and -_.+")
     values = dict(_mapping(file, name, content))
     count, copies = values.pop("seeds", len(seeds)), values.pop("copies", 0)
     for key, value, least, most in (("seeds", count, 1, len(seeds)), ("copies", copies, 0, 1000)):
@@ -198,9 +234,10 @@ def _refuse_own_settings(suite: Suite, overrides: Sequence[str]) -> None:
     def key(word: str) -> str:
         return word.partition("=")[0].rpartition(".")[2]
 
-    for word in overrides:
-        if key(word) in ("seed", "perturbation", "run_dir"):
+    for word in [*suite.settings, *(word for variant in suite.variants.values() for word in variant.settings)]:
+        if key(word) in _OWN:
             raise UserError(f"{word} is the suite's own to set: drop it")
+    for word in overrides:
         for name, variant in suite.variants.items():
             if key(word) in map(key, variant.settings):
                 raise UserError(f"{word} is what {name} of {suite.file} sets itself: drop it, or change the file")
@@ -214,5 +251,5 @@ def _refuse_lacking_baselines(suite: Suite) -> None:
         if lacking := [seed for seed in variant.seeds if seed not in base.seeds]:
             raise UserError(
                 f"{suite.file}: {name} has seed {lacking[0]}, which its baseline {variant.against} lacks: give the "
-                f"baseline as many seeds"
+                f"baseline as many seeds, or {name} `seeds: {len(base.seeds)}`"
             )

@@ -11,6 +11,8 @@ from megatron_fc.runs.plot import COLOURS
 _INCH = 0.78  # of a small matrix
 _SHORT = {"attention": "attn"}
 _NUMBERS = 4  # slots up to which values are written into matrices
+_LEAST_GAIN = 0.05  # of the axis, to each side of 1
+_LOG_FROM = 100.0  # gains of a run that diverges
 _LEAST = 1e-4  # distance of a cosine from 1 that is drawn
 _COSINES = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
@@ -76,15 +78,23 @@ def plot_gain(found: Mapping[str, Any], out: Path) -> Path:
         values = tables[name][:, -1] if name == "backward" else tables[name][0]
         left.plot(range(1, sites + 1), values, marker=".", color=COLOURS[number + 1], label=text)
     left.axhline(1, color=COLOURS[0], linewidth=0.8)
+    bottom, top = left.get_ylim()  # rounding of gains that are bounded by 1 is no picture
+    left.set_ylim(min(bottom, 1 - _LEAST_GAIN), max(top, 1 + _LEAST_GAIN))
+    left.ticklabel_format(axis="y", useOffset=False)
     left.set(xlabel="sub-layer", ylabel="gain", title="from the first to this sub-layer; backward from the last to it")
     left.title.set_fontsize(9)
     left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     left.grid(alpha=0.25)
     left.spines[["top", "right"]].set_visible(False)
-    drawn = right.imshow(tables["forward"], cmap="viridis", extent=(0.5, sites + 0.5, sites + 0.5, 0.5))
+    low, high = np.nanmin(tables["forward"]), np.nanmax(tables["forward"])
+    limits = {"vmin": min(low, 1 - _LEAST_GAIN), "vmax": max(high, 1 + _LEAST_GAIN)}
+    drawn = right.imshow(tables["forward"], cmap="viridis", **limits, extent=(0.5, sites + 0.5, sites + 0.5, 0.5))
     right.set(xlabel="to sub-layer", ylabel="from sub-layer", title="forward gain")
     right.title.set_fontsize(9)
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        axis.get_major_locator().set_params(integer=True)
     figure.colorbar(drawn, ax=right)
+    figure.suptitle(f"Gain of the residual path of {found['connection']}", fontsize=10)
     return _saved(figure, out)
 
 
@@ -140,10 +150,16 @@ def plot_growth(runs: Sequence[tuple[str, Sequence[Sequence[float]]]], out: Path
     """Draw the largest residual gain of runs over iterations."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    for number, (label, points) in enumerate(runs):
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, color=COLOURS[(number + 1) % len(COLOURS)], label=f"{label}: {values[-1]:.2f}")
+    labels = list(dict.fromkeys(label for label, _ in runs))
+    for number, label in enumerate(labels):
+        of = [list(zip(*points, strict=True)) for name, points in runs if name == label]
+        text = f"{label}: {max(values[-1] for _, values in of):.4g}" + (" at most" if len(of) > 1 else "")
+        for place, (steps, values) in enumerate(of):
+            colour = COLOURS[(number + 1) % len(COLOURS)]
+            axes.plot(steps, values, color=colour, label=text if place == 0 else None)
+    largest = max(value for _, points in runs for _, value in points)
     axes.set(xlabel="iteration", ylabel="gain", title="Largest gain of the residual path, without data")
+    axes.set_yscale("log" if largest > _LOG_FROM else "linear")
     axes.title.set_fontsize(10)
     _finish(axes)
     return _saved(figure, out)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from megatron_fc.checkpoints.changes import is_model_setting
 from megatron_fc.errors import UserError
+from megatron_fc.megatron.flags import is_connection_argument
 from megatron_fc.runs.arguments import read_arguments
 from megatron_fc.runs.metrics import Metrics, Series, read_metrics
 from megatron_fc.runs.plot import smoothed
@@ -62,14 +64,51 @@ def analyze_losses(paths: Sequence[Path], baselines: Sequence[Path], decay: floa
     """
     if not 0 <= decay < 1:
         raise UserError(f"--decay {decay}: give a number from 0 on, below 1")
-    bases = [_read(path) for path in baselines]
-    runs = [_read(path) for path in paths if path.resolve() not in {base.resolve() for base in baselines}]
-    described = [_described(run, None, decay) for run in bases]
+    bases = [_read(path) for path in _distinct(baselines)]
+    runs = [_read(path) for path in _distinct(paths, besides=baselines)]
+    names = _names([*bases, *runs])
+    described = [_described(run, None, names[run.path], decay) for run in bases]
     for run in runs:
         base = _baseline(run, bases)
         _refuse_other_model(run, base)
-        described.append(_described(run, base, decay))
+        described.append(_described(run, base, names[run.path], decay))
     return {"decay": decay, "runs": described, "groups": _groups(described)}
+
+
+def in_words(run: Mapping[str, Any]) -> str:
+    """Say how a run stands to its baseline, e.g. ``-0.0341``, or ``-0.0341 at iteration 90, where it ends``."""
+    if run["difference"] is None:
+        return "no iteration in common"
+    early = [] if run["at"] == run["iterations"] else ["its baseline ends"]
+    early = early or ([] if run["at"] == run["baseline_iterations"] else ["it ends"])
+    other = f", of another seed, {run['baseline_seed']}" if run["baseline_seed"] != run["seed"] else ""
+    return f"{run['difference']:+.4f}" + (f" at iteration {run['at']}, where {early[0]}" if early else "") + other
+
+
+def _distinct(paths: Sequence[Path], besides: Sequence[Path] = ()) -> list[Path]:
+    """Folders, each once, without some others."""
+    left_out = {path.resolve() for path in besides}
+    return [path for real, path in {path.resolve(): path for path in paths}.items() if real not in left_out]
+
+
+def _names(runs: Sequence[_Read]) -> dict[Path, str]:
+    """Of runs by their connection; by their folders, without the seed, where settings differ within a connection."""
+    names = {}
+    for run in runs:
+        same = [other for other in runs if other.label == run.label]
+        seeds, settings = [other.seed for other in same], {_varied(other) for other in same}
+        is_one = len(settings) == 1 and len(set(seeds)) == len(seeds)
+        names[run.path] = run.label if is_one else re.sub(r"-seed\d+", "", run.path.resolve().name)
+    return names
+
+
+def _varied(run: _Read) -> tuple[tuple[str, str], ...]:
+    """What people vary beside the kind of connection."""
+    return tuple(
+        (name, value)
+        for name, value in sorted(run.arguments.items())
+        if is_connection_argument(name) or name in ("lr", "min_lr", "train_iters", "bf16", "fp16")
+    )
 
 
 def earlier(loss: Series, base: Series, decay: float) -> Earlier:
@@ -139,11 +178,12 @@ def _refuse_other_model(run: _Read, base: _Read) -> None:
             )
 
 
-def _described(run: _Read, base: _Read | None, decay: float) -> dict[str, Any]:
+def _described(run: _Read, base: _Read | None, name: str, decay: float) -> dict[str, Any]:
     metrics, curve = run.metrics, smoothed(run.metrics.loss, decay)
     gain = metrics.scalars.get(RESIDUAL_GAIN, {})
     found: dict[str, Any] = {
         "run": str(run.path),
+        "name": name,
         "connection": run.label,
         "seed": run.seed,
         "iterations": max(metrics.loss),
@@ -160,6 +200,9 @@ def _described(run: _Read, base: _Read | None, decay: float) -> dict[str, Any]:
     difference = {step: value - before[step] for step, value in curve.items() if step in before}
     return found | {
         "baseline": str(base.path),
+        "baseline_seed": base.seed,
+        "baseline_iterations": max(base.metrics.loss),
+        "at": max(difference, default=None),
         "difference": list(difference.values())[-1] if difference else None,
         "differences": _points(difference),
         "earlier": asdict(earlier(metrics.loss, base.metrics.loss, decay)),
@@ -167,18 +210,18 @@ def _described(run: _Read, base: _Read | None, decay: float) -> dict[str, Any]:
 
 
 def _groups(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Runs of one connection with several seeds: their mean difference at the end, with Student's interval."""
+    """Runs of one name with several seeds that get as far as their baselines: their mean difference there."""
     by_label: dict[str, list[Mapping[str, Any]]] = {}
     for run in described:
-        if run["baseline"] is not None and run["difference"] is not None:
-            by_label.setdefault(run["connection"], []).append(run)
+        if run["baseline"] is not None and run["at"] == run["baseline_iterations"]:
+            by_label.setdefault(run["name"], []).append(run)
     groups = []
     for label, runs in by_label.items():
         times = [run["earlier"]["times"] for run in runs]
         reached = [value for value in times if value is not None]
         groups.append(
             {
-                "connection": label,
+                "name": label,
                 "seeds": [run["seed"] for run in runs],
                 "difference": asdict(interval([run["difference"] for run in runs])),
                 "earlier": asdict(interval(reached)) if len(reached) == len(times) else None,

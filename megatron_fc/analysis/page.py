@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_fc.analysis import figures
+from megatron_fc.analysis.losses import in_words
 from megatron_fc.errors import UserError
 from megatron_fc.profiling.files import write_atomically
 from megatron_fc.profiling.report.charts import figure, table
@@ -116,10 +117,14 @@ def _draw_coefficients(out: Path, analyses: Labelled) -> list[Path]:
 
 def _draw_losses(out: Path, analyses: Labelled) -> list[Path]:
     found = analyses[-1][1]
-    runs = [(_name(run, found), Path(run["run"])) for run in found["runs"]]
-    drawn = [plot_losses(runs, out / "losses.png", found["decay"])]
-    grown = [(_name(run, found), run["residual_gain"]) for run in found["runs"] if run["residual_gain"]]
-    return [*drawn, figures.plot_growth(grown, out / "growth.png")] if grown else drawn
+    runs = [(run["name"], Path(run["run"])) for run in found["runs"]]
+    against = [None if run["baseline"] is None else Path(run["baseline"]) for run in found["runs"]]
+    drawn = [plot_losses(runs, out / "losses.png", found["decay"], against)]
+    grown = [(run["name"], run["residual_gain"]) for run in found["runs"] if run["residual_gain"]]
+    if grown:
+        return [*drawn, figures.plot_growth(grown, out / "growth.png")]
+    (out / "growth.png").unlink(missing_ok=True)  # of other runs
+    return drawn
 
 
 _DRAW: dict[str, Callable[[Path, Labelled], list[Path]]] = {  # the folder's own analysis is the last
@@ -128,12 +133,6 @@ _DRAW: dict[str, Callable[[Path, Labelled], list[Path]]] = {  # the folder's own
     "gradients": lambda out, analyses: [figures.plot_gradients(analyses, out / "gradients.png")],
     "losses": _draw_losses,
 }
-
-
-def _name(run: Content, found: Content) -> str:
-    """A run's connection, with its seed where several have the same."""
-    same = [other for other in found["runs"] if other["connection"] == run["connection"]]
-    return str(run["connection"]) if len(same) == 1 else f"{run['connection']}, seed {run['seed']}"
 
 
 def _coefficients(out: Path, found: Content) -> str:
@@ -197,11 +196,11 @@ def _losses(out: Path, found: Content) -> str:
     for run in found["runs"]:
         against = ["", ""]
         if run["baseline"] is not None:
-            against = [f"{run['difference']:+.4f}", earlier_in_words(run["earlier"])]
+            against = [in_words(run), earlier_in_words(run["earlier"])]
         counts = [str(len(run[name])) for name in ("loss_spikes", "gradient_spikes")]
         gain = f"{run['residual_gain'][-1][1]:.2f}" if run["residual_gain"] else ""
-        lines.append([_name(run, found), f"{run['loss']:.4f}", *against, *counts, gain])
-    heads = ["run", "loss", "difference", "times earlier", "loss spikes", "gradient spikes", "residual gain"]
+        lines.append([run["name"], run["seed"], f"{run['loss']:.4f}", *against, *counts, gain])
+    heads = ["run", "seed", "loss", "difference", "times earlier", "loss spikes", "gradient spikes", "residual gain"]
     pictures = [("losses.png", "training curves")]
     if (out / "growth.png").exists():
         pictures.append(("growth.png", "residual gain over iterations"))
@@ -213,7 +212,17 @@ def _losses(out: Path, found: Content) -> str:
         f"steps' noise.",
         *(_image(out / name, text) for name, text in pictures),
         table(heads, lines),
+        table(["mean over seeds", "seeds", "difference, 95 %"], [_group(group) for group in found["groups"]]),
     )
+
+
+def _group(group: Content) -> list[str]:
+    return [group["name"], ", ".join(group["seeds"]), difference_in_words(group["difference"])]
+
+
+def difference_in_words(found: Content) -> str:
+    """Say e.g. ``-0.0341 ± 0.0170``."""
+    return f"{found['mean']:+.4f}" + ("" if found["half"] is None else f" ± {found['half']:.4f}")
 
 
 _SECTIONS: dict[str, Callable[[Path, Content], str]] = {

@@ -5,6 +5,7 @@ Where it is near 1 a sub-layer sees what the one before it saw: representations 
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_fc.analysis.observed import observe
@@ -27,12 +28,12 @@ def analyze_similarity(source: Source) -> dict[str, Any] | None:
         return None
     pairs = []
     for (layer, name), cosines in zip(observed.names[1:], observed.cosines, strict=True):
-        low, median, high = torch.quantile(cosines, torch.tensor(_QUANTILES)).tolist()
+        low, median, high = np.quantile(cosines.numpy(), _QUANTILES).tolist()  # torch's takes 2^24 values at most
         pairs.append({"layer": layer, "sub_layer": name, "low": low, "median": median, "high": high})
     every = torch.cat(observed.cosines) if observed.cosines else torch.full((1,), torch.nan)
     return {
         **facts_of(source, observed.tokens),
         "loss": observed.loss,
         "pairs": pairs,
-        "median": float(every.quantile(0.5)),
+        "median": float(np.median(every.numpy())),
     }

@@ -15,6 +15,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.evaluate.engine import keep_vocabulary
 from megatron_fc.runs.summary import read_summary
 from megatron_fc.training.config_file import read_sections
+from megatron_fc.training.data_files import blends, indexed_files
 from megatron_fc.training.megatron_arguments import megatron_arguments
 from megatron_fc.training.recipe import Recipe, load_recipe
 
@@ -76,7 +77,7 @@ def _recipe(config: Path, overrides: Sequence[str]) -> Recipe:
 @contextmanager
 def opened(source: Source) -> Iterator[Session]:
     """Load the model on all ranks, with the data of one validation iteration of `samples` or some more."""
-    with session(source.recipe, source.checkpoint, partial(_settle, source.checkpoint)) as run:
+    with session(source.recipe, source.checkpoint, partial(_settle, source)) as run:
         args = run.args
         at_once = args.eval_micro_batch_size * args.data_parallel_size
         args.eval_global_batch_size = -(-source.samples // at_once) * at_once
@@ -84,7 +85,7 @@ def opened(source: Source) -> Iterator[Session]:
         yield run
 
 
-def _settle(checkpoint: Path, args: Namespace) -> None:
+def _settle(source: Source, args: Namespace) -> None:
     for name in _VIRTUAL:
         if (value := getattr(args, name, None)) is not None:
             raise UserError(f"{name}={value}: analysis knows no virtual pipeline stages, set it to null")
@@ -92,4 +93,16 @@ def _settle(checkpoint: Path, args: Namespace) -> None:
         raise UserError(
             f"context_parallel_size={args.context_parallel_size}: analysis keeps sequences whole, set it to 1"
         )
-    keep_vocabulary(checkpoint, args)
+    _refuse_more_samples(source.samples, args)
+    keep_vocabulary(source.checkpoint, args)
+
+
+def _refuse_more_samples(samples: int, args: Namespace) -> None:
+    """A sample that is read again says nothing, and all of them are kept in memory."""
+    prefixes = [prefix for blend in blends(args) if blend.setting == "valid_data_path" for prefix in blend.prefixes]
+    tokens = sum(file.tokens for file in indexed_files(args) if file.prefix in prefixes)
+    there = (tokens - 1) // args.seq_length  # each has one token more than its length, which the next begins with
+    if prefixes and samples > there:
+        raise UserError(
+            f"--samples {samples}: the validation data have {there} of {args.seq_length} tokens, give fewer"
+        )

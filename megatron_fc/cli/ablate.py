@@ -37,11 +37,13 @@ def run(args: argparse.Namespace) -> int:
     from megatron_fc.training import cpu_lane
 
     cpu_lane.install()
+    from megatron_fc.ablation.comparison import lacking_baselines
     from megatron_fc.ablation.execute import default_jobs, diverged, execute, left
     from megatron_fc.ablation.planned import plan
     from megatron_fc.ablation.record import read_record
-    from megatron_fc.ablation.report import write_report
+    from megatron_fc.ablation.report import refuse_other_suite, write_report
     from megatron_fc.ablation.suite import read_suite
+    from megatron_fc.runs.writable import refuse_unwritable
 
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: give a number from 1 on")
@@ -71,18 +73,26 @@ def run(args: argparse.Namespace) -> int:
             state = "done" if read_record(results, one) else "begun" if one.run_dir.exists() else "new"
             print(f"{one.run.name}  {state}  {shlex.join(one.words)}")
         return 0
+    refuse_unwritable(results)
+    refuse_other_suite(results, suite)
     failed: list[str] = []
     if args.table:
         left(suite, planned, results)
     else:
+        if left(suite, planned, results):
+            refuse_unwritable(out)
         jobs = args.jobs or default_jobs()
         failed = execute(suite, planned, results, jobs, lambda text: print(text, flush=True))
     # All that is there, not only what was chosen now.
     records = [record for one in every if (record := read_record(results, one)) is not None]
     if failed and not records:
         return 1
-    kept = ["--results", str(args.results)] if args.results else []
+    given = {"--baseline": args.baseline, "--out": args.out, "--results": args.results}
+    kept = [str(word) for option in given.items() if option[1] is not None for word in option]
     command = f"megatron-fc ablate {shlex.join([str(args.suite), *args.overrides, *kept])}"
+    if not args.table and (lacking := lacking_baselines(suite, records)):
+        print(f"no table yet: {lacking}")
+        return 1 if failed else 0
     _, text, _ = files = write_report(suite, records, results, command)
     print(f"\n{text.read_text()}\n" + "\n".join(map(str, files)))
     return 1 if failed else 0

@@ -63,18 +63,22 @@ def run(args: argparse.Namespace) -> int:
     from megatron_fc.training import cpu_lane
 
     cpu_lane.install()
-    from megatron_fc.analysis.losses import analyze_losses
-    from megatron_fc.analysis.page import earlier_in_words, write_analysis
+    from megatron_fc.analysis.losses import analyze_losses, in_words
+    from megatron_fc.analysis.page import difference_in_words, earlier_in_words, write_analysis
 
     if args.action != "losses":
         return _of_checkpoint(args)
     found = analyze_losses(args.runs, args.baseline, args.decay)
     for of in found["runs"]:
-        line = f"{of['connection']}  seed {of['seed']}  smoothed loss {of['loss']:.4f}"
+        line = f"{of['name']}  seed {of['seed']}  smoothed loss {of['loss']:.4f}"
         if of["baseline"] is not None:
-            line += f"  {of['difference']:+.4f}  times earlier: {earlier_in_words(of['earlier'])}"
+            line += f"  {in_words(of)}  times earlier: {earlier_in_words(of['earlier'])}"
         gain = f"  residual gain {of['residual_gain'][-1][1]:.2f}" if of["residual_gain"] else ""
         print(f"{line}  spikes {len(of['loss_spikes'])}, of gradients {len(of['gradient_spikes'])}{gain}")
+    for group in found["groups"]:
+        if len(group["seeds"]) > 1:
+            words = difference_in_words(group["difference"])
+            print(f"{group['name']}  mean of {len(group['seeds'])} seeds  {words} (95 %)")
     print("\n".join(map(str, write_analysis(args.out, "losses", found))))
     return 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -33,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         setattr(args, name, _at_home(value))
     _quieten()
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UserError as error:
         print(f"megatron-fc: {error}", file=sys.stderr)
         return 2

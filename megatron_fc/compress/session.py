@@ -14,6 +14,7 @@ import torch
 from megatron_fc.checkpoints.errors import checkpoint_errors_named
 from megatron_fc.checkpoints.modelopt_state import refuse_virtual_stages
 from megatron_fc.errors import UserError
+from megatron_fc.resilience.helpers import bind_helpers
 from megatron_fc.training import cpu_lane
 from megatron_fc.training.loaded import load_model
 from megatron_fc.training.recipe import Recipe
@@ -139,6 +140,7 @@ def session(recipe: Recipe, checkpoint: Path, check: Callable[[Namespace], None]
         # Cyclic data go on where the last pass over them ended, and the losses are to be of the same batches.
         args.dataloader_type = "single"
 
+    bind_helpers()
     if cpu_lane.needed():
         cpu_lane.fork_checkpoint_helper()
     with silence():

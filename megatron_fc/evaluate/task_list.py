@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from megatron_fc.errors import UserError, unknown
+from megatron_fc.training.strict_yaml import StrictLoader
 
 _SECTIONS = ("tasks", "averages", "paper", "folder", "perplexity")
 
@@ -118,7 +119,9 @@ def _refuse_no_name(word: str) -> None:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), StrictLoader)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read the task list {path}: {error.strerror}") from None
     except yaml.YAMLError as error:

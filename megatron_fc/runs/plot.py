@@ -1,5 +1,6 @@
 """Training curves as a PNG."""
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,35 +19,45 @@ def smoothed(series: Series, decay: float) -> Series:
     return smooth
 
 
-def plot_losses(runs: Sequence[tuple[str, Path]], out: Path, decay: float = 0.9) -> Path:
-    """Draw the training curves of runs, raw and smoothed, and the difference of the smoothed ones to the first.
+def plot_losses(
+    runs: Sequence[tuple[str, Path]], out: Path, decay: float = 0.9, against: Sequence[Path | None] = ()
+) -> Path:
+    """Draw the training curves of runs, raw and smoothed, and the difference of the smoothed ones to their baselines.
 
     Args:
-        runs: label and folder of each run; the first is the baseline.
+        runs: label and folder of each run. Those of one label share a colour.
         out: the PNG.
         decay: of the moving average; 0.999 in the paper's figures, which have a thousand times more steps.
+        against: folder of each run's baseline, one of `runs`, None for a baseline itself; the first run for all where
+            none are given.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = [(label, read_metrics(run_dir).loss) for label, run_dir in runs]
+    curves = {run_dir: read_metrics(run_dir).loss for _, run_dir in runs}
+    smooth = {run_dir: smoothed(losses, decay) for run_dir, losses in curves.items()}
+    against = against or [None, *[runs[0][1]] * (len(runs) - 1)]
+    labels = [label for label, _ in runs]
+    colours = {label: COLOURS[number % len(COLOURS)] for number, label in enumerate(dict.fromkeys(labels))}
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(8, 6.5), sharex=True, height_ratios=(3, 1.3), layout="constrained"
     )
-    base = smoothed(curves[0][1], decay)
-    for number, (label, losses) in enumerate(curves):
-        colour = COLOURS[number % len(COLOURS)]
-        smooth = smoothed(losses, decay)
+    for number, ((label, run_dir), base_dir) in enumerate(zip(runs, against, strict=True)):
+        losses, curve, base = curves[run_dir], smooth[run_dir], smooth[base_dir or run_dir]
+        colour = colours[label]
         top.plot(losses.keys(), losses.values(), color=colour, alpha=0.25, linewidth=0.8)
-        last = list(smooth.values())[-1]
-        top.plot(smooth.keys(), smooth.values(), color=colour, linewidth=1.8, label=f"{label}: EMA {last:.3f}")
-        shared = [step for step in smooth if step in base]
-        bottom.plot(shared, [smooth[step] - base[step] for step in shared], color=colour, linewidth=1.5)
+        same = [list(smooth[other].values())[-1] for name, other in runs if name == label]
+        text = f"{label}: EMA {statistics.fmean(same):.3f}" + (f", mean of {len(same)}" if len(same) > 1 else "")
+        is_first = labels.index(label) == number
+        top.plot(curve.keys(), curve.values(), color=colour, linewidth=1.8, label=text if is_first else None)
+        shared = [step for step in curve if step in base]
+        bottom.plot(shared, [curve[step] - base[step] for step in shared], color=colour, linewidth=1.5)
     top.set(ylabel="training loss", title=f"Training loss, raw and EMA {decay:g}")
-    top.legend(frameon=False)
-    bottom.set(xlabel="iteration", ylabel=f"EMA minus\n{runs[0][0]}")
+    top.legend(frameon=False, loc="upper right")
+    of_seeds = len({base_dir for base_dir in against if base_dir is not None}) > 1
+    bottom.set(xlabel="iteration", ylabel=f"EMA minus\n{runs[0][0]}" + (", by seed" if of_seeds else ""))
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

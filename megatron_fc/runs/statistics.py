@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,9 @@ def half_width(deviation: float, count: int, level: float = LEVEL) -> float:
 
 def values_needed(deviation: float, half: float, most: int = 10_000) -> int | None:
     """Return how many values that deviate so much give +-`half`; None where it takes more than `most`."""
-    return next((count for count in range(2, most + 1) if half_width(deviation, count) <= half), None)
+    counts = range(2, most + 1)
+    found = bisect_left(counts, True, key=lambda count: half_width(deviation, count) <= half)
+    return counts[found] if found < len(counts) else None
 
 
 def student_quantile(probability: float, degrees: int) -> float:

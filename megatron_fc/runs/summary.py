@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron_fc.errors import UserError
 from megatron_fc.runs.metrics import Metrics, Series, read_metrics
 from megatron_fc.runs.spikes import spikes
 
@@ -41,9 +42,19 @@ def write_summary(run_dir: Path, facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """Return a run's summary, None if it has not finished."""
+    """Return a run's summary, None if it has not finished.
+
+    Raises:
+        UserError: the file is cut or damaged.
+    """
     path = run_dir / SUMMARY
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it and start the run again, which makes it anew") from None
+    return summary
 
 
 def comparison_table(summaries: Sequence[dict[str, Any]]) -> Table:

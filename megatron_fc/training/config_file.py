@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import yaml
 
 from megatron_fc.connections.kinds import KINDS
 from megatron_fc.errors import UserError, unknown
+from megatron_fc.training.strict_yaml import StrictLoader
 
 SECTIONS = ("model", "connections", "data", "optimizer", "parallel", "checkpoint", "logging")
 # A path in somebody's home, and one in a folder that a variable names.
@@ -42,20 +43,6 @@ _OWN = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would let the last of several equal keys win, and say nothing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            # Behind `<<` stand defaults, several of them where a list does, and a key of its own may replace each.
-            if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
-                raise UserError(f"{key.value} stands in the lines {lines[key.value]} and {line}: keep one")
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
 def read_sections(path: Path, overrides: Sequence[str], arguments: set[str]) -> dict[str, dict[str, Any]]:
     """Read a file and apply overrides.
 
@@ -84,7 +71,7 @@ def read_sections(path: Path, overrides: Sequence[str], arguments: set[str]) -> 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        content = yaml.load(path.read_text("utf-8"), _Loader)
+        content = yaml.load(path.read_text("utf-8"), StrictLoader)
     except OSError as error:
         raise UserError(f"cannot read the config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -139,7 +126,7 @@ def _override(sections: dict[str, dict[str, Any]], override: str, known: set[str
             raise _unknown(section, key, [*known, *_connection_names()])
     _check_name(section, key, known)
     try:
-        sections[section][key] = yaml.load(text, _Loader)
+        sections[section][key] = yaml.load(text, StrictLoader)
     except yaml.YAMLError:
         raise UserError(f"the value of {override!r} is not valid YAML: quote it") from None
 

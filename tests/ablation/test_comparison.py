@@ -2,14 +2,16 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from matplotlib.axes import Axes
 
 from megatron_fc.ablation.comparison import compare, noise
-from megatron_fc.ablation.report import write_report
+from megatron_fc.ablation.report import refuse_other_suite, write_report
 from megatron_fc.ablation.suite import Run, Suite, read_suite
 from megatron_fc.errors import UserError
 from megatron_fc.runs.statistics import interval
@@ -121,5 +123,36 @@ def test_the_report_says_so(suite: Suite, records: list[dict[str, Any]], tmp_pat
     assert f"**{mean:+.4f} ± {half:.4f}**" in row
     assert all(f"{value:+.3f}" in row for value in better["by_seed"].values())
     assert "    megatron-fc ablate made_up.yaml" in lines
-    assert any(line.startswith("| better | 80 | 0.80x | 44 | 12 B | 1 MiB | 1.0 | 0.0 | 0.500 |") for line in lines)
+    assert any(line.startswith("| better | 80 | 0.80x | 44 | 12 B | 1 MiB | 1.0 | 0.0 | 0.5 |") for line in lines)
+    assert row.startswith("| better | residual | 6 |")
+    assert f"{len(records)} of {len(suite.runs)} runs on 1 machine" in text.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_diverged_or_are_not_there_are_said(
+    suite: Suite, records: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(Axes, "text", lambda axes, x, y, said, **k: drawn.append(said))
+    for number, of in enumerate(records):
+        if of["variant"] == "better":
+            records[number] = of | {
+                "diverged": True,
+                "connection_parameters": None,
+                **dict.fromkeys(("validation_loss", "mean_last_loss", "tokens_per_second", "median_gradient_norm")),
+            }
+    left = [of for of in records if (of["variant"], of["seed"]) != ("same", 1)]
+    _, text, _ = write_report(suite, left, tmp_path, "megatron-fc ablate made_up.yaml")
+    assert f"{len(suite.runs) - 1} of {len(suite.runs)} runs" in text.read_text()
+    assert "| better | residual | 0, 6 diverged |" in text.read_text()
+    assert "| same | residual | 3, 1 not there |" in text.read_text()
+    assert "| better |  |  |  | 12 B | 1 MiB |  |  |  |  |" in text.read_text()
+    assert drawn == ["6 diverged "]
+
+
+def test_a_folder_of_another_suite_keeps_its_table(suite: Suite, records: list[dict[str, Any]], tmp_path: Path) -> None:
+    write_report(suite, records, tmp_path, "megatron-fc ablate made_up.yaml")
+    refuse_other_suite(tmp_path, suite)
+    refuse_other_suite(tmp_path / "none", suite)
+    with pytest.raises(UserError, match="holds the table of the suite made_up, not of other: give another --results"):
+        refuse_other_suite(tmp_path, replace(suite, file=tmp_path / "other.yaml"))

@@ -119,7 +119,21 @@ def test_a_killed_suite_goes_on_and_runs_nothing_twice(suite: Path) -> None:
     assert f"{difference / 2:+.4f} ±" in table
 
     # Other settings are not taken for these.
-    assert "residual-seed11.json is of a run with other settings: give another" in ablate(suite, "lr=0.1", code=2)
+    said = "residual-seed11.json is of a run with other settings in the config or on the command line: give another"
+    assert said in ablate(suite, "lr=0.1", code=2)
+
+    # What is damaged, or nobody could write, is said before anything trains.
+    record = results / "residual-seed11.json"
+    record.write_text(json.dumps({name: records["residual-seed11"][name] for name in ("digest", "data")}))
+    assert "residual-seed11.json is no record of a run: delete it" in ablate(suite, code=2)
+    record.unlink()
+    summary_file = runs / "residual-seed11" / "summary.json"
+    summary_file.write_text(summary_file.read_text()[:100])
+    assert "summary.json is damaged: delete it and start the run again" in ablate(suite, "--table", code=2)
+    assert "tiny.yaml cannot be written, File exists" in ablate(suite, "--results", suite.parent / "tiny.yaml", code=2)
+    # A variant without its baseline is a run, and no table yet.
+    alone = ablate(suite, "--variants", "dfc_x4", "--seeds", 12, "--out", runs, "--results", suite.parent / "alone")
+    assert "no table yet: the baseline residual of dfc_x4 has no finished run: run it" in alone
 
 
 def whole(suite: Path) -> int:
@@ -141,11 +155,11 @@ def test_a_run_that_diverges_has_a_record(suite: Path) -> None:
     assert record["iterations"] < 15
     again = ablate(suite, *words)
     assert "begins" not in again
-    assert "| residual | 0, 1 diverged |" in again
+    assert "| residual |  | 0, 1 diverged, 1 not there |" in again
     # On SLURM the scripts give such a run up, and the table takes it in.
     file.unlink()
     (suite.parent / "diverging" / "residual-seed11" / "state").write_text("stuck\n")
-    assert "| residual | 0, 1 diverged |" in ablate(suite, *words, "--table")
+    assert "| residual |  | 0, 1 diverged, 1 not there |" in ablate(suite, *words, "--table")
     same = json.loads(file.read_text())
     assert {**same, "seconds": None} == {**record, "seconds": None}
 

@@ -72,7 +72,11 @@ VARIANTS = SUITE["variants"]
         ({"variant": {}}, [], "unknown key of {file}: 'variant': did you mean 'variants'?"),
         ({"seeds": "left out"}, [], "{file} lacks seeds: a suite has config, seeds, baseline, variants"),
         ({"seeds": [3, 3]}, [], "seeds [3, 3] names one twice"),
-        ({"seeds": ["a"]}, [], "seeds must be whole numbers from 1 on, not ['a']"),
+        (
+            {"seeds": ["a"]},
+            [],
+            "1 to 2147483647, not ['a']: write e.g. seeds: [1, 2, 3]",
+        ),
         ({"variants": {"residual": {"seeds": 4}}}, [], "seeds=4 of residual must be a number from 1 to 3"),
         ({"variants": {"residual": 3}}, [], "residual must hold `name: value` lines, not 3"),
         (
@@ -80,6 +84,15 @@ VARIANTS = SUITE["variants"]
             [],
             "{file}: dfc_x4 has seed 8, which its baseline residual lacks: give the baseline as many seeds",
         ),
+        ({"seeds": [2**31]}, [], "seeds must be whole numbers from 1 to 2147483647"),
+        ({"half_width": 0}, [], "half_width=0 must be a loss above 0, e.g. 0.02"),
+        ({"half_width": "small"}, [], "half_width='small' must be a loss above 0"),
+        ({"half_width": float("nan")}, [], "half_width=nan must be a loss above 0"),
+        ({"keep_checkpoints_of": [4]}, [], "keep_checkpoints_of names seed 4, which is none of the suite"),
+        ({"variants": VARIANTS | {"../up": {}}}, [], "'../up' names folders of runs: call the variant by letters"),
+        ({"overrides": {"seed": 5}}, [], "seed=5 is the suite's own to set: drop it"),
+        ({"variants": VARIANTS | {"far": {"run_dir": "x"}}}, [], 'run_dir="x" is the suite\'s own to set: drop it'),
+        ({}, ["--variants", "dfc_x2", "--seeds", "8"], "dfc_x2 of {file} has no run of seed 8: give another seed"),
         (
             {"config": str(ROOT / "configs" / "demo.yaml"), "variants": {"typed": {"rat": 4}} | VARIANTS},
             [],
@@ -96,6 +109,13 @@ def test_mistakes_are_one_sentence(
     assert said.format(file=file) in error
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["small.yaml"]
+
+
+def test_a_variant_that_is_named_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path)
+    file.write_text(file.read_text() + "  dfc_x4: {connection: dfc, rate: 8}\n")
+    assert main(["ablate", str(file)]) == 2
+    assert f"{file}: dfc_x4 stands in the lines 14 and 22: keep one" in capsys.readouterr().err
 
 
 def test_the_suites_are_what_they_are_described_as() -> None:

@@ -6,10 +6,11 @@ import statistics
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_fc.analysis.losses import analyze_losses, earlier
-from megatron_fc.analysis.page import write_analysis
+from megatron_fc.analysis.losses import analyze_losses, earlier, in_words
+from megatron_fc.analysis.page import difference_in_words, write_analysis
 from megatron_fc.errors import UserError
 from megatron_fc.runs.plot import smoothed
 
@@ -91,6 +92,8 @@ def test_runs_are_compared_with_the_baseline_of_their_seed(made_up: dict[str, Pa
     assert fast1["residual_gain"][-1] == [STEPS, 2]
     ends = [list(smoothed(curve(rate, 2, own), DECAY).values())[-1] for rate, own in ((1.25, 6), (1.0, 4))]
     assert fast2["difference"] == pytest.approx(ends[0] - ends[1], abs=1e-5)
+    assert [run["name"] for run in found["runs"]] == ["residual", "residual", "dfc_x4", "dfc_x4"]
+    assert in_words(fast2) == f"{fast2['difference']:+.4f}"
     [group] = found["groups"]
     assert group["difference"]["count"] == 2
     assert group["difference"]["mean"] == pytest.approx((fast1["difference"] + fast2["difference"]) / 2)
@@ -98,6 +101,36 @@ def test_runs_are_compared_with_the_baseline_of_their_seed(made_up: dict[str, Pa
     page = (tmp_path / "out" / "analysis.html").read_text()
     assert f"{fast2['difference']:+.4f}" in page
     assert page.count("data:image/png;base64,") == 2
+    assert f"{difference_in_words(group['difference'])}</td>" in page
+    # Of runs without connections nothing grows, and no figure of others stays.
+    write_analysis(tmp_path / "out", "losses", analyze_losses([made_up["base2"]], [made_up["base1"]], DECAY))
+    assert (tmp_path / "out" / "analysis.html").read_text().count("data:image/png;base64,") == 1
+
+
+def test_the_figure_takes_each_runs_own_baseline(
+    made_up: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[float]] = []
+    original = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **k: (drawn.append(list(y)), original(axes, x, y, **k))[1])
+    runs = [made_up[name] for name in ("base1", "base2", "fast1", "fast2")]
+    found = analyze_losses(runs[2:], runs[:2], DECAY)
+    write_analysis(tmp_path / "out", "losses", found)
+    ends = [run["difference"] for run in found["runs"][2:]]
+    assert [values[-1] for values in drawn[2:12:3]] == pytest.approx([0.0, 0.0, *ends], abs=1e-6)
+
+
+def test_runs_are_told_apart(made_up: dict[str, Path], tmp_path: Path) -> None:
+    """Those of one connection with other settings, of another seed, that break off, and one that is given twice."""
+    other = write_run(tmp_path / "slow-seed1", curve(1.1, 1, 8), 1, "dfc", lr=3e-3)
+    short = write_run(tmp_path / "short-seed2", dict(list(curve(1.1, 2, 9).items())[:100]), 2, "dfc", lr=1.0)
+    runs = [made_up["fast1"], made_up["fast1"], other, short]
+    found = analyze_losses(runs, [made_up["base1"], made_up["base2"]], DECAY)
+    assert [run["name"] for run in found["runs"][2:]] == ["fast1", "slow", "short"]
+    assert [group["name"] for group in found["groups"]] == ["fast1", "slow"]
+    assert in_words(found["runs"][-1]).endswith(" at iteration 100, where it ends")
+    [_, found] = analyze_losses([made_up["base2"]], [made_up["base1"]], DECAY)["runs"]
+    assert in_words(found).endswith(", of another seed, 1")
 
 
 def test_mistakes_are_one_sentence(made_up: dict[str, Path], tmp_path: Path) -> None:
