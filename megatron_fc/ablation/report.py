@@ -221,8 +221,9 @@ def plot(compared: Sequence[Compared], out: Path) -> Path:
     axes.set_yticks(range(len(shown)), [f"{of.variant}{to[of.variant]}  ({len(of.by_seed)})" for of in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlabel(f"validation loss minus that of {against.pop() if len(against) == 1 else 'the baseline'}")
-    axes.set_title(
-        "Mean over seeds (their number in brackets) with its 95 % interval, orange where that excludes 0; every seed",
+    figure.suptitle(
+        "Mean over seeds (their number in brackets) with its 95 % interval, and every seed;\n"
+        "orange where the interval excludes 0",
         fontsize=9,
     )
     axes.grid(axis="x", alpha=0.25)

@@ -94,6 +94,8 @@ def _settle(source: Source, args: Namespace) -> None:
             f"context_parallel_size={args.context_parallel_size}: analysis keeps sequences whole, set it to 1"
         )
     _refuse_more_samples(source.samples, args)
+    # Batches are made of the samples, for the ranks there are: those of the run say nothing.
+    args.global_batch_size = args.eval_global_batch_size = args.rampup_batch_size = None
     keep_vocabulary(source.checkpoint, args)
 
 

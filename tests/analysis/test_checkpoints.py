@@ -133,7 +133,8 @@ def test_measures_are_those_by_hand(
             "mhc_x4", [*TP2, "expert_model_parallel_size=2", "expert_tensor_parallel_size=1"], 2, marks=pytest.mark.soak
         ),
         pytest.param("residual", [*PP2, "expert_model_parallel_size=2"], 4, marks=pytest.mark.soak),
-        pytest.param("dfc_x4", [], 2, marks=pytest.mark.soak),
+        # A batch of the run that two ranks cannot share out.
+        pytest.param("dfc_x4", ["micro_batch_size=2", "global_batch_size=2"], 2, marks=pytest.mark.slow),
         pytest.param("hybrid", TP2, 2, marks=pytest.mark.soak),
     ],
 )

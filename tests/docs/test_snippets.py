@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_fc import FracConfig, FracConnection, HyperConfig
+from megatron_fc.ablation.suite import read_suite
 from megatron_fc.evaluate.task_list import Wanted, read_task_list
 from megatron_fc.megatron.parameter_order import connection_parameters_first
 from megatron_fc.profiling.files import read_report
@@ -61,6 +62,7 @@ def test_every_snippet_is_run_here() -> None:
     assert {name: len(of_text) for name, of_text in SNIPPETS.items()} == here | elsewhere
     assert {name: len(of_text) for name, of_text in snippets("yaml").items()} == {
         "docs/evaluate.md": 1,
+        "docs/science.md": 1,
         "docs/upcycle.md": 1,  # tests/checkpoints/test_upcycle.py
     }
 
@@ -71,6 +73,15 @@ def test_a_list_of_tasks(tmp_path: Path) -> None:
     listed = read_task_list([str(tmp_path / "list.yaml")])
     assert listed.tasks == {"hellaswag": Wanted("acc_norm", 0), "my_task": Wanted("acc", 5)}
     assert listed.folders == [tmp_path / "tasks"]
+
+
+def test_a_suite(tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(snippets("yaml")["docs/science.md"][0])
+    assert [run.name for run in read_suite(tmp_path / "suite.yaml").runs][:3] == [
+        "residual-seed11",
+        "dfc_x4-seed11",
+        "dfc_x2-seed11",
+    ]
 
 
 def test_a_checkpoint_of_ones_own_is_compared(tmp_path: Path) -> None:
