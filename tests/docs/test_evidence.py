@@ -52,7 +52,7 @@ def test_printed_differences_are_those_recorded() -> None:
     folder = ROOT / "benchmarks" / "results" / "ablation"
     recorded = {
         of["variant"]: (str(len(of["by_seed"])), f"{of['validation']['mean']:+.3f} ± {of['validation']['half']:.3f}")
-        for suite in ("paper", "depth")
+        for suite in ("reasons", "stress", "depth", "paper")  # variants of several suites: those of the paper's
         for of in json.loads((folder / suite / "summary.json").read_text())["variants"]
         if len(of["by_seed"]) > 1
     }
