@@ -113,7 +113,8 @@ def profile_loop(
         models: this rank's chunks, or the only one, wrapped (DDP) or not.
         out: folder of the report, and of the parts that ranks leave there as they go.
         sequence_length: tokens.
-        micro_batch_size, global_batch_size: sequences.
+        micro_batch_size: sequences.
+        global_batch_size: sequences.
         from_step: first counted step, from 0. Those before fill caches and make buffers.
         steps: how many are counted.
 
