@@ -13,7 +13,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.profiling.files import write_atomically
 from megatron_fc.profiling.report.charts import figure, table
 from megatron_fc.profiling.report.document import document
-from megatron_fc.runs.plot import plot_losses
+from megatron_fc.runs.plot import plot_losses, told_apart
 
 ANALYSES = ("losses", "coefficients", "similarity", "gradients")
 Content = Mapping[str, Any]
@@ -102,12 +102,9 @@ def _read(folder: Path, name: str) -> Content:
 
 
 def _labelled(analyses: Analyses) -> Labelled:
-    """By connection, and by folder where several have the same."""
-    connections = [content.get("connection") for _, content in analyses]
-    return [
-        (str(label) if connections.count(label) == 1 else f"{label} ({folder.name})", content)
-        for label, (folder, content) in zip(connections, analyses, strict=True)
-    ]
+    connections = [str(content.get("connection")) for _, content in analyses]
+    labels = told_apart(connections, [folder for folder, _ in analyses])
+    return list(zip(labels, (content for _, content in analyses), strict=True))
 
 
 def _draw_coefficients(out: Path, analyses: Labelled) -> list[Path]:

@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from megatron_fc.runs.plot import plot_losses
+    from megatron_fc.runs.plot import plot_losses, told_apart
     from megatron_fc.runs.summary import comparison_table, read_summary
 
     summaries = []
@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> int:
         summaries.append(summary)
     Console().print(comparison_table(summaries))
     if args.plot is not None:
-        labels = [summary["connection"] for summary in summaries]
+        labels = told_apart([summary["connection"] for summary in summaries], args.runs)
         print(f"curves: {plot_losses(list(zip(labels, args.runs, strict=True)), args.plot)}")
     return 0

@@ -11,7 +11,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.evaluate.results import results_of, values_of
 from megatron_fc.evaluate.task_list import TaskList
 from megatron_fc.runs.metrics import Series
-from megatron_fc.runs.plot import COLOURS, smoothed
+from megatron_fc.runs.plot import COLOURS, smoothed, told_apart
 from megatron_fc.runs.writable import refuse_unwritable
 
 _COLUMNS = 4
@@ -39,11 +39,8 @@ def read_runs(folders: Sequence[Path]) -> list[Evaluated]:
         UserError: a folder has none.
     """
     found = [results_of(folder) for folder in folders]
-    labels = [results[-1]["connection"] for results in found]
-    return [
-        Evaluated(label if labels.count(label) == 1 else f"{label} ({folder.name})", results)
-        for label, folder, results in zip(labels, folders, found, strict=True)
-    ]
+    labels = told_apart([results[-1]["connection"] for results in found], folders)
+    return [Evaluated(label, results) for label, results in zip(labels, found, strict=True)]
 
 
 def write_report(folders: Sequence[Path], wanted: TaskList, to: Path, decay: float | None) -> list[Path]:

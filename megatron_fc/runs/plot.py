@@ -19,6 +19,14 @@ def smoothed(series: Series, decay: float) -> Series:
     return smooth
 
 
+def told_apart(connections: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """Labels of runs: their connections, and their folders where several have the same."""
+    return [
+        label if connections.count(label) == 1 else f"{label} ({folder.name})"
+        for label, folder in zip(connections, folders, strict=True)
+    ]
+
+
 def plot_losses(
     runs: Sequence[tuple[str, Path]], out: Path, decay: float = 0.9, against: Sequence[Path | None] = ()
 ) -> Path:

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_fc.cli.main import main
 from megatron_fc.runs.log_lines import parse_iteration, parse_validation
 from megatron_fc.runs.metrics import read_metrics
-from megatron_fc.runs.plot import plot_losses, smoothed
+from megatron_fc.runs.plot import plot_losses, smoothed, told_apart
 from megatron_fc.runs.progress import ProgressDisplay
 from megatron_fc.runs.rank_log import run_log
 from megatron_fc.runs.summary import read_summary, write_summary
@@ -180,3 +180,8 @@ def test_spikes_and_the_growth_of_the_residual_gain_are_reported(
     assert "loss spikes" in printed
     assert "spikes of the gradient norm" not in printed
     assert "largest residual gain, last" in printed
+
+
+def test_runs_of_one_connection_are_told_apart_by_their_folders() -> None:
+    folders = [Path("runs/plain"), Path("runs/a"), Path("runs/b")]
+    assert told_apart(["residual", "dfc_x4", "dfc_x4"], folders) == ["residual", "dfc_x4 (a)", "dfc_x4 (b)"]
