@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, suppress
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class LocalExecutor(LocalPipelineExecutor):
 
     def __init__(self, job: Job, workers: int) -> None:
         super().__init__([TokenizeTask(job.folder)], job.options.tasks, workers, logging_dir=str(job.logs))
-        self._job, self._processes = job, set[Any]()
+        self._job = job
 
     def run(self, watch: Callable[[], None]) -> dict[int, str]:
         """Run what is not done; returns why tasks failed.
@@ -43,38 +43,61 @@ class LocalExecutor(LocalPipelineExecutor):
         Args:
             watch: is called every few seconds, and at the end.
         """
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["megatron_fc.data.task"])
-        pool = ThreadPoolExecutor(self.workers)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_fc.data.task"])
+        waiting = list(self.get_incomplete_ranks())[::-1]
+        running: dict[Any, _Running] = {}  # by what tells of its end
+        failures: dict[int, str] = {}
         try:
-            futures = {pool.submit(self._in_a_process, task): task for task in self.get_incomplete_ranks()}
-            left: set[Future[str | None]] = set(futures)
-            while left:
-                _, left = wait(left, _LOOK_SECONDS, FIRST_COMPLETED)
+            # One thread starts, waits and reads: who starts a process looks after all others that have ended, and of
+            # two threads that read the end of one, the second is told that it failed.
+            while waiting or running:
+                while waiting and len(running) < self.workers:
+                    started = _Running.start(context, self._job.folder, waiting.pop())
+                    running[started.process.sentinel] = started
+                for sentinel in wait(list(running), _LOOK_SECONDS):
+                    ended = running.pop(sentinel)
+                    if (said := ended.failure()) is not None:
+                        failures[ended.task] = said
                 watch()
-            return {task: said for future, task in futures.items() if (said := future.result()) is not None}
+            return failures
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(self._processes):
-                process.terminate()
-            pool.shutdown()
+            for left in running.values():
+                left.process.terminate()
+            for left in running.values():
+                left.process.join()
 
-    def _in_a_process(self, task: int) -> str | None:
-        """Returns why the task failed, None if it did not."""
-        answers, answer = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_run_task, args=(self._job.folder, task, answer))
+
+@dataclass(frozen=True)
+class _Running:
+    """A task, its process, and the end of the pipe through which it says why it failed."""
+
+    task: int
+    process: Any
+    answers: Connection
+
+    @classmethod
+    def start(cls, context: Any, folder: Path, task: int) -> _Running:
+        answers, answer = context.Pipe(duplex=False)
+        process = context.Process(target=_run_task, args=(folder, task, answer))
         process.start()
         answer.close()
-        self._processes.add(process)
-        process.join()
-        self._processes.discard(process)
-        if process.exitcode == 0:
-            return None
-        with suppress(EOFError):
-            return str(answers.recv())
-        if process.exitcode is not None and process.exitcode < 0:
-            return f"its process was killed by {signal.Signals(-process.exitcode).name}"
-        return f"its process ended with code {process.exitcode}"
+        return cls(task, process, answers)
+
+    def failure(self) -> str | None:
+        """Why the task failed, None if it did not; its process has ended."""
+        self.process.join()
+        with self.answers:
+            code = self.process.exitcode
+            if code == 0:
+                return None
+            with suppress(EOFError):
+                return str(self.answers.recv())
+        return (
+            f"its process was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"its process ended with code {code}"
+        )
 
 
 def _run_task(folder: Path, task: int, answer: Connection) -> None:

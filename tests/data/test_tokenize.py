@@ -71,6 +71,14 @@ def test_files_are_dealt_out_and_the_result_does_not_depend_on_the_workers(tmp_p
 
 
 @pytest.mark.slow
+def test_tasks_that_end_together_have_all_ended_well(tmp_path: Path, tokenizer: Path) -> None:
+    for number in range(40):  # with a thread per task, by which an end was read twice, one in ten failed
+        write_documents(tmp_path / "in" / f"{number:02}.jsonl", texts(2, seed=number))
+    make([tmp_path / "in"], tmp_path / "out", tokenizer, workers=8)
+    assert sum(len(documents(tmp_path / "out" / f"train-{task:05}")) for task in range(40)) == 80
+
+
+@pytest.mark.slow
 def test_validation_is_chosen_by_the_text(tmp_path: Path, tokenizer: Path) -> None:
     written = texts(400)
     write_documents(tmp_path / "a.jsonl", written)
