@@ -10,6 +10,7 @@ import multiprocessing.spawn
 import os
 import signal
 import threading
+from multiprocessing.connection import wait
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
@@ -44,12 +45,26 @@ def bind_helpers() -> None:
     multiprocessing.spawn.get_preparation_data = with_parent
 
 
-def end_with(parent: int) -> None:
-    """Let this process be killed when its parent ends, at once if that has happened already."""
+def end_with(process: int) -> None:
+    """Let this process be killed when the other ends, at once if that has happened already."""
     _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)
+    if os.getppid() != process:
+        _await_end(process)
     bind_helpers()
+
+
+def _await_end(process: int) -> None:
+    """The same where the other is no parent: of Megatron's checkpoint worker the parent is a server of forks."""
+    try:
+        other = os.pidfd_open(process)
+    except ProcessLookupError:
+        os._exit(1)
+
+    def end() -> None:
+        wait([other])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=end, daemon=True, name="end with parent").start()
 
 
 def _is_main_thread() -> bool:

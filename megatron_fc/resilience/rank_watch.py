@@ -52,10 +52,17 @@ class RankWatch(Callback):
         run: what is the same on all ranks of this run, and on no others.
         on_end: told why they end, and whether this rank is the one to note it; returns what to do. It may raise,
             or never return.
+        lost: asked once a second, says what this rank cannot go on without.
     """
 
-    def __init__(self, clock: StepClock, run: str, on_end: Callable[[str, bool], str]) -> None:
-        self._clock, self._run, self._on_end = clock, run, on_end
+    def __init__(
+        self,
+        clock: StepClock,
+        run: str,
+        on_end: Callable[[str, bool], str],
+        lost: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self._clock, self._run, self._on_end, self._lost = clock, run, on_end, lost
         self._name, self._is_first = "", True
         self._star: Star | None = None
         self._peers: dict[socket.socket, str] = {}
@@ -114,6 +121,8 @@ class RankWatch(Callback):
                     self._hear(key.fileobj, selector)
                 if not self._is_over and self._failure and time.monotonic() > self._failure[0]:
                     self._end(self._failure[2], self._failure[1])
+                if not self._is_over and (lost := self._lost()):
+                    self._end(lost)
                 if not self._is_over and self._clock.seconds() > self._clock.limit:
                     self._judge(self._clock.seconds())
 

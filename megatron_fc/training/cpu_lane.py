@@ -47,6 +47,7 @@ def install() -> bool:
     _replace_runtime()
     _replace_random_states()
     _adapt_megatron_core()
+    _adapt_checkpoint_worker()
     _adapt_half_precision_optimizer()
     _adapt_megatron_training()
     return True
@@ -242,6 +243,33 @@ def _adapt_megatron_core() -> None:
         return isend(tensor.detach(), *args, **kwargs)
 
     torch.distributed.isend = torch.distributed.distributed_c10d.isend = safe_isend  # batches of sends know the second
+
+
+def _adapt_checkpoint_worker() -> None:
+    """Let the process that writes checkpoints while training goes on do without a device, too."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    PersistentAsyncCaller.async_loop = staticmethod(_write_checkpoints)
+
+
+def _write_checkpoints(*args: Any, **options: Any) -> None:
+    """Megatron's loop of the worker, which lives in a process of its own."""
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    _replace_runtime()
+    preload = FileSystemWriterAsync.preload_tensors
+
+    def preload_copies(write_buckets: Any, non_blocking: bool = True) -> Any:
+        # The worker copies from the device while the rank waits. These tensors are on the CPU, and shared: the rank
+        # would go on training what is being written.
+        return [
+            (file, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for file, key, (data, tensors) in preload(write_buckets, non_blocking)
+        ]
+
+    FileSystemWriterAsync.preload_tensors = staticmethod(preload_copies)
+    PersistentAsyncCaller.async_loop(*args, **options)
 
 
 def _adapt_half_precision_optimizer() -> None:

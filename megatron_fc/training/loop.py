@@ -19,6 +19,7 @@ from megatron_fc.checkpoints.retention import Pruner
 from megatron_fc.checkpoints.start import Start, StartCallback, StartOptions, choose_start
 from megatron_fc.errors import UserError
 from megatron_fc.megatron.parameter_count import ParameterCount, count_parameters
+from megatron_fc.resilience.checkpoint_worker import CheckpointWorker
 from megatron_fc.resilience.hang import StepClock
 from megatron_fc.resilience.helpers import bind_helpers
 from megatron_fc.resilience.rank_watch import RankWatch
@@ -88,7 +89,6 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> Trained:
     args = parse(recipe)
     rehearse(args, recipe)
     refuse_tokenizer_out_of_reach(args)
-    _refuse_async_save_without_device(args)
     options = StartOptions(recipe.run_dir, recipe.connection, recipe.on_damage, _say)
     start = choose_start(args, options)
     start.apply(args)
@@ -152,18 +152,10 @@ def _own(
         refuse_unquantizable(args)
         own.append(ModelOptState(lambda: starting.start.checkpoint))
     # The watch hears of errors in their last words.
-    watch = RankWatch(
-        StepClock(args), f"run_dir={recipe.run_dir}", partial(_when_all_end, args, record, Callbacks(given))
-    )
-    return [*own, CheckpointErrors(args), Refusals(), TokenErrors(), watch, record, EventsOnDisk()]
-
-
-def _refuse_async_save_without_device(args: Namespace) -> None:
-    if args.async_save and cpu_lane.needed():
-        raise UserError(
-            "async_save=true, but Megatron's worker for asynchronous checkpoints needs a CUDA device: set "
-            "async_save=false and use_persistent_ckpt_worker=false"
-        )
+    worker = CheckpointWorker(args)
+    on_end = partial(_when_all_end, args, record, Callbacks(given))
+    watch = RankWatch(StepClock(args), f"run_dir={recipe.run_dir}", on_end, worker.lost)
+    return [*own, CheckpointErrors(args), Refusals(), TokenErrors(), watch, record, EventsOnDisk(), worker]
 
 
 def _refuse_unwritable_folders(args: Namespace, run_dir: Path) -> None:

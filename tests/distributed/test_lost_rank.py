@@ -32,7 +32,8 @@ WORLD = 4
 MARK = "STARTED_BY_TEST_LOST_RANK"  # in the environment of all that a run starts
 LAYOUT = ("tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2")
 SAVE_INTERVAL = 5
-LENGTH = ("train_iters=10000", "lr_decay_iters=20", f"save_interval={SAVE_INTERVAL}")
+ASYNC = ("async_save=true", "use_persistent_ckpt_worker=true", "async_strategy=mcore")
+LENGTH = ("train_iters=10000", "lr_decay_iters=20", f"save_interval={SAVE_INTERVAL}", *ASYNC)
 
 
 def words(config: Path, run_dir: Path, *more: str) -> list[str]:

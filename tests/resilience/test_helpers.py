@@ -31,7 +31,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_they_end_with_it(method: str, tmp_path: Path) -> None:
     """And their own helpers; their pipes close, for which a launcher may wait."""
     program = tmp_path / "program.py"

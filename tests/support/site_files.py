@@ -60,8 +60,7 @@ class Site:
         return "".join(path.read_text() for path in (self.folder / "logs").glob(f"*-{job}.log"))
 
 
-# What makes a model of configs/ one for two cores. Megatron resumes its distributed optimizer with TE or Apex only, and
-# its writer of asynchronous checkpoints needs a CUDA device.
+# What makes a model of configs/ one for two cores. Megatron resumes its distributed optimizer with TE or Apex only.
 TINY = [
     "num_layers=2",
     "hidden_size=32",
@@ -79,8 +78,6 @@ TINY = [
     "use_distributed_optimizer=false",
     "overlap_grad_reduce=false",
     "overlap_param_gather=false",
-    "async_save=false",
-    "use_persistent_ckpt_worker=false",
     "num_workers=0",
     "micro_batch_size=1",
     "global_batch_size=4",

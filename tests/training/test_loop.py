@@ -252,21 +252,6 @@ def test_folders_that_cannot_be_written(
     assert f"{setting}={readonly} cannot be written, No such file or directory" in capsys.readouterr().err
 
 
-def test_asynchronous_checkpoints_are_refused_without_a_cuda_device(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Megatron's worker divides by the number of devices, and the run would wait for it for ever."""
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    words = ["async_save=true", "use_persistent_ckpt_worker=true", "async_strategy=mcore"]
-    assert main(["train", str(config), f"run_dir={tmp_path / 'run'}", *words]) == 2
-    assert capsys.readouterr().err == (
-        "megatron-fc: async_save=true, but Megatron's worker for asynchronous checkpoints needs a CUDA device: "
-        "set async_save=false and use_persistent_ckpt_worker=false\n"
-    )
-    assert not (tmp_path / "run").exists()
-
-
 def test_cpu_lane_is_never_active_with_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_fc.training import cpu_lane
 

@@ -1,0 +1,72 @@
+"""The process that writes a rank's checkpoints while training goes on (`async_save`), and what happens when it ends.
+
+Megatron never looks whether it still runs: without it training goes on without checkpoints, until the rank waits for
+the worker for ever. An error while several files are written ends it, a full disk for one; so does the system where
+memory runs out. In turn it outlives a rank that fails: Python sends it TERM and waits, and like every process of a
+rank it does not hear TERM (`megatron_fc.resilience.run_record`).
+"""
+
+import multiprocessing
+import signal
+from argparse import Namespace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from megatron_fc.callbacks import Callback
+from megatron_fc.runs.writable import failure_to_write
+
+_LOOKS = 3  # Megatron forgets a worker right after it has let it end
+
+
+class CheckpointWorker(Callback):
+    """Tells when this rank's worker is lost, and lets no worker outlive the rank.
+
+    Args:
+        args: Megatron's arguments.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+        self._ended: Any = None
+        self._seen = 0
+
+    def lost(self) -> str | None:
+        """How the worker has ended in the middle of the run, None while it runs or where there is none.
+
+        Called about once a second, on a thread that then ends the process.
+        """
+        worker = self._worker()
+        if worker is None or not _has_ended(worker):
+            self._seen = 0
+            return None
+        self._seen = self._seen + 1 if worker is self._ended else 1
+        self._ended = worker
+        if self._seen < _LOOKS:
+            return None
+        code = worker.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        failure = failure_to_write(Path(self._args.save))
+        why = f": {self._args.save} cannot be written, {failure.strerror}" if failure else ""
+        return f"the process that writes the checkpoints of rank {self._args.rank} {how}{why}"
+
+    def failed(self, error: BaseException) -> BaseException:
+        for child in multiprocessing.active_children():
+            if child.daemon:  # the others end by what they are told
+                child.kill()
+        return error
+
+    def _worker(self) -> Any:
+        if not self._args.async_save or self._args.async_strategy != "mcore":
+            return None
+        from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+        return PersistentAsyncCaller._persistent_process
+
+
+def _has_ended(worker: Any) -> bool:
+    # Asked itself, it would read how it ended, which can be read once: the main thread may be about to.
+    try:
+        return bool(wait([worker.sentinel], 0))
+    except (OSError, ValueError):  # closed: Megatron has let it end
+        return False
