@@ -10,12 +10,14 @@ import multiprocessing
 import signal
 from argparse import Namespace
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess, SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from megatron_fc.callbacks import Callback
 from megatron_fc.runs.writable import failure_to_write
 
+_STARTED_ANEW = (ForkServerProcess, SpawnProcess)  # the forked ones load data, and end by themselves
 _LOOKS = 3  # Megatron forgets a worker right after it has let it end
 
 
@@ -52,7 +54,7 @@ class CheckpointWorker(Callback):
 
     def failed(self, error: BaseException) -> BaseException:
         for child in multiprocessing.active_children():
-            if child.daemon:  # the others end by what they are told
+            if isinstance(child, _STARTED_ANEW) and child.daemon:
                 child.kill()
         return error
 
