@@ -52,10 +52,11 @@ class CheckpointWorker(Callback):
         why = f": {self._args.save} cannot be written, {failure.strerror}" if failure else ""
         return f"the process that writes the checkpoints of rank {self._args.rank} {how}{why}"
 
+    def end(self) -> None:
+        _end_workers()  # Megatron ends one that has written, and leaves one that has not
+
     def failed(self, error: BaseException) -> BaseException:
-        for child in multiprocessing.active_children():
-            if isinstance(child, _STARTED_ANEW) and child.daemon:
-                child.kill()
+        _end_workers()
         return error
 
     def _worker(self) -> Any:
@@ -64,6 +65,12 @@ class CheckpointWorker(Callback):
         from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
         return PersistentAsyncCaller._persistent_process
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        if isinstance(child, _STARTED_ANEW) and child.daemon:
+            child.kill()
 
 
 def _has_ended(worker: Any) -> bool:

@@ -42,4 +42,4 @@ def test_an_array_of_what_is_left(cluster: Cluster, site: Site, tmp_path: Path, 
     assert done.code == 0, done.printed
     names = {f"{variant}-seed{seed}.json" for variant in variants for seed in (5, 6)}
     assert names < {path.name for path in (tmp_path / "results").iterdir()}
-    assert "| dfc_x4 | 2 |" in done.printed
+    assert "| dfc_x4 | residual | 2 |" in done.printed
