@@ -2,27 +2,27 @@
 
 Megatron never looks whether it still runs: without it training goes on without checkpoints, until the rank waits for
 the worker for ever. An error while several files are written ends it, a full disk for one; so does the system where
-memory runs out. In turn it outlives a rank that fails: Python sends it TERM and waits, and like every process of a
-rank it does not hear TERM (`megatron_fc.resilience.run_record`).
+memory runs out.
+
+In turn it holds up a rank that ends before its target, as those do that load data: Python sends its helpers TERM and
+waits for them for ever, for like every process of a rank they do not hear TERM (`megatron_fc.resilience.run_record`).
 """
 
 import multiprocessing
 import signal
 from argparse import Namespace
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess, SpawnProcess
 from pathlib import Path
 from typing import Any
 
 from megatron_fc.callbacks import Callback
 from megatron_fc.runs.writable import failure_to_write
 
-_STARTED_ANEW = (ForkServerProcess, SpawnProcess)  # the forked ones load data, and end by themselves
 _LOOKS = 3  # Megatron forgets a worker right after it has let it end
 
 
 class CheckpointWorker(Callback):
-    """Tells when this rank's worker is lost, and lets no worker outlive the rank.
+    """Tells when this rank's worker is lost, and lets no helper hold up the rank's end.
 
     Args:
         args: Megatron's arguments.
@@ -32,13 +32,14 @@ class CheckpointWorker(Callback):
         self._args = args
         self._ended: Any = None
         self._seen = 0
+        self._is_over = False
 
     def lost(self) -> str | None:
         """How the worker has ended in the middle of the run, None while it runs or where there is none.
 
         Called about once a second, on a thread that then ends the process.
         """
-        worker = self._worker()
+        worker = None if self._is_over else self._worker()
         if worker is None or not _has_ended(worker):
             self._seen = 0
             return None
@@ -48,15 +49,16 @@ class CheckpointWorker(Callback):
             return None
         code = worker.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        failure = failure_to_write(Path(self._args.save))
+        failure = failure_to_write(Path(self._args.save)) if self._args.save else None
         why = f": {self._args.save} cannot be written, {failure.strerror}" if failure else ""
         return f"the process that writes the checkpoints of rank {self._args.rank} {how}{why}"
 
     def end(self) -> None:
-        _end_workers()  # Megatron ends one that has written, and leaves one that has not
+        self._is_over = True
+        _end_helpers()  # Megatron ends a worker that has written, and leaves one that has not
 
     def failed(self, error: BaseException) -> BaseException:
-        _end_workers()
+        self.end()
         return error
 
     def _worker(self) -> Any:
@@ -67,10 +69,15 @@ class CheckpointWorker(Callback):
         return PersistentAsyncCaller._persistent_process
 
 
-def _end_workers() -> None:
-    for child in multiprocessing.active_children():
-        if isinstance(child, _STARTED_ANEW) and child.daemon:
-            child.kill()
+def _end_helpers() -> None:
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    # torch hears of a child's end, and raises an error if it loaded data.
+    heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
+    signal.signal(signal.SIGCHLD, heard or signal.SIG_DFL)
 
 
 def _has_ended(worker: Any) -> bool:

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.slow
 
 ASYNC = ("async_save=true", "use_persistent_ckpt_worker=true", "async_strategy=mcore", "save_interval=4")
 
+LOADERS = ("num_workers=2",)  # which as little hear TERM as the worker: Python would wait for them for ever
+
 
 def start(config: Path, run_dir: Path, *more: str) -> subprocess.Popen[str]:
     line = command(config, f"run_dir={run_dir}", "train_iters=10000", "lr_decay_iters=40", *more)
@@ -57,7 +59,7 @@ def test_a_lost_worker_ends_the_run_and_the_same_command_goes_on(config: Path) -
         "megatron-fc: the process that writes the checkpoints of rank 0 was killed by SIGKILL, so this rank ends: "
         f"start the same command again, it goes on from {saved}\n" in said
     )
-    job = start(config, run_dir, *ASYNC)
+    job = start(config, run_dir, *ASYNC, *LOADERS)
     wait_for_iteration(run_dir, max(read_metrics(run_dir).loss) + 6, job)
     os.kill(fork_server.process_id(job), signal.SIGTERM)
     assert job.wait(PATIENCE) == 0
@@ -72,12 +74,11 @@ def test_a_lost_worker_ends_the_run_and_the_same_command_goes_on(config: Path) -
 
 
 def test_a_full_disk_ends_the_run_whose_process_is_gone_then(config: Path, tmp_path: Path) -> None:
-    """Python would wait for the worker for ever, which hears no TERM."""
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path], check=False).returncode:
         pytest.skip("needs the right to mount")
     try:
         (tmp_path / "ballast").write_bytes(bytes(5 << 20))  # room for one checkpoint of 2 MB
-        job = start(config, tmp_path / "run", *ASYNC)
+        job = start(config, tmp_path / "run", *ASYNC, *LOADERS)
         said = job.communicate(timeout=PATIENCE)[1]
         saved = latest_checkpoint(tmp_path / "run" / "checkpoints")
     finally:
