@@ -18,14 +18,14 @@ _SCHEDULE = ("train", "lr_decay", "lr_warmup")
 _LEFT_OUT_BY = {"eval_interval": "eval_iters=0 leaves validation out"}
 
 
-def refuse_small_counts(args: Namespace) -> None:
-    """Check that counts are at least 1; 0 has a meaning where it is the default.
+def refuse_wrong_counts(args: Namespace) -> None:
+    """Check that counts are at least 1, where 0 has no meaning as the default, and that there are experts enough.
 
     Args:
         args: Megatron's, parsed.
 
     Raises:
-        UserError: one is smaller.
+        UserError: one is smaller, or there are fewer experts than a token is sent to.
     """
     for name, value in vars(args).items():
         if not _COUNTS.fullmatch(name) or not isinstance(value, int) or isinstance(value, bool):
@@ -35,6 +35,10 @@ def refuse_small_counts(args: Namespace) -> None:
         if value < least and value != default:
             way_out = _LEFT_OUT_BY.get(name, "null leaves it out" if default is None else f"the default is {default}")
             raise UserError(f"{name}={value} must be at least {least}; {way_out}")
+    if args.num_experts and args.moe_router_topk > args.num_experts:
+        raise UserError(
+            f"moe_router_topk={args.moe_router_topk}: there are num_experts={args.num_experts}, set at most that many"
+        )
 
 
 def refuse_two_units(args: Namespace) -> None:

@@ -18,7 +18,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import connection_from_args
 from megatron_fc.megatron.model_config import prepare
 from megatron_fc.megatron.norm_options import MEGATRON_NORMS, NormOptions, norms_from_args
-from megatron_fc.training.counts import refuse_small_counts, refuse_two_units
+from megatron_fc.training.counts import refuse_wrong_counts, refuse_two_units
 from megatron_fc.training.megatron_arguments import add_run_args
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
@@ -53,7 +53,7 @@ def parse(recipe: Recipe, check: Callable[[Namespace], None] | None = None) -> N
             args = parse_args(extra_args_provider=add_run_args)
             args.connection_parameters_first = True  # `model_config` arranges it
             refuse_unused_options(args)
-            refuse_small_counts(args)
+            refuse_wrong_counts(args)
             connection_from_args(args)
             norms_from_args(args)
             if check is not None:

@@ -15,6 +15,7 @@ from support.training_runs import config as config
 SETTINGS = [
     (["moe_router_enable_expert_bias=true"], "Expert bias for aux-loss-free routing only supports"),
     (["moe_router_topk=1", "moe_router_pre_softmax=false"], "Please use --moe-router-pre-softmax when topk is 1."),
+    (["moe_router_topk=5"], "moe_router_topk=5: there are num_experts=4, set at most that many"),
     (["eval_interval=0"], "eval_interval=0 must be at least 1; eval_iters=0 leaves validation out"),
     (["log_interval=0"], "log_interval=0 must be at least 1; the default is 100"),
     (["tensorboard_log_interval=0"], "tensorboard_log_interval=0 must be at least 1"),
