@@ -18,7 +18,7 @@ from megatron_fc.errors import UserError
 from megatron_fc.megatron.flags import connection_from_args
 from megatron_fc.megatron.model_config import prepare
 from megatron_fc.megatron.norm_options import MEGATRON_NORMS, NormOptions, norms_from_args
-from megatron_fc.training.counts import refuse_wrong_counts, refuse_two_units
+from megatron_fc.training.counts import refuse_two_units, refuse_wrong_counts
 from megatron_fc.training.megatron_arguments import add_run_args
 from megatron_fc.training.recipe import Recipe
 from megatron_fc.training.refusal import refusals_named
