@@ -48,7 +48,8 @@ class CheckpointWorker(Callback):
         if self._seen < _LOOKS:
             return None
         code = worker.exitcode
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        ended = f"ended with code {code}, as the log of that rank says"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else ended
         failure = failure_to_write(Path(self._args.save)) if self._args.save else None
         why = f": {self._args.save} cannot be written, {failure.strerror}" if failure else ""
         return f"the process that writes the checkpoints of rank {self._args.rank} {how}{why}"

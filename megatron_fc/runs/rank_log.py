@@ -17,7 +17,7 @@ class _Log(io.TextIOBase):
     """A log file; that it can no longer be written is said once, and does not end the run."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._has_failed = path, False
+        self.path, self._has_failed = path, False
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by `close`)
 
     def write(self, text: str) -> int:
@@ -42,7 +42,7 @@ class _Log(io.TextIOBase):
             yield
         except OSError as error:
             if not self._has_failed and sys.__stderr__ is not None:
-                print(f"WARNING: {self._path} cannot be written, {error.strerror}", file=sys.__stderr__, flush=True)
+                print(f"WARNING: {self.path} cannot be written, {error.strerror}", file=sys.__stderr__, flush=True)
             self._has_failed = True
 
 

@@ -112,10 +112,17 @@ def last_checkpoint(run_dir: Path) -> int:
     return int((run_dir / "checkpoints" / TRACKER).read_text())
 
 
+def wait_for_checkpoint(run_dir: Path, *processes: subprocess.Popen[bytes]) -> None:
+    """It is complete some iterations after the one that it is of."""
+    written = run_dir / "checkpoints" / TRACKER
+    wait_until(lambda: written.exists() or any(process.poll() is not None for process in processes), "a checkpoint")
+    wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
+
+
 def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
     undisturbed, run_dir = config.parent / "tp2-pp2", config.parent / "tp2-pp2-killed"
     with ranks(config, run_dir) as processes:
-        wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
+        wait_for_checkpoint(run_dir, *processes)
         killed = fork_server.process_id(processes[2])
         helpers = psutil.Process(killed).children(recursive=True)
         assert helpers, "Megatron's for checkpoints"
@@ -136,6 +143,8 @@ def test_all_ranks_end_and_the_same_command_goes_on(config: Path) -> None:
 
     with torchrun(config, run_dir) as launcher:
         wait_for_iteration(run_dir, max(read_metrics(run_dir).loss) + SAVE_INTERVAL + 1, launcher)
+        tracker = run_dir / "checkpoints" / TRACKER
+        wait_until(lambda: tracker.read_text() not in ("", str(saved)) or launcher.poll(), "another checkpoint")
         ranks_of_launcher = psutil.Process(fork_server.process_id(launcher)).children()
         first = next(p for p in ranks_of_launcher if p.environ().get("RANK") == "0")
         first.kill()
@@ -158,7 +167,7 @@ def test_checkpoints_that_cannot_be_written_any_more_end_all_ranks_for_that(conf
     run_dir = config.parent / "tp2-pp2-read-only"
     with file_system(run_dir / "checkpoints"):
         with ranks(config, run_dir) as processes:
-            wait_for_iteration(run_dir, SAVE_INTERVAL + 1, *processes)
+            wait_for_checkpoint(run_dir, *processes)
             wait_until(lambda: made_read_only(run_dir / "checkpoints"), "a moment in which no file is written")
             codes = [process.wait(PATIENCE) for process in processes]
         saved = last_checkpoint(run_dir)

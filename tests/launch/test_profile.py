@@ -14,7 +14,7 @@ from megatron_fc.profiling.files import read_part, read_parts, read_report
 from megatron_fc.profiling.records import Report
 from support.cluster import Cluster
 from support.patience import wait_until
-from support.site_files import ENDED, REPOSITORY, Site, run_on_login_node, samples, submit_to_two_nodes
+from support.site_files import ASYNCHRONOUS, ENDED, REPOSITORY, Site, run_on_login_node, samples, submit_to_two_nodes
 
 pytestmark = pytest.mark.slow
 
@@ -46,9 +46,8 @@ def check_all_ranks_add_up(report: Report, folder: Path) -> None:
 
 
 def test_two_stages_of_two_way_tensor_parallelism(two_nodes: Cluster, site: Site) -> None:
-    site.write(
-        *samples(400), "tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true"
-    )
+    layout = ("tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true")
+    site.write(*samples(400), *layout, *ASYNCHRONOUS)  # a worker, and nothing for it to write
     folder = site.run_dir("tp2-pp2")
     report = profiled(two_nodes, site, folder, "from_step=1", "steps=2")
     check_all_ranks_add_up(report, folder)

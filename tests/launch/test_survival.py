@@ -17,7 +17,7 @@ from support import harness
 from support.cluster import Cluster, unavailable
 from support.disk import SlowDisk
 from support.patience import wait_until
-from support.site_files import REPOSITORY, Site, samples
+from support.site_files import ASYNCHRONOUS, REPOSITORY, Site, samples
 from support.training_runs import figures
 
 pytestmark = pytest.mark.slow
@@ -71,7 +71,7 @@ class Run:
 @pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_time_limit_preemption_node_loss_and_kill_9(nodes: int, cluster: Cluster, site: Site, tmp_path: Path) -> None:
     """With the plain optimizer: without TE or Apex, Megatron resumes no distributed one."""
-    run = survive(cluster, site, nodes, OVERRIDES)
+    run = survive(cluster, site, nodes, (*OVERRIDES, *ASYNCHRONOUS) if nodes == 4 else OVERRIDES)
     undisturbed = tmp_path / "undisturbed"
     words = ["train", str(REPOSITORY / "configs/olmoe_7b.yaml"), *site.overrides, f"run_dir={undisturbed}"]
     assert harness.run("command_line", run.world, tmp_path / "ranks", words) == [0] * run.world

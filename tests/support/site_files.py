@@ -60,7 +60,8 @@ class Site:
         return "".join(path.read_text() for path in (self.folder / "logs").glob(f"*-{job}.log"))
 
 
-# What makes a model of configs/ one for two cores. Megatron resumes its distributed optimizer with TE or Apex only.
+# What makes a model of configs/ one for two cores. Megatron resumes its distributed optimizer with TE or Apex only, and
+# each rank's writer of asynchronous checkpoints takes seconds to start: see ASYNCHRONOUS.
 TINY = [
     "num_layers=2",
     "hidden_size=32",
@@ -78,6 +79,8 @@ TINY = [
     "use_distributed_optimizer=false",
     "overlap_grad_reduce=false",
     "overlap_param_gather=false",
+    "async_save=false",
+    "use_persistent_ckpt_worker=false",
     "num_workers=0",
     "micro_batch_size=1",
     "global_batch_size=4",
@@ -86,6 +89,9 @@ TINY = [
     "tensorboard_log_interval=1",
     "log_throughput=false",
 ]
+
+# As in the configs: checkpoints are written while training goes on.
+ASYNCHRONOUS = ("async_save=true", "use_persistent_ckpt_worker=true")
 
 
 def samples(count: int) -> list[str]:
