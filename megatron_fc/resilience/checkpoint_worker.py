@@ -1,8 +1,7 @@
 """The process that writes a rank's checkpoints while training goes on (`async_save`), and what happens when it ends.
 
 Megatron never looks whether it still runs: without it training goes on without checkpoints, until the rank waits for
-the worker for ever. An error while several files are written ends it, a full disk for one; so does the system where
-memory runs out.
+the worker for ever. The system ends it where memory runs out, and an error while it writes several files.
 
 In turn it holds up a rank that ends before its target, as those do that load data: Python sends its helpers TERM and
 waits for them for ever, for like every process of a rank they do not hear TERM (`megatron_fc.resilience.run_record`).
@@ -12,11 +11,9 @@ import multiprocessing
 import signal
 from argparse import Namespace
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 from megatron_fc.callbacks import Callback
-from megatron_fc.runs.writable import failure_to_write
 
 _LOOKS = 3  # Megatron forgets a worker right after it has let it end
 
@@ -50,9 +47,7 @@ class CheckpointWorker(Callback):
         code = worker.exitcode
         ended = f"ended with code {code}, as the log of that rank says"
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else ended
-        failure = failure_to_write(Path(self._args.save)) if self._args.save else None
-        why = f": {self._args.save} cannot be written, {failure.strerror}" if failure else ""
-        return f"the process that writes the checkpoints of rank {self._args.rank} {how}{why}"
+        return f"the process that writes the checkpoints of rank {self._args.rank} {how}"
 
     def end(self) -> None:
         self._is_over = True
