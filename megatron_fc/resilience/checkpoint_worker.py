@@ -30,6 +30,7 @@ class CheckpointWorker(Callback):
         self._ended: Any = None
         self._seen = 0
         self._is_over = False
+        self._others = {child.pid for child in multiprocessing.active_children()}  # of whoever calls the run
 
     def lost(self) -> str | None:
         """How the worker has ended in the middle of the run, None while it runs or where there is none.
@@ -51,7 +52,9 @@ class CheckpointWorker(Callback):
 
     def end(self) -> None:
         self._is_over = True
-        _end_helpers()  # Megatron ends a worker that has written, and leaves one that has not
+        # Megatron ends a worker that has written, and leaves one that has not.
+        own = (child for child in multiprocessing.active_children() if child.pid not in self._others)
+        _kill([child for child in own if child.daemon])
 
     def failed(self, error: BaseException) -> BaseException:
         self.end()
@@ -65,14 +68,13 @@ class CheckpointWorker(Callback):
         return PersistentAsyncCaller._persistent_process
 
 
-def _end_helpers() -> None:
-    children = [child for child in multiprocessing.active_children() if child.daemon]
+def _kill(helpers: list[Any]) -> None:
     # torch hears of a child's end, and raises an error if it loaded data.
     heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in children:
-        child.kill()
-    for child in children:
-        child.join()
+    for helper in helpers:
+        helper.kill()
+    for helper in helpers:
+        helper.join()
     signal.signal(signal.SIGCHLD, heard or signal.SIG_DFL)
 
 
